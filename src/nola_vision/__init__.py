@@ -1,0 +1,48 @@
+"""nola-vision: adapt any timm ViT or ResNet to a new task from a few labelled images with NOLA.
+
+Data flows one way:
+
+    config -> backbone -> stack -> k-shot split -> train -> evaluate -> row -> table
+
+`backbones` makes a frozen timm model from a tag; `methods` says what is trained; `adapters` holds the trained numbers
+in a stack beside the backbone; `model` joins the two (the Python interface); `data` draws the k-shot set; `tasks` are
+the LightningModules; `run` goes from a config to a row; `results` turns rows into tables; `sweep` plans and runs many;
+`cli` is the command line.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nola_vision.backbones import BackboneSpec as BackboneSpec
+    from nola_vision.methods import NOLA as NOLA
+    from nola_vision.methods import FullFinetune as FullFinetune
+    from nola_vision.methods import LinearProbe as LinearProbe
+    from nola_vision.methods import LoRA as LoRA
+    from nola_vision.model import AdaptedModel as AdaptedModel
+    from nola_vision.model import adapt as adapt
+    from nola_vision.model import load_adapter as load_adapter
+
+__version__ = version("nola-vision")
+
+# the public names, imported when first used: `nola-vision --help` must not wait for torch
+_PUBLIC = {
+    "BackboneSpec": "nola_vision.backbones",
+    "FullFinetune": "nola_vision.methods",
+    "LinearProbe": "nola_vision.methods",
+    "LoRA": "nola_vision.methods",
+    "NOLA": "nola_vision.methods",
+    "AdaptedModel": "nola_vision.model",
+    "adapt": "nola_vision.model",
+    "load_adapter": "nola_vision.model",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'nola_vision' has no attribute '{name}'")

@@ -1,0 +1,267 @@
+"""timm backbones: from a tag or a local file to a frozen, headless model, its image format and its target weights."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data.config import resolve_data_config
+from timm.models import PretrainedCfg
+from torch import nn
+
+import nola_vision.glyph_vit  # noqa: F401  registers the quick start's backbone with timm
+from nola_vision.adapters.target import Target
+from nola_vision.errors import NolaVisionError
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Which pretrained model to adapt.
+
+    Args:
+        tag: timm's exact name, `architecture.pretrained_tag`.
+        file: local `.safetensors` or `.pth` with timm's keys; without it the weights that timm names are used.
+        img_size: image side in pixels; without it the size timm's data config gives.
+        pretrained: False leaves the weights random (for tests and training from scratch).
+    """
+
+    tag: str
+    file: str | None = None
+    img_size: int | None = None
+    pretrained: bool = True
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What images must look like for a backbone: timm's data config.
+
+    `size` is the image side in pixels, `mean` and `std` are per RGB channel on a 0-1 scale, `interpolation` is
+    timm's name ("bicubic"), `crop_pct` the share of the resized image that the centre crop keeps in evaluation.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+
+
+def input_config(spec: BackboneSpec) -> InputConfig:
+    """The image size, normalisation and interpolation that timm's data config gives for a backbone.
+
+    Raises:
+        NolaVisionError: timm knows no such model.
+    """
+    config = resolve_data_config(pretrained_cfg=vars(_pretrained_cfg(spec)))
+    return InputConfig(
+        size=spec.img_size or config["input_size"][-1],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+    )
+
+
+def create_backbone(spec: BackboneSpec | str) -> nn.Module:
+    """A timm model without a head, frozen and in eval mode; it gives pooled features `[batch, num_features]`.
+
+    A local file goes through timm's own loading, which resizes position embeddings to `img_size`.
+
+    Raises:
+        NolaVisionError: timm knows no such model, the file is missing, unreadable or of another model, or the
+            pretrained weights are not on this machine and cannot be downloaded.
+    """
+    spec = BackboneSpec(spec) if isinstance(spec, str) else spec
+    config = _pretrained_cfg(spec)
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": spec.pretrained}
+    if spec.file is not None and spec.pretrained:
+        options["pretrained_cfg_overlay"] = {"file": _checked_file(spec.file), "custom_load": False}
+    if spec.img_size is not None and config.fixed_input_size:  # a convolutional network takes any size as it is
+        options["img_size"] = spec.img_size
+    try:
+        with _missing_keys() as missing:
+            backbone: nn.Module = timm.create_model(spec.tag, **options)
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        if spec.file is None and (isinstance(error, OSError) or "No pretrained weights" in str(error)):
+            raise NolaVisionError(_no_weights(spec, config)) from error
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise NolaVisionError(
+            f"{f'the weights file {spec.file}' if spec.file else 'the weights'} cannot be loaded into {spec.tag}, "
+            f"a file of that model's weights is needed: {reason}"
+        ) from error
+    if missing:
+        raise NolaVisionError(
+            f"the weights file {spec.file or config.file} lacks {len(missing)} weights of {spec.tag}, {missing[0]} for "
+            "one: name the tag that it was made with"
+        )
+    return backbone.eval().requires_grad_(False)
+
+
+def _pretrained_cfg(spec: BackboneSpec) -> PretrainedCfg:
+    try:
+        return cast(PretrainedCfg, timm.models.get_pretrained_cfg(spec.tag, allow_unregistered=False))
+    except RuntimeError:
+        pass
+    architecture, _, tag = spec.tag.partition(".")
+    if timm.is_model(architecture):
+        tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+        raise NolaVisionError(
+            f"timm's {architecture} has no pretrained tag '{tag}': use one of {', '.join(tags) or '(none)'}"
+        )
+    close = difflib.get_close_matches(architecture, timm.list_models(), n=4)
+    raise NolaVisionError(
+        f"timm has no model named '{architecture}': "
+        + (f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them all")
+    )
+
+
+def _checked_file(path: str) -> str:
+    if not Path(path).is_file():
+        raise NolaVisionError(f"the weights file {path} does not exist: give the path of a .safetensors or .pth file")
+    return path
+
+
+def _no_weights(spec: BackboneSpec, config: PretrainedCfg) -> str:
+    source = config.hf_hub_id or config.url or config.file
+    if not (config.hf_hub_id or config.url):
+        return f"timm has no weights for {spec.tag}: choose a tag that has, or give a file by --model.backbone.file"
+    return (
+        f"the weights of {spec.tag} are not on this machine and could not be downloaded from {source}: "
+        "point --model.backbone.file at a local .safetensors or .pth file with timm's keys"
+    )
+
+
+@contextmanager
+def _missing_keys() -> Iterator[list[str]]:
+    """Collects the weights that timm did not find in a file: it drops a head by loading loosely, and only logs them."""
+    missing: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found = re.match(r"Missing keys \((.*?)\) discovered", record.getMessage())
+            if found:
+                missing.extend(found[1].split(", "))
+
+    logger, listener = logging.getLogger("timm.models._builder"), Listener()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield missing
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def probe_batch(backbone: nn.Module) -> torch.Tensor:
+    """Two images of noise of the size that a backbone takes, for `AdapterStack.attach`; the same ones every time."""
+    patch_embed = getattr(backbone, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None) or backbone.pretrained_cfg["input_size"][1:]  # type: ignore[index]
+    parameter = next(backbone.parameters())
+    noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(parameter.device, parameter.dtype)
+
+
+def fingerprint(backbone: nn.Module, weights: Sequence[str] = ()) -> str:
+    """SHA-256 over the named weights (all of the state dict if none is named): names, dtypes, shapes and bytes."""
+    state = backbone.state_dict()
+    digest = hashlib.sha256()
+    for name in sorted(set(weights) or state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def find_targets(backbone: nn.Module, names: Sequence[str]) -> list[Target]:
+    """The weights that target names stand for, in the backbone's own order.
+
+    Args:
+        backbone: a timm model.
+        names: any of
+            `mlp`: the two linear layers of every MLP block (`*.mlp.fc1`, `*.mlp.fc2`);
+            `qkv`: the fused query, key and value weight of every attention (`*.attn.qkv`) as one matrix;
+            `qv`: its query rows and its value rows as two matrices;
+            `conv`: every convolution of a convolutional network, its weight reshaped near to square;
+            `re:PATTERN`: every linear layer or convolution whose whole module name matches the regular expression.
+
+    Raises:
+        NolaVisionError: an unknown name, or one that matches no weight of this backbone.
+    """
+    layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    uses: dict[int, list[str]] = {}  # tied weights: one parameter, several modules
+    for name, layer in layers.items():
+        uses.setdefault(id(layer.weight), []).append(name)
+
+    chosen: dict[str, Target] = {}
+    for wanted in names:
+        found = [name for name in layers if _matches(wanted, name, layers[name])]
+        if not found:
+            raise NolaVisionError(
+                f"target '{wanted}' matches no weight of this {type(backbone).__name__}: it has {_known(layers)}"
+            )
+        for name in found:
+            modules = tuple(uses[id(layers[name].weight)])
+            kind: Literal["linear", "conv"] = "linear" if isinstance(layers[name], nn.Linear) else "conv"
+            whole = Target(f"{modules[0]}.weight", modules, kind, tuple(layers[name].weight.shape))
+            for target in _query_and_value(whole) if wanted == "qv" else [whole]:
+                chosen[target.name] = target
+    _refuse_overlaps(list(chosen.values()))
+    order = {name: position for position, name in enumerate(layers)}
+    return sorted(chosen.values(), key=lambda t: (order[t.modules[0]], t.rows or (0, 0)))
+
+
+def _matches(wanted: str, name: str, layer: nn.Module) -> bool:
+    if wanted.startswith("re:"):
+        try:
+            return re.fullmatch(wanted[3:], name) is not None
+        except re.error as error:
+            raise NolaVisionError(f"target '{wanted}' is no regular expression: {error}") from error
+    if wanted not in TARGETS:
+        raise NolaVisionError(
+            f"unknown target '{wanted}': use {', '.join(TARGETS)}, or re:PATTERN to match module names"
+        )
+    return TARGETS[wanted](name, layer)
+
+
+TARGETS: dict[str, Callable[[str, nn.Module], bool]] = {
+    "mlp": lambda name, layer: isinstance(layer, nn.Linear) and re.search(r"\.mlp\.fc[12]$", name) is not None,
+    "qkv": lambda name, layer: isinstance(layer, nn.Linear) and name.endswith(".attn.qkv"),
+    "qv": lambda name, layer: isinstance(layer, nn.Linear) and name.endswith(".attn.qkv"),
+    "conv": lambda name, layer: isinstance(layer, nn.Conv2d) and "patch_embed" not in name,
+}
+
+
+def _query_and_value(fused: Target) -> list[Target]:
+    """The query and the value rows of a fused QKV weight, which stacks query, key and value."""
+    rows = fused.shape[0]
+    return [replace(fused, rows=(0, rows // 3)), replace(fused, rows=(2 * rows // 3, rows))]
+
+
+def _refuse_overlaps(targets: Sequence[Target]) -> None:
+    whole = {t.weight for t in targets if t.rows is None}
+    twice = sorted({t.weight for t in targets if t.rows is not None} & whole)
+    if twice:
+        raise NolaVisionError(f"{twice[0]} is adapted twice, as a whole and in parts: use qkv or qv, not both")
+
+
+def _known(layers: Mapping[str, nn.Module]) -> str:
+    names = [name for name, match in TARGETS.items() if any(match(n, layer) for n, layer in layers.items())]
+    example = next(iter(layers), "no linear layer or convolution")
+    return f"{', '.join(names) or 'none of the named targets'}, and layers such as {example}"

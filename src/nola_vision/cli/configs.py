@@ -1,0 +1,76 @@
+"""Configs by name: a local file, or one that ships with the package; several are laid over one another."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nola_vision.errors import NolaVisionError
+
+SHIPPED = Path(__file__).parent.parent / "configs"
+Config = dict[str, Any]
+
+
+def find_config(name: str) -> Path:
+    """The path of a config: a local file of that name wins over a shipped one; `.yaml` may be left out for those.
+
+    Raises:
+        NolaVisionError: neither is there; close names are listed.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.name: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    for candidate in (name, f"{name}.yaml"):
+        if candidate in shipped:
+            return shipped[candidate]
+    close = difflib.get_close_matches(name, shipped, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"shipped ones are {', '.join(shipped)}"
+    raise NolaVisionError(f"there is no config '{name}', neither here nor shipped: {hint}")
+
+
+def load_configs(names: Sequence[str]) -> Config:
+    """Reads configs and lays each over those before it, mapping by mapping.
+
+    Raises:
+        NolaVisionError: one is not there, or is no YAML mapping.
+    """
+    merged: Config = {}
+    for name in names:
+        path = find_config(name)
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise NolaVisionError(f"the config {path} cannot be read as YAML: {reason}") from error
+        if not isinstance(loaded, dict):
+            raise NolaVisionError(f"the config {path} is no mapping of keys to values: see the shipped quickstart.yaml")
+        merged = overlay(merged, loaded)
+    return merged
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Config:
+    """`above` laid over `below`: mappings are merged, anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def config_options(verb: str, help: bool = False) -> argparse.ArgumentParser:
+    """A parser of the options that every verb with a config shares; other options are Lightning's."""
+    parser = argparse.ArgumentParser(f"nola-vision {verb}", allow_abbrev=False, add_help=help)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a config, shipped or local")
+    parser.add_argument("--out", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
+    return parser
+
+
+def as_arguments(config: Mapping[str, Any]) -> list[str]:
+    """A config as the arguments that make Lightning's parser read it."""
+    return ["--config", json.dumps(config)]

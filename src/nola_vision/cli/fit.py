@@ -1,0 +1,58 @@
+"""`nola-vision fit|validate|test`: one run through LightningCLI, with every Lightning option open."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from nola_vision.cli.configs import as_arguments, config_options, load_configs
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import identity, store, tables
+
+HELP = "\n".join(
+    [
+        "usage: nola-vision {verb} --config FILE [--method NAME] [--out DIR] [--ckpt_path FILE] [--KEY VALUE ...]",
+        "",
+        "  --config FILE     a config, shipped or local; may be given several times, later ones win",
+        "  --method NAME     which entry of the config's `methods` (default: the config's `method`)",
+        "  --out DIR         the folder of all runs (default: runs)",
+        "  --ckpt_path FILE  a checkpoint to {purpose}",
+        "",
+        "Every key of the config is an option too, such as --data.shots 10, --model.method.rank 8 or",
+        "--trainer.max_epochs 100; --print_config prints the whole config. All of them:",
+        "",
+    ]
+)
+
+
+def main(arguments: Sequence[str], verb: str) -> int:
+    options = config_options(verb)
+    options.add_argument("--method")
+    options.add_argument("--ckpt_path")
+    known, rest = options.parse_known_args(arguments)
+    if "-h" in rest or "--help" in rest:
+        purpose = "resume from, or 'last' for this run's own" if verb == "fit" else "evaluate"
+        print(HELP.format(verb=verb, purpose=purpose), flush=True)
+    config = load_configs(known.config)
+    if "methods" in config:
+        config = identity.resolve(config, known.method)
+    elif known.method is not None:
+        raise NolaVisionError(f"--method {known.method} needs a config with `methods`: give one by --config")
+
+    from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
+
+    run_config = run.parse([*as_arguments(config), *rest])
+    if verb != "fit":
+        run.evaluate(run_config, known.out, verb, known.ckpt_path)
+        return 0
+    row = run.run(run_config, known.out, ckpt_path=known.ckpt_path)
+    rows, problems = store.read_rows(Path(known.out) / row.cell)
+    console = Console()
+    console.print(tables.row_panel(row))
+    console.print(tables.cell_table(rows, row.cell))
+    for path, problem in problems:
+        print(f"{path}: {problem}", file=sys.stderr)
+    return 0

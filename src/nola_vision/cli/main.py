@@ -1,0 +1,56 @@
+"""`nola-vision VERB ...`: finds the verb and turns mistakes into one sentence. Imports no torch before a verb needs it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nola_vision import __version__
+from nola_vision.errors import NolaVisionError
+
+VERBS = {
+    "fit": "train one run, test it, print its row and the table so far",
+    "validate": "a checkpoint's accuracy on the validation pool",
+    "test": "a checkpoint's accuracy on the test set",
+    "sweep": "every split x init x method of a config, with the learning rates chosen on validation images",
+    "report": "the tables of folders of runs",
+    "predict": "use an adapter: images in, labels out",
+}
+_USAGE = "\n".join(
+    [
+        "usage: nola-vision VERB ...",
+        "",
+        "Adapt a pretrained vision model to a few labelled images with NOLA.",
+        "",
+        *(f"  {verb:10s}{text}" for verb, text in VERBS.items()),
+        "",
+        "Start with:  nola-vision fit --config quickstart.yaml",
+        "A verb's options:  nola-vision VERB --help",
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit status: 0, 1 if a run of a sweep failed, 2 for a mistake, 130 for Ctrl-C."""
+    verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    if verb == "--version":
+        print(f"nola-vision {__version__}")
+        return 0
+    try:
+        if verb not in VERBS:
+            close = difflib.get_close_matches(verb, VERBS) or list(VERBS)
+            raise NolaVisionError(f"there is no verb '{verb}': did you mean {' or '.join(close)}?")
+        module = "fit" if verb in ("validate", "test") else verb
+        status: int = importlib.import_module(f"nola_vision.cli.{module}").main(rest, verb)
+        return status
+    except NolaVisionError as error:
+        print(f"nola-vision: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nola-vision: interrupted", file=sys.stderr)
+        return 130

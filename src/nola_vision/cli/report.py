@@ -1,0 +1,33 @@
+"""`nola-vision report`: the tables of folders of runs, from their rows alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import store, tables
+
+
+def main(arguments: Sequence[str], verb: str) -> int:
+    options = argparse.ArgumentParser(f"nola-vision {verb}", description="Prints a table for each cell of the rows.")
+    options.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs")
+    options.add_argument("--format", choices=["table", "markdown", "csv"], default="table")
+    known = options.parse_args(arguments)
+    rows, problems = store.read_rows(*known.folders)
+    for path, problem in problems:
+        print(f"{path}: {problem}", file=sys.stderr)
+    if not rows:
+        raise NolaVisionError(f"there are no rows under {', '.join(known.folders)}: runs leave them, see nola-vision fit")
+    if known.format == "csv":
+        print(tables.frame(rows).to_csv(index=False), end="")
+        return 0
+    for cell in sorted({row.cell for row in rows}):
+        if known.format == "markdown":
+            print(tables.markdown_table(rows, cell), end="\n\n")
+        else:
+            Console().print(tables.cell_table(rows, cell))
+    return 0

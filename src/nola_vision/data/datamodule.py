@@ -1,0 +1,266 @@
+"""The LightningDataModule: a k-shot training set, its validation pool and the test set of one data set.
+
+Which images are drawn depends on `split_seed`, in which order and with which augmentation on (`run_seed`, epoch,
+position), and nothing on the global random state, which is neither read nor set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from nola_vision import backbones
+from nola_vision.backbones import BackboneSpec, InputConfig
+from nola_vision.data.datasets import ImageSource, get_dataset
+from nola_vision.data.kshot import Indices, classes_without_pool, draw, evenly_spaced, keyed_hash, validation_pool
+from nola_vision.data.transforms import Augmentation, Transform, eval_transform, train_transform
+from nola_vision.errors import NolaVisionError
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+_log = logging.getLogger(__name__)
+
+
+class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
+    """Some images of a source, decoded once if kept and transformed at each access.
+
+    An item is asked for by its position, or by (position, seed): its transform then draws from that seed alone. Items
+    are (float32 `[3, size, size]`, class index).
+
+    Args:
+        source: where the images come from.
+        indices: which ones.
+        transform: from a uint8 tensor `[3, h, w]` to a float32 tensor.
+        kept: the decoded images by position, as far as they are kept in memory.
+    """
+
+    def __init__(
+        self, source: ImageSource, indices: Indices, transform: Transform, kept: list[torch.Tensor] | None = None
+    ) -> None:
+        self._source, self._indices, self._transform, self._kept = source, indices, transform, kept or []
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
+        position, seed = key if isinstance(key, tuple) else (key, key)
+        index = int(self._indices[position])
+        pixels = self._kept[position] if position < len(self._kept) else pil_to_tensor(self._source.image(index))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would set the GPUs' generators too
+            return self._transform(pixels), int(self._source.labels[index])
+
+    def keep(self, limit_bytes: int) -> list[torch.Tensor]:
+        """Decodes images from the first on, as many as fit into the limit, each at its own size."""
+        used = 0
+        for position in range(len(self._kept), len(self)):
+            pixels = pil_to_tensor(self._source.image(int(self._indices[position])))
+            used += pixels.numel()
+            if used > limit_bytes:
+                break
+            self._kept.append(pixels)
+        return self._kept
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields (position, seed) pairs in an order that (`run_seed`, epoch) alone decides; Lightning sets the epoch."""
+
+    def __init__(self, length: int, run_seed: int) -> None:
+        self._length, self._run_seed, self._epoch = length, run_seed, 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        key = self._run_seed, self._epoch
+        order = sorted(range(self._length), key=lambda position: keyed_hash("shuffle", *key, position))
+        return ((position, keyed_hash("augment", *key, place) >> 1) for place, position in enumerate(order))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next iteration."""
+        self._epoch = epoch
+
+
+class KShotDataModule(L.LightningDataModule):
+    """Few labelled images a class for training, a validation pool and the test set.
+
+    Batches are (float32 images `[b, 3, size, size]`, int64 labels `[b]`). The test set is opened by the test stage and
+    by nothing before it.
+
+    Args:
+        backbone: whose input size and normalisation the images get; the command line links it to the model's.
+        dataset: a name in the registry: digits, folder, cifar10, cifar100, fashion_mnist.
+        root: the folder of the data set; without it the environment variable NOLA_VISION_DATA. digits needs none.
+        shots: training images a class, or "all" for every image outside the validation pool.
+        split_seed: which draw of training images.
+        run_seed: the order of the training images and their augmentation.
+        batch_size: of training; the last batch of an epoch may be smaller.
+        eval_batch_size: of validation, test and reference images.
+        augmentation: none, light (random crop) or released (what the authors' released code does).
+        flip: let "light" flip images horizontally too; leave it off where left and right carry meaning.
+        num_workers: processes that decode and transform; few-shot sets are faster with 0.
+        download: fetch a missing data set, where torchvision can.
+        memory_limit_mib: how much of the decoded training set is kept in memory; images beyond are decoded each time.
+        test_limit: test on this many images only, evenly spaced over each class, for quick trials.
+
+    Raises:
+        NolaVisionError: an unknown data set, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneSpec,
+        dataset: str = "digits",
+        root: str | None = None,
+        shots: int | Literal["all"] = 5,
+        split_seed: int = 0,
+        run_seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        augmentation: Augmentation = "light",
+        flip: bool = False,
+        num_workers: int = 0,
+        download: bool = False,
+        memory_limit_mib: int = 2048,
+        test_limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("memory_limit_mib", memory_limit_mib, 0),
+        ):
+            if value < least:
+                raise NolaVisionError(f"{name} is {value}, but it must be at least {least}.")
+        self.entry = get_dataset(dataset)
+        self.backbone, self.dataset, self.root, self.download = backbone, dataset, root, download
+        self.shots, self.split_seed, self.run_seed = shots, split_seed, run_seed
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.augmentation, self.flip = augmentation, flip
+        self.memory_limit_mib, self.test_limit = memory_limit_mib, test_limit
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The names by class index; needs no `setup`."""
+        return self.entry.class_names(self.root)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; needs no `setup`."""
+        return len(self.class_names)
+
+    @cached_property
+    def input_config(self) -> InputConfig:
+        """What the backbone takes."""
+        return backbones.input_config(self.backbone)
+
+    def prepare_data(self) -> None:
+        """Downloads what is missing if `download` is set, in one process of a machine."""
+        if self.download:
+            self.entry.open(self.root, "train", download=True)
+
+    def setup(self, stage: str) -> None:
+        """Opens what a stage needs: "fit" and "validate" the training images, "test" the test images.
+
+        Raises:
+            NolaVisionError: files are missing or corrupt, a class has fewer images than shots, or `test_limit` is less
+                than one image a class.
+        """
+        if self.test_limit is not None and self.test_limit < self.num_classes:  # said before training, not after
+            raise NolaVisionError(
+                f"test_limit is {self.test_limit}, but there are {self.num_classes} classes: give one for each."
+            )
+        if stage in ("fit", "validate"):
+            _ = self._train_set
+        elif stage == "test":
+            _ = self._test_set
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The k-shot set, shuffled and augmented."""
+        source, indices, kept = self._train_set
+        subset = ImageSubset(source, indices, train_transform(self.input_config, self.augmentation, self.flip), kept)
+        return self._loader(subset, self.batch_size, EpochSampler(len(indices), self.run_seed))
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The validation pool in order; an empty list, which makes Lightning skip validation, if the pool is empty."""
+        source = self._train_set[0]
+        pool = validation_pool(source.labels)
+        return self._loader(self._plain(source, pool), self.eval_batch_size) if len(pool) else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test set in order."""
+        return self._loader(self._plain(*self._test_set), self.eval_batch_size)
+
+    def reference_dataloader(self) -> DataLoader[Any]:
+        """The k-shot set in order and not augmented: what nearest neighbour compares with."""
+        return self._loader(self._plain(*self._train_set), self.eval_batch_size)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for a run's row and its adapter file; opens the training set if that has not been done.
+
+        Returns:
+            dataset, class_names, transform (size, mean, std, interpolation, crop_pct), counts (train, validation and,
+            if the test set is open, test) and draw, the training images' indices (None where shots is "all").
+        """
+        source, indices, _ = self._train_set
+        counts = {"train": len(indices), "validation": len(validation_pool(source.labels))}
+        if "_test_set" in self.__dict__:
+            counts["test"] = len(self._test_set[1])
+        transform = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self.input_config).items()
+        }
+        return {
+            "dataset": self.dataset,
+            "class_names": list(self.class_names),
+            "transform": transform,
+            "counts": counts,
+            "draw": None if self.shots == "all" else indices.tolist(),
+        }
+
+    @cached_property
+    def _train_set(self) -> tuple[ImageSource, Indices, list[torch.Tensor]]:
+        """The opened training images, the draw and its decoded images."""
+        source = self.entry.open(self.root, "train", self.download)
+        indices = draw(source.labels, self.shots, self.split_seed, source.class_names)
+        small = [source.class_names[label] for label in classes_without_pool(source.labels)]
+        if small:
+            listed = ", ".join(map(repr, small[:5])) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
+            skipped = ", so validation is skipped" if len(small) == self.num_classes else ""
+            _log.warning("Too few images for a share in the validation pool (fewer than 20): %s%s.", listed, skipped)
+        kept = self._plain(source, indices).keep(self.memory_limit_mib * 2**20)
+        return source, indices, kept
+
+    @cached_property
+    def _test_set(self) -> tuple[ImageSource, Indices]:
+        """The opened test images and which of them are used."""
+        source = self.entry.open(self.root, "test", self.download)
+        if self.test_limit is None:
+            return source, np.arange(len(source), dtype=np.int64)
+        return source, evenly_spaced(source.labels, self.test_limit)
+
+    def _plain(self, source: ImageSource, indices: Indices, kept: list[torch.Tensor] | None = None) -> ImageSubset:
+        return ImageSubset(source, indices, eval_transform(self.input_config), kept)
+
+    def _loader(
+        self, subset: ImageSubset, batch_size: int, sampler: Sampler[tuple[int, int]] | None = None
+    ) -> DataLoader[Any]:
+        # A generator of its own: without one, DataLoader draws from the global state at each epoch.
+        return DataLoader(
+            subset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),
+        )

@@ -1,0 +1,90 @@
+"""From a decoded image to what a backbone takes: the evaluation transform and three ways to augment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torchvision.transforms import v2
+
+from nola_vision.backbones import InputConfig
+from nola_vision.errors import NolaVisionError
+
+Augmentation = Literal["none", "light", "released"]
+Transform = Callable[[Any], torch.Tensor]
+
+
+def eval_transform(config: InputConfig) -> Transform:
+    """timm's evaluation transform: resize the shorter side to `floor(size / crop_pct)`, crop the centre, normalise.
+
+    Args:
+        config: what the backbone takes.
+
+    Returns:
+        A function from a PIL image or a uint8 tensor `[3, h, w]` to a normalised float32 tensor `[3, size, size]`.
+
+    Raises:
+        NolaVisionError: the interpolation is one that tensors cannot be resized with.
+    """
+    resize = v2.Resize(math.floor(config.size / config.crop_pct), _interpolation(config), antialias=True)
+    return _compose(config, [resize, v2.CenterCrop(config.size)])
+
+
+def train_transform(config: InputConfig, augmentation: str, flip: bool = False) -> Transform:
+    """The transform of training images. All randomness comes from torch's CPU generator.
+
+    - "none": the evaluation transform.
+    - "light": a random crop of 60 to 100 % of the area, and with `flip` a horizontal flip of every second image.
+    - "released": what the authors' released code does: a crop of 20 to 100 %, colour jitter, grey, blur and a flip.
+
+    Args:
+        config: what the backbone takes.
+        augmentation: one of the names above.
+        flip: add the flip to "light"; leave it off where left and right carry meaning, as in digits.
+
+    Returns:
+        A function as of `eval_transform`.
+
+    Raises:
+        NolaVisionError: an unknown name, or `flip` with "none".
+    """
+    if augmentation not in get_args(Augmentation):
+        names = ", ".join(get_args(Augmentation))
+        raise NolaVisionError(f"There is no augmentation {augmentation!r}: choose one of {names}.")
+    if augmentation == "none":
+        if flip:
+            raise NolaVisionError("flip has no effect with augmentation 'none': use 'light', or leave flip out.")
+        return eval_transform(config)
+    size, interpolation = config.size, _interpolation(config)
+    if augmentation == "light":
+        crop = v2.RandomResizedCrop(size, scale=(0.6, 1.0), interpolation=interpolation, antialias=True)
+        return _compose(config, [crop, v2.RandomHorizontalFlip(0.5)] if flip else [crop])
+    return _compose(
+        config,
+        [
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=interpolation, antialias=True),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+            v2.RandomHorizontalFlip(0.5),
+        ],
+    )
+
+
+def _compose(config: InputConfig, steps: list[torch.nn.Module]) -> Transform:
+    """Puts the common beginning (to a tensor) and end (to normalised float32) around the steps."""
+    end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std), v2.ToPureTensor()]
+    transform: Transform = v2.Compose([v2.ToImage(), *steps, *end])
+    return transform
+
+
+def _interpolation(config: InputConfig) -> v2.InterpolationMode:
+    """timm's name of an interpolation as torchvision's."""
+    if config.interpolation not in ("nearest", "bilinear", "bicubic"):
+        raise NolaVisionError(
+            f"The backbone asks for interpolation {config.interpolation!r}, which cannot be had here: "
+            "choose a backbone with nearest, bilinear or bicubic."
+        )
+    return v2.InterpolationMode(config.interpolation)

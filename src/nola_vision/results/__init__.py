@@ -1,0 +1,1 @@
+"""What a run leaves behind: its identity, its row, and the statistics and tables read from rows. No torch in here."""

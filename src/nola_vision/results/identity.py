@@ -1,0 +1,211 @@
+"""Who a run is: the config of one entry, the name of its cell, its hash and its folder. Pure: no file is touched.
+
+The hashes cover what can change a result. A setting that is left out is left out here, in one place.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from nola_vision.errors import NolaVisionError
+
+Config = dict[str, Any]
+Stage = Literal["final", "search"]
+
+# Not in the hash. `protocol` and `method` are names (they are in the folder's path), `methods` holds the other entries.
+_TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path")
+_DATA_LEFT_OUT = ("root", "num_workers", "download", "memory_limit_mib", "eval_batch_size")
+_TRAINER_LEFT_OUT = (
+    "logger",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "default_root_dir",
+    "log_every_n_steps",
+    "profiler",
+    "callbacks",
+)
+# Classes from here may be written by their short name in a config: both spellings are one run.
+_SHORT_NAME_PACKAGES = ("nola_vision.", "lightning.", "pytorch_lightning.")
+
+
+def resolve(config: Mapping[str, Any], method: str | None = None) -> Config:
+    """Choose one entry of a config.
+
+    Args:
+        config: a config with `methods`. It stays as it was.
+        method: the entry's name; without it the one that the config's `method` names.
+
+    Returns:
+        The run config: a copy in which `method` is the entry's name, `model.method` its `class_path` and `init_args`,
+        and `methods` (with the `learning_rates` to try) is gone.
+
+    Raises:
+        NolaVisionError: no such entry, or an entry without `class_path`.
+    """
+    name = method if method is not None else need(config, "method")
+    settings = entry(config, name)
+    run_config = copy.deepcopy({key: value for key, value in config.items() if key != "methods"})
+    run_config["method"] = name
+    need(run_config, "model")["method"] = {
+        "class_path": settings["class_path"],
+        "init_args": copy.deepcopy(dict(settings.get("init_args") or {})),
+    }
+    return run_config
+
+
+def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the settings of the entry `name`, or raise a NolaVisionError that lists the names close to it."""
+    methods = need(config, "methods")
+    if name not in methods:
+        known = [str(known_name) for known_name in methods]
+        close = difflib.get_close_matches(str(name), known) or known
+        raise NolaVisionError(f"The config has no method {name!r}: choose from {', '.join(close)}.")
+    if not isinstance(name, str) or name != _safe(name):
+        raise NolaVisionError(f"The method name {name!r} must do as a folder's name: use letters, digits and `._+-`.")
+    settings = methods[name]
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("class_path"), str):
+        raise NolaVisionError(f"The method {name!r} has no `class_path`: name its class, such as `class_path: NOLA`.")
+    return settings
+
+
+def need(config: Mapping[str, Any], *path: str) -> Any:
+    """Return the value at `path` (`need(config, "data", "shots")`); a missing or empty one is a NolaVisionError."""
+    value: Any = config
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+        if value is None:
+            raise NolaVisionError(f"The config has no value for `{'.'.join(path)}`: add it.")
+    return value
+
+
+def method_class(run_config: Mapping[str, Any]) -> str:
+    """Return the bare name of the entry's class, such as `NOLA`."""
+    return str(need(run_config, "model", "method", "class_path")).rpartition(".")[2]
+
+
+def has_init(run_config: Mapping[str, Any]) -> bool:
+    """Say whether `run_seed` matters: 1-NN trains nothing, so it has one run a split."""
+    return method_class(run_config) != "NearestNeighbor"
+
+
+def cell_name(run_config: Mapping[str, Any]) -> str:
+    """Return `<backbone tag>-<dataset>-<shots>shot-<protocol>`, safe as a folder's name.
+
+    A local weight file adds its stem (`tag+stem`); the data set `folder` adds its folder's name (`folder.flowers`).
+    """
+    backbone = str(need(run_config, "model", "backbone", "tag"))
+    if file := run_config["model"]["backbone"].get("file"):
+        backbone += f"+{PurePath(file).stem}"
+    dataset = str(need(run_config, "data", "dataset"))
+    if dataset == "folder":
+        dataset += f".{_root_name(run_config)}"
+    shots = need(run_config, "data", "shots")
+    return _safe(f"{backbone}-{dataset}-{shots}shot-{need(run_config, 'protocol')}")
+
+
+def run_hash(run_config: Mapping[str, Any], stage: Stage) -> str:
+    """Return the 10 hex digits that stand for everything in a run config that can change its result."""
+    return _digest({"stage": stage, "config": _relevant(run_config)})
+
+
+def entry_hash(run_config: Mapping[str, Any]) -> str:
+    """Return the hash that all runs of one entry share: that of a run without its split and its seeds.
+
+    A `basis_seed` that follows `run_seed` (null) is left out; a fixed one is a setting of the entry and stays.
+    """
+    config = _relevant(run_config)
+    config["data"].pop("split_seed", None)
+    config["model"].pop("run_seed", None)
+    if config["model"].get("basis_seed") is None:
+        config["model"].pop("basis_seed", None)
+    return _digest(config)
+
+
+def run_folder(out: str | Path, run_config: Mapping[str, Any], stage: Stage) -> Path:
+    """Return `OUT/<cell>/<method name>/split0-init0-<hash>`; 1-NN has no init, a search run the prefix `search-`."""
+    name = f"split{need(run_config, 'data', 'split_seed')}-"
+    if has_init(run_config):
+        name += f"init{need(run_config, 'model', 'run_seed')}-"
+    prefix = "search-" if stage == "search" else ""
+    method = str(need(run_config, "method"))
+    return Path(out) / cell_name(run_config) / method / f"{prefix}{name}{run_hash(run_config, stage)}"
+
+
+def _relevant(run_config: Mapping[str, Any]) -> Config:
+    """Copy a run config without what cannot change its result, each value in its one spelling."""
+    config: Config = {key: value for key, value in run_config.items() if key not in _TOP_LEFT_OUT}
+
+    data = need(run_config, "data")
+    config["data"] = {key: value for key, value in data.items() if key not in _DATA_LEFT_OUT}
+    if data.get("dataset") == "folder":
+        config["data"]["root"] = _root_name(run_config)
+
+    model = dict(need(run_config, "model"))
+    model["backbone"] = dict(need(run_config, "model", "backbone"))
+    if file := model["backbone"].get("file"):
+        model["backbone"]["file"] = PurePath(file).name
+    if not has_init(run_config):
+        model.pop("run_seed", None)
+        model.pop("basis_seed", None)
+    config["model"] = model
+
+    trainer = run_config.get("trainer") or {}
+    config["trainer"] = {
+        key: value for key, value in trainer.items() if key not in _TRAINER_LEFT_OUT and not key.startswith("enable_")
+    }
+    if callbacks := _without_progress_bars(trainer.get("callbacks")):
+        config["trainer"]["callbacks"] = callbacks
+
+    relevant: Config = _canonical(config)
+    return relevant
+
+
+def _without_progress_bars(callbacks: Any) -> list[Any]:
+    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    return [
+        callback
+        for callback in listed
+        if not (isinstance(callback, Mapping) and str(callback.get("class_path")).endswith("ProgressBar"))
+    ]
+
+
+def _canonical(value: Any) -> Any:
+    """Give equal settings one spelling: `1.0` and `1`, a tuple and a list, a class's full and short name."""
+    if isinstance(value, Mapping):
+        plain = {str(key): _canonical(item) for key, item in value.items()}
+        class_path = plain.get("class_path")
+        if isinstance(class_path, str) and class_path.startswith(_SHORT_NAME_PACKAGES):
+            plain["class_path"] = class_path.rpartition(".")[2]
+        return plain
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str | int | float) or value is None:
+        return value
+    if isinstance(value, Iterable):
+        return [_canonical(item) for item in value]
+    return str(value)
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _root_name(run_config: Mapping[str, Any]) -> str:
+    root = need(run_config, "data", "root")
+    name = PurePath(root).name
+    if name in ("", ".."):
+        raise NolaVisionError(f"`data.root: {root}` has no name to call the data set by: write the folder's name out.")
+    return name
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name).lstrip(".") or "_"

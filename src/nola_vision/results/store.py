@@ -1,0 +1,104 @@
+"""Rows on disk: one `row.json` in each run's folder, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from nola_vision.errors import NolaVisionError
+from nola_vision.results.row import Row
+
+ROW_FILE = "row.json"
+
+
+def write_row(folder: str | Path, row: Row) -> Path:
+    """Write `row` as the `row.json` of a run's folder and return its path.
+
+    The row goes to a temporary file first, which then takes the old one's place: a reader, or a crash at any moment,
+    meets the old row or the new one.
+
+    Raises:
+        NolaVisionError: the folder is missing or cannot be written to.
+    """
+    text = row.to_json()
+    path = Path(folder) / ROW_FILE
+    temporary = path.with_name(f".{ROW_FILE}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise NolaVisionError(
+            f"The row cannot be written to {folder} ({error.strerror}): make it a folder one can write to."
+        ) from error
+    finally:
+        _remove(temporary)
+    return path
+
+
+def read_row(path: str | Path) -> Row:
+    """Read one `row.json`.
+
+    Raises:
+        NolaVisionError: it cannot be read, or holds no row.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise NolaVisionError(f"{path} cannot be read ({error.strerror}): check its path and rights.") from error
+    except UnicodeDecodeError:
+        raise NolaVisionError(f"{path} is not JSON: delete it and run again.") from None
+    return Row.from_json(text, path)
+
+
+def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
+    """Read every `row.json` below some folders, in the order of their paths.
+
+    Returns:
+        The rows, and the problems: each path that could not be read with a sentence that says why.
+
+    Raises:
+        NolaVisionError: one of the folders does not exist.
+    """
+    problems: list[tuple[Path, str]] = []
+
+    def unreadable(error: OSError) -> None:
+        path = Path(error.filename)
+        problems.append((path, f"{path} cannot be read ({error.strerror}): check its rights."))
+
+    paths: set[Path] = set()
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise NolaVisionError(f"There is no folder {folder} to read rows from: name the folder that runs went to.")
+        for place, _, files in os.walk(folder, onerror=unreadable):
+            if ROW_FILE in files:
+                paths.add(Path(place).resolve() / ROW_FILE)
+
+    rows = []
+    for path in sorted(paths):
+        try:
+            rows.append(read_row(path))
+        except NolaVisionError as error:
+            problems.append((path, str(error)))
+    return rows, problems
+
+
+def find_row(folder: str | Path) -> Row | None:
+    """Return the row of a run's folder, or None where the run has left none; an unreadable one is a NolaVisionError."""
+    try:
+        return read_row(Path(folder) / ROW_FILE)
+    except NolaVisionError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def _remove(temporary: Path) -> None:
+    try:
+        temporary.unlink(missing_ok=True)
+    except OSError:
+        pass  # the folder cannot be written to, which is being reported already

@@ -1,0 +1,241 @@
+"""One run: from a config to its row. The command line and every sweep engine end here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from nola_vision import methods
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import identity, row
+from nola_vision.results.row import Row
+from nola_vision.results.store import write_row
+from nola_vision.tasks import make_task
+from nola_vision.tasks.classifier import Classifier
+
+set_parsing_settings(subclasses_enabled=[methods.Method])
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI with this project's wiring: one task, one datamodule, one folder for all that a run writes.
+
+    Args:
+        args: command-line arguments, or a run config as a nested dict.
+        folder: where the run writes; None only parses and builds nothing.
+    """
+
+    def __init__(self, args: Sequence[str] | Mapping[str, Any], folder: Path | None = None) -> None:
+        self.folder = folder
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+            super().__init__(
+                make_task,
+                KShotDataModule,
+                args=list(args) if not isinstance(args, Mapping) else dict(args),
+                run=False,
+                save_config_callback=None,  # the row holds the config
+                seed_everything_default=False,  # `model.run_seed` seeds
+                auto_configure_optimizers=False,
+                parser_kwargs={"prog": "nola-vision fit", "exit_on_error": False},
+                trainer_defaults={
+                    "max_epochs": 50,
+                    "num_sanity_val_steps": 0,
+                    "log_every_n_steps": 1,
+                    "enable_model_summary": False,
+                },
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--protocol", type=str, default="default", help="Name of the protocol: part of the cell.")
+        parser.add_argument("--method", type=str, default=None, help="Entry of the config's `methods` to train.")
+        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; they decide rounding.")
+        for field in ("tag", "file", "img_size", "pretrained"):
+            parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
+        parser.link_arguments("model.run_seed", "data.run_seed")
+        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        if self.folder is not None:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        assert self.folder is not None
+        given = self.config_init["trainer"]
+        callbacks: list[L.Callback] = list(_listed(given["callbacks"]))
+        if given["enable_checkpointing"] is not False:
+            callbacks.append(ModelCheckpoint(self.folder / "checkpoints", save_last=True, enable_version_counter=False))
+        if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar(leave=False))
+        loggers: list[Logger] = [CSVLogger(self.folder, name="", version=""), *_listed(given["logger"])]
+        return super().instantiate_trainer(
+            callbacks=callbacks, logger=loggers, default_root_dir=self.folder, **kwargs
+        )
+
+
+def _listed(value: Any) -> list[Any]:
+    """A config's callbacks or loggers as a list; `true`, `false` and null stand for none of one's own."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def parse(args: Sequence[str] | Mapping[str, Any]) -> identity.Config:
+    """The full run config, every default written out, of command-line arguments or of a config.
+
+    Two spellings of one run give the same config, so hashes are taken of what this returns.
+
+    Raises:
+        NolaVisionError: an unknown key, or a value of the wrong type.
+    """
+    try:
+        config = RunCLI(args).config
+    except argparse.ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise NolaVisionError(
+            f"the configuration is not understood: {reason} (nola-vision fit --help lists the options)"
+        ) from error
+    plain: identity.Config = json.loads(json.dumps(config.as_dict(), default=str))
+    plain.pop("config", None)
+    if plain.get("method") is None:
+        plain["method"] = identity.method_class(plain).lower()
+    return plain
+
+
+def build(run_config: identity.Config, folder: Path) -> RunCLI:
+    """Task, datamodule and trainer of a run config, seeded by `model.run_seed`; the run writes to `folder`."""
+    if run_config["threads"] is not None:
+        torch.set_num_threads(run_config["threads"])
+    L.seed_everything(run_config["model"]["run_seed"], verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        return RunCLI(run_config, folder)
+
+
+def run(
+    run_config: identity.Config, out: str | Path, stage: identity.Stage = "final", ckpt_path: str | None = None
+) -> Row:
+    """Trains, validates and (in the final stage) tests one run, and leaves its row whatever happens.
+
+    Args:
+        run_config: what `parse` returns.
+        out: the folder of all runs; this one's own folder in it is `identity.run_folder`.
+        stage: `search` stops before the test set.
+        ckpt_path: resume from this checkpoint, or from `last`.
+
+    Raises:
+        NolaVisionError: after the row is written; so is any other error, and Ctrl-C.
+    """
+    folder = identity.run_folder(out, run_config, stage)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NolaVisionError(f"the folder {folder} cannot be made: {error.strerror}") from error
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    measured: dict[str, Any] = {}
+    status: row.Status = "failed"
+    try:
+        _measure(run_config, folder, stage, ckpt_path, measured)
+        status = "completed"
+    except (KeyboardInterrupt, SystemExit):
+        status, measured["error"] = "interrupted", "interrupted before it ended"
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        measured["error"] = " ".join(str(error).split()) or type(error).__name__
+        raise
+    finally:
+        finished = Row.of(
+            run_config,
+            stage,
+            status,
+            started=started,
+            seconds_total=round(time.perf_counter() - clock, 3),
+            versions=row.environment(),
+            git=row.git_state(),
+            **{"threads": torch.get_num_threads(), **measured},
+        )
+        write_row(folder, finished)
+    return finished
+
+
+def _measure(
+    run_config: identity.Config, folder: Path, stage: identity.Stage, ckpt_path: str | None, measured: dict[str, Any]
+) -> None:
+    """Fills in `measured` as the run goes on, so that a failed run keeps what was known."""
+    built = build(run_config, folder)
+    trainer, task, data = built.trainer, built.model, built.datamodule
+    cuda = trainer.strategy.root_device.type == "cuda"
+    measured["device"] = torch.cuda.get_device_name() if cuda else trainer.strategy.root_device.type
+    measured["learning_rate"] = run_config["model"]["method"]["init_args"].get("lr")
+    measured |= _counts(task)
+
+    if isinstance(task, Classifier):
+        clock = time.perf_counter()
+        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
+        measured["train_loss"] = _number(trainer.callback_metrics.get("train_loss"))
+        if measured["train_loss"] is None:
+            raise NolaVisionError("training ended with a loss that is no number: try a smaller learning rate or scale")
+        if trainer.is_global_zero:
+            measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
+    quiet = {"datamodule": data, "verbose": False}
+    trainer.validate(task, **quiet)
+    measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
+    measured["val_loss"] = _number(trainer.callback_metrics.get("val_loss"))
+    if stage == "final":
+        clock = time.perf_counter()
+        trainer.test(task, **quiet)
+        measured["seconds_test"] = round(time.perf_counter() - clock, 3)
+        measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured["peak_memory_mib"] = round(peak / 2**20, 1)
+    measured["data"] = data.describe()
+
+
+def _counts(task: L.LightningModule) -> dict[str, int]:
+    """Trainable numbers: the adapter's (Full-FT: the backbone's), the head's, and any others."""
+    if not isinstance(task, Classifier):
+        return {"adapter_parameters": 0, "head_parameters": 0, "other_parameters": 0}
+    groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in task.parameter_groups()}
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    adapter, head = groups.get("adapter", 0), groups["head"]
+    return {"adapter_parameters": adapter, "head_parameters": head, "other_parameters": trained - adapter - head}
+
+
+def _number(value: torch.Tensor | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path: str | None) -> None:
+    """Prints a checkpoint's accuracy on the validation pool (`validate`) or the test set (`test`); leaves no row.
+
+    Raises:
+        NolaVisionError: a method that trains was given no checkpoint.
+    """
+    folder = identity.run_folder(out, run_config, "final")
+    if identity.has_init(run_config):
+        ckpt_path = ckpt_path or str(folder / "checkpoints" / "last.ckpt")
+        if not Path(ckpt_path).is_file():
+            raise NolaVisionError(f"there is no checkpoint {ckpt_path}: fit first, or give one by --ckpt_path")
+    built = build(run_config, folder / verb)
+    step = built.trainer.validate if verb == "validate" else built.trainer.test
+    step(built.model, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)

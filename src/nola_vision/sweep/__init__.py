@@ -1,0 +1,1 @@
+"""A grid of runs: planning it (pure) and the engines that carry it out."""

@@ -1,0 +1,178 @@
+"""The grid of a sweep as a list of run specs, and the choice of learning rates from its search runs. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import identity
+from nola_vision.results.row import Row
+from nola_vision.results.statistics import count_once
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run to do. `init` is None for 1-NN, `learning_rate` for a method without one; `config` is its run config."""
+
+    method: str
+    split: int
+    init: int | None
+    stage: identity.Stage
+    learning_rate: float | None
+    config: identity.Config
+    run_hash: str
+
+
+def final_specs(
+    config: Mapping[str, Any],
+    splits: Sequence[int],
+    inits: Sequence[int],
+    methods: Sequence[str],
+    learning_rates: Mapping[str, float],
+) -> list[RunSpec]:
+    """Plan the final runs: every split, method and init, and for 1-NN one run a split.
+
+    Args:
+        config: a config with `methods`.
+        splits: the values of `data.split_seed`.
+        inits: the values of `model.run_seed`; the basis follows it unless the config fixes `model.basis_seed`.
+        methods: names of entries.
+        learning_rates: the chosen rates; an entry without one keeps its own.
+    """
+    specs = []
+    for split in splits:
+        for method in methods:
+            own_inits: Sequence[int | None] = inits if identity.has_init(identity.resolve(config, method)) else [None]
+            for init in own_inits:
+                specs.append(_spec(config, method, split, init, "final", learning_rates.get(method)))
+    return specs
+
+
+def search_specs(config: Mapping[str, Any], methods: Sequence[str]) -> list[RunSpec]:
+    """Plan the search runs: split 0 and init 0, each rate of every entry that has more than one to try."""
+    return [
+        _spec(config, method, 0, 0, "search", rate)
+        for method in methods
+        if len(_rates(config, method)) > 1
+        for rate in _rates(config, method)
+    ]
+
+
+def choose_learning_rates(
+    config: Mapping[str, Any], rows: Iterable[Row], methods: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Choose each entry's learning rate by its search runs.
+
+    The best validation accuracy wins; ties go to the lower validation loss, then to the smaller rate. A failed run is
+    worse than any other. An entry without several rates to try keeps its own, if it has one.
+
+    Args:
+        config: a config with `methods`.
+        rows: rows of any runs; those of this config's search runs are taken, by their hash.
+        methods: the entries to choose for; all of them unless said otherwise.
+
+    Raises:
+        NolaVisionError: a search run has not ended yet, or all those of an entry failed.
+    """
+    searched = {(row.method, row.run_hash): row for row in count_once(rows) if row.stage == "search"}
+    chosen = {}
+    for method in methods if methods is not None else identity.need(config, "methods"):
+        specs = search_specs(config, [method])
+        if specs:
+            chosen[method] = _best_rate(method, specs, searched)
+        elif rates := _rates(config, method):
+            chosen[method] = rates[0]
+    return chosen
+
+
+def parse_range(text: str) -> list[int]:
+    """Read `0-3`, `0,2,5`, `7` or a mix of them as a list of numbers, each once.
+
+    Raises:
+        NolaVisionError: anything else.
+    """
+    numbers: dict[int, None] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise NolaVisionError(f"{text!r} is no range of numbers: write it like 0-3, 0,2,5 or 7.")
+        numbers |= dict.fromkeys(range(first, last + 1))
+    return list(numbers)
+
+
+def parse_methods(text: str, config: Mapping[str, Any]) -> list[str]:
+    """Read `all` or names with commas between them as names of the config's entries, each once.
+
+    Raises:
+        NolaVisionError: the config has no entry of such a name.
+    """
+    names = (
+        list(identity.need(config, "methods")) if text.strip() == "all" else [name.strip() for name in text.split(",")]
+    )
+    for name in names:
+        identity.entry(config, name)
+    return list(dict.fromkeys(names))
+
+
+def _spec(
+    config: Mapping[str, Any], method: str, split: int, init: int | None, stage: identity.Stage, rate: float | None
+) -> RunSpec:
+    run_config = identity.resolve(config, method)
+    identity.need(run_config, "data")["split_seed"] = split
+    if init is not None:
+        run_config["model"]["run_seed"] = init
+    init_args = run_config["model"]["method"]["init_args"]
+    if rate is not None:
+        init_args["lr"] = rate
+    own_rate = init_args.get("lr")
+    return RunSpec(
+        method=method,
+        split=split,
+        init=init,
+        stage=stage,
+        learning_rate=None if own_rate is None else _number(own_rate, method),
+        config=run_config,
+        run_hash=identity.run_hash(run_config, stage),
+    )
+
+
+def _rates(config: Mapping[str, Any], method: str) -> list[float]:
+    """Return the rates that an entry has to try, each once; without a list its own rate, if it has one."""
+    settings = identity.entry(config, method)
+    own_rate = (settings.get("init_args") or {}).get("lr")
+    listed = settings.get("learning_rates") or ([] if own_rate is None else [own_rate])
+    if not isinstance(listed, list):
+        raise NolaVisionError(f"`learning_rates` of {method!r} is no list: write it like [0.005, 0.001].")
+    return list(dict.fromkeys(_number(rate, method) for rate in listed))
+
+
+def _number(rate: Any, method: str) -> float:
+    try:
+        return float(rate)  # YAML reads 5e-3, without a point, as text
+    except (TypeError, ValueError):
+        raise NolaVisionError(f"{rate!r} is no learning rate for {method!r}: write a number.") from None
+
+
+def _best_rate(method: str, specs: list[RunSpec], searched: Mapping[tuple[str, str], Row]) -> float:
+    ranked = []
+    for spec in specs:
+        row = searched.get((method, spec.run_hash))
+        if row is None or row.status == "interrupted" or spec.learning_rate is None:
+            raise NolaVisionError(
+                f"The search run of {method!r} at learning rate {spec.learning_rate} has not ended: sweep again."
+            )
+        accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
+        ranked.append((-accuracy, _or(row.val_loss, math.inf), spec.learning_rate))
+    best = min(ranked)
+    if best[0] == math.inf:
+        raise NolaVisionError(f"All search runs of {method!r} failed: see `error` in their rows, mend it, run again.")
+    return best[2]
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return value if value is not None and math.isfinite(value) else otherwise

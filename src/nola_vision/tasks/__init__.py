@@ -1,0 +1,45 @@
+"""The LightningModules: one that trains and one that compares features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from nola_vision.backbones import BackboneSpec
+from nola_vision.methods import Method, NearestNeighbor
+from nola_vision.tasks.classifier import Classifier
+from nola_vision.tasks.nearest import NearestNeighborClassifier
+
+
+def make_task(
+    backbone: BackboneSpec,
+    method: Method,
+    class_names: Sequence[str],
+    run_seed: int = 0,
+    basis_seed: int | None = None,
+    optimizer: OptimizerCallable = torch.optim.Adam,
+    label_smoothing: float = 0.1,
+    warmup_epochs: int = 5,
+    min_lr: float = 1e-6,
+) -> L.LightningModule:
+    """The LightningModule of a method.
+
+    Args:
+        backbone: the pretrained model.
+        method: what to train, one of NearestNeighbor, LinearProbe, FullFinetune, LoRA, NOLA.
+        class_names: the classes, in the order of the labels; the command line takes them from the data.
+        run_seed: sets the head's start, LoRA's A, the order of the images and their augmentation.
+        basis_seed: sets NOLA's basis; `run_seed` if not given.
+        optimizer: an optimizer class; its learning rates are the method's.
+        label_smoothing: of the training cross-entropy, from 0 to 1.
+        warmup_epochs: epochs over which the learning rate rises linearly.
+        min_lr: where the cosine ends.
+    """
+    if isinstance(method, NearestNeighbor):
+        return NearestNeighborClassifier(backbone, class_names)
+    return Classifier(
+        backbone, method, class_names, run_seed, basis_seed, optimizer, label_smoothing, warmup_epochs, min_lr
+    )

@@ -1,0 +1,115 @@
+"""The LightningModule that trains an adapter and a head (or only a head, or everything)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torchmetrics.classification import MulticlassAccuracy
+
+from nola_vision.backbones import BackboneSpec
+from nola_vision.errors import NolaVisionError
+from nola_vision.methods import FullFinetune, LinearProbe, Method
+from nola_vision.model import adapt
+
+
+class Classifier(L.LightningModule):
+    """Cross-entropy on the labels; linear warm-up, then a cosine to `min_lr`, step by step. See `make_task`."""
+
+    def __init__(
+        self,
+        backbone: BackboneSpec,
+        method: Method,
+        class_names: Sequence[str],
+        run_seed: int = 0,
+        basis_seed: int | None = None,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        label_smoothing: float = 0.1,
+        warmup_epochs: int = 5,
+        min_lr: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.model = adapt(backbone, method, class_names, run_seed, basis_seed)
+        self.method, self.optimizer = method, optimizer
+        self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
+        self.accuracy = nn.ModuleDict(
+            # the paper's top-1 is over images, not over classes
+            {stage: MulticlassAccuracy(len(class_names), average="micro") for stage in ("val", "test")}
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy = self.accuracy[stage]
+        accuracy(logits, labels)
+        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), on_epoch=True, batch_size=len(labels))
+        self.log(f"{stage}_accuracy", accuracy, on_epoch=True, batch_size=len(labels), prog_bar=True)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters with their learning rates: the adapter's (or the backbone's) and the head's."""
+        method, stack = self.method, self.model.stack
+        lr: float = method.lr  # type: ignore[attr-defined]
+        body = list(self.model.backbone.parameters()) if isinstance(method, FullFinetune) else stack.adapter_parameters()
+        head_lr = getattr(method, "head_lr", None)
+        groups = [{"params": stack.head_parameters(), "lr": lr if head_lr is None else head_lr, "name": "head"}]
+        if not isinstance(method, LinearProbe):
+            groups.insert(0, {"params": [p for p in body if p.requires_grad], "lr": lr, "name": "adapter"})
+        return groups
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameter_groups())
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise NolaVisionError("the cosine schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
+        warmup = min(self.warmup_epochs * self.trainer.num_training_batches, int(steps) - 1)
+        schedule: LRScheduler = CosineAnnealingLR(optimizer, max(1, int(steps) - warmup), eta_min=self.min_lr)
+        if warmup > 0:
+            rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+            schedule = SequentialLR(optimizer, [rise, schedule], milestones=[warmup])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # --- checkpoints hold what is trained; the backbone comes back from its tag, the basis from its seed -----------
+
+    @property
+    def strict_loading(self) -> bool:
+        return False
+
+    def _kept(self, names: Sequence[str]) -> set[str]:
+        everything = isinstance(self.method, FullFinetune)
+        return {name for name in names if everything or not name.startswith("model.backbone.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in self._kept(list(state))}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, stored = self.state_dict(), checkpoint["state_dict"]
+        wrong = self._kept(list(own)) ^ set(stored) or {n for n in stored if own[n].shape != stored[n].shape}
+        if wrong:
+            raise NolaVisionError(
+                f"the checkpoint was written by another backbone, method or set of classes: {min(wrong)} does not fit; "
+                "use the config it was trained with"
+            )

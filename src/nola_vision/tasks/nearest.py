@@ -1,0 +1,65 @@
+"""1-NN on the frozen backbone's features: nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from nola_vision.backbones import BackboneSpec, create_backbone
+
+
+class NearestNeighborClassifier(L.LightningModule):
+    """The label of the training image whose pre-logits features have the largest cosine with the image's.
+
+    The training images come from the datamodule's `reference_dataloader`, without augmentation.
+
+    Args:
+        backbone: the pretrained model.
+        class_names: the classes, in the order of the labels.
+    """
+
+    def __init__(self, backbone: BackboneSpec, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone = create_backbone(backbone)
+        self.accuracy = nn.ModuleDict(
+            {stage: MulticlassAccuracy(len(class_names), average="micro") for stage in ("val", "test")}
+        )
+        self._reference: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Unit features `[batch, features]`."""
+        return F.normalize(self.backbone(images).float(), dim=-1)
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        batches = [
+            (self(images.to(self.device)), labels.to(self.device))
+            for images, labels in self.trainer.datamodule.reference_dataloader()  # type: ignore[attr-defined]
+        ]
+        self._reference = (torch.cat([f for f, _ in batches]), torch.cat([y for _, y in batches]))
+
+    on_validation_start = on_test_start = _remember
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        images, labels = batch
+        assert self._reference is not None
+        features, known = self._reference
+        nearest = (self(images) @ features.t()).argmax(dim=1)
+        accuracy = self.accuracy[stage]
+        accuracy(known[nearest], labels)
+        self.log(f"{stage}_accuracy", accuracy, on_epoch=True, batch_size=len(labels), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        return None

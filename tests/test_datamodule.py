@@ -1,0 +1,325 @@
+"""The data module and the transforms: what a batch is, and that nothing but the seeds decides it."""
+
+import json
+import random
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from nola_vision.backbones import BackboneSpec, InputConfig
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.datasets import Digits, ImageSource
+from nola_vision.data.kshot import draw, validation_pool
+from nola_vision.data.transforms import eval_transform, train_transform
+from nola_vision.errors import NolaVisionError
+
+CONFIG = InputConfig(size=10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
+SPEC = BackboneSpec(tag="test_vit")
+
+
+def module(**options: object) -> KShotDataModule:
+    made = KShotDataModule(SPEC, **{"shots": 2, "batch_size": 8, **options})  # type: ignore[arg-type]
+    made.input_config = CONFIG
+    return made
+
+
+def epoch_of(data: KShotDataModule, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    return list(loader)
+
+
+def same(left: list[tuple[torch.Tensor, torch.Tensor]], right: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(left, right, strict=True)
+    )
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The splits of digits that were opened, in order."""
+    splits: list[str] = []
+    original = Digits.open
+    monkeypatch.setattr(
+        Digits, "open", lambda self, root, split, *rest: splits.append(split) or original(self, root, split, *rest)
+    )
+    return splits
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The indices of the images that were decoded, in order."""
+    indices: list[int] = []
+    original = ImageSource.image
+    monkeypatch.setattr(ImageSource, "image", lambda self, index: indices.append(index) or original(self, index))
+    return indices
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path) -> Path:
+    """Two classes of four images of different sizes: too few for a validation pool."""
+    for split in ("train", "test"):
+        for label, name in enumerate(("été", "an ant")):
+            for number in range(4):
+                path = tmp_path / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (9 + number, 12 + label), (50 * number, 99, 0)).save(path)
+    return tmp_path
+
+
+def test_batches_have_the_promised_shapes_and_keep_the_last() -> None:
+    data = module()
+    batches = epoch_of(data, 0)
+    assert [len(labels) for _, labels in batches] == [8, 8, 4]
+    assert all(images.shape[1:] == (3, 10, 10) and images.dtype == torch.float32 for images, _ in batches)
+    assert all(type(images) is torch.Tensor and labels.dtype == torch.int64 for images, labels in batches)
+    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted([*range(10)] * 2)
+    assert [len(labels) for _, labels in module(batch_size=64).train_dataloader()] == [20]
+
+
+def test_loaders_serve_the_right_images() -> None:
+    data, source = module(), Digits().open(None, "train")
+    transform = eval_transform(CONFIG)
+    for loader, indices in (
+        (data.reference_dataloader(), draw(source.labels, 2, 0)),
+        (data.val_dataloader(), validation_pool(source.labels)),
+    ):
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert labels.tolist() == source.labels[indices].tolist()
+        assert torch.equal(images, torch.stack([transform(source.image(int(index))) for index in indices]))
+    test = Digits().open(None, "test")
+    images, labels = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
+    assert labels.tolist() == test.labels.tolist()
+    assert torch.equal(images[-1], transform(test.image(898)))
+
+
+def test_classes_need_no_setup(opened: list[str], small_tree: Path) -> None:
+    data = module()
+    assert data.num_classes == 10 and data.class_names == tuple("0123456789")
+    assert module(dataset="folder", root=str(small_tree)).class_names == ("an ant", "été")
+    assert opened == []
+
+
+def test_the_test_set_is_opened_by_the_test_stage_only(opened: list[str]) -> None:
+    data = module()
+    for stage in ("fit", "validate", "predict", "fit"):
+        data.setup(stage)
+    data.train_dataloader(), data.val_dataloader(), data.reference_dataloader()
+    assert opened == ["train"]
+    assert data.describe()["counts"] == {"train": 20, "validation": 177}
+    data.setup("test")
+    data.test_dataloader()
+    assert opened == ["train", "test"]
+    assert data.describe()["counts"] == {"train": 20, "validation": 177, "test": 899}
+    only = module()
+    only.setup("test")
+    assert opened == ["train", "test", "test"]
+
+
+def test_training_images_are_decoded_once(decoded: list[int]) -> None:
+    data = module()
+    data.setup("fit")
+    assert sorted(decoded) == sorted(data.describe()["draw"])
+    decoded.clear()
+    epoch_of(data, 0), epoch_of(data, 1), list(data.reference_dataloader())
+    assert decoded == []
+
+
+def test_memory_limit(decoded: list[int], small_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, reference = (module(dataset="folder", root=str(small_tree), shots=3) for _ in range(2))
+    data.memory_limit_mib = (9 * 12 * 3 * 2 + 400) / 2**20  # type: ignore[assignment]
+    data.setup("fit")
+    decoded.clear()
+    first = epoch_of(data, 0)
+    assert 0 < len(decoded) < 6
+    assert same(first, epoch_of(reference, 0))
+
+
+def test_run_seed_and_epoch_decide_the_batches() -> None:
+    first = epoch_of(module(), 3)
+    assert same(first, epoch_of(module(), 3))
+    order = [torch.cat([labels for _, labels in epoch]).tolist() for epoch in (first, epoch_of(module(), 4))]
+    assert order[0] != order[1]
+    other = module(run_seed=1)
+    assert other.describe()["draw"] == module().describe()["draw"]
+    assert not same(first, epoch_of(other, 3))
+    assert module(split_seed=1).describe()["draw"] != module().describe()["draw"]
+    orders = {
+        tuple(torch.cat([labels for _, labels in epoch_of(module(augmentation="none"), e)]).tolist()) for e in range(9)
+    }
+    assert len(orders) == 9
+
+
+@pytest.mark.parametrize("augmentation", ["light", "released"])
+def test_augmentation_differs_between_epochs_and_images(augmentation: str) -> None:
+    data = module(augmentation=augmentation, shots=1, batch_size=10)
+    (first, labels), (second, others) = epoch_of(data, 0)[0], epoch_of(data, 1)[0]
+    assert not torch.equal(first[labels.argsort()], second[others.argsort()])
+    data._train_set[2][:] = [data._train_set[2][0]] * 10  # ten times one image
+    (images, _), *_ = epoch_of(data, 0)
+    assert len({image.numpy().tobytes() for image in images}) > 5  # digits are small: some crops coincide
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "released"])
+def test_global_random_state_is_neither_read_nor_set(augmentation: str) -> None:
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+        before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
+        data = module(augmentation=augmentation)
+        data.setup("fit")
+        results.append([*epoch_of(data, 0), *data.val_dataloader(), *data.reference_dataloader()])
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert (str(np.random.get_state()), random.getstate()) == before[1:]
+    assert same(*results)
+
+
+def test_workers_change_nothing() -> None:
+    assert same(
+        epoch_of(module(augmentation="released"), 1), epoch_of(module(augmentation="released", num_workers=2), 1)
+    )
+
+
+class Recorder(L.LightningModule):
+    """Records what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.validated = 0
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
+        self.seen.setdefault(self.current_epoch, []).append(batch)
+        return (self.weight - 1).square().sum()
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> None:
+        self.validated += 1
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(data: KShotDataModule, folder: Path, epochs: int, resume: Path | None = None) -> Recorder:
+    recorder = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[ModelCheckpoint(folder, save_last=True)], num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(recorder, datamodule=data, ckpt_path=resume)
+    return recorder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = fit(module(), tmp_path / "whole", 3)
+    fit(module(), tmp_path / "part", 2)
+    torch.manual_seed(99)
+    resumed = fit(module(), tmp_path / "part", 3, tmp_path / "part/last.ckpt")
+    assert sorted(whole.seen) == [0, 1, 2] and sorted(resumed.seen) == [2]
+    assert same(whole.seen[2], resumed.seen[2]) and not same(whole.seen[1], whole.seen[2])
+    assert same(whole.seen[2], epoch_of(module(), 2))
+    assert whole.validated == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_small_classes_skip_validation_and_say_so(
+    small_tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = module(dataset="folder", root=str(small_tree))
+    assert fit(data, tmp_path / "run", 1).validated == 0
+    assert data.val_dataloader() == []
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("nola_vision")]
+    assert said == [
+        "Too few images for a share in the validation pool (fewer than 20): 'an ant', 'été', so validation is skipped."
+    ]
+
+
+def test_test_limit_is_balanced_and_refused_before_training() -> None:
+    data = module(test_limit=30)
+    (_, labels), *_ = data.test_dataloader()
+    assert np.bincount(labels).tolist() == [3] * 10
+    with pytest.raises(NolaVisionError, match="test_limit is 9, but there are 10 classes"):
+        module(test_limit=9).setup("fit")
+
+
+def test_describe_is_plain(small_tree: Path) -> None:
+    described = module().describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described["transform"] == {
+        "size": 10, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "crop_pct": 0.9
+    }  # fmt: skip
+    assert described["draw"] == draw(Digits().open(None, "train").labels, 2, 0).tolist()
+    everything = module(dataset="folder", root=str(small_tree), shots="all").describe()
+    assert everything["draw"] is None and everything["counts"] == {"train": 8, "validation": 0}
+
+
+def test_mistakes_are_said(small_tree: Path) -> None:
+    with pytest.raises(NolaVisionError, match="no data set 'digit': did you mean digits"):
+        module(dataset="digit")
+    with pytest.raises(NolaVisionError, match="batch_size is 0, but it must be at least 1"):
+        module(batch_size=0)
+    with pytest.raises(NolaVisionError, match="'an ant' has 4, 'été' has 4: use 4 shots or fewer"):
+        module(dataset="folder", root=str(small_tree), shots=5).setup("fit")
+    (small_tree / "train/été/2.png").write_bytes(b"")
+    with pytest.raises(NolaVisionError, match=r"Cannot decode the image .*train/été/2\.png"):
+        module(dataset="folder", root=str(small_tree), shots=4).setup("fit")
+    with pytest.raises(NolaVisionError, match=r"no augmentation 'heavy': choose one of none, light, released"):
+        module(augmentation="heavy").train_dataloader()
+    with pytest.raises(NolaVisionError, match="flip has no effect with augmentation 'none'"):
+        module(augmentation="none", flip=True).train_dataloader()
+    with pytest.raises(NolaVisionError, match="interpolation 'lanczos'"):
+        eval_transform(InputConfig(8, (0, 0, 0), (1, 1, 1), "lanczos", 1.0))
+
+
+def test_the_command_line_builds_it() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(KShotDataModule, "data")
+    for text, shots in (("all", "all"), ("7", 7)):
+        parsed = parser.parse_args(["--data.backbone.tag", "some_vit", "--data.shots", text])
+        data = parser.instantiate(parsed).data
+        assert (data.shots, data.backbone.tag, data.dataset) == (shots, "some_vit", "digits")
+
+
+@pytest.mark.parametrize(("width", "height"), [(53, 37), (29, 64), (31, 31)])
+def test_eval_transform_is_timms(width: int, height: int) -> None:
+    from timm.data import create_transform
+
+    config = InputConfig(size=23, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
+    image = Image.fromarray(np.random.default_rng(0).integers(90, 160, (height, width, 3), dtype=np.uint8))
+    theirs = create_transform(
+        config.size, mean=config.mean, std=config.std, interpolation=config.interpolation, crop_pct=config.crop_pct
+    )(image)
+    ours = eval_transform(config)(image)
+    # Pillow and torch round separately: at most one level apart, where no overshoot is cut off.
+    assert ours.shape == theirs.shape == (3, 23, 23)
+    assert ((ours - theirs).abs() * torch.tensor(config.std)[:, None, None]).max() <= 1.01 / 255
+
+
+def test_normalisation_by_hand() -> None:
+    flat = eval_transform(CONFIG)(Image.new("RGB", (12, 15), (255, 51, 0)))
+    assert type(flat) is torch.Tensor and flat.dtype == torch.float32
+    expected = torch.tensor([(1 - 0.5) / 0.2, (0.2 - 0.4) / 0.3, (0 - 0.3) / 0.4])
+    assert torch.allclose(flat, expected[:, None, None].expand(3, 10, 10), atol=1e-6)
+
+
+def test_only_flip_flips() -> None:
+    """A picture dark on the left and bright on the right shows which transforms turn it round."""
+    ramp = Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (60, 1, 3)))
+
+    def turned(augmentation: str, flip: bool) -> int:
+        transform = train_transform(CONFIG, augmentation, flip)
+        images = [transform(ramp).mean(dim=(0, 1)) for _ in range(40)]
+        return sum(bool(image[-1] < image[0]) for image in images)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        assert turned("none", False) == 0 and turned("light", False) == 0
+        assert 8 < turned("light", True) < 32
+        assert 8 < turned("released", False) < 32

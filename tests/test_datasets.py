@@ -1,0 +1,260 @@
+"""The registry of data sets: what is opened, how images are decoded, and what is said when files are wrong."""
+
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from nola_vision.data import datasets
+from nola_vision.data.datasets import DATASETS, get_dataset
+from nola_vision.errors import NolaVisionError
+
+
+def save(path: Path, image: Image.Image | None = None, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.new("RGB", (5, 4), (10, 20, 30))).save(path, **options)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(datasets.ROOT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two classes, one with a space and an accent, files made in an unsorted order."""
+    for name in ("train/naïve bée/b.png", "train/ant/z.JPG", "train/ant/a.png", "train/ant/deep/er.png"):
+        save(tmp_path / name)
+    for name in ("test/naïve bée/1.png", "test/ant/1.png", "test/ant/2.png"):
+        save(tmp_path / name)
+    return tmp_path
+
+
+def test_digits_are_split_as_in_scikit_learns_example() -> None:
+    bunch = load_digits()
+    train, test = DATASETS["digits"].open(None, "train"), DATASETS["digits"].open(None, "test")
+    assert (len(train), len(test)) == (898, 899)
+    assert (np.concatenate([train.labels, test.labels]) == bunch.target).all()
+    assert train.labels.dtype == np.int64
+    image = test.image(3)
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+    assert np.abs(np.asarray(image)[..., 1] - bunch.images[901] * 255 / 16).max() <= 0.5
+    assert test.where(3) == "digits[3]"
+    assert train.class_names == DATASETS["digits"].class_names(None) == tuple("0123456789")
+
+
+def test_folder_is_sorted_and_skips_what_is_no_image(tree: Path) -> None:
+    save(tree / "train/ant/.hidden.png")
+    save(tree / "train/ant/.cache/x.png")
+    (tree / "train/.git").mkdir()
+    (tree / "train/ant/notes.txt").write_text("no image")
+    (tree / "train/readme.md").write_text("no class")
+    source = DATASETS["folder"].open(str(tree), "train")
+    assert source.class_names == DATASETS["folder"].class_names(str(tree)) == ("ant", "naïve bée")
+    found = [Path(source.where(index)).relative_to(tree / "train").as_posix() for index in range(len(source))]
+    assert found == ["ant/a.png", "ant/deep/er.png", "ant/z.JPG", "naïve bée/b.png"]
+    assert source.labels.tolist() == [0, 0, 0, 1]
+    assert DATASETS["folder"].open(str(tree), "test").labels.tolist() == [0, 0, 1]
+
+
+def test_folder_order_is_not_the_file_systems(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, listdir, walk = DATASETS["folder"], os.listdir, os.walk
+    plain = [entry.open(str(tree), "train").where(index) for index in range(4)]
+    monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=True))
+    monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in list(walk(*a, **k))[::-1]))
+    assert [entry.open(str(tree), "train").where(index) for index in range(4)] == plain
+
+
+def test_folder_takes_val_where_there_is_no_test(tree: Path) -> None:
+    (tree / "test").rename(tree / "val")
+    assert "/val/" in Path(DATASETS["folder"].open(str(tree), "test").where(0)).as_posix()
+
+
+def test_root_from_the_environment(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NolaVisionError, match="pass --data.root FOLDER or set NOLA_VISION_DATA"):
+        DATASETS["folder"].open(None, "train")
+    monkeypatch.setenv("NOLA_VISION_DATA", str(tree))
+    assert len(DATASETS["folder"].open(None, "train")) == 4
+
+
+def test_folder_says_what_is_wrong(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = DATASETS["folder"]
+    with pytest.raises(NolaVisionError, match=r"Cannot read the folder .*nowhere/train \(No such file"):
+        entry.open(str(tree / "nowhere"), "train")
+    save(tree / "test/wasp/1.png")
+    for split in ("train", "test"):  # also when the training images are opened: before training, not after
+        with pytest.raises(NolaVisionError, match="same class folders, but 'wasp' is only in .*test: mend the names"):
+            entry.open(str(tree), split)
+    (tree / "train/wasp").mkdir()
+    with pytest.raises(NolaVisionError, match=r"train/wasp has no images \(.*\.png.*add some, or remove the folder"):
+        entry.open(str(tree), "train")
+    (tree / "bare/train").mkdir(parents=True)
+    with pytest.raises(
+        NolaVisionError, match=r"bare/train has no class folders: put images there as .*<class>/<image>"
+    ):
+        entry.class_names(str(tree / "bare"))
+    save(tree / "train/wasp/1.png")
+    scandir = os.scandir
+
+    def deny(path: str) -> object:
+        if str(path).endswith("wasp"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(NolaVisionError, match=r"Cannot read the folder .*wasp \(Permission denied\)"):
+        entry.open(str(tree), "train")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "gone"])
+def test_a_bad_image_is_named(tree: Path, damage: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    path = save(tree / "train/ant/a.png", Image.fromarray(noise))
+    source = DATASETS["folder"].open(str(tree), "train")
+    assert (np.asarray(source.image(0)) == noise).all()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:900] if damage == "truncated" else b"this is no image")
+    with pytest.raises(
+        NolaVisionError, match=r"Cannot decode the image .*train/ant/a\.png .*: mend, replace or remove"
+    ):
+        source.image(0)
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 100, 50, 1, 2, 3])
+    image.putpixel((1, 0), 1)
+    return image
+
+
+GREY16 = Image.fromarray(np.array([[25700, 65535]], dtype=np.uint16))
+GREY32 = Image.fromarray(np.array([[25700, 65535]], dtype=np.int32))
+GREYS = [[100, 100, 100], [255, 255, 255]]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "image", "options", "expected"),
+    [
+        ("grey.png", "L", Image.fromarray(np.array([[100, 255]], dtype=np.uint8)), {}, GREYS),
+        ("bits.png", "1", Image.fromarray(np.array([[False, True]])), {}, [[0, 0, 0], [255, 255, 255]]),
+        ("grey_alpha.png", "LA", Image.new("LA", (2, 1), (100, 0)), {}, [[100, 100, 100]] * 2),
+        ("alpha.png", "RGBA", Image.new("RGBA", (2, 1), (10, 20, 30, 0)), {}, [[10, 20, 30]] * 2),
+        ("palette.png", "P", palette(), {}, [[200, 100, 50], [1, 2, 3]]),
+        ("clear.png", "P", palette(), {"transparency": b"\x00\x80"}, [[200, 100, 50], [1, 2, 3]]),
+        ("clear.gif", "P", palette(), {"transparency": 1}, [[200, 100, 50], [1, 2, 3]]),
+        ("grey16.png", "I;16", GREY16, {}, GREYS),
+        ("grey16.tif", "I;16", GREY16, {}, GREYS),
+        ("grey32.tif", "I", GREY32, {}, GREYS),
+        ("print.tif", "CMYK", Image.new("CMYK", (2, 1), (255, 0, 0, 0)), {}, [[0, 255, 255]] * 2),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
+def test_image_modes(
+    tree: Path, name: str, mode: str, image: Image.Image, options: dict[str, object], expected: list[list[int]]
+) -> None:
+    path = save(tree / "train/ant" / f"0{name}", image, **options)
+    with Image.open(path) as stored:
+        assert stored.mode == mode
+    decoded = DATASETS["folder"].open(str(tree), "train").image(0)
+    assert decoded.mode == "RGB"
+    assert np.asarray(decoded)[0].tolist() == expected
+
+
+def test_pixels_without_a_white_are_refused(tree: Path) -> None:
+    save(tree / "train/ant/0.tif", Image.fromarray(np.array([[0.5]], dtype=np.float32)))
+    with pytest.raises(NolaVisionError, match=r"ant/0\.tif .*pixel mode F has no agreed white"):
+        DATASETS["folder"].open(str(tree), "train").image(0)
+    save(tree / "train/ant/0.tif", Image.fromarray(np.array([[70000]], dtype=np.int32)))
+    with pytest.raises(NolaVisionError, match="pixel mode I has no agreed white"):
+        DATASETS["folder"].open(str(tree), "train").image(0)
+
+
+def test_exif_orientation_is_applied(tree: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    image = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]], dtype=np.uint8))
+    save(tree / "train/ant/0.png", image, exif=exif)
+    upright = DATASETS["folder"].open(str(tree), "train").image(0)
+    assert np.asarray(upright).tolist() == [[[255, 0, 0]], [[0, 0, 255]]]
+
+
+def test_fashion_mnist_is_read(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    for name, labels in (("train", [9, 0, 4]), ("t10k", [1, 2, 3])):
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 3, 28, 28) + pixels.tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 3) + bytes(labels))
+    source = get_dataset("fashion_mnist").open(str(tmp_path), "train")
+    assert source.labels.tolist() == [9, 0, 4]
+    assert get_dataset("fashion_mnist").open(str(tmp_path), "test").labels.tolist() == [1, 2, 3]
+    assert (np.asarray(source.image(1)) == pixels[1][..., None]).all()
+    assert source.class_names[9] == "Ankle boot"
+    (raw / "train-images-idx3-ubyte").write_bytes(b"damaged")
+    with pytest.raises(NolaVisionError, match="Cannot read FashionMNIST in "):
+        get_dataset("fashion_mnist").open(str(tmp_path), "train")
+
+
+def test_cifar_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # the real files have known checksums
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+    for reader, key in ((CIFAR10, "labels"), (CIFAR100, "fine_labels")):
+        folder = tmp_path / reader.base_folder
+        folder.mkdir()
+        for name, _ in [*reader.train_list, *reader.test_list]:
+            (folder / name).write_bytes(pickle.dumps({"data": pixels.reshape(2, -1), key: [7, 3]}))
+    for name, images in (("cifar10", 10), ("cifar100", 2)):
+        source = get_dataset(name).open(str(tmp_path), "train")
+        assert source.labels.tolist() == [7, 3] * (images // 2)
+        assert (np.asarray(source.image(1)).transpose(2, 0, 1) == pixels[1]).all()
+        assert len(get_dataset(name).open(str(tmp_path), "test")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "folder"),
+    [
+        ("cifar10", 10, "cifar-10-batches-py"),
+        ("cifar100", 100, "cifar-100-python"),
+        ("fashion_mnist", 10, "FashionMNIST/raw"),
+    ],
+)
+def test_missing_files_are_named_with_both_mends(tmp_path: Path, name: str, classes: int, folder: str) -> None:
+    names = get_dataset(name).class_names(None)  # the names need no files
+    assert len(set(names)) == len(names) == classes
+    if name != "fashion_mnist":
+        assert list(names) == sorted(names)  # as the makers number them
+    with pytest.raises(NolaVisionError) as caught:
+        get_dataset(name).open(str(tmp_path), "test")
+    message = str(caught.value)
+    assert str(tmp_path) in message and f"put its files into {tmp_path / folder} (" in message
+    assert "or pass --data.download true" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_download_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10
+
+    asked = []
+    monkeypatch.setattr(CIFAR10, "download", lambda self: asked.append(self.root))
+    for download in (False, True):
+        with pytest.raises(NolaVisionError):
+            get_dataset("cifar10").open(str(tmp_path), "train", download)
+        assert len(asked) == download
+
+
+def test_unknown_names_get_a_hint() -> None:
+    with pytest.raises(NolaVisionError, match=r"no data set 'cifar1': did you mean .*cifar10"):
+        get_dataset("cifar1")
+    with pytest.raises(NolaVisionError, match="choose one of cifar10, cifar100, digits, fashion_mnist, folder"):
+        get_dataset("xyz")

@@ -1,0 +1,80 @@
+"""The quick-start backbone: it loads from the package alone, and no character with a numeric value was a class."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from nola_vision.glyph_vit import WEIGHTS
+
+NAME = "vit_glyph_patch4_32.glyphs"
+CLASSES = Path(__file__).parents[1] / "scripts" / "pretrain_glyphs_classes.txt"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download would be an error."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the packaged weights need no network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+def characters() -> list[str]:
+    """The characters in the class list, without its heading."""
+    lines = [line for line in CLASSES.read_text(encoding="utf-8").splitlines() if not line.startswith("# ")]
+    return [chr(int(line.split("\t")[0].removeprefix("U+"), 16)) for line in lines]
+
+
+def test_is_registered() -> None:
+    assert timm.is_model("vit_glyph_patch4_32")
+    assert NAME in timm.list_pretrained("vit_glyph*")
+
+
+def test_loads_offline_with_finite_features() -> None:
+    model = timm.create_model(NAME, pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        features = model(torch.rand(2, 3, 32, 32) * 2 - 1)
+    assert features.shape == (2, model.num_features) == (2, 160)
+    assert features.isfinite().all()
+    assert features[0].sub(features[1]).abs().max() > 0
+
+
+def test_weights_are_the_packaged_ones() -> None:
+    first, second = (timm.create_model(NAME, pretrained=True, num_classes=0).state_dict() for _ in range(2))
+    random = timm.create_model(NAME, pretrained=False, num_classes=0).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["blocks.0.attn.qkv.weight"], random["blocks.0.attn.qkv.weight"])
+
+
+def test_takes_a_new_head() -> None:
+    model = timm.create_model(NAME, pretrained=True, num_classes=7)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+def test_data_config() -> None:
+    config = timm.data.resolve_model_data_config(timm.create_model(NAME, pretrained=False))
+    assert config["input_size"] == (3, 32, 32)
+    assert config["mean"] == config["std"] == (0.5, 0.5, 0.5)
+    assert config["crop_pct"] == 1.0
+
+
+def test_is_small() -> None:
+    model = timm.create_model(NAME, pretrained=False, num_classes=0)
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
+    assert WEIGHTS.stat().st_size < 6e6
+
+
+def test_class_list_holds_no_numeric_character() -> None:
+    listed = characters()
+    assert len(listed) > 1000
+    assert len(listed) == len(set(listed))
+    for char in listed:
+        for part in char + unicodedata.normalize("NFKD", char):
+            assert unicodedata.numeric(part, None) is None, f"U+{ord(char):04X}"
+            assert not part.isdigit()

@@ -1,0 +1,192 @@
+"""The plan of a sweep: which runs, with which seeds and rates, and how search runs decide the rates."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+
+from nola_vision.errors import NolaVisionError
+from nola_vision.results.row import Row
+from nola_vision.sweep.plan import (
+    choose_learning_rates,
+    final_specs,
+    parse_methods,
+    parse_range,
+    search_specs,
+)
+
+RATES = [0.005, 0.001, 0.0005]
+CONFIG: dict[str, Any] = {
+    "protocol": "quickstart",
+    "method": "nola",
+    "methods": {
+        "nn1": {"class_path": "NearestNeighbor"},
+        "linear": {"class_path": "LinearProbe", "init_args": {"lr": 0.005}, "learning_rates": [0.002]},
+        "full": {"class_path": "FullFinetune", "init_args": {"lr": 8e-5}},
+        "lora": {"class_path": "LoRA", "init_args": {"rank": 4, "lr": 0.005}, "learning_rates": [0.005, "1e-3"]},
+        "nola": {"class_path": "NOLA", "init_args": {"lr": 0.005, "head_lr": 0.01}, "learning_rates": RATES},
+    },
+    "model": {"backbone": {"tag": "tag"}, "run_seed": 5, "basis_seed": None},
+    "data": {"dataset": "digits", "shots": 5, "split_seed": 5},
+}
+ALL = list(CONFIG["methods"])
+
+
+def searched(method: str, accuracies: list[float | None], losses: list[float] | None = None) -> list[Row]:
+    """Rows of a method's search runs; None stands for a run that failed."""
+    specs = search_specs(CONFIG, [method])
+    return [
+        Row.of(
+            spec.config,
+            "search",
+            "failed" if accuracy is None else "completed",
+            val_accuracy=accuracy,
+            val_loss=loss,
+            error="it broke" if accuracy is None else None,
+        )
+        for spec, accuracy, loss in zip(specs, accuracies, losses or [1.0] * len(specs), strict=True)
+    ]
+
+
+def test_the_whole_grid_of_five_methods_is_52_runs() -> None:
+    specs = final_specs(CONFIG, range(4), range(3), ALL, {})
+    assert len(specs) == 4 * 12 + 4 == 52
+    assert len({spec.run_hash for spec in specs}) == 52
+    neighbours = [(spec.split, spec.init) for spec in specs if spec.method == "nn1"]
+    assert neighbours == [(0, None), (1, None), (2, None), (3, None)]
+    assert len({(spec.split, spec.init) for spec in specs if spec.method == "nola"}) == 12
+    assert all(spec.stage == "final" for spec in specs)
+
+
+def test_a_spec_carries_its_seeds_and_its_rate() -> None:
+    (spec,) = final_specs(CONFIG, [2], [1], ["nola"], {"nola": 0.001, "lora": 0.1})
+    assert spec.config["data"]["split_seed"] == 2
+    assert spec.config["model"]["run_seed"] == 1
+    assert spec.config["model"]["basis_seed"] is None
+    assert spec.config["model"]["method"] == {"class_path": "NOLA", "init_args": {"lr": 0.001, "head_lr": 0.01}}
+    assert spec.learning_rate == 0.001
+    row = Row.of(spec.config, "final", "completed")
+    assert (row.run_hash, row.split, row.init) == (spec.run_hash, spec.split, spec.init)
+
+
+def test_an_entry_without_a_chosen_rate_keeps_its_own() -> None:
+    full, neighbour = final_specs(CONFIG, [0], [0], ["full", "nn1"], {})
+    assert full.learning_rate == full.config["model"]["method"]["init_args"]["lr"] == 8e-5
+    assert neighbour.learning_rate is None
+    assert neighbour.config["model"]["method"]["init_args"] == {}
+
+
+def test_a_fixed_basis_seed_stays() -> None:
+    fixed = copy.deepcopy(CONFIG)
+    fixed["model"]["basis_seed"] = 7
+    specs = final_specs(fixed, [0], range(3), ["nola"], {})
+    assert [spec.config["model"]["basis_seed"] for spec in specs] == [7, 7, 7]
+
+
+def test_planning_leaves_the_config_alone() -> None:
+    before = copy.deepcopy(CONFIG)
+    specs = final_specs(CONFIG, [0, 1], [0], ALL, {"nola": 0.1}) + search_specs(CONFIG, ALL)
+    for spec in specs:
+        spec.config["data"]["shots"] = 99
+    assert CONFIG == before
+
+
+def test_search_is_one_run_a_rate_for_entries_with_several() -> None:
+    specs = search_specs(CONFIG, ALL)
+    assert [(spec.method, spec.learning_rate) for spec in specs] == [
+        ("lora", 0.005),
+        ("lora", 0.001),
+        *(("nola", rate) for rate in RATES),
+    ]
+    assert {(spec.split, spec.init, spec.stage) for spec in specs} == {(0, 0, "search")}
+    assert [spec.config["model"]["method"]["init_args"]["lr"] for spec in specs] == [0.005, 0.001, *RATES]
+    assert len({spec.run_hash for spec in specs}) == 5
+
+
+def test_the_rate_with_the_best_validation_accuracy_is_chosen() -> None:
+    rows = searched("nola", [0.5, 0.7, 0.6]) + searched("lora", [0.8, 0.4])
+    assert choose_learning_rates(CONFIG, rows) == {"linear": 0.002, "full": 8e-5, "lora": 0.005, "nola": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "losses", "expected"),
+    [
+        ([0.7, 0.7, 0.7], [1.0, 0.9, 1.1], 0.001),  # a tie goes to the lower loss
+        ([0.7, 0.7, 0.6], [1.0, 1.0, 0.1], 0.001),  # then to the smaller rate
+        ([0.7, 0.7, 0.7], [1.0, 1.0, 1.0], 0.0005),
+        ([None, 0.0, None], [1.0, 9.0, 1.0], 0.001),  # a failed run is worse than any other
+    ],
+)
+def test_ties_and_failures(accuracies: list[float | None], losses: list[float], expected: float) -> None:
+    rows = searched("nola", accuracies, losses)
+    assert choose_learning_rates(CONFIG, rows, ["nola"]) == {"nola": expected}
+    assert choose_learning_rates(CONFIG, rows[::-1], ["nola"]) == {"nola": expected}
+
+
+def test_a_failed_run_is_worst_whatever_it_measured() -> None:
+    rows = searched("lora", [0.9, 0.1])
+    rows[0] = dataclasses.replace(rows[0], status="failed")
+    assert choose_learning_rates(CONFIG, rows, ["lora"]) == {"lora": 0.001}
+
+
+def test_all_failed_is_an_error() -> None:
+    with pytest.raises(NolaVisionError, match="All search runs of 'lora' failed"):
+        choose_learning_rates(CONFIG, searched("lora", [None, None]), ["lora"])
+
+
+def test_a_search_that_has_not_ended_decides_nothing() -> None:
+    rows = searched("lora", [0.5, 0.6])
+    with pytest.raises(NolaVisionError, match="0.001 has not ended"):
+        choose_learning_rates(CONFIG, rows[:1], ["lora"])
+    with pytest.raises(NolaVisionError, match="0.001 has not ended"):
+        choose_learning_rates(CONFIG, [rows[0], dataclasses.replace(rows[1], status="interrupted")], ["lora"])
+
+
+def test_rows_of_other_settings_are_not_taken() -> None:
+    """Final runs and search runs of another shot count lie in the same folder."""
+    rows = searched("lora", [0.5, 0.6])
+    ten_shot = copy.deepcopy(CONFIG)
+    ten_shot["data"]["shots"] = 10
+    best_elsewhere = Row.of(search_specs(ten_shot, ["lora"])[0].config, "search", "completed", val_accuracy=1.0)
+    final = Row.of(final_specs(CONFIG, [0], [0], ["lora"], {})[0].config, "final", "completed", val_accuracy=1.0)
+    assert choose_learning_rates(CONFIG, [*rows, best_elsewhere, final], ["lora"]) == {"lora": 0.001}
+
+
+@pytest.mark.parametrize("rates", ["0.1", [0.1, "fast"], [None, 0.1]])
+def test_rates_that_are_no_numbers_are_refused(rates: Any) -> None:
+    bad = copy.deepcopy(CONFIG)
+    bad["methods"]["nola"]["learning_rates"] = rates
+    with pytest.raises(NolaVisionError, match="'nola'"):
+        search_specs(bad, ["nola"])
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("0-3", [0, 1, 2, 3]),
+        ("0,2,5", [0, 2, 5]),
+        ("7", [7]),
+        ("4-4", [4]),
+        ("0-2, 9", [0, 1, 2, 9]),
+        ("1,0-2", [1, 0, 2]),
+    ],
+)
+def test_ranges(text: str, numbers: list[int]) -> None:
+    assert parse_range(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "3-0", "a", "-1", "1,,2", "1-", "0.5", "0-1-2", "1 2", "٣"])
+def test_bad_ranges(text: str) -> None:
+    with pytest.raises(NolaVisionError, match="no range of numbers"):
+        parse_range(text)
+
+
+def test_methods() -> None:
+    assert parse_methods("all", CONFIG) == ["nn1", "linear", "full", "lora", "nola"]
+    assert parse_methods("nola, lora,nola", CONFIG) == ["nola", "lora"]
+    for text in ("", "nola,", "nola,lorra"):
+        with pytest.raises(NolaVisionError, match="choose from"):
+            parse_methods(text, CONFIG)

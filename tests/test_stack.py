@@ -1,0 +1,381 @@
+"""The adapter stack: exact start, gradients, the two paths, routing, merging, and what it refuses."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nola_vision.backbones import find_targets, probe_batch
+from nola_vision.errors import NolaVisionError
+from nola_vision.methods import NOLA, LinearProbe, LoRA, Method, make_stack
+
+VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+
+
+def vit(**changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(**{**VIT, **changes}).eval().requires_grad_(False)
+    with torch.no_grad():  # timm's small initial weights would hide what a change does
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight") and parameter.dim() == 2:
+                parameter.mul_(3)
+    return model
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=0, zero_init_last=False)
+    return model.eval().requires_grad_(False)
+
+
+def attached(backbone: nn.Module, method: Method, **options: object):
+    stack = make_stack(backbone, method, num_classes=5, **options)
+    stack.attach(backbone, probe_batch(backbone) if isinstance(backbone, timm.models.VisionTransformer) else None)
+    return stack
+
+
+def shake(stack: nn.Module, size: float = 0.3) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+METHODS = [
+    NOLA(targets=["mlp"], rank=4, num_basis=16),
+    NOLA(targets=["qkv", "mlp"], rank=2, num_basis=9, scope="per_layer"),
+    NOLA(targets=["qv"], rank=4, num_basis=16),
+    LoRA(targets=["qkv"], rank=4),
+    LoRA(targets=["qv", "mlp"], rank=3),
+]
+IDS = [f"{type(m).__name__}-{'+'.join(m.targets)}" for m in METHODS]
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_step_zero_is_the_pretrained_model_bit_for_bit(method: Method) -> None:
+    backbone = vit()
+    plain = backbone(IMAGES)
+    stack = attached(backbone, method)
+    assert torch.equal(backbone(IMAGES), plain)
+    assert torch.equal(stack(IMAGES), nn.functional.linear(plain, stack.head_weight[0], stack.head_bias[0]))
+
+
+def test_step_zero_of_a_resnet_is_bit_for_bit() -> None:
+    backbone = resnet()
+    images = torch.randn(2, 3, 64, 64)
+    plain = backbone(images)
+    attached(backbone, NOLA(targets=["conv"], rank=2, num_basis=5))
+    assert torch.equal(backbone(images), plain)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_changes_equal_the_weights_they_stand_for(method: Method) -> None:
+    """The attached model against a copy whose weights were edited by hand."""
+    backbone = vit()
+    edited = copy.deepcopy(backbone)
+    stack = attached(backbone, method)
+    shake(stack)
+    for target in stack.targets:
+        rows = slice(*target.rows) if target.rows else slice(None)
+        with torch.no_grad():
+            edited.get_parameter(target.weight)[rows] += stack.changes()[target.name]
+    features, expected = backbone(IMAGES), edited(IMAGES)
+    assert (features - vit()(IMAGES)).abs().max() > 1e-2  # the change is no trifle
+    assert (features - expected).abs().max() / expected.abs().max() < 1e-5
+
+
+def test_lora_equals_peft() -> None:
+    backbone = vit()
+    wrapped = get_peft_model(copy.deepcopy(backbone), LoraConfig(r=4, lora_alpha=6, target_modules=["qkv"]))
+    stack = attached(backbone, LoRA(targets=["qkv"], rank=4, c=6))
+    shake(stack)
+    group = stack.groups["48x144"]
+    with torch.no_grad():
+        for layer, block in enumerate(wrapped.base_model.model.blocks):
+            block.attn.qkv.lora_A["default"].weight.copy_(group.a[0, layer].T)
+            block.attn.qkv.lora_B["default"].weight.copy_(group.b[0, layer].T)
+    ours, theirs = backbone(IMAGES), wrapped(IMAGES)
+    assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
+    direction = torch.randn(ours.shape)  # the sum of squares after a layer norm is constant
+    (ours * direction).sum().backward()
+    (theirs * direction).sum().backward()
+    for layer, block in enumerate(wrapped.base_model.model.blocks):
+        for mine, other in ((group.a, "lora_A"), (group.b, "lora_B")):
+            expected = getattr(block.attn.qkv, other)["default"].weight.grad.T
+            assert torch.allclose(mine.grad[0, layer], expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_additive_and_merged_paths_agree(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = vit()
+    stack = attached(backbone, method)
+    shake(stack)
+    merged = stack(IMAGES)
+    merged.square().sum().backward()
+    gradients = [p.grad.clone() for p in stack.parameters()]
+    stack.zero_grad()
+    monkeypatch.setattr("nola_vision.adapters.stack.merges_exactly", lambda *_: False)
+    additive = stack(IMAGES)
+    additive.square().sum().backward()
+    assert not torch.equal(merged, additive)
+    assert (merged - additive).abs().max() / merged.abs().max() < 1e-5
+    for one, parameter in zip(gradients, stack.parameters(), strict=True):
+        assert (one - parameter.grad).abs().max() < 1e-4 * one.abs().max()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_gradients_agree_with_finite_differences_in_float64(method: Method) -> None:
+    backbone = vit().double()
+    stack = attached(backbone, method).double()
+    shake(stack)
+    images = IMAGES.double()
+    stack(images).square().sum().backward()
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    generator = torch.Generator().manual_seed(2)
+    for parameter in stack.parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * 1e-5 * direction)
+                losses.append(stack(images).square().sum())
+                parameter.sub_(sign * 1e-5 * direction)
+        numeric = float(losses[0] - losses[1]) / 2e-5
+        exact = float((parameter.grad * direction).sum())
+        assert abs(numeric - exact) < 1e-6 * max(1.0, abs(exact))
+
+
+def test_conv_gradients_agree_with_finite_differences_in_float64() -> None:
+    backbone = resnet().double()
+    stack = attached(backbone, NOLA(targets=["re:layer[12].*conv1"], rank=2, num_basis=4)).double()
+    shake(stack)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    stack(images).square().sum().backward()
+    parameter = stack.groups["192x192"].coefficients_b
+    with torch.no_grad():
+        parameter[0, 0, 1] += 1e-6
+        up = stack(images).square().sum()
+        parameter[0, 0, 1] -= 2e-6
+        down = stack(images).square().sum()
+    assert abs(float(up - down) / 2e-6 / float(parameter.grad[0, 0, 1]) - 1) < 1e-5
+
+
+def test_gradients_reach_the_declared_tensors_only() -> None:
+    backbone = resnet()
+    stack = attached(backbone, NOLA(targets=["conv"], rank=2, num_basis=5))
+    stack(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    assert all(parameter.grad is not None for parameter in stack.parameters())
+    assert list(dict(stack.named_parameters())) == [
+        "head_weight", "head_bias",
+        *[f"groups.{group}.coefficients_{factor}" for group in stack.members for factor in "ab"],
+    ]  # fmt: skip
+
+
+def test_checkpointed_blocks_give_the_same_gradients() -> None:
+    backbone = vit()
+    stack = attached(backbone, METHODS[1])
+    shake(stack)
+    stack(IMAGES).square().sum().backward()
+    plain = [p.grad.clone() for p in stack.parameters()]
+    stack.zero_grad()
+    backbone.set_grad_checkpointing(True)
+    stack(IMAGES.requires_grad_()).square().sum().backward()
+    for one, parameter in zip(plain, stack.parameters(), strict=True):
+        assert torch.allclose(one, parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_called_by_itself_uses_the_present_coefficients() -> None:
+    backbone = vit()
+    stack = attached(backbone, METHODS[0])
+    backbone(IMAGES)
+    shake(stack)
+    alone = backbone.forward_head(backbone.forward_features(IMAGES))
+    assert torch.equal(alone, backbone(IMAGES))
+    block = checkpoint(backbone.blocks[0], torch.randn(1, 17, 48), use_reentrant=False)
+    block.sum().backward()  # no pass before it
+    assert stack.groups["48x192"].coefficients_b.grad.abs().sum() > 0
+
+
+def test_scope_and_start() -> None:
+    backbone = vit()
+    shared = make_stack(backbone, NOLA(targets=["mlp"], rank=2, num_basis=3, scope="shared"), 5)
+    layered = make_stack(backbone, NOLA(targets=["mlp"], rank=2, num_basis=3, scope="per_layer"), 5)
+    for stack, same in ((shared, True), (layered, False)):
+        group = stack.groups["48x192"]
+        group.coefficients_b.data[:] = 1
+        _, b = group.factors()
+        assert torch.equal(b[0, 0], b[0, 1]) is same
+        a, _ = group.factors()
+        assert not torch.equal(a[0, 0], a[0, 1])  # A0 is keyed by the weight's name in both scopes
+    released = make_stack(backbone, NOLA(targets=["mlp"], rank=2, num_basis=4, start="released"), 5)
+    group = released.groups["48x192"]
+    assert group.coefficients_a.unique().tolist() == [0.25]
+    a, b = group.factors()
+    assert float(a.std()) == pytest.approx((1 / 3 / 4 / 48) ** 0.5, rel=0.2)
+    assert float(b.std()) == pytest.approx((1 / 3 / 4 / 192) ** 0.5, rel=0.2)
+
+
+def test_the_basis_is_in_no_state_dict_and_order_does_not_matter() -> None:
+    backbone = vit()
+    one = make_stack(backbone, NOLA(targets=["mlp", "qkv"], num_basis=7), 5)
+    other = make_stack(backbone, NOLA(targets=["qkv", "mlp"], num_basis=7), 5)
+    assert set(one.state_dict()) == set(dict(one.named_parameters()))
+    shake(one)
+    other.load_state_dict(one.state_dict())
+    for name, change in one.changes().items():
+        assert torch.equal(change, other.changes()[name])
+
+
+def test_state_dict_of_the_backbone_stays_timms_own() -> None:
+    backbone = vit()
+    names = list(backbone.state_dict())
+    stack = attached(backbone, METHODS[0])
+    assert list(backbone.state_dict()) == names
+    stack.detach()
+    assert all("forward" not in module.__dict__ for module in backbone.modules())
+
+
+@pytest.mark.parametrize("backbone", [vit(), resnet()], ids=["vit", "resnet"])
+def test_merge_equals_attached_and_unmerge_restores_the_bits(backbone: nn.Module) -> None:
+    method = METHODS[4] if isinstance(backbone, timm.models.VisionTransformer) else NOLA(targets=["conv"], num_basis=5)
+    original = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    images = torch.randn(2, 3, 32, 32)
+    stack = attached(backbone, method)
+    shake(stack, 0.1)
+    expected = stack(images)
+    stack.merge()
+    assert (stack(images) - expected).abs().max() / expected.abs().max() < 1e-5
+    stack.unmerge()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in backbone.state_dict().items())
+    assert torch.equal(stack(images), expected)
+    stack.merge()
+    stack.detach()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_routing_sends_each_sample_to_its_adapter() -> None:
+    for backbone, method in ((vit(), METHODS[1]), (resnet(), NOLA(targets=["conv"], rank=2, num_basis=5))):
+        stack = attached(backbone, method, num_adapters=3)
+        shake(stack)
+        index = torch.tensor([2, 0, 2])
+        with stack.route(index):
+            routed = stack(IMAGES)
+        for sample, adapter in enumerate(index):
+            stack.merge(int(adapter))
+            features = backbone(IMAGES[sample : sample + 1])
+            expected = nn.functional.linear(features, stack.head_weight[adapter], stack.head_bias[adapter])
+            stack.unmerge()
+            assert (routed[sample] - expected[0]).abs().max() / expected.abs().max() < 1e-4
+        with pytest.raises(NolaVisionError, match="route"):
+            stack(IMAGES)
+
+
+def test_bfloat16_autocast_does_not_round_the_change_away() -> None:
+    backbone = vit()
+    plain = backbone(IMAGES)
+    stack = attached(backbone, METHODS[0])
+    shake(stack, 0.02)
+    expected = backbone(IMAGES) - plain
+    with torch.autocast("cpu", torch.bfloat16):
+        changed = backbone(IMAGES).float()
+        stack.detach()
+        unchanged = backbone(IMAGES).float()
+    assert nn.functional.cosine_similarity((changed - unchanged).flatten(), expected.flatten(), 0) > 0.9
+
+
+def test_tied_weights_are_adapted_and_counted_once() -> None:
+    backbone = vit()
+    backbone.blocks[1].mlp.fc1.weight = backbone.blocks[0].mlp.fc1.weight
+    (target,) = find_targets(backbone, ["re:blocks.*fc1"])
+    assert target.modules == ("blocks.0.mlp.fc1", "blocks.1.mlp.fc1")
+    stack = attached(backbone, LoRA(targets=["re:blocks.*fc1"], rank=2))
+    assert sum(p.numel() for p in stack.adapter_parameters()) == 2 * (48 + 192)
+
+
+class ReadsItsWeight(nn.Module):
+    """Attention of the kind that multiplies by `self.qkv.weight` itself (BEiT, SwinV2)."""
+
+    def __init__(self, qkv: nn.Linear) -> None:
+        super().__init__()
+        self.qkv = qkv
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias)[..., : x.shape[-1]]
+
+
+def test_refusals() -> None:
+    backbone = vit()
+    for block in backbone.blocks:
+        block.attn = ReadsItsWeight(block.attn.qkv)
+    with pytest.raises(NolaVisionError, match=r"blocks\.0\.attn\.qkv.* does not reach the features"):
+        attached(backbone, LoRA(targets=["qkv"]))
+    assert all("forward" not in module.__dict__ for module in backbone.modules())  # refused whole
+
+    backbone = vit()
+    stack = attached(backbone, METHODS[0])
+    with pytest.raises(NolaVisionError, match="attached already"):
+        stack.attach(backbone)
+    with pytest.raises(NolaVisionError, match="adapter attached already"):
+        attached(backbone, METHODS[0])
+    with pytest.raises(NolaVisionError, match="detach"):
+        copy.deepcopy(backbone)
+    stack.detach()
+    copy.deepcopy(backbone)
+    with pytest.raises(NolaVisionError, match="not attached"):
+        stack(IMAGES)
+    with pytest.raises(NolaVisionError, match="freeze"):
+        attached(vit().requires_grad_(True), METHODS[0])
+    with pytest.raises(NolaVisionError, match="unknown target 'mpl'"):
+        find_targets(backbone, ["mpl"])
+    with pytest.raises(NolaVisionError, match="target 'conv' matches no weight of this VisionTransformer: it has mlp, qkv, qv"):
+        find_targets(vit(), ["conv"])
+    with pytest.raises(NolaVisionError, match="not both"):
+        find_targets(backbone, ["qkv", "qv"])
+    with pytest.raises(NolaVisionError, match="no regular expression"):
+        find_targets(backbone, ["re:("])
+    with pytest.raises(NolaVisionError, match="rank 49"):
+        make_stack(backbone, LoRA(rank=49), 5)
+    with pytest.raises(NolaVisionError, match="at least one"):
+        make_stack(backbone, NOLA(num_basis=0), 5)
+    batch = resnet()
+    stack = attached(batch, NOLA(targets=["conv"], rank=1, num_basis=2), num_adapters=2)
+    batch.train()
+    with pytest.raises(NolaVisionError, match="batch statistics"), stack.route(torch.tensor([0, 1])):
+        pass
+
+
+def test_linear_probe_has_a_head_and_nothing_else() -> None:
+    stack = attached(vit(), LinearProbe())
+    assert stack.adapter_parameters() == []
+    assert sum(p.numel() for p in stack.head_parameters()) == 5 * 48 + 5
+
+
+B16, L16 = "vit_base_patch16_224.augreg_in21k_ft_in1k", "vit_large_patch16_224.augreg_in21k_ft_in1k"
+
+
+@pytest.mark.parametrize(
+    ("tag", "method", "count"),
+    [  # PAPER.md, 'Parameter counts that must come out exactly', the ViT rows
+        (B16, LoRA(targets=["qkv"], rank=4), 147_456),
+        (B16, LoRA(targets=["qv"], rank=4), 147_456),
+        (L16, LoRA(targets=["qkv"], rank=4), 393_216),
+        (L16, LoRA(targets=["qkv"], rank=1), 98_304),
+        (B16, NOLA(targets=["mlp"], rank=4, num_basis=1024), 49_152),
+        (B16, NOLA(targets=["mlp"], rank=1, num_basis=1024), 49_152),
+        (B16, NOLA(targets=["qv"], rank=4, num_basis=1024), 49_152),
+        (B16, NOLA(targets=["qkv"], rank=4, num_basis=1024), 24_576),
+        (L16, NOLA(targets=["mlp"], rank=1, num_basis=1024), 98_304),
+        (L16, NOLA(targets=["mlp"], rank=1, num_basis=512), 49_152),
+    ],
+)
+def test_parameter_counts_of_the_paper(tag: str, method: Method, count: int) -> None:
+    with torch.device("meta"):
+        backbone = timm.create_model(tag, num_classes=0)
+    stack = make_stack(backbone, method, num_classes=100)
+    assert sum(p.numel() for p in stack.adapter_parameters()) == count

@@ -1,0 +1,205 @@
+"""Statistics against numbers worked out by hand, and the tables that show them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console, RenderableType
+
+from nola_vision.results.published import published_figures
+from nola_vision.results.row import Row
+from nola_vision.results.statistics import count_once, mean_std, summarise
+from nola_vision.results.tables import cell_table, frame, markdown_table, row_panel
+
+CELL = "tag-digits-5shot-quickstart"
+
+
+def row(method: str = "nola", accuracy: float | None = 0.5, **columns: Any) -> Row:
+    columns = {"split": 0, "init": 0, "entry_hash": "e" * 10, "method_class": "NOLA", "status": "completed"} | columns
+    split, init = columns["split"], columns["init"]
+    unique = f"{method}-{columns['entry_hash']}-{split}-{init}"
+    return Row(
+        **{"stage": "final", "cell": CELL, "run_hash": unique, "config": {}, "basis_seed": init} | columns,
+        method=method,
+        split_seed=split,
+        run_seed=init,
+        test_accuracy=accuracy,
+    )
+
+
+def text_of(thing: RenderableType, width: int = 140) -> str:
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(thing)
+    return capture.get()
+
+
+def test_mean_and_std_by_hand() -> None:
+    # mean (70 + 72 + 77) / 3 = 73, squared distances 9 + 1 + 16 = 26, divided by n = 3
+    assert mean_std([70.0, 72.0, 77.0]) == (73.0, pytest.approx(math.sqrt(26 / 3), abs=1e-12))
+    values = [61.3, 64.9, 66.0, 70.2]
+    assert mean_std(values) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=0)))
+    assert mean_std(values)[1] != pytest.approx(np.std(values, ddof=1))
+    assert mean_std([88.5]) == (88.5, 0.0)
+
+
+def test_a_summary_is_over_completed_final_runs() -> None:
+    rows = [
+        row(accuracy=0.70, adapter_parameters=100, other_parameters=7, head_parameters=640, adapter_file_bytes=900),
+        row(accuracy=0.72, split=1, learning_rate=0.005),
+        row(accuracy=0.77, split=2),
+        row(accuracy=None, split=3),
+        row(accuracy=0.01, split=4, status="failed"),
+        row(accuracy=0.02, split=5, status="interrupted"),
+        row(accuracy=0.99, split=6, stage="search"),
+    ]
+    (summary,) = summarise(rows)
+    assert summary.mean == pytest.approx(73) and summary.std == pytest.approx(math.sqrt(26 / 3))
+    assert (summary.completed, summary.failed, summary.interrupted, summary.untested) == (3, 1, 1, 1)
+    assert (summary.trainable_parameters, summary.adapter_file_bytes, summary.learning_rate) == (107, 900, 0.005)
+    assert summary.label == "nola"
+
+
+def test_an_entry_that_only_failed_has_no_mean() -> None:
+    (summary,) = summarise([row(accuracy=None, status="failed")])
+    assert (summary.completed, summary.failed, summary.mean, summary.std) == (0, 1, None, None)
+
+
+def test_cells_are_kept_apart() -> None:
+    summaries = summarise([row(accuracy=0.5), row(accuracy=0.7, cell="another")])
+    assert [(item.cell, item.completed) for item in summaries] == [("another", 1), (CELL, 1)]
+
+
+def test_one_name_with_two_settings_is_two_lines() -> None:
+    rows = [row(entry_hash="ab12000000"), row(entry_hash="cd34000000"), row(entry_hash="ab12000000", split=1)]
+    summaries = summarise([*rows, row(method="lora")])
+    assert [(item.label, item.completed) for item in summaries] == [
+        ("lora", 1),
+        ("nola (ab12)", 2),
+        ("nola (cd34)", 1),
+    ]
+
+
+def test_a_run_in_two_folders_counts_once_the_newest() -> None:
+    old = row(accuracy=0.4, started="2026-01-01T10:00:00+00:00")
+    new = row(accuracy=0.6, started="2026-01-02T10:00:00+00:00")
+    other = row(accuracy=0.8, split=1, started="2026-01-01T00:00:00+00:00")
+    for order in ([old, new, other], [new, old, other], [other, new, old]):
+        assert sorted(found.test_accuracy or 0 for found in count_once(order)) == [0.6, 0.8]
+        (summary,) = summarise(order)
+        assert (summary.completed, summary.mean) == (2, pytest.approx(70))
+
+
+ROWS = [
+    row("other", 0.30, method_class="PRANC"),
+    row("nola", 0.805, adapter_parameters=24552, adapter_file_bytes=98612, learning_rate=0.005),
+    row("nola", 0.795, split=1),
+    row("nola-big", 0.801, adapter_file_bytes=3 * 2**20),
+    row("lora", 0.790, method_class="LoRA"),
+    row("lora", None, method_class="LoRA", status="failed", split=1),
+    row("lora", None, method_class="LoRA", status="interrupted", split=2),
+    row("full", 0.789, method_class="FullFinetune"),
+    row("linear", 0.75, method_class="LinearProbe", adapter_parameters=0, adapter_file_bytes=800),
+    row("nn1", 0.70, method_class="NearestNeighbor", init=None),
+    row("elsewhere", 0.99, cell="another"),
+]
+
+
+def test_markdown_table() -> None:
+    best, close = "**80.1 (0.0)**", "<u>80.0 (0.5)</u>"
+    assert markdown_table(ROWS, CELL).splitlines() == [
+        f"### {CELL}",
+        "",
+        "| method | trainable | adapter file | top-1 % (std) | n | lr |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| nn1 | - | - | 70.0 (0.0) | 1 | - |",
+        "| linear | 0 | 800 B | 75.0 (0.0) | 1 | - |",
+        "| full | - | - | 78.9 (0.0) | 1 | - |",
+        "| lora | - | - | 79.0 (0.0) | 1 | - |",
+        f"| nola | 24,552 | 96.3 KiB (98,612 B) | {close} | 2 | 0.005 |",
+        f"| nola-big | - | 3.0 MiB (3,145,728 B) | {best} | 1 | - |",
+        "| other | - | - | 30.0 (0.0) | 1 | - |",
+        "",
+        "- trainable: parameters without the head",
+        "- std over runs, ddof 0; the best in bold, those within one point of it underlined",
+        "- lora: 1 failed, 1 interrupted, not in its mean",
+    ]
+
+
+def test_exactly_one_point_is_close() -> None:
+    table = markdown_table([row("a", 0.801), row("b", 0.791), row("c", 0.790), row("d", 0.801)], CELL)
+    for marked in ("**80.1 (0.0)**", "<u>79.1 (0.0)</u>", " 79.0 (0.0) "):
+        assert marked in table
+    assert table.count("**80.1") == 2
+
+
+def test_terminal_table_says_the_same() -> None:
+    text = text_of(cell_table(ROWS, CELL))
+    places = [text.index(name) for name in (CELL, "nn1", "linear", "full", "lora", "nola ", "nola-big", "other")]
+    assert places == sorted(places)
+    for part in ("24,552", "96.3 KiB (98,612 B)", "80.0 (0.5)", "0.005", "ddof 0", "1 failed, 1 interrupted"):
+        assert part in text
+    assert "elsewhere" not in text
+
+
+def test_terminal_table_marks_the_best_and_the_close() -> None:
+    cells = list(cell_table(ROWS, CELL).columns[3].cells)
+    assert [getattr(cell, "style", None) for cell in cells] == ["", "", "", "", "underline", "bold", ""]
+
+
+def test_a_narrow_terminal_loses_no_digit() -> None:
+    text = text_of(cell_table(ROWS, CELL), width=60)
+    assert "…" not in text
+
+
+def test_names_are_no_markup() -> None:
+    assert "[bold]x" in text_of(cell_table([row("[bold]x")], CELL))
+    assert "a\\|b" in markdown_table([row("a|b")], CELL)
+
+
+def test_a_cell_without_final_runs_says_so() -> None:
+    assert "no final run has left a row yet" in markdown_table([row(stage="search")], CELL)
+    assert "no final run has left a row yet" in text_of(cell_table([], CELL))
+
+
+def test_row_panel() -> None:
+    made = row(
+        accuracy=0.8125, status="failed", error="it broke [here]", init=3, seconds_total=12.34, warnings=["small"]
+    )
+    text = text_of(row_panel(made))
+    for part in (CELL, "nola (NOLA), split 0, init 3, final", "failed: it broke [here]", "81.25 %", "12.3", "small"):
+        assert part in text
+    assert "init" not in text_of(row_panel(row("nn1", init=None)))
+
+
+def test_frame_is_flat(tmp_path: Path) -> None:
+    made = row(accuracy=0.5, config={"model": {"run_seed": 3}, "list": [1, 2]}, versions={"torch": "2"}, threads=2)
+    table = frame([made, row(init=None, accuracy=None)])
+    assert table.loc[0, "config.model.run_seed"] == 3
+    assert table.loc[0, "config.list"] == "[1, 2]"
+    assert table.loc[0, "versions.torch"] == "2"
+    assert table["test_accuracy"].isna().tolist() == [False, True]
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    header, first, second = (tmp_path / "rows.csv").read_text().splitlines()
+    init = header.split(",").index("init")
+    assert (first.split(",")[init], second.split(",")[init]) == ("0", "")  # whole numbers stay whole beside a gap
+
+
+def test_frame_without_rows_has_the_columns() -> None:
+    assert set(frame([]).columns) == {item.name for item in dataclasses.fields(Row)}
+
+
+def test_published_figures() -> None:
+    figures = published_figures()
+    assert sorted(figures["table"].unique()) == [6, 7, 8, 9, 10]
+    assert len(figures) == 248 + 9
+    few = figures[(figures.table == 6) & (figures.backbone == "ViT-B") & (figures.method == "Nearest Neighbor")]
+    assert few[(few.dataset == "CIFAR-100") & (few.shots == 5)]["mean"].tolist() == [52.4]
+    scratch = figures[(figures.table == 8) & (figures.method == "NOLA")]
+    assert scratch[["params", "mean"]].to_numpy().tolist() == [["12876", 82.4]]
+    assert (figures.note != "").any() and figures.note.notna().all()
