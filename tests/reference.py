@@ -1,4 +1,4 @@
-"""The basis and an adapter's changes in NumPy alone, written from the format page and sharing no code with the package."""
+"""The basis and an adapter's changes in NumPy alone, from the format page; it shares no code with the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
         p0 = np.uint64(0xD2511F53) * c[..., 0]
         p1 = np.uint64(0xCD9E8D57) * c[..., 2]
         c = np.stack(
-            [(p1 >> np.uint64(32)) ^ c[..., 1] ^ k[0], p1 & mask, (p0 >> np.uint64(32)) ^ c[..., 3] ^ k[1], p0 & mask], -1
+            [(p1 >> np.uint64(32)) ^ c[..., 1] ^ k[0], p1 & mask, (p0 >> np.uint64(32)) ^ c[..., 3] ^ k[1], p0 & mask],
+            axis=-1,
         )
         k = [(k[0] + np.uint64(0x9E3779B9)) & mask, (k[1] + np.uint64(0xBB67AE85)) & mask]
     return c.astype(np.uint32)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class AdaptedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.stack.logits(self.backbone(images))
 
-    def train(self, mode: bool = True) -> AdaptedModel:
+    def train(self, mode: bool = True) -> Self:
         """As usual, but a batch norm whose weights are frozen keeps its running statistics."""
         super().train(mode)
         for module in self.backbone.modules():

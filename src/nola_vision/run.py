@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import resource
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -97,23 +99,32 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def parse(args: Sequence[str] | Mapping[str, Any]) -> identity.Config:
-    """The full run config, every default written out, of command-line arguments or of a config.
+def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Config:
+    """The full run config, every default written out.
 
-    Two spellings of one run give the same config, so hashes are taken of what this returns.
+    Two spellings of one run give the same full config, so hashes are taken of what this returns.
+
+    Args:
+        config: a run config, as `identity.resolve` returns it.
+        options: command-line options that override it, such as `--data.shots=10`.
 
     Raises:
-        NolaVisionError: an unknown key, or a value of the wrong type.
+        NolaVisionError: an unknown key, method or setting, or a value of the wrong type.
     """
+    if method := (config.get("model") or {}).get("method"):
+        methods.from_dict(method)  # says which methods and settings there are, where the parser speaks of import paths
     try:
-        config = RunCLI(args).config
+        parsed = RunCLI(["--config", json.dumps(config), *options]).config
     except argparse.ArgumentError as error:
         reason = " ".join(str(error).split())
         raise NolaVisionError(
             f"the configuration is not understood: {reason} (nola-vision fit --help lists the options)"
         ) from error
-    plain: identity.Config = json.loads(json.dumps(config.as_dict(), default=str))
+    plain: identity.Config = json.loads(json.dumps(parsed.as_dict(), default=str))
     plain.pop("config", None)
+    for linked in ("backbone", "run_seed"):  # said once, by the model
+        plain["data"].pop(linked, None)
+    plain["model"]["method"].setdefault("init_args", {})
     if plain.get("method") is None:
         plain["method"] = identity.method_class(plain).lower()
     return plain
@@ -124,9 +135,28 @@ def build(run_config: identity.Config, folder: Path) -> RunCLI:
     if run_config["threads"] is not None:
         torch.set_num_threads(run_config["threads"])
     L.seed_everything(run_config["model"]["run_seed"], verbose=False)
+    return RunCLI(run_config, folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what Lightning says of every healthy run: tips, a device report, and advice that is wrong here."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        return RunCLI(run_config, folder)
+        for advice in (
+            ".*does not have many workers.*",  # workers cost more than they bring for a set kept in memory
+            ".*in eval mode at the start of training.*",  # frozen batch norms are meant to be
+            ".*treespec.*is deprecated.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*Experiment logs directory .* exists and is not empty.*",
+        ):
+            warnings.filterwarnings("ignore", message=advice)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def run(
@@ -152,7 +182,8 @@ def run(
     measured: dict[str, Any] = {}
     status: row.Status = "failed"
     try:
-        _measure(run_config, folder, stage, ckpt_path, measured)
+        with _quiet():
+            _measure(run_config, folder, stage, ckpt_path, measured)
         status = "completed"
     except (KeyboardInterrupt, SystemExit):
         status, measured["error"] = "interrupted", "interrupted before it ended"
@@ -236,6 +267,7 @@ def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path:
         ckpt_path = ckpt_path or str(folder / "checkpoints" / "last.ckpt")
         if not Path(ckpt_path).is_file():
             raise NolaVisionError(f"there is no checkpoint {ckpt_path}: fit first, or give one by --ckpt_path")
-    built = build(run_config, folder / verb)
-    step = built.trainer.validate if verb == "validate" else built.trainer.test
-    step(built.model, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    with _quiet():
+        built = build(run_config, folder / verb)
+        step = built.trainer.validate if verb == "validate" else built.trainer.test
+        step(built.model, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)

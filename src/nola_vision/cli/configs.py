@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,3 @@ def config_options(verb: str, help: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a config, shipped or local")
     parser.add_argument("--out", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
     return parser
-
-
-def as_arguments(config: Mapping[str, Any]) -> list[str]:
-    """A config as the arguments that make Lightning's parser read it."""
-    return ["--config", json.dumps(config)]

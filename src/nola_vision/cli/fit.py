@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nola_vision.cli.configs import as_arguments, config_options, load_configs
+from nola_vision.cli.configs import config_options, load_configs
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
 
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if "-h" in rest or "--help" in rest:
         purpose = "resume from, or 'last' for this run's own" if verb == "fit" else "evaluate"
         print(HELP.format(verb=verb, purpose=purpose), flush=True)
+    if not known.config and not rest:
+        raise NolaVisionError(f"nola-vision {verb} needs a config: give --config quickstart.yaml, for one")
     config = load_configs(known.config)
     if "methods" in config:
         config = identity.resolve(config, known.method)
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
 
-    run_config = run.parse([*as_arguments(config), *rest])
+    run_config = run.parse(config, rest)
     if verb != "fit":
         run.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0

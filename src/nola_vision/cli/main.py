@@ -1,4 +1,4 @@
-"""`nola-vision VERB ...`: finds the verb and turns mistakes into one sentence. Imports no torch before a verb needs it."""
+"""`nola-vision VERB ...`: finds the verb and turns mistakes into one sentence; torch waits until a verb needs it."""
 
 from __future__ import annotations
 
@@ -54,3 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nola-vision: interrupted", file=sys.stderr)
         return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

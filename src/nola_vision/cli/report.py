@@ -21,7 +21,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     for path, problem in problems:
         print(f"{path}: {problem}", file=sys.stderr)
     if not rows:
-        raise NolaVisionError(f"there are no rows under {', '.join(known.folders)}: runs leave them, see nola-vision fit")
+        raise NolaVisionError(f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them")
     if known.format == "csv":
         print(tables.frame(rows).to_csv(index=False), end="")
         return 0

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nola_vision.cli.configs import as_arguments, config_options, load_configs
+from nola_vision.cli.configs import config_options, load_configs
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
 from nola_vision.results.row import Row
@@ -65,9 +65,10 @@ def complete(raw: Mapping[str, Any], methods: Sequence[str], rest: Sequence[str]
     """The config with every default and option written out, entry by entry, as the runs will see it."""
     entries = {}
     for name in methods:
-        run_config = parse([*as_arguments(identity.resolve(raw, name)), *rest, "--trainer.enable_checkpointing=false"])
+        run_config = parse(identity.resolve(raw, name), [*rest, "--trainer.enable_checkpointing=false"])
         run_config["trainer"]["enable_progress_bar"] = False  # the sweep has its own
-        entries[name] = {**run_config["model"].pop("method"), "learning_rates": raw["methods"][name].get("learning_rates")}
+        rates = raw["methods"][name].get("learning_rates")
+        entries[name] = {**run_config["model"].pop("method"), "learning_rates": rates}
     config: identity.Config = json.loads(json.dumps(run_config))
     return {**config, "methods": entries}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from nola_vision.backbones import BackboneSpec
@@ -36,7 +37,8 @@ class Classifier(L.LightningModule):
         min_lr: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.model = adapt(backbone, method, class_names, run_seed, basis_seed)
+        self.model = adapt(backbone, method, class_names, run_seed, basis_seed).train()
+        self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
         self.method, self.optimizer = method, optimizer
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
         self.accuracy = nn.ModuleDict(
@@ -66,17 +68,18 @@ class Classifier(L.LightningModule):
         accuracy = self.accuracy[stage]
         accuracy(logits, labels)
         self.log(f"{stage}_loss", F.cross_entropy(logits, labels), on_epoch=True, batch_size=len(labels))
-        self.log(f"{stage}_accuracy", accuracy, on_epoch=True, batch_size=len(labels), prog_bar=True)
+        self.log(f"{stage}_accuracy", cast(Metric, accuracy), on_epoch=True, batch_size=len(labels), prog_bar=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's) and the head's."""
         method, stack = self.method, self.model.stack
         lr: float = method.lr  # type: ignore[attr-defined]
-        body = list(self.model.backbone.parameters()) if isinstance(method, FullFinetune) else stack.adapter_parameters()
+        everything = isinstance(method, FullFinetune)
+        body = list(self.model.backbone.parameters()) if everything else stack.adapter_parameters()
         head_lr = getattr(method, "head_lr", None)
         groups = [{"params": stack.head_parameters(), "lr": lr if head_lr is None else head_lr, "name": "head"}]
         if not isinstance(method, LinearProbe):
-            groups.insert(0, {"params": [p for p in body if p.requires_grad], "lr": lr, "name": "adapter"})
+            groups.insert(0, {"params": body, "lr": lr, "name": "adapter"})
         return groups
 
     def configure_optimizers(self) -> Any:
@@ -84,7 +87,7 @@ class Classifier(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise NolaVisionError("the cosine schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
-        warmup = min(self.warmup_epochs * self.trainer.num_training_batches, int(steps) - 1)
+        warmup = min(self.warmup_epochs * int(self.trainer.num_training_batches), int(steps) - 1)
         schedule: LRScheduler = CosineAnnealingLR(optimizer, max(1, int(steps) - warmup), eta_min=self.min_lr)
         if warmup > 0:
             rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
@@ -92,10 +95,6 @@ class Classifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # --- checkpoints hold what is trained; the backbone comes back from its tag, the basis from its seed -----------
-
-    @property
-    def strict_loading(self) -> bool:
-        return False
 
     def _kept(self, names: Sequence[str]) -> set[str]:
         everything = isinstance(self.method, FullFinetune)

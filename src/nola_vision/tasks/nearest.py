@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from nola_vision.backbones import BackboneSpec, create_backbone
@@ -59,7 +60,7 @@ class NearestNeighborClassifier(L.LightningModule):
         nearest = (self(images) @ features.t()).argmax(dim=1)
         accuracy = self.accuracy[stage]
         accuracy(known[nearest], labels)
-        self.log(f"{stage}_accuracy", accuracy, on_epoch=True, batch_size=len(labels), prog_bar=True)
+        self.log(f"{stage}_accuracy", cast(Metric, accuracy), on_epoch=True, batch_size=len(labels), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         return None

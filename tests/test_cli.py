@@ -1,0 +1,229 @@
+"""The command line as a person types it: verbs, config names, and one sentence for each mistake."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from nola_vision.cli.configs import SHIPPED
+from nola_vision.cli.main import main
+from nola_vision.results import store
+from nola_vision.sweep import local
+
+QUICK = ["--threads=1", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--data.test_limit=40"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adapter")
+    assert main(["fit", "--config", "quickstart.yaml", f"--out={out}", "--method=linear", *QUICK]) == 0
+    (path,) = out.rglob("adapter.safetensors")
+    return path
+
+
+def digit(path: Path, index: int) -> None:
+    Image.fromarray((load_digits().images[index] * 15).astype(np.uint8)).save(path)
+
+
+def test_help_and_version_import_neither_torch_nor_lightning() -> None:
+    for option in ("--help", "--version"):
+        code = (
+            f"import sys; from nola_vision.cli.main import main; assert main(['{option}']) == 0; "
+            "print([m for m in ('torch', 'lightning', 'timm', 'numpy') if m in sys.modules])"
+        )
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert ended.stdout.endswith("[]\n")
+
+
+def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "quickstart.yaml", "--method", "nola", *QUICK]) == 0
+    printed = capsys.readouterr().out
+    for text in ("test accuracy", "adapter file", "top-1", "nola", "vit_glyph_patch4_32.glyphs-digits-5shot"):
+        assert text in printed
+    assert len(list(Path("runs").rglob("row.json"))) == 1
+    assert main(["report", "runs", str(adapter.parents[3])]) == 0
+    printed = capsys.readouterr().out
+    assert "linear" in printed and "nola" in printed
+    assert main(["report", "runs", "--format", "markdown"]) == 0
+    assert "| nola" in capsys.readouterr().out
+
+
+def test_options_override_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    extra = ["--model.method.rank=2", "--model.method.num_basis", "10", "--data.shots=1", "--trainer.precision=64-true"]
+    assert main(["fit", "--config", "quickstart.yaml", *QUICK, *extra]) == 0
+    ((row,), _) = store.read_rows("runs")
+    assert row.adapter_parameters == 18 * 2 * 10 and row.cell.endswith("digits-1shot-quickstart")
+    assert row.config["model"]["method"]["init_args"]["rank"] == 2
+
+
+def test_print_config_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--config", "quickstart.yaml", "--print_config"])
+    assert left.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["dataset"] == "digits" and printed["model"]["method"]["class_path"].endswith("NOLA")
+    assert "strategy" in printed["trainer"]
+
+
+def test_a_local_config_wins_over_a_shipped_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = yaml.safe_load((SHIPPED / "quickstart.yaml").read_text())
+    (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump({**shipped, "protocol": "mine"}))
+    (tmp_path / "one_shot.yaml").write_text("data: {shots: 1}\nmethod: 1nn\n")
+    assert main(["fit", "--config", "quickstart.yaml", "--config", "one_shot.yaml", *QUICK]) == 0
+    assert "digits-1shot-mine" in capsys.readouterr().out
+
+
+def test_validate_and_test_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", "quickstart.yaml", "--method=linear", *QUICK]
+    assert main(["test", *options]) == 2
+    assert "fit first" in capsys.readouterr().err
+    assert main(["fit", *options]) == 0
+    ((row,), _) = store.read_rows("runs")
+    capsys.readouterr()
+    assert main(["test", *options]) == 0
+    assert str(row.test_accuracy)[:6] in capsys.readouterr().out
+    assert main(["validate", *options]) == 0
+    assert str(row.val_accuracy)[:6] in capsys.readouterr().out
+
+
+def test_predict_writes_class_and_probability(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "new images").mkdir()
+    for index in range(3):
+        digit(tmp_path / "new images" / f"é{index}.png", index)
+    digit(tmp_path / "single.png", 7)
+    assert main(["predict", "--adapter", str(adapter), "new images", "single.png", "--out", "p.csv"]) == 0
+    with (tmp_path / "p.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [f"new images/é{i}.png" for i in range(3)] + ["single.png"]
+    assert all(row["class"] in "0123456789" and 0.1 <= float(row["probability"]) <= 1 for row in rows)
+    capsys.readouterr()
+    assert main(["predict", "--adapter", str(adapter), "single.png"]) == 0
+    assert capsys.readouterr().out.split() == ["single.png", rows[3]["class"], rows[3]["probability"]]
+
+
+def test_sweep_chooses_rates_runs_everything_once_and_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["sweep", "--config", "quickstart.yaml", "--splits=0-1", "--inits=0", "--methods=1nn,linear", *QUICK]
+    assert main(sweep) == 0
+    assert "linear" in capsys.readouterr().out
+    rows, problems = store.read_rows("runs")
+    assert not problems
+    search = [row for row in rows if row.stage == "search"]
+    assert sorted(row.learning_rate for row in search) == [0.001, 0.005, 0.02]
+    assert {(row.split, row.init) for row in search} == {(0, 0)}
+    best = max(search, key=lambda row: (row.val_accuracy, -row.val_loss, -row.learning_rate))
+    final = [row for row in rows if row.stage == "final"]
+    assert [(r.method, r.split, r.init) for r in sorted(final, key=lambda r: (r.method, r.split))] == [
+        ("1nn", 0, None), ("1nn", 1, None), ("linear", 0, 0), ("linear", 1, 0),
+    ]  # fmt: skip
+    assert {row.learning_rate for row in final if row.method == "linear"} == {best.learning_rate}
+
+    done = []
+    execute = local.execute
+    monkeypatch.setattr(
+        local, "execute", lambda specs, out, run, note: execute(specs, out, lambda *a: done.append(a) or run(*a), note)
+    )
+    (left,) = [folder for folder in Path("runs").rglob("linear/split1-*")]
+    (left / "row.json").unlink()
+    assert main(sweep) == 0
+    assert len(done) == 1 and done[0][0]["data"]["split_seed"] == 1  # only the run without a row
+    # a plain fit at the chosen rate is the same run
+    assert main(["fit", "--config=quickstart.yaml", "--method=linear", f"--model.method.lr={best.learning_rate}", *QUICK]) == 0
+    assert len(store.read_rows("runs")[0]) == len(rows)
+
+
+def test_a_failing_run_does_not_stop_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--splits=0", "--inits=0", "--methods=1nn,bad", "--config=quickstart.yaml", "--config=bad.yaml"]
+    Path("bad.yaml").write_text("methods: {bad: {class_path: NOLA, init_args: {targets: [conv]}}}")
+    assert main(["sweep", *options, *QUICK]) == 1
+    printed = capsys.readouterr().out
+    assert "bad split 0 init 0: failed" in printed and "1nn" in printed
+    assert {row.status for row in store.read_rows("runs")[0]} == {"completed", "failed"}
+
+
+MISTAKES = {
+    "no verb of that name": (["fitt"], "did you mean fit"),
+    "config": (["fit", "--config", "quikstart.yaml"], "did you mean quickstart.yaml"),
+    "config that is no YAML": (["fit", "--config", "broken.yaml"], "broken.yaml cannot be read as YAML"),
+    "config that is no mapping": (["fit", "--config", "list.yaml"], "no mapping"),
+    "unknown key": (["fit", "--config", "quickstart.yaml", "--data.shts", "5"], "--data.shts"),
+    "unknown key in a file": (["fit", "--config", "quickstart.yaml", "--config", "typo.yaml"], "augmentatoin"),
+    "wrong type": (["fit", "--config", "quickstart.yaml", "--data.shots", "few"], "few"),
+    "method": (["fit", "--config", "quickstart.yaml", "--method", "nolla"], "nola"),
+    "method without config": (["fit", "--method", "nola"], "--config"),
+    "method class": (["fit", "--config", "quickstart.yaml", "--config", "magic.yaml"], "unknown method 'MAGIC'"),
+    "method setting": (["fit", "--config=quickstart.yaml", "--model.method.rnk=3"], "rnk"),
+    "no config": (["fit"], "--config"),
+    "sweep without config": (["sweep"], "--config"),
+    "sweep range": (["sweep", "--config", "quickstart.yaml", "--splits", "3-1"], "3-1"),
+    "sweep method": (["sweep", "--config", "quickstart.yaml", "--methods", "nola,lora"], "lora-r4"),
+    "backbone": (["fit", "--config=quickstart.yaml", "--model.backbone.tag=vit_tinny_patch16_224"], "vit_tiny_patch16_224"),
+    "weights file": (["fit", "--config=quickstart.yaml", "--model.backbone.file=no.pth"], "no.pth does not exist"),
+    "target": (["fit", "--config=quickstart.yaml", "--model.method.targets=[mpl]"], "unknown target 'mpl'"),
+    "target without weight": (["fit", "--config=quickstart.yaml", "--model.method.targets=[conv]"], "matches no weight"),
+    "data set": (["fit", "--config=quickstart.yaml", "--data.dataset=digit"], "digits"),
+    "shots": (["fit", "--config=quickstart.yaml", "--data.shots=75"], "use 69 shots or fewer"),
+    "folder": (["fit", "--config=quickstart.yaml", "--data.dataset=folder", "--data.root=nowhere"], "nowhere"),
+    "empty folder": (["fit", "--config=quickstart.yaml", "--data.dataset=folder", "--data.root=empty"], "empty"),
+    "no CIFAR": (["fit", "--config=quickstart.yaml", "--data.dataset=cifar10", "--data.root=empty"], "download"),
+    "no rows": (["report", "empty"], "no rows"),
+    "no adapter": (["predict", "--adapter", "none.safetensors", "one.png"], "none.safetensors does not exist"),
+    "no image": (["predict", "--adapter", "none.safetensors", "nothing.png"], "nothing.png does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.yaml").write_text("a: [1,")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    (tmp_path / "typo.yaml").write_text("data: {augmentatoin: light}")
+    (tmp_path / "magic.yaml").write_text("methods: {nola: {class_path: MAGIC}}")
+    (tmp_path / "empty").mkdir()
+    digit(tmp_path / "one.png", 0)
+    arguments, expected = MISTAKES[name]
+    assert main(arguments) == 2
+    errors = capfd.readouterr().err.strip()
+    assert expected in errors and "Traceback" not in errors
+    assert errors.count("\n") == 0, errors
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_corrupt_image_is_named(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        for name in ("a b", "ç"):
+            (tmp_path / "tree" / split / name).mkdir(parents=True)
+            for index in range(3):
+                digit(tmp_path / "tree" / split / name / f"{index}.png", index)
+    bad = tmp_path / "tree" / "train" / "ç" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:80])
+    fit = ["fit", "--config=quickstart.yaml", "--method=1nn", "--data.dataset=folder", "--data.root=tree", *QUICK[:-1]]
+    assert main([*fit, "--data.shots=3"]) == 2
+    assert "ç/1.png" in capsys.readouterr().err
+    assert main([*fit, "--data.shots=4"]) == 2
+    errors = capsys.readouterr().err
+    assert "a b" in errors and "3" in errors
+    assert main(["predict", "--adapter", str(adapter), str(bad), "--out", "p.csv"]) == 2
+    assert "ç/1.png" in capsys.readouterr().err
+    assert not Path("p.csv").exists()
+
+
+def test_interrupted_sweeps_end_with_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nola_vision.run.run", interrupt)
+    assert main(["sweep", "--config=quickstart.yaml", "--methods=linear", *QUICK]) == 130

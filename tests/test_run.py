@@ -1,0 +1,181 @@
+"""One run from config to row: the whole path on the shipped backbone and the bundled digits, made short."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from nola_vision import load_adapter, run
+from nola_vision.cli.configs import load_configs, overlay
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import identity, store
+from nola_vision.results.row import DETERMINISTIC
+
+SHORT = {
+    "threads": 1,
+    "data": {"test_limit": 60, "shots": 2},
+    "trainer": {"max_epochs": 3, "check_val_every_n_epoch": 1, "enable_progress_bar": False},
+}
+
+
+def config(method: str = "nola", **changes: object) -> identity.Config:
+    """The quick start's run config of one entry, made short."""
+    return run.parse(overlay(identity.resolve(overlay(load_configs(["quickstart.yaml"]), SHORT), method), changes))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("runs")
+    names = load_configs(["quickstart.yaml"])["methods"]
+    return {"out": out, **{name: run.run(config(name), out) for name in names}}
+
+
+def test_every_method_runs_to_a_row(rows: dict) -> None:
+    for name, row in rows.items():
+        if name == "out":
+            continue
+        assert row.status == "completed" and row.error is None
+        assert store.read_row(identity.run_folder(rows["out"], config(name), "final") / "row.json") == row
+        assert 0 <= row.test_accuracy <= 1 and abs(row.test_accuracy * 60 - round(row.test_accuracy * 60)) < 1e-4
+        assert row.threads == 1 and row.device == "cpu" and row.other_parameters == 0
+        assert row.data["counts"]["train"] == 20 and len(row.data["draw"]) == 20
+    assert rows["1nn"].head_parameters == 0 and rows["1nn"].adapter_file_bytes is None and rows["1nn"].init is None
+    assert rows["linear"].adapter_parameters == 0 and rows["linear"].head_parameters == 1610
+    assert rows["full-ft"].adapter_parameters == 1_874_400
+    assert rows["lora-r4"].adapter_parameters == 6 * 4 * (160 + 480)
+    assert rows["nola"].adapter_parameters == 18 * 2 * rows["nola"].config["model"]["method"]["init_args"]["num_basis"]
+    assert rows["nola"].adapter_parameters <= rows["lora-r4"].adapter_parameters / 2
+
+
+def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
+    folder = identity.run_folder(rows["out"], config("nola"), "final")
+    model = load_adapter(folder / run.ADAPTER_FILE)
+    built = run.build(config("nola"), folder / "again")
+    built.datamodule.setup("test")
+    right = total = 0
+    with torch.inference_mode():
+        for images, labels in built.datamodule.test_dataloader():
+            right += int((model(images).argmax(1) == labels).sum())
+            total += len(labels)
+    assert right / total == pytest.approx(rows["nola"].test_accuracy, abs=1e-6)
+    assert (folder / run.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
+
+
+def test_the_same_seeds_give_the_same_columns(rows: dict, tmp_path: Path) -> None:
+    torch.manual_seed(77)
+    torch.rand(3)
+    again = run.run(config("nola"), tmp_path)
+    for column in DETERMINISTIC:
+        assert getattr(again, column) == getattr(rows["nola"], column), column
+
+
+def test_run_seed_changes_the_start_and_not_the_set(rows: dict, tmp_path: Path) -> None:
+    other = run.run(config("nola", model={"run_seed": 1}), tmp_path)
+    assert other.data["draw"] == rows["nola"].data["draw"]
+    assert other.train_loss != rows["nola"].train_loss
+    assert other.run_hash != rows["nola"].run_hash and other.entry_hash == rows["nola"].entry_hash
+    split = run.run(config("1nn", data={"split_seed": 1}), tmp_path)
+    assert split.data["draw"] != rows["1nn"].data["draw"]
+
+
+def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*_: object) -> None:
+        raise AssertionError("the test set was touched")
+
+    monkeypatch.setattr("nola_vision.data.datamodule.KShotDataModule.test_dataloader", touched)
+    row = run.run(config("linear"), tmp_path, "search")
+    assert row.stage == "search" and row.test_accuracy is None and row.val_accuracy is not None
+    with pytest.raises(AssertionError):
+        run.run(config("linear"), tmp_path, "final")
+
+
+def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) -> None:
+    whole = run.build(config(), tmp_path / "whole")
+    whole.trainer.fit(whole.model, datamodule=whole.datamodule)
+    saved = tmp_path / "whole" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(saved, weights_only=True)
+    assert set(checkpoint["state_dict"]) == {f"model.stack.{n}" for n, _ in whole.model.model.stack.named_parameters()}
+    numbers = sum(p.numel() for p in whole.model.model.stack.parameters())
+    assert saved.stat().st_size < 4 * 3 * numbers + 60_000  # weights and Adam's two moments; the backbone is 7.5 MB
+
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
+            trainer.should_stop = trainer.current_epoch == 0
+
+    half = run.build(config(), tmp_path / "half")
+    half.trainer.callbacks.insert(0, Stop())
+    half.trainer.fit(half.model, datamodule=half.datamodule)
+    assert half.trainer.current_epoch == 1
+    rest = run.build(config(), tmp_path / "rest")
+    with torch.no_grad():  # what the checkpoint must bring back
+        for parameter in rest.model.model.stack.parameters():
+            parameter.add_(1)
+    rest.trainer.fit(
+        rest.model, datamodule=rest.datamodule, ckpt_path=tmp_path / "half/checkpoints/last.ckpt", weights_only=True
+    )
+    for one, other in zip(whole.model.model.stack.parameters(), rest.model.model.stack.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert rest.trainer.callback_metrics["train_loss"] == whole.trainer.callback_metrics["train_loss"]
+
+    other = run.build(config("lora-r4"), tmp_path / "other")
+    with pytest.raises(NolaVisionError, match="another backbone, method or set of classes"):
+        other.trainer.fit(other.model, datamodule=other.datamodule, ckpt_path=saved, weights_only=True)
+
+
+def test_learning_rates_of_head_and_adapter_are_apart(tmp_path: Path) -> None:
+    method = {"method": {"init_args": {"lr": 0.25, "head_lr": 0.5}}}
+    built = run.build(config("nola", model={**method, "warmup_epochs": 1}), tmp_path)
+    rates: dict[str, list[float]] = {"adapter": [], "head": []}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index) -> None:  # type: ignore[no-untyped-def]
+            for group in trainer.optimizers[0].param_groups:
+                rates[group["name"]].append(group["lr"])
+
+    built.trainer.callbacks.append(Watch())
+    built.trainer.fit(built.model, datamodule=built.datamodule)
+    for name, lr in (("adapter", 0.25), ("head", 0.5)):
+        # 2 steps an epoch: a linear rise over 2 steps, then half a cosine to 1e-6 over 4
+        rise = [lr / 3, lr * 2 / 3]
+        fall = [1e-6 + (lr - 1e-6) * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
+        assert rates[name] == pytest.approx(rise + fall, rel=1e-6)
+
+
+def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
+    failing = config("nola", data={"shots": 75})
+    with pytest.raises(NolaVisionError, match="75"):
+        run.run(failing, tmp_path)
+    row = store.read_row(identity.run_folder(tmp_path, failing, "final") / "row.json")
+    assert row.status == "failed" and "75" in row.error and row.test_accuracy is None
+    blown = config("nola", model={"method": {"init_args": {"lr": 1e30}}}, trainer={"gradient_clip_val": None})
+    with pytest.raises(NolaVisionError, match="no number"):
+        run.run(blown, tmp_path)
+    folder = identity.run_folder(tmp_path, blown, "final")
+    assert store.read_row(folder / "row.json").status == "failed" and not (folder / run.ADAPTER_FILE).exists()
+
+
+def test_ctrl_c_leaves_a_row_marked_interrupted(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nola_vision.cli.main", "fit", "--config", "quickstart.yaml", "--threads=1"]
+    quiet = ["--trainer.max_epochs=100000", "--trainer.enable_progress_bar=false", f"--out={tmp_path}"]
+    process = subprocess.Popen(command + quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    (path,) = tmp_path.rglob("row.json")
+    assert json.loads(path.read_text())["status"] == "interrupted"
+
+
+def test_logs_are_always_written(rows: dict) -> None:
+    folder = identity.run_folder(rows["out"], config("nola"), "final")
+    header = (folder / "metrics.csv").read_text().splitlines()[0]
+    assert {"train_loss", "val_accuracy", "epoch"} <= set(header.split(","))
