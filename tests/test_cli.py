@@ -99,7 +99,9 @@ def test_validate_and_test_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> N
     assert str(row.val_accuracy)[:6] in capsys.readouterr().out
 
 
-def test_predict_writes_class_and_probability(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_writes_class_and_probability(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "new images").mkdir()
     for index in range(3):
         digit(tmp_path / "new images" / f"é{index}.png", index)
@@ -142,19 +144,21 @@ def test_sweep_chooses_rates_runs_everything_once_and_resumes(
     assert main(sweep) == 0
     assert len(done) == 1 and done[0][0]["data"]["split_seed"] == 1  # only the run without a row
     # a plain fit at the chosen rate is the same run
-    assert main(["fit", "--config=quickstart.yaml", "--method=linear", f"--model.method.lr={best.learning_rate}", *QUICK]) == 0
+    rate = f"--model.method.lr={best.learning_rate}"
+    assert main(["fit", "--config=quickstart.yaml", "--method=linear", rate, *QUICK]) == 0
     assert len(store.read_rows("runs")[0]) == len(rows)
 
 
 def test_a_failing_run_does_not_stop_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--splits=0", "--inits=0", "--methods=1nn,bad", "--config=quickstart.yaml", "--config=bad.yaml"]
-    Path("bad.yaml").write_text("methods: {bad: {class_path: NOLA, init_args: {targets: [conv]}}}")
+    Path("bad.yaml").write_text("methods: {bad: {class_path: NOLA, init_args: {targets: ['re:x']}}}")
     assert main(["sweep", *options, *QUICK]) == 1
     printed = capsys.readouterr().out
     assert "bad split 0 init 0: failed" in printed and "1nn" in printed
     assert {row.status for row in store.read_rows("runs")[0]} == {"completed", "failed"}
 
 
+FIT = ["fit", "--config=quickstart.yaml"]
 MISTAKES = {
     "no verb of that name": (["fitt"], "did you mean fit"),
     "config": (["fit", "--config", "quikstart.yaml"], "did you mean quickstart.yaml"),
@@ -171,15 +175,15 @@ MISTAKES = {
     "sweep without config": (["sweep"], "--config"),
     "sweep range": (["sweep", "--config", "quickstart.yaml", "--splits", "3-1"], "3-1"),
     "sweep method": (["sweep", "--config", "quickstart.yaml", "--methods", "nola,lora"], "lora-r4"),
-    "backbone": (["fit", "--config=quickstart.yaml", "--model.backbone.tag=vit_tinny_patch16_224"], "vit_tiny_patch16_224"),
-    "weights file": (["fit", "--config=quickstart.yaml", "--model.backbone.file=no.pth"], "no.pth does not exist"),
-    "target": (["fit", "--config=quickstart.yaml", "--model.method.targets=[mpl]"], "unknown target 'mpl'"),
-    "target without weight": (["fit", "--config=quickstart.yaml", "--model.method.targets=[conv]"], "matches no weight"),
-    "data set": (["fit", "--config=quickstart.yaml", "--data.dataset=digit"], "digits"),
-    "shots": (["fit", "--config=quickstart.yaml", "--data.shots=75"], "use 69 shots or fewer"),
-    "folder": (["fit", "--config=quickstart.yaml", "--data.dataset=folder", "--data.root=nowhere"], "nowhere"),
-    "empty folder": (["fit", "--config=quickstart.yaml", "--data.dataset=folder", "--data.root=empty"], "empty"),
-    "no CIFAR": (["fit", "--config=quickstart.yaml", "--data.dataset=cifar10", "--data.root=empty"], "download"),
+    "backbone": ([*FIT, "--model.backbone.tag=vit_tinny_patch16_224"], "vit_tiny_patch16_224"),
+    "weights file": ([*FIT, "--model.backbone.file=no.pth"], "no.pth does not exist"),
+    "target": ([*FIT, "--model.method.targets=[mpl]"], "unknown target 'mpl'"),
+    "target without weight": ([*FIT, "--model.method.targets=[re:nothing]"], "matches no weight"),
+    "data set": ([*FIT, "--data.dataset=digit"], "digits"),
+    "shots": ([*FIT, "--data.shots=75"], "use 69 shots or fewer"),
+    "folder": ([*FIT, "--data.dataset=folder", "--data.root=nowhere"], "nowhere"),
+    "empty folder": ([*FIT, "--data.dataset=folder", "--data.root=empty"], "empty"),
+    "no CIFAR": ([*FIT, "--data.dataset=cifar10", "--data.root=empty"], "download"),
     "no rows": (["report", "empty"], "no rows"),
     "no adapter": (["predict", "--adapter", "none.safetensors", "one.png"], "none.safetensors does not exist"),
     "no image": (["predict", "--adapter", "none.safetensors", "nothing.png"], "nothing.png does not exist"),

@@ -21,6 +21,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from nola_vision import methods
 from nola_vision.data.datamodule import KShotDataModule
@@ -54,7 +55,6 @@ class RunCLI(LightningCLI):
                 args=list(args) if not isinstance(args, Mapping) else dict(args),
                 run=False,
                 save_config_callback=None,  # the row holds the config
-                seed_everything_default=False,  # `model.run_seed` seeds
                 auto_configure_optimizers=False,
                 parser_kwargs={"prog": "nola-vision fit", "exit_on_error": False},
                 trainer_defaults={
@@ -72,6 +72,7 @@ class RunCLI(LightningCLI):
         for field in ("tag", "file", "img_size", "pretrained"):
             parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
         parser.link_arguments("model.run_seed", "data.run_seed")
+        parser.link_arguments("model.run_seed", "seed_everything")
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
@@ -124,6 +125,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
     plain.pop("config", None)
     for linked in ("backbone", "run_seed"):  # said once, by the model
         plain["data"].pop(linked, None)
+    plain.pop("seed_everything", None)
     plain["model"]["method"].setdefault("init_args", {})
     if plain.get("method") is None:
         plain["method"] = identity.method_class(plain).lower()
@@ -134,7 +136,6 @@ def build(run_config: identity.Config, folder: Path) -> RunCLI:
     """Task, datamodule and trainer of a run config, seeded by `model.run_seed`; the run writes to `folder`."""
     if run_config["threads"] is not None:
         torch.set_num_threads(run_config["threads"])
-    L.seed_everything(run_config["model"]["run_seed"], verbose=False)
     return RunCLI(run_config, folder)
 
 
@@ -202,7 +203,9 @@ def run(
             git=row.git_state(),
             **{"threads": torch.get_num_threads(), **measured},
         )
-        write_row(folder, finished)
+        # the other processes of a distributed run have the same numbers
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            write_row(folder, finished)
     return finished
 
 
