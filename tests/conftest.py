@@ -1,4 +1,4 @@
-"""The tests import `reference.py`, which lies beside them, and run with as many threads as the machine's two cores."""
+"""The tests import `reference.py`, which lies beside them."""
 
 import sys
 from pathlib import Path

@@ -36,10 +36,20 @@ def test_any_part_is_the_same_whatever_else_is_made() -> None:
     assert torch.equal(basis_bytes(key, 17, 23, 4, 96), whole[17:23])
     assert torch.equal(basis_bytes(key, 0, 8, 4, 96), whole[:8])  # the first k' of a k-basis
     assert torch.equal(basis_bytes(key, 0, 40, 2, 96), whole[:, :2])  # a lower rank
-    torch.set_num_threads(1)
-    single = basis_bytes(key, 0, 40, 4, 96)
-    torch.set_num_threads(2)
-    assert torch.equal(single, whole)
+
+
+def test_thread_count_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, threads = basis_key(0, "shape 768x48", "A"), torch.get_num_threads()
+    expected = torch.from_numpy(reference.basis(0, "shape 768x48", "A", 300, 4, 768))  # beyond torch's parallel grain
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(basis_bytes(key, 0, 300, 4, 768), expected)
+    finally:
+        torch.set_num_threads(threads)
+    for words in (1, 1000, 2**14):
+        monkeypatch.setattr("nola_vision.adapters.basis._BLOCKS_AT_ONCE", words)
+        assert torch.equal(basis_bytes(key, 3, 40, 4, 768), expected[3:40])
 
 
 def test_keys_differ_in_every_part() -> None:

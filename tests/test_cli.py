@@ -67,6 +67,9 @@ def test_options_override_the_config(capsys: pytest.CaptureFixture[str]) -> None
     ((row,), _) = store.read_rows("runs")
     assert row.adapter_parameters == 18 * 2 * 10 and row.cell.endswith("digits-1shot-quickstart")
     assert row.config["model"]["method"]["init_args"]["rank"] == 2
+    (path,) = Path("runs").rglob("adapter.safetensors")
+    digit(Path("seven.png"), 7)
+    assert main(["predict", "--adapter", str(path), "seven.png"]) == 0  # whatever the precision it was trained in
 
 
 def test_print_config_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +92,7 @@ def test_a_local_config_wins_over_a_shipped_one(tmp_path: Path, capsys: pytest.C
 def test_validate_and_test_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--config", "quickstart.yaml", "--method=linear", *QUICK]
     assert main(["test", *options]) == 2
-    assert "fit first" in capsys.readouterr().err
+    assert "there is no checkpoint" in capsys.readouterr().err
     assert main(["fit", *options]) == 0
     ((row,), _) = store.read_rows("runs")
     capsys.readouterr()
@@ -169,6 +172,21 @@ MISTAKES = {
     "wrong type": (["fit", "--config", "quickstart.yaml", "--data.shots", "few"], "few"),
     "method": (["fit", "--config", "quickstart.yaml", "--method", "nolla"], "nola"),
     "method without config": (["fit", "--method", "nola"], "--config"),
+    "stray config": (["fit", "quickstart.yaml"], "--config quickstart.yaml"),
+    "threads": ([*FIT, "--threads=0"], "threads is 0"),
+    "seed": ([*FIT, "--model.run_seed=-1"], "-1 is not in bounds"),
+    "smoothing": ([*FIT, "--model.label_smoothing=2"], "label_smoothing (2.0)"),
+    "learning rate": ([*FIT, "--model.method.lr=-1"], "lr of NOLA is -1"),
+    "devices": ([*FIT, "--trainer.devices=0"], "cannot be set up"),
+    "strategy": ([*FIT, "--trainer.strategy=dpp"], "dpp"),
+    "accelerator": ([*FIT, "--trainer.accelerator=tpu"], "cannot be set up"),
+    "checkpoint": ([*FIT, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+    "last checkpoint of no run": ([*FIT, "--ckpt_path=last"], "there is no checkpoint"),
+    "image size": ([*FIT, "--model.backbone.img_size=-4"], "img_size is -4"),
+    "methods as a list": (["fit", "--config=quickstart.yaml", "--config=listed.yaml"], "`methods` of the config"),
+    "no end": ([*FIT, "--trainer.max_epochs=-1"], "needs an end"),
+    "batch size": (["predict", "--adapter=a", "--batch_size=0", "one.png"], "batch_size is 0"),
+    "output folder": (["predict", "--adapter=a", "--out=no/p.csv", "one.png"], "the folder of no/p.csv"),
     "method class": (["fit", "--config", "quickstart.yaml", "--config", "magic.yaml"], "unknown method 'MAGIC'"),
     "method setting": (["fit", "--config=quickstart.yaml", "--model.method.rnk=3"], "rnk"),
     "no config": (["fit"], "--config"),
@@ -195,6 +213,7 @@ def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd
     (tmp_path / "broken.yaml").write_text("a: [1,")
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "typo.yaml").write_text("data: {augmentatoin: light}")
+    (tmp_path / "listed.yaml").write_text("methods: [nola]")
     (tmp_path / "magic.yaml").write_text("methods: {nola: {class_path: MAGIC}}")
     (tmp_path / "empty").mkdir()
     digit(tmp_path / "one.png", 0)
@@ -223,6 +242,33 @@ def test_a_corrupt_image_is_named(adapter: Path, tmp_path: Path, capsys: pytest.
     assert main(["predict", "--adapter", str(adapter), str(bad), "--out", "p.csv"]) == 2
     assert "ç/1.png" in capsys.readouterr().err
     assert not Path("p.csv").exists()
+
+
+def test_a_small_folder_from_run_to_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        for name, first in (("zero", 0), ("one one", 1)):
+            (tmp_path / "a" / "tree" / split / name).mkdir(parents=True)
+            for index in range(2):
+                digit(tmp_path / "a" / "tree" / split / name / f"{index}.png", first + 10 * index)
+    monkeypatch.setenv("NOLA_VISION_DATA", str(tmp_path / "a" / "tree"))
+    options = ["--config=quickstart.yaml", "--data.dataset=folder", "--data.shots=all", *QUICK[:-1]]
+    # five images a class and fewer leave no validation pool: each method keeps its own rate
+    assert main(["sweep", *options, "--methods=linear,nola", "--splits=0", "--inits=0"]) == 0
+    printed = capsys.readouterr().out
+    assert "too small for a validation pool" in printed and "folder.tree-allshot" in printed
+    rows = [row for row in store.read_rows("runs")[0] if row.stage == "final"]
+    assert {row.learning_rate for row in rows} == {0.005} and {row.val_accuracy for row in rows} == {None}
+    path = next(Path("runs").rglob("nola/split0*/adapter.safetensors"))
+    assert main(["predict", "--adapter", str(path), str(tmp_path / "a")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    # another tree of the same name is another run
+    (tmp_path / "a").rename(tmp_path / "b")
+    digit(tmp_path / "b" / "tree" / "train" / "zero" / "2.png", 20)
+    monkeypatch.setenv("NOLA_VISION_DATA", str(tmp_path / "b" / "tree"))
+    assert main(["fit", *options, "--method=linear"]) == 0
+    assert len([row for row in store.read_rows("runs")[0] if row.stage == "final"]) == 3
 
 
 def test_interrupted_sweeps_end_with_status_130(monkeypatch: pytest.MonkeyPatch) -> None:

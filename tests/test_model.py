@@ -285,4 +285,4 @@ def test_backbone_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         raise FileNotFoundError("no connection")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
-    refused(BackboneSpec("vit_tiny_patch16_224.augreg_in21k"), "could not be downloaded .*--model.backbone.file")
+    refused(BackboneSpec("vit_tiny_patch16_224.augreg_in21k"), "could not be downloaded .*--model.backbone.file FILE")

@@ -18,7 +18,8 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path} imports relatively"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
@@ -42,7 +43,8 @@ def test_rooms_without_lightning(closed: str) -> None:
         assert not [name for name in imported(path) if name.split(".")[0] == "lightning"], path
     for path in (ROOT / "adapters").rglob("*.py"):
         inside = [name for name in imported(path) if name.startswith("nola_vision.")]
-        assert all(name.startswith(("nola_vision.adapters.", "nola_vision.errors")) for name in inside), path
+        allowed = ("nola_vision.adapters.", "nola_vision.errors", "nola_vision.files")
+        assert all(name.startswith(allowed) for name in inside), path
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
 import torch
 from lightning.pytorch.callbacks import Callback
 
@@ -124,9 +126,71 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
         assert torch.equal(one, other)
     assert rest.trainer.callback_metrics["train_loss"] == whole.trainer.callback_metrics["train_loss"]
 
-    other = run.build(config("lora-r4"), tmp_path / "other")
-    with pytest.raises(NolaVisionError, match="another backbone, method or set of classes"):
-        other.trainer.fit(other.model, datamodule=other.datamodule, ckpt_path=saved, weights_only=True)
+    for changes, named in (
+        ({"method": {"init_args": {"c": 64}}}, "another method"),
+        ({"basis_seed": 9}, "another basis_seed"),
+    ):
+        other = run.build(config(model=changes), tmp_path / "other")
+        with pytest.raises(NolaVisionError, match=named):
+            other.trainer.fit(other.model, datamodule=other.datamodule, ckpt_path=saved, weights_only=True)
+
+
+def test_resuming_a_finished_run_keeps_it(tmp_path: Path) -> None:
+    done = run.run(config("linear"), tmp_path)
+    folder = identity.run_folder(tmp_path, config("linear"), "final")
+    log = (folder / "metrics.csv").read_text()
+    with pytest.raises(NolaVisionError, match="nothing left to train"):
+        run.run(config("linear"), tmp_path, ckpt_path="last")
+    assert store.read_row(folder / "row.json") == done
+    assert (folder / "metrics-1.csv").read_text() == log
+
+
+def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path) -> None:
+    uneven = config("linear", trainer={"check_val_every_n_epoch": 2})
+    run.run(uneven, tmp_path)
+    folder = identity.run_folder(tmp_path, uneven, "final")
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    trained = load_adapter(folder / run.ADAPTER_FILE)
+    assert torch.equal(checkpoint["model.stack.head_weight"], trained.stack.head_weight)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+@pytest.mark.parametrize("method", ["1nn", "nola"])
+def test_other_precisions_run(method: str, precision: str, tmp_path: Path) -> None:
+    row = run.run(config(method, trainer={"precision": precision}), tmp_path)
+    assert row.status == "completed" and row.test_accuracy > 0.3
+
+
+def test_warm_up_counts_optimizer_steps_and_max_steps_alone_is_enough(tmp_path: Path) -> None:
+    changes = {"accumulate_grad_batches": 2, "max_epochs": -1, "max_steps": 3}
+    built = run.build(config(model={"warmup_epochs": 1}, trainer=changes), tmp_path)
+    rates = []
+
+    class Watch(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer) -> None:  # type: ignore[no-untyped-def]
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    built.trainer.callbacks.append(Watch())
+    built.trainer.fit(built.model, datamodule=built.datamodule)
+    # two batches an epoch make one step: one step of warm-up, then the top of a cosine over two
+    assert rates == pytest.approx([0.0025, 0.005, 0.0025], rel=1e-3)
+
+
+def test_a_resnet_with_adapted_convolutions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = timm.create_model("resnet10t", zero_init_last=False)
+    convolutions, weights = sum(isinstance(m, torch.nn.Conv2d) for m in source.modules()), source.state_dict()
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+    backbone = {"tag": "resnet10t.c3_in1k", "file": str(tmp_path / "w.safetensors"), "img_size": 32}
+    method = {"class_path": "NOLA", "init_args": {"targets": "conv", "num_basis": 8, "c": 1}}
+    changes = {"method": "conv", "methods": {"conv": method}, "model": {"backbone": backbone}}
+    plain = identity.resolve(overlay(overlay(load_configs(["quickstart.yaml"]), SHORT), changes))
+    row = run.run(run.parse(plain), tmp_path)
+    assert row.status == "completed" and row.adapter_parameters == 2 * 8 * convolutions
+    path = next(tmp_path.rglob("adapter.safetensors"))
+    loaded = load_adapter(path, backbone["file"])  # its fingerprint covers the weights
+    kept = loaded.backbone.state_dict()
+    assert all(torch.equal(kept[name], weights[name]) for name in kept)
 
 
 def test_learning_rates_of_head_and_adapter_are_apart(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nola_vision.adapters.paths import additive_linear, merges_exactly
 from nola_vision.backbones import find_targets, probe_batch
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import NOLA, LinearProbe, LoRA, Method, make_stack
@@ -276,17 +277,52 @@ def test_routing_sends_each_sample_to_its_adapter() -> None:
             stack(IMAGES)
 
 
-def test_bfloat16_autocast_does_not_round_the_change_away() -> None:
-    backbone = vit()
-    plain = backbone(IMAGES)
-    stack = attached(backbone, METHODS[0])
-    shake(stack, 0.02)
-    expected = backbone(IMAGES) - plain
+def test_bfloat16_autocast_does_not_round_the_change_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of about 1e-3 of W, on one layer: the additive path keeps it, merging in 16 bits loses most of it."""
+    layer = nn.Linear(64, 64)
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(64, 4, generator=generator), torch.randn(4, 64, generator=generator)
+    scale = float(1e-3 * layer.weight.std() / (a @ b).std())
+    x = torch.randn(256, 64, generator=generator).bfloat16().float()
+    exact = scale * (x @ a) @ b
+    weight = layer.weight.detach().bfloat16()
+    merged = (weight.float() + scale * (a @ b).T).bfloat16().float() - weight.float()
+    lost = nn.functional.cosine_similarity((x @ merged.T).flatten(), exact.flatten(), 0)
+    zero = nn.Linear(64, 64, bias=False)
+    nn.init.zeros_(zero.weight)
     with torch.autocast("cpu", torch.bfloat16):
-        changed = backbone(IMAGES).float()
-        stack.detach()
-        unchanged = backbone(IMAGES).float()
-    assert nn.functional.cosine_similarity((changed - unchanged).flatten(), expected.flatten(), 0) > 0.9
+        assert not merges_exactly(x, layer.weight)
+        kept = nn.functional.cosine_similarity(
+            additive_linear(x, zero, a, b, scale).float().flatten(), exact.flatten(), 0
+        )
+    assert kept > 0.999 and lost < 0.9
+    assert merges_exactly(x, layer.weight)
+
+
+def test_routing_mistakes_are_refused() -> None:
+    backbone = vit()
+    stack = attached(backbone, METHODS[0], num_adapters=3)
+    with pytest.raises(NolaVisionError, match="2 samples, but the batch has 3"), stack.route(torch.tensor([0, 1])):
+        stack(IMAGES)
+    with pytest.raises(NolaVisionError, match="several adapters"):
+        stack.logits(torch.randn(2, 48))
+    shake(stack)
+    with stack.route(torch.tensor([2, 2, 2])):
+        expected = stack(IMAGES)
+    stack.merge(2)
+    assert (stack(IMAGES) - expected).abs().max() / expected.abs().max() < 1e-4  # its own head too
+
+
+def test_changes_of_a_16_bit_stack_are_made_in_float32() -> None:
+    stack = attached(vit(), METHODS[0])
+    shake(stack)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    exact = stack.changes()
+    rounded = stack.bfloat16().changes()
+    for name, change in exact.items():
+        assert rounded[name].dtype == torch.float32 and torch.equal(rounded[name], change)
 
 
 def test_tied_weights_are_adapted_and_counted_once() -> None:
@@ -341,7 +377,7 @@ def test_refusals() -> None:
         find_targets(backbone, ["re:("])
     with pytest.raises(NolaVisionError, match="rank 49"):
         make_stack(backbone, LoRA(rank=49), 5)
-    with pytest.raises(NolaVisionError, match="at least one"):
+    with pytest.raises(NolaVisionError, match="num_basis of NOLA is 0"):
         make_stack(backbone, NOLA(num_basis=0), 5)
     batch = resnet()
     stack = attached(batch, NOLA(targets=["conv"], rank=1, num_basis=2), num_adapters=2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import pickle
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data.config import resolve_data_config
 from timm.models import PretrainedCfg
 from torch import nn
 
 import nola_vision.glyph_vit  # noqa: F401  registers the quick start's backbone with timm
+from nola_vision.adapters.file import add_tensor
 from nola_vision.adapters.target import Target
 from nola_vision.errors import NolaVisionError
 
@@ -83,6 +83,8 @@ def create_backbone(spec: BackboneSpec | str) -> nn.Module:
             pretrained weights are not on this machine and cannot be downloaded.
     """
     spec = BackboneSpec(spec) if isinstance(spec, str) else spec
+    if spec.img_size is not None and spec.img_size < 1:
+        raise NolaVisionError(f"img_size is {spec.img_size}: it is the image's side in pixels")
     config = _pretrained_cfg(spec)
     options: dict[str, Any] = {"num_classes": 0, "pretrained": spec.pretrained}
     if spec.file is not None and spec.pretrained:
@@ -92,13 +94,15 @@ def create_backbone(spec: BackboneSpec | str) -> nn.Module:
     try:
         with _missing_keys() as missing:
             backbone: nn.Module = timm.create_model(spec.tag, **options)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except Exception as error:  # a file that is no checkpoint fails in any way
         if spec.file is None and (isinstance(error, OSError) or "No pretrained weights" in str(error)):
             raise NolaVisionError(_no_weights(spec, config)) from error
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
+        if spec.file is None:
+            raise NolaVisionError(f"{spec.tag} cannot be made with img_size {spec.img_size}: {reason}") from error
         raise NolaVisionError(
-            f"{f'the weights file {spec.file}' if spec.file else 'the weights'} cannot be loaded into {spec.tag}, "
-            f"a file of that model's weights is needed: {reason}"
+            f"the weights file {spec.file} cannot be loaded into {spec.tag}: give a safetensors or PyTorch file of "
+            f"that model's weights and nothing else ({reason})"
         ) from error
     if missing:
         raise NolaVisionError(
@@ -126,6 +130,15 @@ def _pretrained_cfg(spec: BackboneSpec) -> PretrainedCfg:
     )
 
 
+def packaged_file(tag: str) -> str | None:
+    """The local file that timm's own entry for a tag names, as the quick start's backbone does; else None."""
+    try:
+        config = timm.models.get_pretrained_cfg(tag, allow_unregistered=False)
+    except RuntimeError:
+        return None
+    return config.file if config is not None else None
+
+
 def _checked_file(path: str) -> str:
     if not Path(path).is_file():
         raise NolaVisionError(f"the weights file {path} does not exist: give the path of a .safetensors or .pth file")
@@ -137,8 +150,8 @@ def _no_weights(spec: BackboneSpec, config: PretrainedCfg) -> str:
     if not (config.hf_hub_id or config.url):
         return f"timm has no weights for {spec.tag}: choose a tag that has, or give a file by --model.backbone.file"
     return (
-        f"the weights of {spec.tag} are not on this machine and could not be downloaded from {source}: "
-        "point --model.backbone.file at a local .safetensors or .pth file with timm's keys"
+        f"the weights of {spec.tag} are not on this machine and could not be downloaded from {source}: name a local "
+        ".safetensors or .pth file with timm's keys (--model.backbone.file FILE; predict: --weights FILE)"
     )
 
 
@@ -180,21 +193,19 @@ def fingerprint(backbone: nn.Module, weights: Sequence[str] = ()) -> str:
     state = backbone.state_dict()
     digest = hashlib.sha256()
     for name in sorted(set(weights) or state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        add_tensor(digest, name, state[name])
     return digest.hexdigest()
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 
-def find_targets(backbone: nn.Module, names: Sequence[str]) -> list[Target]:
+def find_targets(backbone: nn.Module, names: Sequence[str] | str) -> list[Target]:
     """The weights that target names stand for, in the backbone's own order.
 
     Args:
         backbone: a timm model.
-        names: any of
+        names: one or several of
             `mlp`: the two linear layers of every MLP block (`*.mlp.fc1`, `*.mlp.fc2`);
             `qkv`: the fused query, key and value weight of every attention (`*.attn.qkv`) as one matrix;
             `qv`: its query rows and its value rows as two matrices;
@@ -210,7 +221,7 @@ def find_targets(backbone: nn.Module, names: Sequence[str]) -> list[Target]:
         uses.setdefault(id(layer.weight), []).append(name)
 
     chosen: dict[str, Target] = {}
-    for wanted in names:
+    for wanted in [names] if isinstance(names, str) else names:
         found = [name for name in layers if _matches(wanted, name, layers[name])]
         if not found:
             raise NolaVisionError(

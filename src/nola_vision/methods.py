@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class LoRA(Method):
         head_lr: learning rate of the head; the same as `lr` if not given.
     """
 
-    targets: Sequence[str] = ("qkv",)
+    targets: Sequence[str] | str = ("qkv",)
     rank: int = 4
     c: float = 4.0
     lr: float = 5e-3
@@ -88,10 +89,10 @@ class NOLA(Method):
         head_lr: learning rate of the head; the same as `lr` if not given.
     """
 
-    targets: Sequence[str] = ("mlp",)
+    targets: Sequence[str] | str = ("mlp",)
     rank: int = 4
     num_basis: int = 1024
-    c: float = 4.0
+    c: float = 2.0
     scope: Scope = "shared"
     start: Start = "a0"
     lr: float = 5e-3
@@ -124,6 +125,7 @@ def make_stack(
     Raises:
         NolaVisionError: a target that the backbone lacks, or a rank or a number of basis matrices that is not possible.
     """
+    _check_numbers(method)
     basis_seed = run_seed if basis_seed is None else basis_seed
     targets: list[Target] = []
     draws = _generator(run_seed, "factors")
@@ -138,12 +140,19 @@ def make_stack(
 
     if isinstance(method, NOLA | LoRA):
         targets = find_targets(backbone, method.targets)
-        _check(method, targets)
+        _check_rank(method, targets)
     width = int(backbone.num_features)  # type: ignore[arg-type]
     return AdapterStack(targets, make_factors, width, num_classes, num_adapters, _generator(run_seed, "head"))
 
 
-def _check(method: NOLA | LoRA, targets: Sequence[Target]) -> None:
+def _check_numbers(method: Method) -> None:
+    for name in ("lr", "head_lr", "c", "num_basis"):
+        value = getattr(method, name, None)
+        if value is not None and not 0 < value < math.inf:
+            raise NolaVisionError(f"{name} of {type(method).__name__} is {value}: it must be a number above zero")
+
+
+def _check_rank(method: NOLA | LoRA, targets: Sequence[Target]) -> None:
     if not targets:
         raise NolaVisionError(f"{type(method).__name__} needs at least one target, such as qkv or mlp")
     narrow = min(targets, key=lambda t: min(t.inputs, t.outputs))
@@ -153,8 +162,6 @@ def _check(method: NOLA | LoRA, targets: Sequence[Target]) -> None:
             f"rank {method.rank} is not possible for {narrow.name}, a {narrow.inputs} x {narrow.outputs} matrix: "
             f"use a rank from 1 to {limit}"
         )
-    if isinstance(method, NOLA) and method.num_basis < 1:
-        raise NolaVisionError(f"num_basis is {method.num_basis}: NOLA needs at least one basis matrix for each factor")
 
 
 def _generator(run_seed: int, purpose: str) -> torch.Generator:

@@ -57,6 +57,8 @@ class AdaptedModel(nn.Module):
     def __init__(self, backbone: nn.Module, stack: AdapterStack, card: Card) -> None:
         super().__init__()
         self.backbone, self.stack, self.card = backbone, stack, card
+        # taken now: a run may cast the backbone to another precision, or train all of it
+        self.fingerprint = fingerprint(backbone, [target.weight for target in stack.targets])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.stack.logits(self.backbone(images))
@@ -87,15 +89,18 @@ class AdaptedModel(nn.Module):
         """
         if self.stack.merged:
             raise NolaVisionError("a merged adapter cannot be saved: unmerge() it first")
-        return write_adapter(path, self._metadata(), self.trained_tensors())
+        tensors = self.trained_tensors().items()
+        stored = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+        return write_adapter(path, self.metadata(), stored)
 
-    def _metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
+        """What the adapter file says besides its tensors, as plain values."""
         card = self.card
-        weights = [target.weight for target in self.stack.targets]
+        kept = {name: getattr(card.backbone, name) for name in ("tag", "img_size", "pretrained")}
         whole = isinstance(card.method, FullFinetune)  # its file holds every weight, so it fits any of the shape
         return {
-            "backbone": {"tag": card.backbone.tag, "img_size": card.backbone.img_size},
-            "backbone_fingerprint": None if whole else fingerprint(self.backbone, weights),
+            "backbone": kept,
+            "backbone_fingerprint": None if whole else self.fingerprint,
             "method": methods.to_dict(card.method),
             "run_seed": card.run_seed,
             "basis_seed": card.basis_seed,
@@ -127,10 +132,13 @@ def adapt(
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
     basis_seed = run_seed if basis_seed is None else basis_seed
     card = Card(spec, method, tuple(class_names), run_seed, basis_seed, input_config(spec))
-    return _assemble(create_backbone(spec), card)
+    return _assemble(spec, card)
 
 
-def _assemble(backbone: nn.Module, card: Card) -> AdaptedModel:
+def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(card.run_seed)  # what random weights, if any, come from
+        backbone = create_backbone(spec)
     stack = make_stack(backbone, card.method, len(card.class_names), card.run_seed, card.basis_seed)
     stack.attach(backbone, probe_batch(backbone))
     if isinstance(card.method, FullFinetune):
@@ -164,15 +172,16 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
         shapes = {t["name"]: tuple(t["shape"]) for t in metadata["targets"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error}") from error
-    model = _assemble(create_backbone(spec), card)
+    # a fully fine-tuned model's file holds every weight, so none needs to be at hand
+    model = _assemble(spec if expected is not None else dataclasses.replace(spec, pretrained=False), card)
     here = {target.name: target.shape for target in model.stack.targets}
-    if here != shapes:
-        name = next(iter(set(here.items()) ^ set(shapes.items())))[0]
+    if list(here.items()) != list(shapes.items()):  # in this order: coefficients are stored by position
+        name = next((n for n in here.keys() | shapes.keys() if here.get(n) != shapes.get(n)), "their order")
         raise NolaVisionError(
-            f"{path} was made for other weight shapes: {name} is {shapes.get(name, 'absent')} there and "
-            f"{here.get(name, 'absent')} in {spec.tag} here"
+            f"{path} was made for other weight shapes: {name} is {shapes.get(name, 'different')} there and "
+            f"{here.get(name, 'different')} in {spec.tag} here"
         )
-    if expected is not None and expected != fingerprint(model.backbone, [t.weight for t in model.stack.targets]):
+    if expected is not None and expected != model.fingerprint:
         raise NolaVisionError(
             f"{path} was made for other weights of {spec.tag} than those at hand: give the file it was trained with by "
             "`weights` (--weights FILE)"

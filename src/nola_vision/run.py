@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
-import resource
+import os
+import re
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nola_vision import methods
+from nola_vision import backbones, methods
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, row
 from nola_vision.results.row import Row
-from nola_vision.results.store import write_row
+from nola_vision.results.store import find_row, write_row
 from nola_vision.tasks import make_task
 from nola_vision.tasks.classifier import Classifier
 
@@ -84,13 +88,26 @@ class RunCLI(LightningCLI):
         given = self.config_init["trainer"]
         callbacks: list[L.Callback] = list(_listed(given["callbacks"]))
         if given["enable_checkpointing"] is not False:
-            callbacks.append(ModelCheckpoint(self.folder / "checkpoints", save_last=True, enable_version_counter=False))
+            # at each epoch's end, whenever validation comes: `last.ckpt` is the model as it is trained so far
+            every: dict[str, Any] = {"save_last": True, "save_on_train_epoch_end": True}
+            callbacks.append(ModelCheckpoint(self.folder / "checkpoints", enable_version_counter=False, **every))
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar(leave=False))
+        _keep_old_log(self.folder)
         loggers: list[Logger] = [CSVLogger(self.folder, name="", version=""), *_listed(given["logger"])]
         return super().instantiate_trainer(
             callbacks=callbacks, logger=loggers, default_root_dir=self.folder, **kwargs
         )
+
+
+def _keep_old_log(folder: Path) -> None:
+    """A resumed run starts a log of its own, and Lightning would delete the one that is there."""
+    log = folder / "metrics.csv"
+    if log.exists():
+        number = 1
+        while (kept := folder / f"metrics-{number}.csv").exists():
+            number += 1
+        log.rename(kept)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -115,8 +132,9 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
     if method := (config.get("model") or {}).get("method"):
         methods.from_dict(method)  # says which methods and settings there are, where the parser speaks of import paths
     try:
-        parsed = RunCLI(["--config", json.dumps(config), *options]).config
-    except argparse.ArgumentError as error:
+        with _quiet():
+            parsed = RunCLI(["--config", json.dumps(config), *options]).config
+    except (argparse.ArgumentError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise NolaVisionError(
             f"the configuration is not understood: {reason} (nola-vision fit --help lists the options)"
@@ -126,25 +144,72 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
     for linked in ("backbone", "run_seed"):  # said once, by the model
         plain["data"].pop(linked, None)
     plain.pop("seed_everything", None)
+    if plain["data"]["dataset"] == "folder":
+        plain["data"]["root"] = plain["data"]["root"] or os.environ.get("NOLA_VISION_DATA")
+    if plain["threads"] is not None and plain["threads"] < 1:
+        raise NolaVisionError(f"threads is {plain['threads']}: it must be at least 1")
+    plain["content"] = _content(plain)
     plain["model"]["method"].setdefault("init_args", {})
     if plain.get("method") is None:
         plain["method"] = identity.method_class(plain).lower()
     return plain
 
 
+def _content(run_config: identity.Config) -> dict[str, str]:
+    """Digests of what the config names by a path alone, so that two files of one name are two runs.
+
+    `weights` is SHA-256 over a local weights file, the packaged one included; `folder` over the relative paths and
+    sizes of a `folder` data set's files. A file that is missing is left to the run, which says so.
+    """
+    found = {}
+    backbone = run_config["model"]["backbone"]
+    weights = backbone["file"] or backbones.packaged_file(backbone["tag"])
+    if weights is not None and Path(weights).is_file():
+        with open(weights, "rb") as file:
+            found["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+    root = run_config["data"]["root"]
+    if run_config["data"]["dataset"] == "folder" and root is not None and Path(root).is_dir():
+        files = sorted(path for path in Path(root).rglob("*") if path.is_file())
+        listing = "\n".join(f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in files)
+        found["folder"] = hashlib.sha256(listing.encode()).hexdigest()
+    return found
+
+
 def build(run_config: identity.Config, folder: Path) -> RunCLI:
-    """Task, datamodule and trainer of a run config, seeded by `model.run_seed`; the run writes to `folder`."""
+    """Task, datamodule and trainer of a run config, seeded by `model.run_seed`; the run writes to `folder`.
+
+    Raises:
+        NolaVisionError: a setting that Lightning, the backbone or the data refuse.
+    """
     if run_config["threads"] is not None:
         torch.set_num_threads(run_config["threads"])
-    return RunCLI(run_config, folder)
+    try:
+        return RunCLI({key: value for key, value in run_config.items() if key != "content"}, folder)
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        raise NolaVisionError(f"the run cannot be set up: {' '.join(str(error).split())}") from error
+
+
+def checkpoint_path(given: str | None, folder: Path) -> str | None:
+    """The checkpoint that `--ckpt_path` names; `last` is the run's own.
+
+    Raises:
+        NolaVisionError: it is not there.
+    """
+    path = folder / "checkpoints" / "last.ckpt" if given == "last" else given and Path(given)
+    if path and not path.is_file():
+        raise NolaVisionError(
+            f"there is no checkpoint {path}: give one by --ckpt_path ('last' is that of a run with these very settings)"
+        )
+    return str(path) if path else None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps back what Lightning says of every healthy run: tips, a device report, and advice that is wrong here."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(f"lightning.{n}") for n in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for advice in (
             ".*does not have many workers.*",  # workers cost more than they bring for a set kept in memory
@@ -157,7 +222,8 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def run(
@@ -175,6 +241,7 @@ def run(
         NolaVisionError: after the row is written; so is any other error, and Ctrl-C.
     """
     folder = identity.run_folder(out, run_config, stage)
+    ckpt_path = checkpoint_path(ckpt_path, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -190,7 +257,10 @@ def run(
         status, measured["error"] = "interrupted", "interrupted before it ended"
         raise KeyboardInterrupt from None
     except Exception as error:
-        measured["error"] = " ".join(str(error).split()) or type(error).__name__
+        expected = isinstance(error, NolaVisionError)
+        measured["error"] = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {error}"
+        if not expected:
+            (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise
     finally:
         finished = Row.of(
@@ -203,10 +273,20 @@ def run(
             git=row.git_state(),
             **{"threads": torch.get_num_threads(), **measured},
         )
-        # the other processes of a distributed run have the same numbers
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        # the other processes of a distributed run have the same numbers, and no later trial costs a completed row
+        if is_main_process() and (status == "completed" or not _completed(folder)):
             write_row(folder, finished)
     return finished
+
+
+def is_main_process() -> bool:
+    """False in all but the first process of a distributed run."""
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
+
+
+def _completed(folder: Path) -> bool:
+    row = find_row(folder)
+    return row is not None and row.status == "completed"
 
 
 def _measure(
@@ -215,8 +295,9 @@ def _measure(
     """Fills in `measured` as the run goes on, so that a failed run keeps what was known."""
     built = build(run_config, folder)
     trainer, task, data = built.trainer, built.model, built.datamodule
-    cuda = trainer.strategy.root_device.type == "cuda"
-    measured["device"] = torch.cuda.get_device_name() if cuda else trainer.strategy.root_device.type
+    device = trainer.strategy.root_device
+    measured["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    _reset_peak_memory(device)
     measured["learning_rate"] = run_config["model"]["method"]["init_args"].get("lr")
     measured |= _counts(task)
 
@@ -226,7 +307,9 @@ def _measure(
         if trainer.interrupted:
             raise KeyboardInterrupt
         measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
-        measured["train_loss"] = _number(trainer.callback_metrics.get("train_loss"))
+        if "train_loss" not in trainer.callback_metrics:
+            raise NolaVisionError("there was nothing left to train: give more --trainer.max_epochs, or no checkpoint")
+        measured["train_loss"] = _number(trainer.callback_metrics["train_loss"])
         if measured["train_loss"] is None:
             raise NolaVisionError("training ended with a loss that is no number: try a smaller learning rate or scale")
         if trainer.is_global_zero:
@@ -240,9 +323,26 @@ def _measure(
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
         measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    measured["peak_memory_mib"] = round(peak / 2**20, 1)
+    measured["peak_memory_mib"] = _peak_memory_mib(device)
     measured["data"] = data.describe()
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the process's high-water mark starts anew
+
+
+def _peak_memory_mib(device: torch.device) -> float | None:
+    """On a GPU what torch had allocated at most, else the most the process had resident; None where nobody tells."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return round(int(found[1]) / 1024, 1) if found else None
+    return None
 
 
 def _counts(task: L.LightningModule) -> dict[str, int]:
@@ -266,11 +366,11 @@ def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path:
         NolaVisionError: a method that trains was given no checkpoint.
     """
     folder = identity.run_folder(out, run_config, "final")
-    if identity.has_init(run_config):
-        ckpt_path = ckpt_path or str(folder / "checkpoints" / "last.ckpt")
-        if not Path(ckpt_path).is_file():
-            raise NolaVisionError(f"there is no checkpoint {ckpt_path}: fit first, or give one by --ckpt_path")
+    ckpt_path = checkpoint_path(ckpt_path or "last", folder) if identity.has_init(run_config) else None
     with _quiet():
         built = build(run_config, folder / verb)
         step = built.trainer.validate if verb == "validate" else built.trainer.test
-        step(built.model, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        try:
+            step(built.model, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        except SystemExit:  # how Lightning ends on Ctrl-C
+            raise KeyboardInterrupt from None

@@ -25,6 +25,7 @@ ENTRIES_PER_COUNTER = 16
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_BLOCKS_AT_ONCE = 2**18  # about 64 MiB of int64 working words while a basis is made
 _DECODE_BYTES = 16 * 2**20  # float working memory of one chunk of `combine`
 
 
@@ -80,8 +81,7 @@ def basis_bytes(
     position = torch.arange(blocks, device=device).view(1, 1, -1)
     row = torch.arange(rank, device=device).view(1, -1, 1)
     zero = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
-    # 64 MiB of int64 working words at a time: four words, each with a few temporaries
-    step = max(1, 2**18 // max(1, rank * blocks))
+    step = max(1, _BLOCKS_AT_ONCE // max(1, rank * blocks))
     for first in range(start, stop, step):
         last = min(first + step, stop)
         index = torch.arange(first, last, device=device).view(-1, 1, 1)

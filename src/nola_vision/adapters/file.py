@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import write_whole
 
 FORMAT = "nola-vision adapter"
 FORMAT_VERSION = 1
@@ -46,16 +45,7 @@ def write_adapter(path: str | Path, metadata: Mapping[str, Any], tensors: Mappin
     described["digest"] = digest(described, kept)
     content = safetensors.torch.save(kept, {METADATA_KEY: _canonical(described)})
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        write_whole(path, content)
     except OSError as error:
         raise NolaVisionError(f"the adapter file {path} cannot be written: {error.strerror or error}") from error
     return len(content)
@@ -69,7 +59,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise NolaVisionError(f"the adapter file {path} does not exist")
+        raise NolaVisionError(f"the adapter file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -97,10 +87,15 @@ def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the metadata (without its own digest) and every tensor's name, dtype, shape and bytes."""
     hashed = hashlib.sha256(_canonical({k: v for k, v in metadata.items() if k != "digest"}).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        hashed.update(f"\n{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-        hashed.update(tensor.flatten().view(torch.uint8).numpy().data)
+        add_tensor(hashed, name, tensors[name])
     return hashed.hexdigest()
+
+
+def add_tensor(hashed: Any, name: str, tensor: Tensor) -> None:
+    """Adds a tensor's name, dtype, shape and bytes to a hash."""
+    tensor = tensor.detach().cpu().contiguous()
+    hashed.update(f"\n{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    hashed.update(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def _canonical(metadata: Mapping[str, Any]) -> str:

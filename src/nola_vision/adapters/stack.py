@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
@@ -73,6 +74,7 @@ class AdapterStack(nn.Module):
         self._probing: dict[str, tuple[Tensor, Tensor]] | None = None
         self._in_forward = False
         self._originals: dict[str, Tensor] = {}  # weights as they were before `merge`
+        self._merged_adapter: int | None = None
 
     # --- the trained numbers -------------------------------------------------------------------------------------
 
@@ -86,7 +88,10 @@ class AdapterStack(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """Features `[batch, features]` to logits `[batch, classes]`, each sample by its own adapter's head."""
         if self.index is None:
-            return F.linear(features, self.head_weight[0], self.head_bias[0])
+            if self.num_adapters > 1 and self._merged_adapter is None:
+                raise NolaVisionError("this stack holds several adapters: say which by `with stack.route(index):`")
+            adapter = self._merged_adapter or 0
+            return F.linear(features, self.head_weight[adapter], self.head_bias[adapter])
         weight, bias = self.head_weight[self.index], self.head_bias[self.index]
         return torch.baddbmm(bias.unsqueeze(1), features.unsqueeze(1), weight.transpose(1, 2)).squeeze(1)
 
@@ -95,9 +100,9 @@ class AdapterStack(nn.Module):
         return self.logits(self._attached()(images))
 
     def changes(self, adapter: int = 0) -> dict[str, Tensor]:
-        """The change of every target by `Target.name`, in float32 and in the weight's layout, without gradients."""
+        """The change of every target by `Target.name`, in at least float32 and in the weight's layout."""
         with torch.no_grad():
-            made = self._make()
+            made = self._make_exactly()
         return {t.name: self._change(t, made[t.name], adapter) for t in self.targets}
 
     def _change(self, target: Target, made: tuple[Tensor, Tensor], adapter: int) -> Tensor:
@@ -123,6 +128,17 @@ class AdapterStack(nn.Module):
                 layers = zip(a.unbind(1), b.unbind(1), strict=True)
             made.update({target.name: pair for target, pair in zip(members, layers, strict=True)})
         return made
+
+    def _make_exactly(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The factors in float32 where the trained numbers have 16 bits."""
+        if all(p.dtype in (torch.float32, torch.float64) for p in self.groups.parameters()):
+            return self._make()
+        groups = self.groups
+        try:
+            self.groups = copy.deepcopy(groups).float()
+            return self._make()
+        finally:
+            self.groups = groups
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -173,7 +189,7 @@ class AdapterStack(nn.Module):
 
     def detach(self) -> None:
         """Gives the backbone its own computation back; its weights never changed (or are restored, after `merge`)."""
-        if self._originals:
+        if self.merged:
             self.unmerge()
         backbone = self._attached()
         for layer in backbone.modules():
@@ -191,6 +207,8 @@ class AdapterStack(nn.Module):
         return self._backbone[0]
 
     def _enter(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        if self.index is not None and (size := len(cast(Tensor, args[0]))) != len(self.index):
+            raise NolaVisionError(f"the index names adapters for {len(self.index)} samples, but the batch has {size}")
         self._made = self._probing or self._make()
         self._in_forward = True
 
@@ -265,27 +283,28 @@ class AdapterStack(nn.Module):
 
         A copy of each original weight is kept for `unmerge`, since `W + d - d` is not W in floating point.
         """
-        if self._originals:
+        if self.merged:
             raise NolaVisionError("this adapter is merged already: call unmerge() first")
-        backbone, made = self._attached(), self._make()
+        backbone, made = self._attached(), self._make_exactly()
+        self._merged_adapter = adapter
         for target in self.targets:
             weight = backbone.get_parameter(target.weight)
             if target.weight not in self._originals:
                 self._originals[target.weight] = weight.detach().clone()
             change = self._change(target, made[target.name], adapter)
             rows = slice(None) if target.rows is None else slice(*target.rows)
-            weight[rows] = (weight[rows].float() + change).to(weight.dtype)
+            weight[rows] = (weight[rows].to(change.dtype) + change).to(weight.dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the original weights back, bit for bit."""
         for name, original in self._originals.items():
             self._attached().get_parameter(name).copy_(original)
-        self._originals = {}
+        self._originals, self._merged_adapter = {}, None
 
     @property
     def merged(self) -> bool:
-        return bool(self._originals)
+        return self._merged_adapter is not None
 
 
 class _AdaptedForward:

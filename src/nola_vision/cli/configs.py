@@ -49,6 +49,9 @@ def load_configs(names: Sequence[str]) -> Config:
             raise NolaVisionError(f"the config {path} cannot be read as YAML: {reason}") from error
         if not isinstance(loaded, dict):
             raise NolaVisionError(f"the config {path} is no mapping of keys to values: see the shipped quickstart.yaml")
+        for key in ("methods", "model", "data", "trainer"):
+            if not isinstance(loaded.get(key, {}), dict):
+                raise NolaVisionError(f"`{key}` of the config {path} is no mapping: see the shipped quickstart.yaml")
         merged = overlay(merged, loaded)
     return merged
 
@@ -60,6 +63,16 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Config:
         old = merged.get(key)
         merged[key] = overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def refuse_stray_config(rest: Sequence[str]) -> None:
+    """A config given without `--config` is meant as one.
+
+    Raises:
+        NolaVisionError: the first word that is left over is no option.
+    """
+    if rest and not rest[0].startswith("-"):
+        raise NolaVisionError(f"'{rest[0]}' is no option: a config is given by --config {rest[0]}")
 
 
 def config_options(verb: str, help: bool = False) -> argparse.ArgumentParser:

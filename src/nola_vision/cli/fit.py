@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nola_vision.cli.configs import config_options, load_configs
+from nola_vision.cli.configs import config_options, load_configs, refuse_stray_config
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
 
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if "-h" in rest or "--help" in rest:
         purpose = "resume from, or 'last' for this run's own" if verb == "fit" else "evaluate"
         print(HELP.format(verb=verb, purpose=purpose), flush=True)
+    refuse_stray_config(rest)
     if not known.config and not rest:
         raise NolaVisionError(f"nola-vision {verb} needs a config: give --config quickstart.yaml, for one")
     config = load_configs(known.config)
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
         run.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0
     row = run.run(run_config, known.out, ckpt_path=known.ckpt_path)
+    if not run.is_main_process():
+        return 0
     rows, problems = store.read_rows(Path(known.out) / row.cell)
     console = Console()
     console.print(tables.row_panel(row))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import write_whole
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -17,8 +19,15 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--weights", metavar="FILE", help="local file with the backbone's weights")
     options.add_argument("--out", metavar="FILE.csv", help="write image, class, probability there instead of printing")
     options.add_argument("--batch_size", type=int, default=64)
+    options.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     options.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
     known = options.parse_args(arguments)
+    if known.batch_size < 1:
+        raise NolaVisionError(f"batch_size is {known.batch_size}: it must be at least 1")
+    if known.out is not None and not Path(known.out).absolute().parent.is_dir():
+        raise NolaVisionError(f"the folder of {known.out} does not exist: make it first")
+
+    import torch
 
     from nola_vision.data.datasets import find_images
     from nola_vision.model import load_adapter
@@ -26,17 +35,21 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
     paths = find_images(known.images)
     model = load_adapter(known.adapter, known.weights)
+    try:
+        model.to(known.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:
+        raise NolaVisionError(f"the device {known.device} cannot be used: {error}") from error
     rows = [(str(path), name, f"{p:.4f}") for path, name, p in predict(model, paths, known.batch_size)]
     if known.out is None:
         width = max(len(path) for path, _, _ in rows)
         for path, name, probability in rows:
             print(f"{path:{width}s}  {name}  {probability}")
         return 0
-    target = Path(known.out)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("image", "class", "probability"), *rows])
     try:
-        with target.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("image", "class", "probability"), *rows])
+        write_whole(known.out, text.getvalue().encode())
     except OSError as error:
-        raise NolaVisionError(f"{target} cannot be written: {error.strerror}") from error
-    print(f"{len(rows)} predictions in {target}", file=sys.stderr)
+        raise NolaVisionError(f"{known.out} cannot be written: {error.strerror}") from error
+    print(f"{len(rows)} predictions in {known.out}", file=sys.stderr)
     return 0

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nola_vision.cli.configs import config_options, load_configs
+from nola_vision.cli.configs import config_options, load_configs, refuse_stray_config
 from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity, store, tables
+from nola_vision.results import store, tables
 from nola_vision.results.row import Row
 from nola_vision.sweep import local, plan
 
@@ -29,18 +27,20 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--inits", default="0-2", help="such as 0-2 (default: 0-2)")
     options.add_argument("--methods", default="all", help="entries of the config's `methods`, or all (default)")
     known, rest = options.parse_known_args(arguments)
+    refuse_stray_config(rest)
     if not known.config:
         raise NolaVisionError("a sweep needs a config: give --config quickstart.yaml, for one")
     splits, inits = plan.parse_range(known.splits), plan.parse_range(known.inits)
     raw = load_configs(known.config)
     methods = plan.parse_methods(known.methods, raw)
 
-    from nola_vision import run
+    from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
 
-    config = complete(raw, methods, rest, run.parse)
+    # the sweep has a progress bar of its own, and starts a run anew rather than resume it
+    own = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    config = plan.complete(raw, methods, lambda entry: run.parse(entry, [*own, *rest]))
     out, console = Path(known.out), Console()
-    search = plan.search_specs(config, methods)
-    count = len(search) + len(plan.final_specs(config, splits, inits, methods, {}))
+    count = len(plan.search_specs(config, methods)) + len(plan.final_specs(config, splits, inits, methods, {}))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("sweep", total=count)
@@ -49,10 +49,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
             bar.advance(task)
             bar.console.print(_line(spec, row), highlight=False)
 
-        found = local.execute(search, out, run.run, done)
-        rates = plan.choose_learning_rates(config, found, methods)
-        final = plan.final_specs(config, splits, inits, methods, rates)
-        rows = local.execute(final, out, run.run, done)
+        rows = local.sweep(config, splits, inits, out, run.run, done)
     cell = rows[0].cell
     everything, problems = store.read_rows(out / cell)
     console.print(tables.cell_table(everything, cell))
@@ -61,22 +58,12 @@ def main(arguments: Sequence[str], verb: str) -> int:
     return 1 if any(row.status != "completed" for row in rows) else 0
 
 
-def complete(raw: Mapping[str, Any], methods: Sequence[str], rest: Sequence[str], parse: Any) -> identity.Config:
-    """The config with every default and option written out, entry by entry, as the runs will see it."""
-    entries = {}
-    for name in methods:
-        run_config = parse(identity.resolve(raw, name), [*rest, "--trainer.enable_checkpointing=false"])
-        run_config["trainer"]["enable_progress_bar"] = False  # the sweep has its own
-        rates = raw["methods"][name].get("learning_rates")
-        entries[name] = {**run_config["model"].pop("method"), "learning_rates": rates}
-    config: identity.Config = json.loads(json.dumps(run_config))
-    return {**config, "methods": entries}
-
-
 def _line(spec: plan.RunSpec, row: Row) -> str:
     where = f"{spec.method} split {spec.split}" + (f" init {spec.init}" if spec.init is not None else "")
     if row.status != "completed":
         return f"{where}: {row.status}, {row.error}"
     if spec.stage == "search":
-        return f"{where}: learning rate {spec.learning_rate:g}, validation {100 * (row.val_accuracy or 0):.1f} %"
+        if row.val_accuracy is None:
+            return f"{where}: classes too small for a validation pool, so every method keeps its own learning rate"
+        return f"{where}: learning rate {spec.learning_rate:g}, validation {100 * row.val_accuracy:.1f} %"
     return f"{where}: test {100 * (row.test_accuracy or 0):.1f} %, {row.seconds_total:.1f} s"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -46,7 +47,8 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
     def __init__(
         self, source: ImageSource, indices: Indices, transform: Transform, kept: list[torch.Tensor] | None = None
     ) -> None:
-        self._source, self._indices, self._transform, self._kept = source, indices, transform, kept or []
+        self._source, self._indices, self._transform = source, indices, transform
+        self._kept = [] if kept is None else kept
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -189,17 +191,18 @@ class KShotDataModule(L.LightningDataModule):
         """The k-shot set, shuffled and augmented."""
         source, indices, kept = self._train_set
         subset = ImageSubset(source, indices, train_transform(self.input_config, self.augmentation, self.flip), kept)
-        return self._loader(subset, self.batch_size, EpochSampler(len(indices), self.run_seed))
+        batch_size = max(1, self.batch_size // self._processes)  # `batch_size` is that of one step, on all devices
+        return self._loader(subset, batch_size, EpochSampler(len(indices), self.run_seed))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation pool in order; an empty list, which makes Lightning skip validation, if the pool is empty."""
-        source = self._train_set[0]
-        pool = validation_pool(source.labels)
-        return self._loader(self._plain(source, pool), self.eval_batch_size) if len(pool) else []
+        subset = self._pool
+        return self._loader(subset, self.eval_batch_size, self._shard(subset)) if len(subset) else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test set in order."""
-        return self._loader(self._plain(*self._test_set), self.eval_batch_size)
+        subset = self._plain(*self._test_set)
+        return self._loader(subset, self.eval_batch_size, self._shard(subset))
 
     def reference_dataloader(self) -> DataLoader[Any]:
         """The k-shot set in order and not augmented: what nearest neighbour compares with."""
@@ -242,6 +245,25 @@ class KShotDataModule(L.LightningDataModule):
         return source, indices, kept
 
     @cached_property
+    def _pool(self) -> ImageSubset:
+        """The validation pool; what the k-shot set leaves of the memory limit keeps it decoded."""
+        source, _, kept = self._train_set
+        subset = self._plain(source, validation_pool(source.labels), [])
+        subset.keep(self.memory_limit_mib * 2**20 - sum(pixels.numel() for pixels in kept))
+        return subset
+
+    @property
+    def _processes(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def _shard(self, subset: ImageSubset) -> Sampler[Any] | None:
+        """This process's share of an evaluation, without the repeats that Lightning's own sampler would count twice."""
+        if self._processes == 1:
+            return None
+        rank = self.trainer.global_rank  # type: ignore[union-attr]
+        return UnrepeatedDistributedSampler(subset, num_replicas=self._processes, rank=rank, shuffle=False)
+
+    @cached_property
     def _test_set(self) -> tuple[ImageSource, Indices]:
         """The opened test images and which of them are used."""
         source = self.entry.open(self.root, "test", self.download)
@@ -253,7 +275,7 @@ class KShotDataModule(L.LightningDataModule):
         return ImageSubset(source, indices, eval_transform(self.input_config), kept)
 
     def _loader(
-        self, subset: ImageSubset, batch_size: int, sampler: Sampler[tuple[int, int]] | None = None
+        self, subset: ImageSubset, batch_size: int, sampler: Sampler[Any] | None = None
     ) -> DataLoader[Any]:
         # A generator of its own: without one, DataLoader draws from the global state at each epoch.
         return DataLoader(

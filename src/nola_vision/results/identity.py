@@ -19,7 +19,8 @@ from nola_vision.errors import NolaVisionError
 Config = dict[str, Any]
 Stage = Literal["final", "search"]
 
-# Not in the hash. `protocol` and `method` are names (they are in the folder's path), `methods` holds the other entries.
+# `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
+# are names (they are in the folder's path), and `methods`, the other entries.
 _TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path")
 _DATA_LEFT_OUT = ("root", "num_workers", "download", "memory_limit_mib", "eval_batch_size")
 _TRAINER_LEFT_OUT = (
@@ -71,6 +72,8 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(name, str) or name != _safe(name):
         raise NolaVisionError(f"The method name {name!r} must do as a folder's name: use letters, digits and `._+-`.")
     settings = methods[name]
+    if isinstance(settings, Mapping) and not isinstance(settings.get("init_args") or {}, Mapping):
+        raise NolaVisionError(f"`init_args` of the method {name!r} is no mapping: write it like {{rank: 4}}.")
     if not isinstance(settings, Mapping) or not isinstance(settings.get("class_path"), str):
         raise NolaVisionError(f"The method {name!r} has no `class_path`: name its class, such as `class_path: NOLA`.")
     return settings
@@ -135,7 +138,7 @@ def run_folder(out: str | Path, run_config: Mapping[str, Any], stage: Stage) -> 
     if has_init(run_config):
         name += f"init{need(run_config, 'model', 'run_seed')}-"
     prefix = "search-" if stage == "search" else ""
-    method = str(need(run_config, "method"))
+    method = _safe(str(need(run_config, "method")))
     return Path(out) / cell_name(run_config) / method / f"{prefix}{name}{run_hash(run_config, stage)}"
 
 

@@ -41,13 +41,11 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def count_once(rows: Iterable[Row]) -> list[Row]:
-    """Keep the newest row of each run: the same run in two folders counts once."""
-    newest: dict[tuple[str, str, str], Row] = {}
-    for row in rows:
-        run = (row.cell, row.method, row.run_hash)
-        if run not in newest or row.started >= newest[run].started:
-            newest[run] = row
-    return list(newest.values())
+    """Keep one row of each run, the newest completed one: the same run in two folders counts once."""
+    kept: dict[tuple[str, str, str], Row] = {}
+    for row in sorted(rows, key=lambda row: (row.status == "completed", row.started)):
+        kept[row.cell, row.method, row.run_hash] = row
+    return list(kept.values())
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import uuid
 from pathlib import Path
 
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import write_whole
 from nola_vision.results.row import Row
 
 ROW_FILE = "row.json"
@@ -21,21 +21,13 @@ def write_row(folder: str | Path, row: Row) -> Path:
     Raises:
         NolaVisionError: the folder is missing or cannot be written to.
     """
-    text = row.to_json()
     path = Path(folder) / ROW_FILE
-    temporary = path.with_name(f".{ROW_FILE}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, row.to_json().encode())
     except OSError as error:
         raise NolaVisionError(
             f"The row cannot be written to {folder} ({error.strerror}): make it a folder one can write to."
         ) from error
-    finally:
-        _remove(temporary)
     return path
 
 
@@ -95,10 +87,3 @@ def find_row(folder: str | Path) -> Row | None:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
         raise
-
-
-def _remove(temporary: Path) -> None:
-    try:
-        temporary.unlink(missing_ok=True)
-    except OSError:
-        pass  # the folder cannot be written to, which is being reported already

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.store import find_row
+from nola_vision.sweep import plan
 from nola_vision.sweep.plan import RunSpec
 
 RunFunction = Callable[[identity.Config, Path, identity.Stage], Row]
+Progress = Callable[[RunSpec, Row], None]
 
 
-def execute(
-    specs: Iterable[RunSpec], out: Path, run: RunFunction, progress: Callable[[RunSpec, Row], None]
+def sweep(
+    config: identity.Config,
+    splits: Sequence[int],
+    inits: Sequence[int],
+    out: Path,
+    run: RunFunction,
+    progress: Progress,
 ) -> list[Row]:
-    """Does every run that has no row of a completed run yet.
+    """Chooses the learning rate of each entry on validation images, then does the final runs.
+
+    Where the classes are too small for a validation pool nothing can be chosen, and each entry keeps its own rate.
 
     Args:
-        specs: what to do, in this order.
+        config: what `plan.complete` returns.
+        splits: the values of `data.split_seed`.
+        inits: the values of `model.run_seed`.
         out: the folder of all runs.
         run: does one run and leaves its row, also when it raises.
         progress: called with each spec and its row, an old one or a new one.
+
+    Returns:
+        The rows of the final runs.
+    """
+    methods = list(config["methods"])
+    search = plan.search_specs(config, methods)
+    found = execute(search[:1], out, run, progress)
+    if found and found[0].status == "completed" and found[0].val_accuracy is None:
+        config, search = plan.without_search(config), []
+    found += execute(search[1:], out, run, progress)
+    rates = plan.choose_learning_rates(config, found, methods)
+    return execute(plan.final_specs(config, splits, inits, methods, rates), out, run, progress)
+
+
+def execute(specs: Iterable[RunSpec], out: Path, run: RunFunction, progress: Progress) -> list[Row]:
+    """Does every run that has no row of a completed run yet.
 
     Returns:
         One row a spec. A run that failed leaves a row that says so, and the next one starts; Ctrl-C ends the sweep.

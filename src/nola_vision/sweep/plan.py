@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,32 @@ def choose_learning_rates(
         elif rates := _rates(config, method):
             chosen[method] = rates[0]
     return chosen
+
+
+def complete(
+    raw: Mapping[str, Any], methods: Sequence[str], parse: Callable[[identity.Config], identity.Config]
+) -> identity.Config:
+    """Write out every default of a config, entry by entry, so that its runs have the hashes that they will have.
+
+    Args:
+        raw: a config with `methods`, as a person wrote it.
+        methods: names of entries; the others are left out.
+        parse: from a run config to the full one.
+    """
+    full = {name: parse(identity.resolve(raw, name)) for name in methods}
+    first = full[methods[0]]
+    entries = {
+        name: {**run_config["model"]["method"], "learning_rates": raw["methods"][name].get("learning_rates")}
+        for name, run_config in full.items()
+    }
+    model = {key: value for key, value in first["model"].items() if key != "method"}
+    return {**first, "model": model, "methods": entries}
+
+
+def without_search(config: Mapping[str, Any]) -> identity.Config:
+    """A config whose entries have no learning rates to try, so that each keeps its own."""
+    entries = {name: {**settings, "learning_rates": None} for name, settings in config["methods"].items()}
+    return {**config, "methods": entries}
 
 
 def parse_range(text: str) -> list[int]:

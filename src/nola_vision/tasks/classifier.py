@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning as L
-import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -29,14 +28,19 @@ class Classifier(L.LightningModule):
         backbone: BackboneSpec,
         method: Method,
         class_names: Sequence[str],
-        run_seed: int = 0,
-        basis_seed: int | None = None,
-        optimizer: OptimizerCallable = torch.optim.Adam,
-        label_smoothing: float = 0.1,
-        warmup_epochs: int = 5,
-        min_lr: float = 1e-6,
+        run_seed: int,
+        basis_seed: int | None,
+        optimizer: OptimizerCallable,
+        label_smoothing: float,
+        warmup_epochs: int,
+        min_lr: float,
     ) -> None:
         super().__init__()
+        if not 0 <= label_smoothing <= 1 or warmup_epochs < 0 or min_lr < 0:
+            raise NolaVisionError(
+                f"label_smoothing ({label_smoothing}) must be from 0 to 1, warmup_epochs ({warmup_epochs}) and min_lr "
+                f"({min_lr}) not below 0"
+            )
         self.model = adapt(backbone, method, class_names, run_seed, basis_seed).train()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
         self.method, self.optimizer = method, optimizer
@@ -53,7 +57,8 @@ class Classifier(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), prog_bar=True)
+        options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
+        self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -67,7 +72,8 @@ class Classifier(L.LightningModule):
         logits = self(images)
         accuracy = self.accuracy[stage]
         accuracy(logits, labels)
-        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), on_epoch=True, batch_size=len(labels))
+        loss = F.cross_entropy(logits, labels)
+        self.log(f"{stage}_loss", loss, on_epoch=True, batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}_accuracy", cast(Metric, accuracy), on_epoch=True, batch_size=len(labels), prog_bar=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -84,10 +90,12 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        self.trainer.fit_loop.setup_data()  # with max_steps alone, Lightning has not counted the batches yet
+        steps, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
+        if not math.isfinite(steps) or not math.isfinite(batches):
             raise NolaVisionError("the cosine schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
-        warmup = min(self.warmup_epochs * int(self.trainer.num_training_batches), int(steps) - 1)
+        steps_an_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
+        warmup = min(self.warmup_epochs * steps_an_epoch, int(steps) - 1)
         schedule: LRScheduler = CosineAnnealingLR(optimizer, max(1, int(steps) - warmup), eta_min=self.min_lr)
         if warmup > 0:
             rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
@@ -100,11 +108,27 @@ class Classifier(L.LightningModule):
         everything = isinstance(self.method, FullFinetune)
         return {name for name in names if everything or not name.startswith("model.backbone.")}
 
+    def _identity(self) -> dict[str, Any]:
+        """What the stored numbers mean something for; learning rates may differ."""
+        metadata = self.model.metadata()
+        settings = metadata["method"]["init_args"]
+        metadata["method"] = {"class": metadata["method"]["class_path"], **settings, "lr": None, "head_lr": None}
+        return metadata
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in self._kept(list(state))}
+        checkpoint["adapter"] = self._identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        here, there = self._identity(), checkpoint.get("adapter", {})
+        differing = [key for key in here if here[key] != there.get(key)]
+        if differing:
+            key = differing[0]
+            raise NolaVisionError(
+                f"the checkpoint was trained with another {key} ({there.get(key)}) than this run's ({here[key]}): use "
+                "the config it was trained with"
+            )
         own, stored = self.state_dict(), checkpoint["state_dict"]
         wrong = self._kept(list(own)) ^ set(stored) or {n for n in stored if own[n].shape != stored[n].shape}
         if wrong:

@@ -39,10 +39,10 @@ class NearestNeighborClassifier(L.LightningModule):
 
     @torch.no_grad()
     def _remember(self) -> None:
-        batches = [
-            (self(images.to(self.device)), labels.to(self.device))
-            for images, labels in self.trainer.datamodule.reference_dataloader()  # type: ignore[attr-defined]
-        ]
+        precision, batches = self.trainer.precision_plugin, []
+        for images, labels in self.trainer.datamodule.reference_dataloader():  # type: ignore[attr-defined]
+            with precision.forward_context():
+                batches.append((self(precision.convert_input(images.to(self.device))), labels.to(self.device)))
         self._reference = (torch.cat([f for f, _ in batches]), torch.cat([y for _, y in batches]))
 
     on_validation_start = on_test_start = _remember
