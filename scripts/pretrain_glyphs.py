@@ -396,6 +396,7 @@ def export(model: torch.nn.Module, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(state, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors makes files that only their owner may read
     partial.replace(path)  # never a half-written file under the final name
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

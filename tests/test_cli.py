@@ -128,7 +128,7 @@ def test_sweep_chooses_rates_runs_everything_once_and_resumes(
     rows, problems = store.read_rows("runs")
     assert not problems
     search = [row for row in rows if row.stage == "search"]
-    assert sorted(row.learning_rate for row in search) == [0.001, 0.005, 0.02]
+    assert sorted(row.learning_rate for row in search) == [0.001, 0.002, 0.005, 0.01]
     assert {(row.split, row.init) for row in search} == {(0, 0)}
     best = max(search, key=lambda row: (row.val_accuracy, -row.val_loss, -row.learning_rate))
     final = [row for row in rows if row.stage == "final"]
