@@ -259,7 +259,7 @@ def test_a_small_folder_from_run_to_prediction(
     printed = capsys.readouterr().out
     assert "too small for a validation pool" in printed and "folder.tree-allshot" in printed
     rows = [row for row in store.read_rows("runs")[0] if row.stage == "final"]
-    assert {row.learning_rate for row in rows} == {0.005} and {row.val_accuracy for row in rows} == {None}
+    assert {row.learning_rate for row in rows} == {0.005, 0.002} and {row.val_accuracy for row in rows} == {None}
     path = next(Path("runs").rglob("nola/split0*/adapter.safetensors"))
     assert main(["predict", "--adapter", str(path), str(tmp_path / "a")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8

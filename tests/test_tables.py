@@ -19,12 +19,15 @@ from nola_vision.results.tables import cell_table, frame, markdown_table, row_pa
 CELL = "tag-digits-5shot-quickstart"
 
 
+CONFIG = {"model": {"backbone": {"tag": "b"}, "method": {"class_path": "NOLA"}}, "data": {"dataset": "digits"}}
+
+
 def row(method: str = "nola", accuracy: float | None = 0.5, **columns: Any) -> Row:
     columns = {"split": 0, "init": 0, "entry_hash": "e" * 10, "method_class": "NOLA", "status": "completed"} | columns
     split, init = columns["split"], columns["init"]
     unique = f"{method}-{columns['entry_hash']}-{split}-{init}"
     return Row(
-        **{"stage": "final", "cell": CELL, "run_hash": unique, "config": {}, "basis_seed": init} | columns,
+        **{"stage": "final", "cell": CELL, "run_hash": unique, "config": CONFIG, "basis_seed": init} | columns,
         method=method,
         split_seed=split,
         run_seed=init,
@@ -37,6 +40,14 @@ def text_of(thing: RenderableType, width: int = 140) -> str:
     with console.capture() as capture:
         console.print(thing)
     return capture.get()
+
+
+def test_runs_that_differ_in_more_than_their_method_are_named() -> None:
+    longer = {**CONFIG, "trainer": {"max_epochs": 9}}
+    other_method = {**CONFIG, "model": {**CONFIG["model"], "run_seed": 1, "method": {"class_path": "LoRA"}}}
+    assert "compare with care" not in text_of(cell_table([row(), row("lora", config=other_method)], CELL))
+    table = text_of(cell_table([row(), row("lora", config=longer)], CELL))
+    assert "compare with care: trainer.max_epochs" in " ".join(table.split())
 
 
 def test_mean_and_std_by_hand() -> None:

@@ -68,7 +68,7 @@ class LoRA(Method):
 
     targets: Sequence[str] | str = ("qkv",)
     rank: int = 4
-    c: float = 4.0
+    c: float = 8.0
     lr: float = 5e-3
     head_lr: float | None = None
 

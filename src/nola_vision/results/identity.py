@@ -132,6 +132,25 @@ def entry_hash(run_config: Mapping[str, Any]) -> str:
     return _digest(config)
 
 
+def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Name the settings outside method and seeds that differ between runs, which a fair table would share."""
+    flat = []
+    for run_config in run_configs:
+        config = _relevant(run_config)
+        config["data"].pop("split_seed", None)
+        for key in ("method", "run_seed", "basis_seed"):
+            config["model"].pop(key, None)
+        flat.append(
+            {
+                f"{section}.{key}".rstrip("."): value
+                for section, settings in config.items()
+                for key, value in (settings.items() if isinstance(settings, Mapping) else [("", settings)])
+            }
+        )
+    names = sorted({name for settings in flat for name in settings})
+    return [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
+
+
 def run_folder(out: str | Path, run_config: Mapping[str, Any], stage: Stage) -> Path:
     """Return `OUT/<cell>/<method name>/split0-init0-<hash>`; 1-NN has no init, a search run the prefix `search-`."""
     name = f"split{need(run_config, 'data', 'split_seed')}-"

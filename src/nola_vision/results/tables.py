@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from nola_vision.results.identity import differing_settings
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import Summary, summarise
 
@@ -94,7 +95,8 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def _lines(rows: Iterable[Row], cell: str) -> tuple[list[_Line], list[str]]:
     """Return a cell's lines in the order of the methods, and the footnotes."""
-    summaries = sorted((item for item in summarise(rows) if item.cell == cell), key=_rank)
+    rows = [row for row in rows if row.cell == cell]
+    summaries = sorted(summarise(rows), key=_rank)
     # Compared as printed, in tenths of a point, so that a reader can check the marks.
     tenths = {item: round(10 * float(_points(item.mean))) for item in summaries if item.mean is not None}
     best = max(tenths.values(), default=0)
@@ -107,6 +109,8 @@ def _lines(rows: Iterable[Row], cell: str) -> tuple[list[_Line], list[str]]:
         "trainable: parameters without the head",
         "std over runs, ddof 0; the best in bold, those within one point of it underlined",
     ]
+    if mixed := differing_settings(row.config for row in rows if row.stage == "final"):
+        notes.append(f"these runs differ in more than their method, so compare with care: {', '.join(mixed)}")
     if not summaries:
         notes.append("no final run has left a row yet")
     for item in summaries:
