@@ -41,7 +41,8 @@ class AdapterStack(nn.Module):
         num_features: width of the backbone's features.
         num_classes: number of classes; 0 for a stack without a head.
         num_adapters: n.
-        generator: draws the head's start, uniform in +-1/sqrt(features), as `nn.Linear` does.
+        generator: draws the head's start, uniform in +-0.1/sqrt(features), a tenth of what `nn.Linear` takes: a random
+            head's response to directions that no training image shows stays, as noise in the logits.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class AdapterStack(nn.Module):
             members.setdefault(target.group, []).append(target)
         self.members = members
         self.groups = nn.ModuleDict({group: make_factors(found, num_adapters) for group, found in members.items()})
-        bound = num_features**-0.5
+        bound = 0.1 * num_features**-0.5
         self.head_weight = nn.Parameter(
             (2 * torch.rand(num_adapters, num_classes, num_features, generator=generator) - 1) * bound
         )
