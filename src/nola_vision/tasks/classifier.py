@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from nola_vision.backbones import BackboneSpec
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import FullFinetune, LinearProbe, Method
 from nola_vision.model import adapt
+from nola_vision.tasks.accuracy import accuracies, log_accuracy
 
 
 class Classifier(L.LightningModule):
@@ -45,10 +44,7 @@ class Classifier(L.LightningModule):
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
         self.method, self.optimizer = method, optimizer
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
-        self.accuracy = nn.ModuleDict(
-            # the paper's top-1 is over images, not over classes
-            {stage: MulticlassAccuracy(len(class_names), average="micro") for stage in ("val", "test")}
-        )
+        self.accuracy = accuracies(len(class_names))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images)
@@ -70,11 +66,9 @@ class Classifier(L.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images, labels = batch
         logits = self(images)
-        accuracy = self.accuracy[stage]
-        accuracy(logits, labels)
         loss = F.cross_entropy(logits, labels)
         self.log(f"{stage}_loss", loss, on_epoch=True, batch_size=len(labels), sync_dist=True)
-        self.log(f"{stage}_accuracy", cast(Metric, accuracy), on_epoch=True, batch_size=len(labels), prog_bar=True)
+        log_accuracy(self, self.accuracy, stage, logits, labels)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's) and the head's."""

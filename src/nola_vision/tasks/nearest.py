@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor
 
 from nola_vision.backbones import BackboneSpec, create_backbone
+from nola_vision.tasks.accuracy import accuracies, log_accuracy
 
 
 class NearestNeighborClassifier(L.LightningModule):
@@ -28,9 +27,7 @@ class NearestNeighborClassifier(L.LightningModule):
     def __init__(self, backbone: BackboneSpec, class_names: Sequence[str]) -> None:
         super().__init__()
         self.backbone = create_backbone(backbone)
-        self.accuracy = nn.ModuleDict(
-            {stage: MulticlassAccuracy(len(class_names), average="micro") for stage in ("val", "test")}
-        )
+        self.accuracy = accuracies(len(class_names))
         self._reference: tuple[Tensor, Tensor] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -58,9 +55,7 @@ class NearestNeighborClassifier(L.LightningModule):
         assert self._reference is not None
         features, known = self._reference
         nearest = (self(images) @ features.t()).argmax(dim=1)
-        accuracy = self.accuracy[stage]
-        accuracy(known[nearest], labels)
-        self.log(f"{stage}_accuracy", cast(Metric, accuracy), on_epoch=True, batch_size=len(labels), prog_bar=True)
+        log_accuracy(self, self.accuracy, stage, known[nearest], labels)
 
     def configure_optimizers(self) -> Any:
         return None
