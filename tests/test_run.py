@@ -163,7 +163,8 @@ def test_other_precisions_run(method: str, precision: str, tmp_path: Path) -> No
 
 def test_warm_up_counts_optimizer_steps_and_max_steps_alone_is_enough(tmp_path: Path) -> None:
     changes = {"accumulate_grad_batches": 2, "max_epochs": -1, "max_steps": 3}
-    built = run.build(config(model={"warmup_epochs": 1}, trainer=changes), tmp_path)
+    method = {"init_args": {"lr": 0.005}}
+    built = run.build(config(model={"warmup_epochs": 1, "method": method}, trainer=changes), tmp_path)
     rates = []
 
     class Watch(Callback):
@@ -228,7 +229,12 @@ def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_a_row_marked_interrupted(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nola_vision.cli.main", "fit", "--config", "quickstart.yaml", "--threads=1"]
     quiet = ["--trainer.max_epochs=100000", "--trainer.enable_progress_bar=false", f"--out={tmp_path}"]
-    process = subprocess.Popen(command + quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def heed() -> None:  # a shell's background jobs start with Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command + quiet, preexec_fn=heed, **pipes)
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("last.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.2)
