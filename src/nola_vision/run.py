@@ -215,6 +215,7 @@ def _quiet() -> Iterator[None]:
             ".*does not have many workers.*",  # workers cost more than they bring for a set kept in memory
             ".*in eval mode at the start of training.*",  # frozen batch norms are meant to be
             ".*treespec.*is deprecated.*",
+            ".*The dirpath has changed from.*",  # `validate` and `test` write beside the run
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*Experiment logs directory .* exists and is not empty.*",
         ):

@@ -57,6 +57,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     rows, problems = store.read_rows(Path(known.out) / row.cell)
     console = Console()
     console.print(tables.row_panel(row))
+    adapter = identity.run_folder(known.out, run_config, "final") / run.ADAPTER_FILE
+    if adapter.exists():
+        print(f"adapter: {adapter}")
     console.print(tables.cell_table(rows, row.cell))
     for path, problem in problems:
         print(f"{path}: {problem}", file=sys.stderr)

@@ -14,7 +14,8 @@ from nola_vision.files import write_whole
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
-    options = argparse.ArgumentParser(f"nola-vision {verb}", description="Class and probability of each image.")
+    options = argparse.ArgumentParser(f"nola-vision {verb}", allow_abbrev=False)
+    options.description = "Class and probability of each image."
     options.add_argument("--adapter", required=True, metavar="FILE", help="an adapter file that `fit` wrote")
     options.add_argument("--weights", metavar="FILE", help="local file with the backbone's weights")
     options.add_argument("--out", metavar="FILE.csv", help="write image, class, probability there instead of printing")

@@ -109,7 +109,7 @@ def _lines(rows: Iterable[Row], cell: str) -> tuple[list[_Line], list[str]]:
         "trainable: parameters without the head",
         "std over runs, ddof 0; the best in bold, those within one point of it underlined",
     ]
-    if mixed := differing_settings(row.config for row in rows if row.stage == "final"):
+    if mixed := differing_settings(r.config for r in rows if r.stage == "final" and r.status == "completed"):
         notes.append(f"these runs differ in more than their method, so compare with care: {', '.join(mixed)}")
     if not summaries:
         notes.append("no final run has left a row yet")
