@@ -26,8 +26,6 @@ from nola_vision.data.kshot import Indices, classes_without_pool, draw, evenly_s
 from nola_vision.data.transforms import Augmentation, Transform, eval_transform, train_transform
 from nola_vision.errors import NolaVisionError
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-
 _log = logging.getLogger(__name__)
 
 
