@@ -169,7 +169,16 @@ MISTAKES = {
     "config that is no mapping": (["fit", "--config", "list.yaml"], "no mapping"),
     "unknown key": (["fit", "--config", "quickstart.yaml", "--data.shts", "5"], "--data.shts"),
     "unknown key in a file": (["fit", "--config", "quickstart.yaml", "--config", "typo.yaml"], "augmentatoin"),
-    "wrong type": (["fit", "--config", "quickstart.yaml", "--data.shots", "few"], "few"),
+    "wrong type": ([*FIT, "--data.shots", "few"], "data.shots is 'few': it must be a whole number or all"),
+    "abbreviation": ([*FIT, "--data.shot", "3"], "there is no option --data.shot: did you mean shots"),
+    "choice": ([*FIT, "--model.method.scope=all"], "model.method.scope is 'all': it must be shared or per_layer"),
+    "precision": ([*FIT, "--trainer.precision=8"], "trainer.precision is '8': it must be"),
+    "method on the command line": ([*FIT, "--model.method=NOLAA"], "which is no class's name: did you mean NOLA"),
+    "key of a group": ([*FIT, "--config=nested.yaml"], "`data` has no key 'init_args.shots'"),
+    "a method's setting in a sweep": (["sweep", "--config=quickstart.yaml", "--model.method.rank=2"], "`methods`"),
+    "no data for a sweep": (["sweep", *FIT[1:], "--data.dataset=folder", "--data.root=nowhere"], "nowhere"),
+    "format": (["report", "empty", "--format=latex"], "choose from"),
+    "damaged checkpoint": ([*FIT, "--ckpt_path=one.png"], "one.png is damaged or no checkpoint"),
     "method": (["fit", "--config", "quickstart.yaml", "--method", "nolla"], "nola"),
     "method without config": (["fit", "--method", "nola"], "--config"),
     "stray config": (["fit", "quickstart.yaml"], "--config quickstart.yaml"),
@@ -188,7 +197,7 @@ MISTAKES = {
     "batch size": (["predict", "--adapter=a", "--batch_size=0", "one.png"], "batch_size is 0"),
     "output folder": (["predict", "--adapter=a", "--out=no/p.csv", "one.png"], "the folder of no/p.csv"),
     "method class": (["fit", "--config", "quickstart.yaml", "--config", "magic.yaml"], "unknown method 'MAGIC'"),
-    "method setting": (["fit", "--config=quickstart.yaml", "--model.method.rnk=3"], "rnk"),
+    "method setting": ([*FIT, "--model.method.rnk=3"], "NOLA has no setting 'rnk': did you mean rank"),
     "no config": (["fit"], "--config"),
     "sweep without config": (["sweep"], "--config"),
     "sweep range": (["sweep", "--config", "quickstart.yaml", "--splits", "3-1"], "3-1"),
@@ -213,6 +222,7 @@ def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd
     (tmp_path / "broken.yaml").write_text("a: [1,")
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "typo.yaml").write_text("data: {augmentatoin: light}")
+    (tmp_path / "nested.yaml").write_text("data: {init_args: {shots: 5}}")
     (tmp_path / "listed.yaml").write_text("methods: [nola]")
     (tmp_path / "magic.yaml").write_text("methods: {nola: {class_path: MAGIC}}")
     (tmp_path / "empty").mkdir()

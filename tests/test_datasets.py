@@ -85,7 +85,7 @@ def test_root_from_the_environment(tree: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_folder_says_what_is_wrong(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = DATASETS["folder"]
-    with pytest.raises(NolaVisionError, match=r"Cannot read the folder .*nowhere/train \(No such file"):
+    with pytest.raises(NolaVisionError, match=r"cannot read the folder .*nowhere/train \(No such file"):
         entry.open(str(tree / "nowhere"), "train")
     save(tree / "test/wasp/1.png")
     for split in ("train", "test"):  # also when the training images are opened: before training, not after
@@ -108,7 +108,7 @@ def test_folder_says_what_is_wrong(tree: Path, monkeypatch: pytest.MonkeyPatch) 
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", deny)
-    with pytest.raises(NolaVisionError, match=r"Cannot read the folder .*wasp \(Permission denied\)"):
+    with pytest.raises(NolaVisionError, match=r"cannot read the folder .*wasp \(Permission denied\)"):
         entry.open(str(tree), "train")
 
 
@@ -123,7 +123,7 @@ def test_a_bad_image_is_named(tree: Path, damage: str) -> None:
     else:
         path.write_bytes(path.read_bytes()[:900] if damage == "truncated" else b"this is no image")
     with pytest.raises(
-        NolaVisionError, match=r"Cannot decode the image .*train/ant/a\.png .*: mend, replace or remove"
+        NolaVisionError, match=r"cannot decode the image .*train/ant/a\.png .*: mend, replace or remove"
     ):
         source.image(0)
 
@@ -199,7 +199,7 @@ def test_fashion_mnist_is_read(tmp_path: Path) -> None:
     assert (np.asarray(source.image(1)) == pixels[1][..., None]).all()
     assert source.class_names[9] == "Ankle boot"
     (raw / "train-images-idx3-ubyte").write_bytes(b"damaged")
-    with pytest.raises(NolaVisionError, match="Cannot read FashionMNIST in "):
+    with pytest.raises(NolaVisionError, match="cannot read FashionMNIST in "):
         get_dataset("fashion_mnist").open(str(tmp_path), "train")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import reference
 from nola_vision import NOLA, BackboneSpec, FullFinetune, LinearProbe, LoRA, adapt, load_adapter
 from nola_vision.adapters.file import METADATA_KEY, digest, read_adapter, write_adapter
-from nola_vision.backbones import create_backbone, fingerprint, input_config
+from nola_vision.backbones import create_backbone, input_config
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import Method
 
@@ -103,27 +103,27 @@ def test_the_numpy_decoder_reads_a_convolution(tmp_path: Path) -> None:
 
 def test_merging_leaves_the_logits_and_unmerging_the_weights() -> None:
     model = trained(SMALL)
-    before, weights = model(IMAGES), fingerprint(model.backbone)
-    assert weights == fingerprint(create_backbone(SPEC))  # training left the frozen weights alone, bit for bit
+    before, weights = model(IMAGES), bits(model.backbone)
+    assert weights == bits(create_backbone(SPEC))  # training left the frozen weights alone, bit for bit
     model.stack.merge()
-    assert fingerprint(model.backbone) != weights
+    assert bits(model.backbone) != weights
     assert (model(IMAGES) - before).abs().max() / before.abs().max() < 1e-5
     with pytest.raises(NolaVisionError, match="unmerge"):
         model.save("never.safetensors")
     model.stack.unmerge()
-    assert fingerprint(model.backbone) == weights
+    assert bits(model.backbone) == weights
 
 
 def test_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
     model = adapt(random_resnet(tmp_path), NOLA(targets=["conv"], num_basis=4), NAMES)
-    before = fingerprint(model.backbone)
+    before = bits(model.backbone)
     model.train()
     model(torch.randn(4, 3, 64, 64)).sum().backward()
-    assert fingerprint(model.backbone) == before
+    assert bits(model.backbone) == before
     full = adapt(random_resnet(tmp_path), FullFinetune(), NAMES).train()
-    before = fingerprint(full.backbone)
+    before = bits(full.backbone)
     full(torch.randn(4, 3, 64, 64))
-    assert fingerprint(full.backbone) != before
+    assert bits(full.backbone) != before
 
 
 def test_seeds_decide_what_they_should() -> None:
@@ -147,6 +147,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def bits(backbone: torch.nn.Module) -> str:
+    return digest({}, backbone.state_dict())
+
+
 def rewritten(adapter: Path, folder: Path, **changes: object) -> Path:
     """The adapter with other metadata and a digest that fits it."""
     metadata, tensors = read_adapter(adapter)
@@ -158,6 +162,18 @@ def refused(path: Path, match: str, **options: str) -> None:
     with pytest.raises(NolaVisionError, match=match) as caught:
         load_adapter(path, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_other_weights_are_refused_wherever_they_differ(adapter: Path, tmp_path: Path) -> None:
+    state = create_backbone(SPEC).state_dict()
+    for name, fits in (("fc_norm.weight", False), ("blocks.0.attn.proj.bias", False), ("pos_embed", True)):
+        other = {key: value.clone() for key, value in state.items()}
+        other[name].view(-1)[0] += 1e-3
+        safetensors.torch.save_file(other, tmp_path / "other.safetensors")
+        if fits:  # timm resamples it, so it is no part of the fingerprint
+            load_adapter(adapter, str(tmp_path / "other.safetensors"))
+        else:
+            refused(adapter, "made for other weights", weights=str(tmp_path / "other.safetensors"))
 
 
 def test_damaged_files_are_refused(adapter: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_failed_run_is_worst_whatever_it_measured() -> None:
 
 
 def test_all_failed_is_an_error() -> None:
-    with pytest.raises(NolaVisionError, match="All search runs of 'lora' failed"):
+    with pytest.raises(NolaVisionError, match="all search runs of 'lora' failed"):
         choose_learning_rates(CONFIG, searched("lora", [None, None]), ["lora"])
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from nola_vision import load_adapter, run
 from nola_vision.cli.configs import load_configs, overlay
+from nola_vision.config import build, parse
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store
 from nola_vision.results.row import DETERMINISTIC
@@ -29,7 +30,7 @@ SHORT = {
 
 def config(method: str = "nola", **changes: object) -> identity.Config:
     """The quick start's run config of one entry, made short."""
-    return run.parse(overlay(identity.resolve(overlay(load_configs(["quickstart.yaml"]), SHORT), method), changes))
+    return parse(overlay(identity.resolve(overlay(load_configs(["quickstart.yaml"]), SHORT), method), changes))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_every_method_runs_to_a_row(rows: dict) -> None:
 def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
     folder = identity.run_folder(rows["out"], config("nola"), "final")
     model = load_adapter(folder / run.ADAPTER_FILE)
-    built = run.build(config("nola"), folder / "again")
+    built = build(config("nola"), folder / "again")
     built.datamodule.setup("test")
     right = total = 0
     with torch.inference_mode():
@@ -99,7 +100,7 @@ def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) -> None:
-    whole = run.build(config(), tmp_path / "whole")
+    whole = build(config(), tmp_path / "whole")
     whole.trainer.fit(whole.model, datamodule=whole.datamodule)
     saved = tmp_path / "whole" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(saved, weights_only=True)
@@ -111,11 +112,11 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
         def on_train_epoch_end(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
             trainer.should_stop = trainer.current_epoch == 0
 
-    half = run.build(config(), tmp_path / "half")
+    half = build(config(), tmp_path / "half")
     half.trainer.callbacks.insert(0, Stop())
     half.trainer.fit(half.model, datamodule=half.datamodule)
     assert half.trainer.current_epoch == 1
-    rest = run.build(config(), tmp_path / "rest")
+    rest = build(config(), tmp_path / "rest")
     with torch.no_grad():  # what the checkpoint must bring back
         for parameter in rest.model.model.stack.parameters():
             parameter.add_(1)
@@ -127,10 +128,10 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
     assert rest.trainer.callback_metrics["train_loss"] == whole.trainer.callback_metrics["train_loss"]
 
     for changes, named in (
-        ({"method": {"init_args": {"c": 64}}}, "another method"),
+        ({"method": {"init_args": {"c": 64}}}, r"another method.c \(2"),
         ({"basis_seed": 9}, "another basis_seed"),
     ):
-        other = run.build(config(model=changes), tmp_path / "other")
+        other = build(config(model=changes), tmp_path / "other")
         with pytest.raises(NolaVisionError, match=named):
             other.trainer.fit(other.model, datamodule=other.datamodule, ckpt_path=saved, weights_only=True)
 
@@ -164,7 +165,7 @@ def test_other_precisions_run(method: str, precision: str, tmp_path: Path) -> No
 def test_warm_up_counts_optimizer_steps_and_max_steps_alone_is_enough(tmp_path: Path) -> None:
     changes = {"accumulate_grad_batches": 2, "max_epochs": -1, "max_steps": 3}
     method = {"init_args": {"lr": 0.005}}
-    built = run.build(config(model={"warmup_epochs": 1, "method": method}, trainer=changes), tmp_path)
+    built = build(config(model={"warmup_epochs": 1, "method": method}, trainer=changes), tmp_path)
     rates = []
 
     class Watch(Callback):
@@ -186,7 +187,7 @@ def test_a_resnet_with_adapted_convolutions(tmp_path: Path) -> None:
     method = {"class_path": "NOLA", "init_args": {"targets": "conv", "num_basis": 8, "c": 1}}
     changes = {"method": "conv", "methods": {"conv": method}, "model": {"backbone": backbone}}
     plain = identity.resolve(overlay(overlay(load_configs(["quickstart.yaml"]), SHORT), changes))
-    row = run.run(run.parse(plain), tmp_path)
+    row = run.run(parse(plain), tmp_path)
     assert row.status == "completed" and row.adapter_parameters == 2 * 8 * convolutions
     path = next(tmp_path.rglob("adapter.safetensors"))
     loaded = load_adapter(path, backbone["file"])  # its fingerprint covers the weights
@@ -196,7 +197,7 @@ def test_a_resnet_with_adapted_convolutions(tmp_path: Path) -> None:
 
 def test_learning_rates_of_head_and_adapter_are_apart(tmp_path: Path) -> None:
     method = {"method": {"init_args": {"lr": 0.25, "head_lr": 0.5}}}
-    built = run.build(config("nola", model={**method, "warmup_epochs": 1}), tmp_path)
+    built = build(config("nola", model={**method, "warmup_epochs": 1}), tmp_path)
     rates: dict[str, list[float]] = {"adapter": [], "head": []}
 
     class Watch(Callback):

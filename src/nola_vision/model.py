@@ -58,7 +58,8 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.backbone, self.stack, self.card = backbone, stack, card
         # taken now: a run may cast the backbone to another precision, or train all of it
-        self.fingerprint = fingerprint(backbone, [target.weight for target in stack.targets])
+        # a fully fine-tuned model's file holds every weight, so it fits any of the shape
+        self.fingerprint = None if isinstance(card.method, FullFinetune) else fingerprint(backbone)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.stack.logits(self.backbone(images))
@@ -97,10 +98,9 @@ class AdaptedModel(nn.Module):
         """What the adapter file says besides its tensors, as plain values."""
         card = self.card
         kept = {name: getattr(card.backbone, name) for name in ("tag", "img_size", "pretrained")}
-        whole = isinstance(card.method, FullFinetune)  # its file holds every weight, so it fits any of the shape
         return {
             "backbone": kept,
-            "backbone_fingerprint": None if whole else self.fingerprint,
+            "backbone_fingerprint": self.fingerprint,
             "method": methods.to_dict(card.method),
             "run_seed": card.run_seed,
             "basis_seed": card.basis_seed,

@@ -6,7 +6,7 @@ import argparse
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -75,9 +75,19 @@ def refuse_stray_config(rest: Sequence[str]) -> None:
         raise NolaVisionError(f"'{rest[0]}' is no option: a config is given by --config {rest[0]}")
 
 
-def config_options(verb: str, help: bool = False) -> argparse.ArgumentParser:
+class Options(argparse.ArgumentParser):
+    """A verb's own options, whose mistakes are one sentence like any other."""
+
+    def __init__(self, verb: str, **settings: Any) -> None:
+        super().__init__(f"nola-vision {verb}", allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise NolaVisionError(f"{message} ({self.prog} --help lists the options)")
+
+
+def config_options(verb: str, help: bool = False) -> Options:
     """A parser of the options that every verb with a config shares; other options are Lightning's."""
-    parser = argparse.ArgumentParser(f"nola-vision {verb}", allow_abbrev=False, add_help=help)
+    parser = Options(verb, add_help=help)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a config, shipped or local")
     parser.add_argument("--out", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
     return parser

@@ -46,8 +46,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
         raise NolaVisionError(f"--method {known.method} needs a config with `methods`: give one by --config")
 
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
+    from nola_vision.config import parse
 
-    run_config = run.parse(config, rest)
+    run_config = parse(config, rest)
     if verb != "fit":
         run.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nola_vision.cli.configs import Options
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
-    options = argparse.ArgumentParser(f"nola-vision {verb}", allow_abbrev=False)
+    options = Options(verb)
     options.description = "Class and probability of each image."
     options.add_argument("--adapter", required=True, metavar="FILE", help="an adapter file that `fit` wrote")
     options.add_argument("--weights", metavar="FILE", help="local file with the backbone's weights")

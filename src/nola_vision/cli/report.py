@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
+from nola_vision.cli.configs import Options
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import store, tables
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
-    options = argparse.ArgumentParser(f"nola-vision {verb}", description="Prints a table for each cell of the rows.")
+    options = Options(verb, description="Prints a table for each cell of the rows.")
     options.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs")
     options.add_argument("--format", choices=["table", "markdown", "csv"], default="table")
     known = options.parse_args(arguments)
@@ -25,9 +25,14 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.format == "csv":
         print(tables.frame(rows).to_csv(index=False), end="")
         return 0
-    for cell in sorted({row.cell for row in rows}):
+    cells = sorted({row.cell for row in rows})
+    tested = {row.cell for row in rows if row.stage == "final" and row.status == "completed"}
+    for cell in [cell for cell in cells if cell in tested]:
         if known.format == "markdown":
             print(tables.markdown_table(rows, cell), end="\n\n")
         else:
             Console().print(tables.cell_table(rows, cell))
+    for cell in [cell for cell in cells if cell not in tested]:
+        errors = [row.error for row in rows if row.cell == cell and row.error]
+        print(f"{cell}: no completed run" + (f"; the last one ended with: {errors[-1]}" if errors else ""))
     return 0

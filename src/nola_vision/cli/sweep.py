@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nola_vision.cli.configs import config_options, load_configs, refuse_stray_config
 from nola_vision.errors import NolaVisionError
-from nola_vision.results import store, tables
+from nola_vision.results import identity, store, tables
 from nola_vision.results.row import Row
 from nola_vision.sweep import local, plan
 
@@ -34,11 +34,19 @@ def main(arguments: Sequence[str], verb: str) -> int:
     raw = load_configs(known.config)
     methods = plan.parse_methods(known.methods, raw)
 
+    for option in rest:
+        if option.startswith("--model.method"):
+            raise NolaVisionError(
+                f"{option} would go to every method of the sweep: write it into the config's `methods`"
+            )
+
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
+    from nola_vision.config import open_data, parse
 
     # the sweep has a progress bar of its own, and starts a run anew rather than resume it
     own = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
-    config = plan.complete(raw, methods, lambda entry: run.parse(entry, [*own, *rest]))
+    config = plan.complete(raw, methods, lambda entry: parse(entry, [*own, *rest]))
+    open_data(identity.resolve(config, methods[0]))  # what is missing is said once, before the first run
     out, console = Path(known.out), Console()
     count = len(plan.search_specs(config, methods)) + len(plan.final_specs(config, splits, inits, methods, {}))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -7,6 +7,7 @@ position), and nothing on the global random state, which is neither read nor set
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator
 from functools import cached_property
@@ -16,7 +17,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from nola_vision import backbones
@@ -71,23 +72,29 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         return self._kept
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields (position, seed) pairs in an order that (`run_seed`, epoch) alone decides; Lightning sets the epoch."""
+class EpochSampler(DistributedSampler[tuple[int, int]]):
+    """Yields (position, seed) pairs in an order that (`run_seed`, epoch) alone decides; Lightning sets the epoch.
 
-    def __init__(self, length: int, run_seed: int) -> None:
-        self._length, self._run_seed, self._epoch = length, run_seed, 0
+    Several processes take turns along that order, so that a step on all of them together sees the batch that one
+    process would see. Where the images do not divide evenly, the order's beginning is seen twice.
 
-    def __len__(self) -> int:
-        return self._length
+    Args:
+        length: number of images.
+        run_seed: which orders.
+        processes: how many train together.
+        rank: which of them this is.
+    """
+
+    def __init__(self, length: int, run_seed: int, processes: int = 1, rank: int = 0) -> None:
+        super().__init__(range(length), num_replicas=processes, rank=rank)  # type: ignore[arg-type]
+        self._run_seed = run_seed
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        key = self._run_seed, self._epoch
-        order = sorted(range(self._length), key=lambda position: keyed_hash("shuffle", *key, position))
-        return ((position, keyed_hash("augment", *key, place) >> 1) for place, position in enumerate(order))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next iteration."""
-        self._epoch = epoch
+        key, length = (self._run_seed, self.epoch), len(self.dataset)  # type: ignore[arg-type]
+        order = sorted(range(length), key=lambda position: keyed_hash("shuffle", *key, position))
+        seeded = [(position, keyed_hash("augment", *key, place) >> 1) for place, position in enumerate(order)]
+        padded = itertools.islice(itertools.cycle(seeded), self.total_size)
+        return itertools.islice(padded, self.rank, None, self.num_replicas)
 
 
 class KShotDataModule(L.LightningDataModule):
@@ -141,13 +148,14 @@ class KShotDataModule(L.LightningDataModule):
             ("memory_limit_mib", memory_limit_mib, 0),
         ):
             if value < least:
-                raise NolaVisionError(f"{name} is {value}, but it must be at least {least}.")
+                raise NolaVisionError(f"{name} is {value}, but it must be at least {least}")
         self.entry = get_dataset(dataset)
         self.backbone, self.dataset, self.root, self.download = backbone, dataset, root, download
         self.shots, self.split_seed, self.run_seed = shots, split_seed, run_seed
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.augmentation, self.flip = augmentation, flip
         self.memory_limit_mib, self.test_limit = memory_limit_mib, test_limit
+        self.warnings: list[str] = []  # what a run's row should tell of the data
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -178,7 +186,7 @@ class KShotDataModule(L.LightningDataModule):
         """
         if self.test_limit is not None and self.test_limit < self.num_classes:  # said before training, not after
             raise NolaVisionError(
-                f"test_limit is {self.test_limit}, but there are {self.num_classes} classes: give one for each."
+                f"test_limit is {self.test_limit}, but there are {self.num_classes} classes: give one for each"
             )
         if stage in ("fit", "validate"):
             _ = self._train_set
@@ -189,8 +197,13 @@ class KShotDataModule(L.LightningDataModule):
         """The k-shot set, shuffled and augmented."""
         source, indices, kept = self._train_set
         subset = ImageSubset(source, indices, train_transform(self.input_config, self.augmentation, self.flip), kept)
-        batch_size = max(1, self.batch_size // self._processes)  # `batch_size` is that of one step, on all devices
-        return self._loader(subset, batch_size, EpochSampler(len(indices), self.run_seed))
+        batch_size, rest = divmod(self.batch_size, self._processes)  # `batch_size` is that of one step, on all devices
+        if rest:
+            raise NolaVisionError(
+                f"batch_size is {self.batch_size}, that of one step on all {self._processes} devices together: make it "
+                f"a multiple of {self._processes}"
+            )
+        return self._loader(subset, batch_size, EpochSampler(len(indices), self.run_seed, self._processes, self._rank))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation pool in order; an empty list, which makes Lightning skip validation, if the pool is empty."""
@@ -238,7 +251,10 @@ class KShotDataModule(L.LightningDataModule):
         if small:
             listed = ", ".join(map(repr, small[:5])) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
             skipped = ", so validation is skipped" if len(small) == self.num_classes else ""
-            _log.warning("Too few images for a share in the validation pool (fewer than 20): %s%s.", listed, skipped)
+            self.warnings.append(
+                f"too few images for a share in the validation pool (fewer than 20): {listed}{skipped}"
+            )
+            _log.warning(self.warnings[-1])
         kept = self._plain(source, indices).keep(self.memory_limit_mib * 2**20)
         return source, indices, kept
 
@@ -254,12 +270,15 @@ class KShotDataModule(L.LightningDataModule):
     def _processes(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
     def _shard(self, subset: ImageSubset) -> Sampler[Any] | None:
         """This process's share of an evaluation, without the repeats that Lightning's own sampler would count twice."""
         if self._processes == 1:
             return None
-        rank = self.trainer.global_rank  # type: ignore[union-attr]
-        return UnrepeatedDistributedSampler(subset, num_replicas=self._processes, rank=rank, shuffle=False)
+        return UnrepeatedDistributedSampler(subset, num_replicas=self._processes, rank=self._rank, shuffle=False)
 
     @cached_property
     def _test_set(self) -> tuple[ImageSource, Indices]:
@@ -272,9 +291,7 @@ class KShotDataModule(L.LightningDataModule):
     def _plain(self, source: ImageSource, indices: Indices, kept: list[torch.Tensor] | None = None) -> ImageSubset:
         return ImageSubset(source, indices, eval_transform(self.input_config), kept)
 
-    def _loader(
-        self, subset: ImageSubset, batch_size: int, sampler: Sampler[Any] | None = None
-    ) -> DataLoader[Any]:
+    def _loader(self, subset: ImageSubset, batch_size: int, sampler: Sampler[Any] | None = None) -> DataLoader[Any]:
         # A generator of its own: without one, DataLoader draws from the global state at each epoch.
         return DataLoader(
             subset,

@@ -51,7 +51,7 @@ class ImageSource:
             return to_rgb(self._decode(index))
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
             raise NolaVisionError(
-                f"Cannot decode the image {self.where(index)} ({error}): mend, replace or remove it."
+                f"cannot decode the image {self.where(index)} ({error}): mend, replace or remove it"
             ) from error
 
     def where(self, index: int) -> str:
@@ -173,7 +173,7 @@ class Folder(DatasetEntry):
         names, others = self.class_names(root), _class_folders(test)
         if odd := sorted({*names} ^ {*others}):
             listed = ", ".join(f"{name!r} is only in {train if name in names else test}" for name in odd[:5])
-            raise NolaVisionError(f"{train} and {test} must have the same class folders, but {listed}: mend the names.")
+            raise NolaVisionError(f"{train} and {test} must have the same class folders, but {listed}: mend the names")
         files = [_image_files((train if split == "train" else test) / name) for name in names]
         labels = np.repeat(np.arange(len(names)), [len(paths) for paths in files])
         return FileSource([path for paths in files for path in paths], labels, names)
@@ -206,8 +206,8 @@ class Torchvision(DatasetEntry):
             data: Any = getattr(datasets, self.reader)(base, train=split == "train", download=download)
         except Exception as error:  # missing, damaged or unreachable: each reader has its own ways to say so
             raise NolaVisionError(
-                f"Cannot read {self.reader} in {base} ({str(error).partition('. You can')[0]}): put its files into "
-                f"{base / self.folder} ({self.files}), or pass --data.download true where there is a network."
+                f"cannot read {self.reader} in {base} ({str(error).partition('. You can')[0]}): put its files into "
+                f"{base / self.folder} ({self.files}), or pass --data.download true where there is a network"
             ) from error
         return ArraySource(self.reader.lower(), np.asarray(data.data), data.targets, self.names)
 
@@ -221,7 +221,7 @@ def get_dataset(name: str) -> DatasetEntry:
     if name not in DATASETS:
         names = difflib.get_close_matches(name, DATASETS)
         hint = f"did you mean {' or '.join(names)}?" if names else f"choose one of {', '.join(sorted(DATASETS))}."
-        raise NolaVisionError(f"There is no data set {name!r}: {hint}")
+        raise NolaVisionError(f"there is no data set {name!r}: {hint}")
     return DATASETS[name]
 
 
@@ -229,7 +229,7 @@ def _root(root: str | None) -> Path:
     """The folder given, else that of the environment."""
     chosen = root or os.environ.get(ROOT_VARIABLE)
     if not chosen:
-        raise NolaVisionError(f"This data set needs a folder: pass --data.root FOLDER or set {ROOT_VARIABLE}.")
+        raise NolaVisionError(f"this data set needs a folder: pass --data.root FOLDER or set {ROOT_VARIABLE}")
     return Path(chosen).expanduser()
 
 
@@ -239,10 +239,10 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise NolaVisionError(
-            f"Cannot read the folder {folder} ({error.strerror}): put images there as {folder / '<class>' / '<image>'}."
+            f"cannot read the folder {folder} ({error.strerror}): put images there as {folder / '<class>' / '<image>'}"
         ) from error
     if not names:
-        raise NolaVisionError(f"{folder} has no class folders: put images there as {folder / '<class>' / '<image>'}.")
+        raise NolaVisionError(f"{folder} has no class folders: put images there as {folder / '<class>' / '<image>'}")
     return tuple(names)
 
 
@@ -250,7 +250,7 @@ def _image_files(folder: Path) -> list[Path]:
     """Sorted image files beneath a class's folder."""
 
     def refuse(error: OSError) -> None:
-        raise NolaVisionError(f"Cannot read the folder {error.filename} ({error.strerror}): allow it to be read.")
+        raise NolaVisionError(f"cannot read the folder {error.filename} ({error.strerror}): allow it to be read")
 
     paths = []
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
@@ -259,7 +259,7 @@ def _image_files(folder: Path) -> list[Path]:
     images = sorted((path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES), key=Path.as_posix)
     if not images:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise NolaVisionError(f"{folder} has no images ({suffixes}): add some, or remove the folder.")
+        raise NolaVisionError(f"{folder} has no images ({suffixes}): add some, or remove the folder")
     return images
 
 
@@ -272,7 +272,7 @@ def find_images(places: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for place in map(Path, places):
         if not place.exists():
-            raise NolaVisionError(f"{place} does not exist: name image files, or folders of them.")
+            raise NolaVisionError(f"{place} does not exist: name image files, or folders of them")
         found += _image_files(place) if place.is_dir() else [place]
     return found
 

@@ -79,7 +79,7 @@ def draw(
         NolaVisionError: `shots` is no positive number, or a class has too few images.
     """
     if shots != "all" and (not isinstance(shots, int) or shots < 1):
-        raise NolaVisionError(f"shots is {shots!r}, but it must be a whole number from 1 up, or 'all'.")
+        raise NolaVisionError(f"shots is {shots!r}, but it must be a whole number from 1 up, or 'all'")
     by_class = _by_class(labels)
     names = [str(label) for label in range(max(by_class, default=-1) + 1)] if class_names is None else class_names
     pool = set(validation_pool(labels).tolist())
@@ -112,7 +112,7 @@ def evenly_spaced(labels: npt.ArrayLike, limit: int) -> Indices:
     """
     by_class = _by_class(labels)
     if limit < len(by_class):
-        raise NolaVisionError(f"A limit of {limit} images is too small for {len(by_class)} classes: give one for each.")
+        raise NolaVisionError(f"A limit of {limit} images is too small for {len(by_class)} classes: give one for each")
     share, rest = divmod(limit, len(by_class))
     chosen = []
     for position, members in enumerate(by_class.values()):
@@ -138,5 +138,5 @@ def _check_counts(counts: dict[str, int], needed: int) -> None:
     most = min(counts.values())
     mend = f"use {most} shots or fewer, or add images" if most else "add images, or remove the class"
     raise NolaVisionError(
-        f"{needed} shots need that many images in every class outside the validation pool, but {listed}: {mend}."
+        f"{needed} shots need that many images in every class outside the validation pool, but {listed}: {mend}"
     )

@@ -52,10 +52,10 @@ def train_transform(config: InputConfig, augmentation: str, flip: bool = False) 
     """
     if augmentation not in get_args(Augmentation):
         names = ", ".join(get_args(Augmentation))
-        raise NolaVisionError(f"There is no augmentation {augmentation!r}: choose one of {names}.")
+        raise NolaVisionError(f"there is no augmentation {augmentation!r}: choose one of {names}")
     if augmentation == "none":
         if flip:
-            raise NolaVisionError("flip has no effect with augmentation 'none': use 'light', or leave flip out.")
+            raise NolaVisionError("flip has no effect with augmentation 'none': use 'light', or leave flip out")
         return eval_transform(config)
     size, interpolation = config.size, _interpolation(config)
     if augmentation == "light":
@@ -84,7 +84,7 @@ def _interpolation(config: InputConfig) -> v2.InterpolationMode:
     """timm's name of an interpolation as torchvision's."""
     if config.interpolation not in ("nearest", "bilinear", "bicubic"):
         raise NolaVisionError(
-            f"The backbone asks for interpolation {config.interpolation!r}, which cannot be had here: "
-            "choose a backbone with nearest, bilinear or bicubic."
+            f"the backbone asks for interpolation {config.interpolation!r}, which cannot be had here: "
+            "choose a backbone with nearest, bilinear or bicubic"
         )
     return v2.InterpolationMode(config.interpolation)

@@ -68,14 +68,14 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if name not in methods:
         known = [str(known_name) for known_name in methods]
         close = difflib.get_close_matches(str(name), known) or known
-        raise NolaVisionError(f"The config has no method {name!r}: choose from {', '.join(close)}.")
+        raise NolaVisionError(f"the config has no method {name!r}: choose from {', '.join(close)}")
     if not isinstance(name, str) or name != _safe(name):
-        raise NolaVisionError(f"The method name {name!r} must do as a folder's name: use letters, digits and `._+-`.")
+        raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]
     if isinstance(settings, Mapping) and not isinstance(settings.get("init_args") or {}, Mapping):
-        raise NolaVisionError(f"`init_args` of the method {name!r} is no mapping: write it like {{rank: 4}}.")
+        raise NolaVisionError(f"`init_args` of the method {name!r} is no mapping: write it like {{rank: 4}}")
     if not isinstance(settings, Mapping) or not isinstance(settings.get("class_path"), str):
-        raise NolaVisionError(f"The method {name!r} has no `class_path`: name its class, such as `class_path: NOLA`.")
+        raise NolaVisionError(f"the method {name!r} has no `class_path`: name its class, such as `class_path: NOLA`")
     return settings
 
 
@@ -85,7 +85,7 @@ def need(config: Mapping[str, Any], *path: str) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
         if value is None:
-            raise NolaVisionError(f"The config has no value for `{'.'.join(path)}`: add it.")
+            raise NolaVisionError(f"the config has no value for `{'.'.join(path)}`: add it")
     return value
 
 
@@ -225,7 +225,7 @@ def _root_name(run_config: Mapping[str, Any]) -> str:
     root = need(run_config, "data", "root")
     name = PurePath(root).name
     if name in ("", ".."):
-        raise NolaVisionError(f"`data.root: {root}` has no name to call the data set by: write the folder's name out.")
+        raise NolaVisionError(f"`data.root: {root}` has no name to call the data set by: write the folder's name out")
     return name
 
 

@@ -143,24 +143,24 @@ class Row:
         try:
             plain = json.loads(text)
         except (ValueError, RecursionError):
-            raise NolaVisionError(f"{path} is not JSON: delete it and run again.") from None
+            raise NolaVisionError(f"{path} is not JSON: delete it and run again") from None
         version = plain.get("schema_version") if isinstance(plain, dict) else None
         if type(version) is not int or version < 1:
-            raise NolaVisionError(f"{path} is not a result row (no schema_version): delete it and run again.")
+            raise NolaVisionError(f"{path} is not a result row (no schema_version): delete it and run again")
         if version > SCHEMA_VERSION:
             raise NolaVisionError(
-                f"{path} has schema version {version} and this nola-vision reads up to {SCHEMA_VERSION}: update it."
+                f"{path} has schema version {version} and this nola-vision reads up to {SCHEMA_VERSION}: update it"
             )
         hints = get_type_hints(cls)
         known = {name: plain[name] for name in hints if name in plain}
         wrong = [name for name, value in known.items() if not _fits(value, hints[name])]
         if wrong:
-            raise NolaVisionError(f"{path} holds a value of the wrong kind in {wrong[0]}: delete it and run again.")
+            raise NolaVisionError(f"{path} holds a value of the wrong kind in {wrong[0]}: delete it and run again")
         try:
             return cls(**known)
         except TypeError:
             missing = [item.name for item in fields(cls) if item.name not in known][0]
-            raise NolaVisionError(f"{path} has no {missing}: delete it and run again.") from None
+            raise NolaVisionError(f"{path} has no {missing}: delete it and run again") from None
 
 
 def environment() -> dict[str, str]:

@@ -26,7 +26,7 @@ def write_row(folder: str | Path, row: Row) -> Path:
         write_whole(path, row.to_json().encode())
     except OSError as error:
         raise NolaVisionError(
-            f"The row cannot be written to {folder} ({error.strerror}): make it a folder one can write to."
+            f"the row cannot be written to {folder} ({error.strerror}): make it a folder one can write to"
         ) from error
     return path
 
@@ -41,9 +41,9 @@ def read_row(path: str | Path) -> Row:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise NolaVisionError(f"{path} cannot be read ({error.strerror}): check its path and rights.") from error
+        raise NolaVisionError(f"{path} cannot be read ({error.strerror}): check its path and rights") from error
     except UnicodeDecodeError:
-        raise NolaVisionError(f"{path} is not JSON: delete it and run again.") from None
+        raise NolaVisionError(f"{path} is not JSON: delete it and run again") from None
     return Row.from_json(text, path)
 
 
@@ -65,7 +65,7 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
     paths: set[Path] = set()
     for folder in folders:
         if not Path(folder).is_dir():
-            raise NolaVisionError(f"There is no folder {folder} to read rows from: name the folder that runs went to.")
+            raise NolaVisionError(f"there is no folder {folder} to read rows from: name the folder that runs went to")
         for place, _, files in os.walk(folder, onerror=unreadable):
             if ROW_FILE in files:
                 paths.add(Path(place).resolve() / ROW_FILE)
@@ -77,6 +77,12 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
         except NolaVisionError as error:
             problems.append((path, str(error)))
     return rows, problems
+
+
+def find_completed(folder: str | Path) -> Row | None:
+    """Return the row of a run's folder if the run was completed, else None."""
+    row = find_row(folder)
+    return row if row is not None and row.status == "completed" else None
 
 
 def find_row(folder: str | Path) -> Row | None:

@@ -111,6 +111,10 @@ def _lines(rows: Iterable[Row], cell: str) -> tuple[list[_Line], list[str]]:
     ]
     if mixed := differing_settings(r.config for r in rows if r.stage == "final" and r.status == "completed"):
         notes.append(f"these runs differ in more than their method, so compare with care: {', '.join(mixed)}")
+    if any(item.label != item.method for item in summaries):
+        notes.append(
+            "(four digits): one method's name with several settings; the digits begin the `entry_hash` of its rows"
+        )
     if not summaries:
         notes.append("no final run has left a row yet")
     for item in summaries:

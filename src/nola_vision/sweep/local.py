@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nola_vision.results import identity
 from nola_vision.results.row import Row
-from nola_vision.results.store import find_row
+from nola_vision.results.store import find_completed, find_row
 from nola_vision.sweep import plan
 from nola_vision.sweep.plan import RunSpec
 
@@ -57,8 +57,8 @@ def execute(specs: Iterable[RunSpec], out: Path, run: RunFunction, progress: Pro
     rows = []
     for spec in specs:
         folder = identity.run_folder(out, spec.config, spec.stage)
-        row = find_row(folder)
-        if row is None or row.status != "completed":
+        row = find_completed(folder)
+        if row is None:
             try:
                 row = run(spec.config, out, spec.stage)
             except Exception:

@@ -126,7 +126,7 @@ def parse_range(text: str) -> list[int]:
         found = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
-            raise NolaVisionError(f"{text!r} is no range of numbers: write it like 0-3, 0,2,5 or 7.")
+            raise NolaVisionError(f"{text!r} is no range of numbers: write it like 0-3, 0,2,5 or 7")
         numbers |= dict.fromkeys(range(first, last + 1))
     return list(numbers)
 
@@ -173,7 +173,7 @@ def _rates(config: Mapping[str, Any], method: str) -> list[float]:
     own_rate = (settings.get("init_args") or {}).get("lr")
     listed = settings.get("learning_rates") or ([] if own_rate is None else [own_rate])
     if not isinstance(listed, list):
-        raise NolaVisionError(f"`learning_rates` of {method!r} is no list: write it like [0.005, 0.001].")
+        raise NolaVisionError(f"`learning_rates` of {method!r} is no list: write it like [0.005, 0.001]")
     return list(dict.fromkeys(_number(rate, method) for rate in listed))
 
 
@@ -181,22 +181,23 @@ def _number(rate: Any, method: str) -> float:
     try:
         return float(rate)  # YAML reads 5e-3, without a point, as text
     except (TypeError, ValueError):
-        raise NolaVisionError(f"{rate!r} is no learning rate for {method!r}: write a number.") from None
+        raise NolaVisionError(f"{rate!r} is no learning rate for {method!r}: write a number") from None
 
 
 def _best_rate(method: str, specs: list[RunSpec], searched: Mapping[tuple[str, str], Row]) -> float:
-    ranked = []
+    ranked, errors = [], []
     for spec in specs:
         row = searched.get((method, spec.run_hash))
         if row is None or row.status == "interrupted" or spec.learning_rate is None:
             raise NolaVisionError(
-                f"The search run of {method!r} at learning rate {spec.learning_rate} has not ended: sweep again."
+                f"the search run of {method!r} at learning rate {spec.learning_rate} has not ended: sweep again"
             )
         accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
+        errors.append(row.error)
         ranked.append((-accuracy, _or(row.val_loss, math.inf), spec.learning_rate))
     best = min(ranked)
     if best[0] == math.inf:
-        raise NolaVisionError(f"All search runs of {method!r} failed: see `error` in their rows, mend it, run again.")
+        raise NolaVisionError(f"all search runs of {method!r} failed, the last one with: {errors[-1]}")
     return best[2]
 
 

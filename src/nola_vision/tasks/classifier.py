@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import lightning as L
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torchmetrics import MeanMetric
 
 from nola_vision.backbones import BackboneSpec
 from nola_vision.errors import NolaVisionError
@@ -45,6 +47,8 @@ class Classifier(L.LightningModule):
         self.method, self.optimizer = method, optimizer
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
         self.accuracy = accuracies(len(class_names))
+        # a metric weights each process by its images, where `sync_dist` would average the processes
+        self.loss = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images)
@@ -66,8 +70,9 @@ class Classifier(L.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels)
-        self.log(f"{stage}_loss", loss, on_epoch=True, batch_size=len(labels), sync_dist=True)
+        metric = cast(MeanMetric, self.loss[stage])
+        metric(F.cross_entropy(logits, labels), weight=len(labels))
+        self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
         log_accuracy(self, self.accuracy, stage, logits, labels)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -115,13 +120,21 @@ class Classifier(L.LightningModule):
         checkpoint["adapter"] = self._identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        here, there = self._identity(), checkpoint.get("adapter", {})
-        differing = [key for key in here if here[key] != there.get(key)]
+        self.refuse_other_checkpoint(checkpoint)
+
+    def refuse_other_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that a checkpoint's numbers mean here what they meant where it was written.
+
+        Raises:
+            NolaVisionError: it was written with another backbone, method, seed or set of classes.
+        """
+        here, there = _flat(self._identity()), _flat(checkpoint.get("adapter", {}))
+        differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         if differing:
             key = differing[0]
             raise NolaVisionError(
-                f"the checkpoint was trained with another {key} ({there.get(key)}) than this run's ({here[key]}): use "
-                "the config it was trained with"
+                f"the checkpoint was written with another {key} ({_short(there.get(key))}) than this run's "
+                f"({_short(here.get(key))}): use the config it was trained with"
             )
         own, stored = self.state_dict(), checkpoint["state_dict"]
         wrong = self._kept(list(own)) ^ set(stored) or {n for n in stored if own[n].shape != stored[n].shape}
@@ -130,3 +143,14 @@ class Classifier(L.LightningModule):
                 f"the checkpoint was written by another backbone, method or set of classes: {min(wrong)} does not fit; "
                 "use the config it was trained with"
             )
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 80)

@@ -1,0 +1,215 @@
+"""From a config to the objects of a run: LightningCLI with this project's wiring."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from nola_vision import backbones, methods
+from nola_vision.backbones import BackboneSpec
+from nola_vision.config_errors import explain
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import identity
+from nola_vision.tasks import make_task
+
+set_parsing_settings(subclasses_enabled=[methods.Method])
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI with this project's wiring: one task, one datamodule, one folder for all that a run writes.
+
+    Args:
+        args: command-line arguments, or a run config as a nested dict.
+        folder: where the run writes; None only parses and builds nothing.
+    """
+
+    def __init__(self, args: Sequence[str] | Mapping[str, Any], folder: Path | None = None) -> None:
+        self.folder = folder
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+            super().__init__(
+                make_task,
+                KShotDataModule,
+                args=list(args) if not isinstance(args, Mapping) else dict(args),
+                run=False,
+                save_config_callback=None,  # the row holds the config
+                auto_configure_optimizers=False,
+                parser_kwargs={"prog": "nola-vision fit", "exit_on_error": False, "allow_abbrev": False},
+                trainer_defaults={
+                    "max_epochs": 50,
+                    "num_sanity_val_steps": 0,
+                    "log_every_n_steps": 1,
+                    "enable_model_summary": False,
+                },
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--protocol", type=str, default="default", help="Name of the protocol: part of the cell.")
+        parser.add_argument("--method", type=str, default=None, help="Entry of the config's `methods` to train.")
+        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; they decide rounding.")
+        for field in ("tag", "file", "img_size", "pretrained"):
+            parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
+        parser.link_arguments("model.run_seed", "data.run_seed")
+        parser.link_arguments("model.run_seed", "seed_everything")
+        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        if self.folder is not None:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        assert self.folder is not None
+        given = self.config_init["trainer"]
+        callbacks: list[L.Callback] = list(_listed(given["callbacks"]))
+        if given["enable_checkpointing"] is not False:
+            # at each epoch's end, whenever validation comes: `last.ckpt` is the model as it is trained so far
+            every: dict[str, Any] = {"save_last": True, "save_on_train_epoch_end": True}
+            callbacks.append(ModelCheckpoint(self.folder / "checkpoints", enable_version_counter=False, **every))
+        if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar(leave=False))
+        loggers: list[Logger] = [CSVLogger(self.folder, name="", version=""), *_listed(given["logger"])]
+        return super().instantiate_trainer(callbacks=callbacks, logger=loggers, default_root_dir=self.folder, **kwargs)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A config's callbacks or loggers as a list; `true`, `false` and null stand for none of one's own."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Config:
+    """The full run config, every default written out.
+
+    Two spellings of one run give the same full config, so hashes are taken of what this returns.
+
+    Args:
+        config: a run config, as `identity.resolve` returns it.
+        options: command-line options that override it, such as `--data.shots=10`.
+
+    Raises:
+        NolaVisionError: an unknown key, method or setting, or a value of the wrong type.
+    """
+    if method := (config.get("model") or {}).get("method"):
+        methods.from_dict(method)  # says which methods and settings there are, where the parser speaks of import paths
+    try:
+        with quiet():
+            parsed = RunCLI(["--config", json.dumps(config), *options]).config
+    except (argparse.ArgumentError, ValueError) as error:
+        raise NolaVisionError(
+            f"the configuration is not understood: {explain(str(error), _settings())} (nola-vision fit --help lists "
+            "the options)"
+        ) from error
+    plain: identity.Config = json.loads(json.dumps(parsed.as_dict(), default=str))
+    plain.pop("config", None)
+    for linked in ("backbone", "run_seed"):  # said once, by the model
+        plain["data"].pop(linked, None)
+    plain.pop("seed_everything", None)
+    if plain["data"]["dataset"] == "folder":
+        plain["data"]["root"] = plain["data"]["root"] or os.environ.get("NOLA_VISION_DATA")
+    if plain["threads"] is not None and plain["threads"] < 1:
+        raise NolaVisionError(f"threads is {plain['threads']}: it must be at least 1")
+    plain["content"] = _content(plain)
+    plain["model"]["method"].setdefault("init_args", {})
+    if plain.get("method") is None:
+        plain["method"] = identity.method_class(plain).lower()
+    return plain
+
+
+def _settings() -> dict[str, list[str]]:
+    """The names that each group of a config and each method takes."""
+    groups: dict[str, Any] = {"data": KShotDataModule, "model": make_task, "trainer": L.Trainer, **methods.METHODS}
+    named = {group: list(inspect.signature(made).parameters) for group, made in groups.items()}
+    return {**named, "model.backbone": [f.name for f in fields(BackboneSpec)], "model.method": list(methods.METHODS)}
+
+
+def _content(run_config: identity.Config) -> dict[str, str]:
+    """Digests of what the config names by a path alone, so that two files of one name are two runs.
+
+    `weights` is SHA-256 over a local weights file, the packaged one included; `folder` over the relative paths and
+    sizes of a `folder` data set's files. A file that is missing is left to the run, which says so.
+    """
+    found = {}
+    backbone = run_config["model"]["backbone"]
+    weights = backbone["file"] or backbones.packaged_file(backbone["tag"])
+    if weights is not None and Path(weights).is_file():
+        with open(weights, "rb") as file:
+            found["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+    root = run_config["data"]["root"]
+    if run_config["data"]["dataset"] == "folder" and root is not None and Path(root).is_dir():
+        files = sorted(path for path in Path(root).rglob("*") if path.is_file())
+        listing = "\n".join(f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in files)
+        found["folder"] = hashlib.sha256(listing.encode()).hexdigest()
+    return found
+
+
+def build(run_config: identity.Config, folder: Path) -> RunCLI:
+    """Task, datamodule and trainer of a run config, seeded by `model.run_seed`; the run writes to `folder`.
+
+    Raises:
+        NolaVisionError: a setting that Lightning, the backbone or the data refuse.
+    """
+    if run_config["threads"] is not None:
+        torch.set_num_threads(run_config["threads"])
+    try:
+        return RunCLI({key: value for key, value in run_config.items() if key != "content"}, folder)
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        raise NolaVisionError(
+            f"the run cannot be set up: {' '.join(str(error).split())} (mend the setting that it names; "
+            "--trainer.accelerator cpu --trainer.devices 1 runs anywhere)"
+        ) from error
+
+
+def open_data(run_config: identity.Config) -> None:
+    """Opens the training images of a run config, so that a data set that is not there is found before any run.
+
+    Raises:
+        NolaVisionError: as `KShotDataModule.setup`.
+    """
+    data = {key: value for key, value in run_config["data"].items()}
+    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **data)
+    module.prepare_data()
+    module.setup("fit")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps back what Lightning says of every healthy run: tips, a device report, and advice that is wrong here."""
+    loggers = [logging.getLogger(f"lightning.{n}") for n in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for advice in (
+            ".*does not have many workers.*",  # workers cost more than they bring for a set kept in memory
+            ".*in eval mode at the start of training.*",  # frozen batch norms are meant to be
+            ".*treespec.*is deprecated.*",
+            ".*The dirpath has changed from.*",  # `validate` and `test` write beside the run
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*Experiment logs directory .* exists and is not empty.*",
+        ):
+            warnings.filterwarnings("ignore", message=advice)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

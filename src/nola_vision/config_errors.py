@@ -1,0 +1,52 @@
+"""jsonargparse's long messages in one short sentence: which key, what was given, what it may be. Pure."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+
+
+def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
+    """What a message of the parser means for a person.
+
+    Args:
+        message: of a jsonargparse error.
+        settings: the names that a group (`data`) or a class (`LoRA`) takes, to suggest the close ones.
+    """
+    message = " ".join(message.split())
+    keys = re.findall(r'Parser key "([\w.]+)"', message)
+    key = ".".join(keys)
+    inside = re.search(r"class_path '[\w.]*?(\w+)'", message)
+    if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
+        name = inside[1] if inside else key
+        return f"{name} has no setting '{unknown[1]}'{_instead(unknown[1], settings.get(name, ()))}"
+    if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        group, option = unknown.groups()
+        return f"`{group}` has no key '{option}'{_instead(option, settings.get(group, ()))}"
+    if unknown := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", message):
+        group, _, option = unknown[1].lstrip("-").rpartition(".")
+        return f"there is no option {unknown[1]}{_instead(option, settings.get(group, ()))}"
+    given = re.search(r"(?:Given value|Got value): (.*)$", message)
+    if keys and (missing := re.search(r"Expected a dot import path string: (\S+)", message)):
+        classes = settings.get(key, ())
+        return f"{key} is '{missing[1]}', which is no class's name{_instead(missing[1], classes)}"
+    if keys and given and (kinds := _kinds(message)):
+        return f"{key} is '{given[1]}': it must be {' or '.join(kinds)}"
+    return message
+
+
+def _kinds(message: str) -> list[str]:
+    found: list[str] = []
+    for plain, choices in re.findall(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message):
+        found += [_KINDS.get(plain, plain.rpartition(".")[2])] if plain else re.split(r",\s*", choices.replace("'", ""))
+    return list(dict.fromkeys(found))
+
+
+def _instead(name: str, known: Sequence[str]) -> str:
+    if not known:
+        return ""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f": did you mean {' or '.join(close)}?" if close else f": use one of {', '.join(known)}"

@@ -1,0 +1,46 @@
+"""Two processes on two CPU devices (gloo): the same losses and accuracies as one process, and one row."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from nola_vision.results import store
+from nola_vision.results.row import Row
+
+FIT = """fit --config quickstart.yaml --threads 1 --trainer.max_epochs 3 --trainer.check_val_every_n_epoch 3
+    --trainer.enable_progress_bar false --data.shots 3 --data.batch_size 10 --data.test_limit 101""".split()
+
+
+def fit(out: Path, method: str, *options: str) -> tuple[Row, pd.DataFrame, str]:
+    command = [sys.executable, "-m", "nola_vision.cli.main", *FIT, f"--out={out}", f"--method={method}", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    ((row,), problems) = store.read_rows(out)
+    assert not problems
+    (log,) = out.rglob("metrics.csv")
+    return row, pd.read_csv(log), ended.stdout
+
+
+@pytest.mark.parametrize("method", ["nola", "full-ft"])
+def test_two_processes_train_as_one(method: str, tmp_path: Path) -> None:
+    one, log, _ = fit(tmp_path / "one", method)
+    two, log_of_two, printed = fit(tmp_path / "two", method, "--trainer.devices=2", "--trainer.strategy=ddp")
+    assert one.run_hash == two.run_hash
+    losses, of_two = log["train_loss"].dropna(), log_of_two["train_loss"].dropna()
+    assert len(losses) == 3 and of_two.tolist() == pytest.approx(losses.tolist(), rel=1e-5)
+    # 101 test images and 177 of validation do not divide by two
+    assert two.val_loss == pytest.approx(one.val_loss, rel=1e-4)
+    assert (two.val_accuracy, two.test_accuracy) == (one.val_accuracy, one.test_accuracy)
+    assert printed.count("test accuracy") == 1  # the second process prints nothing
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nola_vision.cli.main", *FIT, f"--out={tmp_path}", "--data.batch_size=9"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and "make it a multiple of 2" in ended.stderr
