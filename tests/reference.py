@@ -26,17 +26,26 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return c.astype(np.uint32)
 
 
-def basis(seed: int, identity: str, factor: str, count: int, rank: int, length: int) -> np.ndarray:
-    """`[count, rank, length]` int8, entry by entry as the format page defines it."""
+def words(seed: int, identity: str, factor: str, count: int, rank: int, blocks: int) -> np.ndarray:
+    """`[count, rank, blocks, 4]` uint32: the generator at the counters (block, row, index, 0)."""
     digest = hashlib.sha256(f"nola-vision basis 1\n{seed}\n{identity}\n{factor}".encode()).digest()
     key = struct.unpack("<2I", digest[:8])
-    blocks = -(-length // 16)
     counter = np.zeros((count, rank, blocks, 4), np.uint32)
     counter[..., 0] = np.arange(blocks)
     counter[..., 1] = np.arange(rank)[:, None]
     counter[..., 2] = np.arange(count)[:, None, None]
-    words = philox(counter, key).astype("<u4")
-    return words.view(np.uint8).view(np.int8).reshape(count, rank, blocks * 16)[..., :length]
+    return philox(counter, key).astype("<u4")
+
+
+def basis(seed: int, identity: str, factor: str, count: int, rank: int, length: int) -> np.ndarray:
+    """`[count, rank, length]` int8, entry by entry as the format page defines it."""
+    blocks = -(-length // 16)
+    return (
+        words(seed, identity, factor, count, rank, blocks)
+        .view(np.uint8)
+        .view(np.int8)
+        .reshape(count, rank, blocks * 16)[..., :length]
+    )
 
 
 def values(stored: np.ndarray) -> np.ndarray:
@@ -70,7 +79,7 @@ def nola_changes(path: str) -> dict[str, np.ndarray]:
         group, name = target["group"], target["name"]
         layer = position.setdefault(group, 0)
         position[group] += 1
-        m, o = (int(side) for side in group.split("x"))
+        m, o = (int(side) for side in group.partition("/")[0].split("x"))
         identity = f"shape {m}x{o}" if fields["scope"] == "shared" else f"weight {name}"
         alpha = tensors[f"adapter.{group}.coefficients_a"][layer].astype(np.float64)
         beta = tensors[f"adapter.{group}.coefficients_b"][layer].astype(np.float64)

@@ -5,7 +5,17 @@ import pytest
 import torch
 
 import reference
-from nola_vision.adapters.basis import basis_bytes, basis_key, combine, decode, philox4x32
+from nola_vision.adapters.basis import (
+    Basis,
+    _compiled_words,
+    _words,
+    basis_bytes,
+    basis_key,
+    buckets,
+    combine,
+    decode,
+    philox4x32,
+)
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, output
 VECTORS = [
@@ -86,11 +96,48 @@ def test_law_is_uniform_with_variance_one_third() -> None:
     assert abs(pairs) < 5 * (1 / 3) / flat.numel() ** 0.5
 
 
-@pytest.mark.parametrize("budget", [1, 300, 10**9])
-def test_combine_is_the_matrix_product_in_any_chunks(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+@pytest.mark.parametrize("names", [["shape 9x5"], ["weight a", "weight b", "weight c"]], ids=["shared", "per_layer"])
+@pytest.mark.parametrize(
+    ("storage", "budget"), [("cached", 1), ("cached", 10**9), ("streamed", 1), ("streamed", 10**9)]
+)
+def test_combine_is_the_matrix_product_in_any_chunks(
+    monkeypatch: pytest.MonkeyPatch, storage: str, budget: int, names: list[str]
+) -> None:
     monkeypatch.setattr("nola_vision.adapters.basis._DECODE_BYTES", budget)
-    stored = basis_bytes(basis_key(0, "shape 9x5", "A"), 0, 7, 2, 9).flatten(1)
+    basis = Basis([basis_key(0, name, "A") for name in names], 7, 2, 37, storage, memory_mib=budget / 2**20)
     coefficients = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
-    dense = torch.from_numpy(reference.values(stored.numpy()))
-    assert torch.allclose(combine(coefficients, stored), coefficients @ dense, rtol=0, atol=1e-14)
-    assert torch.autograd.gradcheck(lambda c: combine(c, stored), (coefficients,))
+    dense = np.stack([reference.values(reference.basis(0, name, "A", 7, 2, 37)).reshape(7, -1) for name in names])
+    expected = torch.einsum("nlk,lkx->nlx", coefficients, torch.from_numpy(dense).expand(3, 7, 74))
+    assert torch.allclose(combine(coefficients, basis), expected, rtol=0, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda c: combine(c, basis), (coefficients,))
+    # the first coefficients alone are combined with the first matrices
+    first = torch.einsum("nlk,lkx->nlx", coefficients[..., :4], torch.from_numpy(dense).expand(3, 7, 74)[:, :4])
+    assert torch.allclose(combine(coefficients[..., :4], basis), first, rtol=0, atol=1e-13)
+
+
+def test_compiled_code_makes_the_same_bits() -> None:
+    key = basis_key(7, "weight w", "P")
+    for rows, positions in (((0, 3), (0, 100)), ((1, 3), (32, 83))):
+        plain = basis_bytes(key, 2, 40, 3, 100, rows=rows, positions=positions)
+        assert torch.equal(basis_bytes(key, 2, 40, 3, 100, rows=rows, positions=positions, compiled=True), plain)
+        expected = reference.basis(7, "weight w", "P", 40, 3, 100)[2:, slice(*rows), slice(*positions)]
+        assert np.array_equal(plain.numpy(), expected)
+
+
+def test_a_machine_without_a_compiler_streams_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    _compiled_words.cache_clear()
+    monkeypatch.setattr("nola_vision.adapters.basis.shutil.which", lambda _: None)
+    try:
+        made = basis_bytes(basis_key(0, "w", "P"), 0, 2, 1, 50, compiled=True)
+        assert _compiled_words("cpu") is _words
+    finally:
+        _compiled_words.cache_clear()
+    assert torch.equal(made, basis_bytes(basis_key(0, "w", "P"), 0, 2, 1, 50))
+
+
+def test_buckets_are_as_the_format_page_says() -> None:
+    bucket, sign = buckets(basis_key(5, "weight w", "hash"), 1001, 37)
+    words = reference.words(5, "weight w", "hash", 1, 1, 501).reshape(-1, 2)[:1001].astype(np.uint64)
+    assert np.array_equal(bucket.numpy(), (words[:, 0] * 37 >> 32).astype(np.int64))
+    assert np.array_equal(sign.numpy(), np.where(words[:, 1] % 2, -1.0, 1.0))
+    assert bucket.min() == 0 and bucket.max() == 36 and abs(float(sign.mean())) < 0.2

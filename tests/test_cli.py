@@ -152,6 +152,21 @@ def test_sweep_chooses_rates_runs_everything_once_and_resumes(
     assert len(store.read_rows("runs")[0]) == len(rows)
 
 
+def test_a_sweep_without_its_data_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--config=quickstart.yaml", "--data.dataset=folder", "--data.root=nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not list(Path().rglob("row.json"))
+
+
+def test_report_tells_of_cells_without_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config=quickstart.yaml", "--data.shots=75"]) == 2
+    capsys.readouterr()
+    assert main(["report", "runs"]) == 0
+    printed = capsys.readouterr().out
+    assert "digits-75shot-quickstart: no completed final run; the last one ended with:" in printed
+    assert "method" not in printed
+
+
 def test_a_failing_run_does_not_stop_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--splits=0", "--inits=0", "--methods=1nn,bad", "--config=quickstart.yaml", "--config=bad.yaml"]
     Path("bad.yaml").write_text("methods: {bad: {class_path: NOLA, init_args: {targets: ['re:x']}}}")
@@ -175,8 +190,11 @@ MISTAKES = {
     "precision": ([*FIT, "--trainer.precision=8"], "trainer.precision is '8': it must be"),
     "method on the command line": ([*FIT, "--model.method=NOLAA"], "which is no class's name: did you mean NOLA"),
     "key of a group": ([*FIT, "--config=nested.yaml"], "`data` has no key 'init_args.shots'"),
+    "top-level key": ([*FIT, "--thread=2"], "there is no option --thread: did you mean threads"),
+    "method as a word": ([*FIT[:1], "--config=word.yaml"], "the method is 'NOLA'"),
+    "key of the backbone": ([*FIT, "--config=tagg.yaml"], "has no key 'backbone.tagg': did you mean tag"),
+    "a split in a sweep": (["sweep", *FIT[1:], "--data.split_seed=3"], "--splits"),
     "a method's setting in a sweep": (["sweep", "--config=quickstart.yaml", "--model.method.rank=2"], "`methods`"),
-    "no data for a sweep": (["sweep", *FIT[1:], "--data.dataset=folder", "--data.root=nowhere"], "nowhere"),
     "format": (["report", "empty", "--format=latex"], "choose from"),
     "damaged checkpoint": ([*FIT, "--ckpt_path=one.png"], "one.png is damaged or no checkpoint"),
     "method": (["fit", "--config", "quickstart.yaml", "--method", "nolla"], "nola"),
@@ -222,6 +240,8 @@ def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd
     (tmp_path / "broken.yaml").write_text("a: [1,")
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "typo.yaml").write_text("data: {augmentatoin: light}")
+    (tmp_path / "word.yaml").write_text("model: {method: NOLA}")
+    (tmp_path / "tagg.yaml").write_text("model: {backbone: {tagg: x}}")
     (tmp_path / "nested.yaml").write_text("data: {init_args: {shots: 5}}")
     (tmp_path / "listed.yaml").write_text("methods: [nola]")
     (tmp_path / "magic.yaml").write_text("methods: {nola: {class_path: MAGIC}}")
@@ -282,7 +302,7 @@ def test_a_small_folder_from_run_to_prediction(
 
 
 def test_interrupted_sweeps_end_with_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nola_vision.run.run", interrupt)

@@ -17,7 +17,7 @@ FIT = """fit --config quickstart.yaml --threads 1 --trainer.max_epochs 3 --train
 
 def fit(out: Path, method: str, *options: str) -> tuple[Row, pd.DataFrame, str]:
     command = [sys.executable, "-m", "nola_vision.cli.main", *FIT, f"--out={out}", f"--method={method}", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert ended.returncode == 0, ended.stderr
     ((row,), problems) = store.read_rows(out)
@@ -30,11 +30,11 @@ def fit(out: Path, method: str, *options: str) -> tuple[Row, pd.DataFrame, str]:
 def test_two_processes_train_as_one(method: str, tmp_path: Path) -> None:
     one, log, _ = fit(tmp_path / "one", method)
     two, log_of_two, printed = fit(tmp_path / "two", method, "--trainer.devices=2", "--trainer.strategy=ddp")
-    assert one.run_hash == two.run_hash
+    assert one.run_hash == two.run_hash and one.threads == two.threads == 1
     losses, of_two = log["train_loss"].dropna(), log_of_two["train_loss"].dropna()
     assert len(losses) == 3 and of_two.tolist() == pytest.approx(losses.tolist(), rel=1e-5)
     # 101 test images and 177 of validation do not divide by two
-    assert two.val_loss == pytest.approx(one.val_loss, rel=1e-4)
+    assert two.val_loss == pytest.approx(one.val_loss, rel=1e-3)
     assert (two.val_accuracy, two.test_accuracy) == (one.val_accuracy, one.test_accuracy)
     assert printed.count("test accuracy") == 1  # the second process prints nothing
 

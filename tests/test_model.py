@@ -133,7 +133,7 @@ def test_seeds_decide_what_they_should() -> None:
     assert not torch.equal(heads[0], heads[1])
     seeds = ((0, 5), (1, 5), (0, 6))
     stacks = [adapt(SPEC, SMALL, NAMES, run_seed=run, basis_seed=basis).stack for run, basis in seeds]
-    basis = [stack.groups["160x480"]._basis_a for stack in stacks]
+    basis = [stack.groups["160x480"].basis_a.cached() for stack in stacks]
     assert torch.equal(basis[0], basis[1]) and not torch.equal(basis[0], basis[2])
 
 
@@ -154,7 +154,7 @@ def bits(backbone: torch.nn.Module) -> str:
 def rewritten(adapter: Path, folder: Path, **changes: object) -> Path:
     """The adapter with other metadata and a digest that fits it."""
     metadata, tensors = read_adapter(adapter)
-    write_adapter(folder / "changed.safetensors", {**metadata, **changes}, tensors)
+    write_adapter(folder / "changed.safetensors", {**metadata, **changes}, tensors, {})
     return folder / "changed.safetensors"
 
 

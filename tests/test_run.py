@@ -146,6 +146,33 @@ def test_resuming_a_finished_run_keeps_it(tmp_path: Path) -> None:
     assert (folder / "metrics-1.csv").read_text() == log
 
 
+def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
+    run.run(config("linear"), tmp_path)
+    saved = identity.run_folder(tmp_path, config("linear"), "final") / "checkpoints" / "last.ckpt"
+    for changes in ({"data": {"split_seed": 3}}, {"trainer": {"max_epochs": 9}}):
+        other = config("linear", **changes)
+        folder = identity.run_folder(tmp_path, other, "final")
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("an old log")
+        with pytest.raises(NolaVisionError, match="resumed with the very settings it was started with"):
+            run.run(other, tmp_path, ckpt_path=str(saved))
+        assert (folder / "metrics.csv").read_text() == "an old log"  # refused before anything is touched
+        assert run.run(other, tmp_path, ckpt_path=str(saved), keep_going=True).status == "failed"
+    saved.write_bytes(b"damaged")
+    with pytest.raises(NolaVisionError, match="damaged or no checkpoint"):
+        run.evaluate(config("linear"), tmp_path, "test", None)
+    with pytest.raises(NolaVisionError, match="1nn trains nothing"):
+        run.run(config("1nn"), tmp_path, ckpt_path="last")
+
+
+def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
+    built = build(config("linear"), tmp_path)
+    with torch.no_grad():
+        built.model.model.stack.head_bias.fill_(torch.nan)
+    built.trainer.validate(built.model, datamodule=built.datamodule, verbose=False)
+    assert math.isnan(built.trainer.callback_metrics["val_loss"])
+
+
 def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path) -> None:
     uneven = config("linear", trainer={"check_val_every_n_epoch": 2})
     run.run(uneven, tmp_path)
@@ -221,7 +248,7 @@ def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
     row = store.read_row(identity.run_folder(tmp_path, failing, "final") / "row.json")
     assert row.status == "failed" and "75" in row.error and row.test_accuracy is None
     blown = config("nola", model={"method": {"init_args": {"lr": 1e30}}}, trainer={"gradient_clip_val": None})
-    with pytest.raises(NolaVisionError, match="no number"):
+    with pytest.raises(NolaVisionError, match=r"after step \d adapter\.\S+ of blocks\.0\.\S+ is not finite"):
         run.run(blown, tmp_path)
     folder = identity.run_folder(tmp_path, blown, "final")
     assert store.read_row(folder / "row.json").status == "failed" and not (folder / run.ADAPTER_FILE).exists()

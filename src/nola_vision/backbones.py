@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +20,14 @@ from timm.data.config import resolve_data_config
 from timm.models import PretrainedCfg
 from torch import nn
 
-import nola_vision.glyph_vit  # noqa: F401  registers the quick start's backbone with timm
+import nola_vision.glyph_vit
+import nola_vision.scratch_models  # noqa: F401  both register models with timm
+from nola_vision.adapters.basis import basis_key, uniform
 from nola_vision.adapters.file import add_tensor
 from nola_vision.adapters.target import Target
 from nola_vision.errors import NolaVisionError
+
+Base = Literal["pretrained", "random", "zero"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,14 @@ class BackboneSpec:
         tag: timm's exact name, `architecture.pretrained_tag`.
         file: local `.safetensors` or `.pth` with timm's keys; without it the weights that timm names are used.
         img_size: image side in pixels; without it the size timm's data config gives.
-        pretrained: False leaves the weights random (for tests and training from scratch).
+        base: what the weights are: `pretrained`; `random`, He's normal variance from the counter-based generator, so
+            that a seed restores them; or `zero`, where all weights of linear layers and convolutions are zero.
     """
 
     tag: str
     file: str | None = None
     img_size: int | None = None
-    pretrained: bool = True
+    base: Base = "pretrained"
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,14 @@ def input_config(spec: BackboneSpec) -> InputConfig:
     )
 
 
-def create_backbone(spec: BackboneSpec | str) -> nn.Module:
+def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
     """A timm model without a head, frozen and in eval mode; it gives pooled features `[batch, num_features]`.
 
     A local file goes through timm's own loading, which resizes position embeddings to `img_size`.
+
+    Args:
+        spec: which model.
+        seed: the seed of a random base.
 
     Raises:
         NolaVisionError: timm knows no such model, the file is missing, unreadable or of another model, or the
@@ -86,13 +96,16 @@ def create_backbone(spec: BackboneSpec | str) -> nn.Module:
     if spec.img_size is not None and spec.img_size < 1:
         raise NolaVisionError(f"img_size is {spec.img_size}: it is the image's side in pixels")
     config = _pretrained_cfg(spec)
-    options: dict[str, Any] = {"num_classes": 0, "pretrained": spec.pretrained}
-    if spec.file is not None and spec.pretrained:
+    pretrained = spec.base == "pretrained"
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained}
+    if spec.file is not None and not pretrained:
+        raise NolaVisionError(f"a weights file ({spec.file}) and base {spec.base} exclude each other: leave one out")
+    if spec.file is not None:
         options["pretrained_cfg_overlay"] = {"file": _checked_file(spec.file), "custom_load": False}
     if spec.img_size is not None and config.fixed_input_size:  # a convolutional network takes any size as it is
         options["img_size"] = spec.img_size
     try:
-        with _missing_keys() as missing:
+        with _missing_keys() as missing, torch.random.fork_rng(devices=[]):  # timm draws what a file then replaces
             backbone: nn.Module = timm.create_model(spec.tag, **options)
     except Exception as error:  # a file that is no checkpoint fails in any way
         if spec.file is None and (isinstance(error, OSError) or "No pretrained weights" in str(error)):
@@ -109,7 +122,29 @@ def create_backbone(spec: BackboneSpec | str) -> nn.Module:
             f"the weights file {spec.file or config.file} lacks {len(missing)} weights of {spec.tag}, {missing[0]} for "
             "one: name the tag that it was made with"
         )
+    if not pretrained:
+        _start_from_nothing(backbone, spec.base, seed)
     return backbone.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _start_from_nothing(backbone: nn.Module, base: Base, seed: int) -> None:
+    """Weights of linear layers and convolutions from the counter-based generator, or zero.
+
+    A weight has He's variance 2 / fan_in, another tensor of two or more dimensions (an embedding) the standard
+    deviation 0.02; both are keyed by their names. Biases are zero; norms and scales stay as timm makes them.
+    """
+    layers = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
+    weights = {f"{name}.weight".lstrip("."): layer for name, layer in layers.items()}
+    biases = {f"{name}.bias".lstrip(".") for name in layers}
+    for name, parameter in backbone.named_parameters():
+        if name in biases:
+            parameter.zero_()
+        elif name in weights and base == "zero":
+            parameter.zero_()
+        elif parameter.dim() > 1:
+            std = math.sqrt(2 / parameter[0].numel()) if name in weights else 0.02
+            parameter.copy_(uniform(basis_key(seed, f"weight {name}", "base"), parameter.shape, std))
 
 
 def _pretrained_cfg(spec: BackboneSpec) -> PretrainedCfg:
@@ -215,6 +250,7 @@ def find_targets(backbone: nn.Module, names: Sequence[str] | str) -> list[Target
             `qkv`: the fused query, key and value weight of every attention (`*.attn.qkv`) as one matrix;
             `qv`: its query rows and its value rows as two matrices;
             `conv`: every convolution of a convolutional network, its weight reshaped near to square;
+            `all`: every linear layer and convolution;
             `re:PATTERN`: every linear layer or convolution whose whole module name matches the regular expression.
 
     Raises:
@@ -260,6 +296,7 @@ TARGETS: dict[str, Callable[[str, nn.Module], bool]] = {
     "mlp": lambda name, layer: isinstance(layer, nn.Linear) and re.search(r"\.mlp\.fc[12]$", name) is not None,
     "qkv": lambda name, layer: isinstance(layer, nn.Linear) and name.endswith(".attn.qkv"),
     "qv": lambda name, layer: isinstance(layer, nn.Linear) and name.endswith(".attn.qkv"),
+    "all": lambda name, layer: True,
     "conv": lambda name, layer: isinstance(layer, nn.Conv2d) and "patch_embed" not in name,
 }
 

@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from nola_vision import backbones, methods
 from nola_vision.backbones import BackboneSpec
 from nola_vision.config_errors import explain
 from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.datasets import ROOT_VARIABLE, folder_listing
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
@@ -66,7 +68,7 @@ class RunCLI(LightningCLI):
         parser.add_argument("--protocol", type=str, default="default", help="Name of the protocol: part of the cell.")
         parser.add_argument("--method", type=str, default=None, help="Entry of the config's `methods` to train.")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; they decide rounding.")
-        for field in ("tag", "file", "img_size", "pretrained"):
+        for field in ("tag", "file", "img_size", "base"):
             parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
         parser.link_arguments("model.run_seed", "data.run_seed")
         parser.link_arguments("model.run_seed", "seed_everything")
@@ -110,7 +112,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
         NolaVisionError: an unknown key, method or setting, or a value of the wrong type.
     """
     if method := (config.get("model") or {}).get("method"):
-        methods.from_dict(method)  # says which methods and settings there are, where the parser speaks of import paths
+        methods.from_dict(method)
     try:
         with quiet():
             parsed = RunCLI(["--config", json.dumps(config), *options]).config
@@ -125,7 +127,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
         plain["data"].pop(linked, None)
     plain.pop("seed_everything", None)
     if plain["data"]["dataset"] == "folder":
-        plain["data"]["root"] = plain["data"]["root"] or os.environ.get("NOLA_VISION_DATA")
+        plain["data"]["root"] = plain["data"]["root"] or os.environ.get(ROOT_VARIABLE)
     if plain["threads"] is not None and plain["threads"] < 1:
         raise NolaVisionError(f"threads is {plain['threads']}: it must be at least 1")
     plain["content"] = _content(plain)
@@ -139,7 +141,13 @@ def _settings() -> dict[str, list[str]]:
     """The names that each group of a config and each method takes."""
     groups: dict[str, Any] = {"data": KShotDataModule, "model": make_task, "trainer": L.Trainer, **methods.METHODS}
     named = {group: list(inspect.signature(made).parameters) for group, made in groups.items()}
-    return {**named, "model.backbone": [f.name for f in fields(BackboneSpec)], "model.method": list(methods.METHODS)}
+    top = ["protocol", "method", "threads", "model", "data", "trainer"]
+    return {
+        "": top,
+        **named,
+        "model.backbone": [f.name for f in fields(BackboneSpec)],
+        "model.method": list(methods.METHODS),
+    }
 
 
 def _content(run_config: identity.Config) -> dict[str, str]:
@@ -154,10 +162,7 @@ def _content(run_config: identity.Config) -> dict[str, str]:
     if weights is not None and Path(weights).is_file():
         with open(weights, "rb") as file:
             found["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
-    root = run_config["data"]["root"]
-    if run_config["data"]["dataset"] == "folder" and root is not None and Path(root).is_dir():
-        files = sorted(path for path in Path(root).rglob("*") if path.is_file())
-        listing = "\n".join(f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in files)
+    if run_config["data"]["dataset"] == "folder" and (listing := folder_listing(run_config["data"]["root"])):
         found["folder"] = hashlib.sha256(listing.encode()).hexdigest()
     return found
 
@@ -170,25 +175,32 @@ def build(run_config: identity.Config, folder: Path) -> RunCLI:
     """
     if run_config["threads"] is not None:
         torch.set_num_threads(run_config["threads"])
+        os.environ["OMP_NUM_THREADS"] = str(run_config["threads"])  # or Lightning's launcher sets its own number
     try:
         return RunCLI({key: value for key, value in run_config.items() if key != "content"}, folder)
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise NolaVisionError(
-            f"the run cannot be set up: {' '.join(str(error).split())} (mend the setting that it names; "
-            "--trainer.accelerator cpu --trainer.devices 1 runs anywhere)"
+            f"the run cannot be set up: {' '.join(str(error).split())}"
+            + (
+                ""
+                if not re.search("accelerator|backend|device", str(error))
+                else "; --trainer.accelerator cpu runs anywhere"
+            )
         ) from error
 
 
-def open_data(run_config: identity.Config) -> None:
+def has_validation_images(run_config: identity.Config) -> bool:
     """Opens the training images of a run config, so that a data set that is not there is found before any run.
+
+    Returns:
+        Whether its classes are large enough for a validation pool.
 
     Raises:
         NolaVisionError: as `KShotDataModule.setup`.
     """
-    data = {key: value for key, value in run_config["data"].items()}
-    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **data)
+    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
     module.prepare_data()
-    module.setup("fit")
+    return module.describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -22,10 +22,12 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
     inside = re.search(r"class_path '[\w.]*?(\w+)'", message)
     if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
         name = inside[1] if inside else key
-        return f"{name} has no setting '{unknown[1]}'{_instead(unknown[1], settings.get(name, ()))}"
+        return f"{name or 'the config'} has no setting '{unknown[1]}'{_instead(unknown[1], settings.get(name, ()))}"
     if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
         group, option = unknown.groups()
-        return f"`{group}` has no key '{option}'{_instead(option, settings.get(group, ()))}"
+        inner, _, last = f"{group}.{option}".rpartition(".")
+        known = settings.get(inner, settings.get(group, ()))
+        return f"`{group}` has no key '{option}'{_instead(last, known)}"
     if unknown := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", message):
         group, _, option = unknown[1].lstrip("-").rpartition(".")
         return f"there is no option {unknown[1]}{_instead(option, settings.get(group, ()))}"

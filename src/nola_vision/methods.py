@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from nola_vision.adapters.lora import LoraFactors
-from nola_vision.adapters.nola import NolaFactors, Scope, Start
+from nola_vision.adapters.basis import Storage, basis_key, uniform
+from nola_vision.adapters.hashed import HashedGroup
+from nola_vision.adapters.lora import LoraGroup
+from nola_vision.adapters.nola import NolaGroup, Scope, Start
+from nola_vision.adapters.pranc import PrancGroup
+from nola_vision.adapters.quantise import check_bits
 from nola_vision.adapters.stack import AdapterStack
-from nola_vision.adapters.target import Target
-from nola_vision.backbones import find_targets
+from nola_vision.adapters.target import HEAD, Target
+from nola_vision.backbones import Base, find_targets
 from nola_vision.errors import NolaVisionError
 
 
@@ -36,9 +41,11 @@ class LinearProbe(Method):
 
     Args:
         lr: learning rate of the head.
+        head_bits: bits a stored number of the head's matrix.
     """
 
     lr: float = 5e-3
+    head_bits: int = 32
 
 
 @dataclass(frozen=True)
@@ -54,54 +61,126 @@ class FullFinetune(Method):
     head_lr: float | None = None
 
 
-@dataclass(frozen=True)
-class LoRA(Method):
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Method):
+    """What all methods that change chosen weights by few numbers have in common.
+
+    Args:
+        targets: names of the adapted weights, see `nola_vision.backbones.find_targets`; `head` adds the classifier.
+        lr: learning rate of the adapter's numbers (and of batch norms, if they are trained).
+        head_lr: learning rate of the head; the same as `lr` if not given.
+        train_norms: train the backbone's batch norms too, and store them with their statistics.
+        bits: bits a stored number: 2 to 8 for integers with a scale a group, 16 or 32 for floats. What is tested is
+            what the file holds.
+        head_bits: the same for the head's matrix; `bits` if not given.
+        quantise_from: share of the training after which the forward pass computes with the stored bits already
+            (quantisation-aware training, the gradient goes straight through); 1 is post-training quantisation.
+    """
+
+    targets: Sequence[str] | str = ("mlp",)
+    lr: float = 5e-3
+    head_lr: float | None = None
+    train_norms: bool = False
+    bits: int = 32
+    head_bits: int | None = None
+    quantise_from: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Adapter):
     """LoRA (Hu et al., 2021): W + (c / rank) A B with both factors trained.
 
     Args:
-        targets: names of the adapted weights; see `nola_vision.backbones.find_targets`.
+        targets: names of the adapted weights.
         rank: r, the width of the factors.
         c: the scale's numerator (PEFT's `lora_alpha`); the scale is c / rank.
-        lr: learning rate of the factors.
-        head_lr: learning rate of the head; the same as `lr` if not given.
     """
 
     targets: Sequence[str] | str = ("qkv",)
     rank: int = 4
     c: float = 8.0
-    lr: float = 5e-3
-    head_lr: float | None = None
 
 
-@dataclass(frozen=True)
-class NOLA(Method):
+@dataclass(frozen=True, kw_only=True)
+class NOLA(Adapter):
     """NOLA (ICLR 2024, equation 1): W + (c / rank) A B, with A and B linear combinations of fixed random matrices.
 
     Args:
-        targets: names of the adapted weights; see `nola_vision.backbones.find_targets`.
         rank: r, the width of the factors; it does not change the number of trained coefficients.
         num_basis: k, the number of random matrices, and so of coefficients, for each of A and B.
+        num_basis_b: l, that of B where it differs.
+        head_num_basis: that of the head (A and B), if `head` is a target; `num_basis` if not given.
+        max_parameters: instead of `num_basis`, a budget of trained coefficients (without the head's) that is spread
+            evenly over the targets.
+        max_bytes: instead of `num_basis`, a budget for the adapter file.
         c: the scale's numerator; the scale is c / rank.
         scope: `shared`, one basis for all weights of a shape, or `per_layer`.
         start: `a0`, a fixed random A0 and zero coefficients, so that training starts at the pretrained model exactly;
-            or `released`, the authors' code, no A0 and every coefficient 1/k.
-        lr: learning rate of the coefficients.
-        head_lr: learning rate of the head; the same as `lr` if not given.
+            `released`, the authors' code, no A0 and every coefficient 1/k; `random`, for weights that start from
+            nothing; by default `random` without pretrained weights, else `a0`.
+        nested: train so that the first coefficients alone are a good adapter too, and a file can be cut.
+        storage: `cached` holds the basis (a byte an entry), `streamed` makes it in chunks whenever it is used.
+        memory_mib: working memory of one streamed chunk.
     """
 
-    targets: Sequence[str] | str = ("mlp",)
     rank: int = 4
     num_basis: int = 1024
+    num_basis_b: int | None = None
+    head_num_basis: int | None = None
+    max_parameters: int | None = None
+    max_bytes: int | None = None
     c: float = 2.0
     scope: Scope = "shared"
-    start: Start = "a0"
-    lr: float = 5e-3
-    head_lr: float | None = None
+    start: Start | None = None
+    nested: bool = False
+    storage: Storage = "cached"
+    memory_mib: float = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PRANC(Adapter):
+    """PRANC (ICCV 2023): weights, or changes of them, are one linear combination of fixed random vectors.
+
+    Args:
+        num_basis: k, the number of random vectors, and so of coefficients.
+        scope: `model`, one combination for all targets together, or `layer`, one for each.
+        c: the scale.
+        nested: train so that the first coefficients alone are a good adapter too, and a file can be cut.
+        storage: `cached` holds the basis (k bytes a weight), `streamed` makes it in chunks whenever it is used.
+        memory_mib: working memory of one streamed chunk.
+    """
+
+    num_basis: int = 1024
+    scope: Literal["model", "layer"] = "model"
+    c: float = 1.0
+    nested: bool = False
+    storage: Storage = "cached"
+    memory_mib: float = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashedNet(Adapter):
+    """HashedNet (Chen et al., ICML 2015): weights, or changes of them, share trained numbers that a hash assigns.
+
+    Args:
+        max_parameters: trained numbers of all targets together, spread in proportion to their sizes.
+        c: the scale.
+    """
+
+    max_parameters: int = 10_000
+    c: float = 1.0
 
 
 METHODS: dict[str, type[Method]] = {
-    method.__name__: method for method in (NearestNeighbor, LinearProbe, FullFinetune, LoRA, NOLA)
+    method.__name__: method for method in (NearestNeighbor, LinearProbe, FullFinetune, LoRA, NOLA, PRANC, HashedNet)
 }
+
+
+def settle(method: Method, base: Base) -> Method:
+    """The method with the settings written out that follow from what the backbone's weights are."""
+    if isinstance(method, NOLA) and method.start is None:
+        return dataclasses.replace(method, start="a0" if base == "pretrained" else "random")
+    return method
 
 
 def make_stack(
@@ -111,6 +190,7 @@ def make_stack(
     run_seed: int = 0,
     basis_seed: int | None = None,
     num_adapters: int = 1,
+    base: Base = "pretrained",
 ) -> AdapterStack:
     """The adapter stack of a method for a backbone, not attached yet.
 
@@ -118,43 +198,129 @@ def make_stack(
         backbone: a timm model made without a head.
         method: what to train.
         num_classes: classes of the head.
-        run_seed: sets the head's start and LoRA's A. The head's start is the same for every method.
-        basis_seed: sets NOLA's basis; `run_seed` if not given.
+        run_seed: sets the head's start, LoRA's A and random coefficients. The head's start is the same for every method
+            that trains a plain head.
+        basis_seed: sets the basis; `run_seed` if not given.
         num_adapters: n, the number of adapters held.
+        base: what the backbone's weights are; without pretrained ones the trained numbers start random.
 
     Raises:
-        NolaVisionError: a target that the backbone lacks, or a rank or a number of basis matrices that is not possible.
+        NolaVisionError: a target that the backbone lacks, or a setting that is not possible.
     """
-    _check_numbers(method)
+    method = settle(method, base)
+    check(method)
     basis_seed = run_seed if basis_seed is None else basis_seed
-    targets: list[Target] = []
-    draws = _generator(run_seed, "factors")
-
-    def make_factors(members: Sequence[Target], n: int) -> nn.Module:
-        match method:
-            case NOLA(rank=rank, num_basis=k, c=c, scope=scope, start=start):
-                return NolaFactors(members, n, rank, k, c, basis_seed, scope, start)
-            case LoRA(rank=rank, c=c):
-                return LoraFactors(members, n, rank, c, draws)
-        raise TypeError(f"{method} has no factors")
-
-    if isinstance(method, NOLA | LoRA):
-        targets = find_targets(backbone, method.targets)
-        _check_rank(method, targets)
     width = int(backbone.num_features)  # type: ignore[arg-type]
-    return AdapterStack(targets, make_factors, width, num_classes, num_adapters, _generator(run_seed, "head"))
+    targets: list[Target] = []
+    if isinstance(method, Adapter):
+        named = [method.targets] if isinstance(method.targets, str) else list(method.targets)
+        if not named:
+            raise NolaVisionError(f"{type(method).__name__} needs at least one target, such as qkv or mlp")
+        if others := [name for name in named if name != HEAD]:
+            targets = find_targets(backbone, others)
+        if HEAD in named:
+            targets.append(Target(HEAD, (), "linear", (num_classes, width + 1)))
+    head_base = None
+    if targets and targets[-1].name == HEAD:
+        std = 0.0 if base == "zero" else 0.1 / math.sqrt(3 * width)
+        head_base = uniform(basis_key(run_seed, HEAD, HEAD), (num_classes, width + 1), std)
+    groups = _groups(method, targets, num_adapters, basis_seed, base, _generator(run_seed, "factors"))
+    return AdapterStack(groups, width, num_classes, num_adapters, _generator(run_seed, "head"), head_base)
 
 
-def _check_numbers(method: Method) -> None:
-    for name in ("lr", "head_lr", "c", "num_basis"):
-        value = getattr(method, name, None)
+def _groups(
+    method: Method, targets: Sequence[Target], n: int, basis_seed: int, base: Base, draws: torch.Generator
+) -> dict[str, nn.Module]:
+    """The modules that train, by the names that their tensors have in a file."""
+    scratch = base != "pretrained"
+    shapes: dict[str, list[Target]] = {}
+    for target in targets:
+        shapes.setdefault(target.group, []).append(target)
+    single = {target.name.replace(".", "/"): target for target in targets}
+    match method:
+        case NOLA(rank=rank, c=c, scope=scope, storage=storage, memory_mib=memory):
+            _check_rank(method, targets)
+            start = method.start or "a0"
+            if base == "zero" and start == "a0":
+                raise NolaVisionError("NOLA's start a0 on base zero would never move: use start random")
+            return {
+                name: NolaGroup(
+                    members,
+                    n,
+                    rank,
+                    _num_basis(method, targets, name),
+                    c,
+                    basis_seed,
+                    scope,
+                    start,
+                    draws,
+                    storage,
+                    memory,
+                )
+                for name, members in shapes.items()
+            }
+        case LoRA(rank=rank, c=c):
+            _check_rank(method, targets)
+            return {name: LoraGroup(members, n, rank, c, draws, scratch) for name, members in shapes.items()}
+        case PRANC(num_basis=k, c=c, storage=storage, memory_mib=memory):
+            parts = {"model": targets} if method.scope == "model" else {name: [t] for name, t in single.items()}
+            return {
+                name: PrancGroup(members, n, k, c, basis_seed, draws, scratch, storage, memory)
+                for name, members in parts.items()
+            }
+        case HashedNet(max_parameters=budget, c=c):
+            _check_budget(budget, len(targets), "HashedNet")
+            total = sum(target.size for target in targets)
+            return {
+                name: HashedGroup(target, n, max(1, budget * target.size // total), c, basis_seed, draws, scratch)
+                for name, target in single.items()
+            }
+    return {}
+
+
+def _num_basis(method: NOLA, targets: Sequence[Target], group: str) -> tuple[int, int]:
+    """k and l of a group."""
+    if group == HEAD and method.head_num_basis is not None:
+        return method.head_num_basis, method.head_num_basis
+    k = method.num_basis
+    if method.max_parameters is not None:
+        adapted = sum(target.name != HEAD for target in targets)
+        _check_budget(method.max_parameters, 2 * adapted, "NOLA")
+        k = method.max_parameters // (2 * max(1, adapted))
+    return k, k if method.num_basis_b is None else method.num_basis_b
+
+
+def _check_budget(budget: int, least: int, method: str) -> None:
+    if budget < least:
+        raise NolaVisionError(
+            f"max_parameters of {method} is {budget}, but its targets need {least} for one number each: give more, or "
+            "fewer targets"
+        )
+
+
+def check(method: Method) -> None:
+    """Refuses settings that no backbone could take.
+
+    Raises:
+        NolaVisionError: a number out of range, or two settings that say the same.
+    """
+    name = type(method).__name__
+    for setting in ("lr", "head_lr", "c", "num_basis", "num_basis_b", "head_num_basis", "memory_mib"):
+        value = getattr(method, setting, None)
         if value is not None and not 0 < value < math.inf:
-            raise NolaVisionError(f"{name} of {type(method).__name__} is {value}: it must be a number above zero")
+            raise NolaVisionError(f"{setting} of {name} is {value}: it must be a number above zero")
+    for setting in ("bits", "head_bits"):
+        if (bits := getattr(method, setting, None)) is not None:
+            check_bits(f"{setting} of {name}", bits)
+    if not 0 <= (share := getattr(method, "quantise_from", 1.0)) <= 1:
+        raise NolaVisionError(f"quantise_from of {name} is {share}: it is a share of the training, from 0 to 1")
+    if isinstance(method, NOLA) and method.max_parameters is not None and method.max_bytes is not None:
+        raise NolaVisionError("NOLA has both max_parameters and max_bytes: give one budget")
+    if isinstance(method, NOLA) and (method.max_parameters or method.max_bytes) and method.num_basis_b is not None:
+        raise NolaVisionError("NOLA has a budget and num_basis_b: a budget is spread evenly over A and B")
 
 
 def _check_rank(method: NOLA | LoRA, targets: Sequence[Target]) -> None:
-    if not targets:
-        raise NolaVisionError(f"{type(method).__name__} needs at least one target, such as qkv or mlp")
     narrow = min(targets, key=lambda t: min(t.inputs, t.outputs))
     limit = min(narrow.inputs, narrow.outputs)
     if not 1 <= method.rank <= limit:
@@ -162,6 +328,13 @@ def _check_rank(method: NOLA | LoRA, targets: Sequence[Target]) -> None:
             f"rank {method.rank} is not possible for {narrow.name}, a {narrow.inputs} x {narrow.outputs} matrix: "
             f"use a rank from 1 to {limit}"
         )
+
+
+def stored_bits(method: Method) -> tuple[int, int]:
+    """Bits a stored number of the adapter and of the head's matrix."""
+    bits: int = getattr(method, "bits", 32)
+    head_bits: int | None = getattr(method, "head_bits", None)
+    return bits, bits if head_bits is None else head_bits
 
 
 def _generator(run_seed: int, purpose: str) -> torch.Generator:
@@ -182,10 +355,14 @@ def from_dict(described: dict[str, Any]) -> Method:
     Raises:
         NolaVisionError: an unknown method or field.
     """
+    if not isinstance(described, dict):
+        raise NolaVisionError(f"the method is '{described}': write it as class_path and init_args")
     name = str(described.get("class_path")).rpartition(".")[2]
     if name not in METHODS:
         raise NolaVisionError(f"unknown method '{name}': use one of {', '.join(METHODS)}")
-    try:
-        return METHODS[name](**described.get("init_args", {}))
-    except TypeError as error:
-        raise NolaVisionError(f"the settings of method {name} are not understood: {error}") from error
+    given = described.get("init_args") or {}
+    known = [field.name for field in dataclasses.fields(METHODS[name])]
+    if wrong := [key for key in given if key not in known]:
+        close = difflib.get_close_matches(wrong[0], known) or known
+        raise NolaVisionError(f"{name} has no setting '{wrong[0]}': did you mean {' or '.join(close)}?")
+    return METHODS[name](**given)

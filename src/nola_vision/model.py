@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nola_vision import methods
-from nola_vision.adapters.file import read_adapter, write_adapter
+from nola_vision.adapters.file import adapter_bytes, read_adapter, write_adapter
+from nola_vision.adapters.quantise import rounded
 from nola_vision.adapters.stack import AdapterStack
+from nola_vision.adapters.target import HEAD
 from nola_vision.backbones import (
     BackboneSpec,
     InputConfig,
@@ -23,7 +26,7 @@ from nola_vision.backbones import (
     probe_batch,
 )
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import FullFinetune, Method, make_stack
+from nola_vision.methods import NOLA, Adapter, FullFinetune, Method, make_stack, settle, stored_bits
 
 
 @dataclass(frozen=True)
@@ -75,39 +78,106 @@ class AdaptedModel(nn.Module):
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What training changed, by its name in the adapter file."""
-        stack = self.stack
-        tensors = {f"adapter.{name}": parameter[0] for name, parameter in stack.groups.named_parameters()}
-        tensors |= {"head.weight": stack.head_weight[0], "head.bias": stack.head_bias[0]}
+        tensors = stack_tensors(self.stack)
         if isinstance(self.card.method, FullFinetune):
             tensors |= {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
+        elif trains_norms(self.card.method):
+            tensors |= norm_tensors(self.backbone)
         return tensors
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits a stored number, by the tensor's name in the file."""
+        return file_bits(self.stack, self.card.method)
+
+    def compute_with_stored_bits(self, on: bool = True) -> None:
+        """Makes the forward pass see the numbers as a file would hold them; gradients go straight through."""
+        named = {"head.weight": "head_weight"}
+        bits = {named.get(name, name.replace("adapter.", "groups.", 1)): width for name, width in self.bits.items()}
+        self.stack.bits = {name: width for name, width in bits.items() if width != 32} if on else {}
+
+    @torch.no_grad()
+    def round_to_stored_bits(self) -> None:
+        """Replaces the trained numbers by what the adapter file holds of them."""
+        for name, tensor in stack_tensors(self.stack).items():
+            tensor.copy_(rounded(tensor.unsqueeze(0), self.bits.get(name, 32))[0])
+
+    def not_finite(self) -> str | None:
+        """The first trained tensor (and its first layer) with a number that is not finite, or None."""
+        every = self.trained_tensors()
+        floats = {name: tensor for name, tensor in every.items() if tensor.is_floating_point()}
+        if bool(torch.stack([tensor.isfinite().all() for tensor in floats.values()]).all()):
+            return None
+        name = next(name for name, tensor in floats.items() if not tensor.isfinite().all())
+        group = name.removeprefix("adapter.").rpartition(".")[0]
+        if group not in self.stack.groups or floats[name].dim() < 2:
+            return name
+        layer = int((~floats[name].isfinite()).flatten(1).any(1).nonzero()[0])
+        return f"{name} of {self.stack.members(group)[layer].name}"
+
+    def metadata(self) -> dict[str, Any]:
+        """What the adapter file says besides its tensors."""
+        return file_metadata(self.card, self.stack, self.fingerprint)
 
     def save(self, path: str | Path) -> int:
         """Writes the adapter file and returns its size in bytes.
 
         Raises:
-            NolaVisionError: the path cannot be written, or the adapter is merged into the backbone.
+            NolaVisionError: the path cannot be written, the adapter is merged into the backbone, or it holds a number
+                that is not finite.
         """
         if self.stack.merged:
             raise NolaVisionError("a merged adapter cannot be saved: unmerge() it first")
-        tensors = self.trained_tensors().items()
-        stored = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
-        return write_adapter(path, self.metadata(), stored)
+        if broken := self.not_finite():
+            raise NolaVisionError(f"{broken} is not finite: try a smaller learning rate or scale")
+        return write_adapter(path, self.metadata(), self.trained_tensors(), self.bits)
 
-    def metadata(self) -> dict[str, Any]:
-        """What the adapter file says besides its tensors, as plain values."""
-        card = self.card
-        kept = {name: getattr(card.backbone, name) for name in ("tag", "img_size", "pretrained")}
-        return {
-            "backbone": kept,
-            "backbone_fingerprint": self.fingerprint,
-            "method": methods.to_dict(card.method),
-            "run_seed": card.run_seed,
-            "basis_seed": card.basis_seed,
-            "targets": [{"name": t.name, "shape": list(t.shape), "group": t.group} for t in self.stack.targets],
-            "class_names": list(card.class_names),
-            "input": dataclasses.asdict(card.input),
-        }
+
+def stack_tensors(stack: AdapterStack) -> dict[str, Tensor]:
+    """The stack's trained tensors by their names in the adapter file, without n in front."""
+    tensors = {f"adapter.{name}": parameter[0] for name, parameter in stack.groups.named_parameters()}
+    if stack.head_target is None:
+        tensors |= {"head.weight": stack.head_weight[0], "head.bias": stack.head_bias[0]}
+    return tensors
+
+
+def norm_tensors(backbone: nn.Module) -> dict[str, Tensor]:
+    """Batch-norm parameters and statistics, as they stand in an adapter file."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            state = module.state_dict().items()
+            tensors |= {f"norm.{name}.{key}": tensor for key, tensor in state if key != "num_batches_tracked"}
+    return tensors
+
+
+def trains_norms(method: Method) -> bool:
+    return isinstance(method, Adapter) and method.train_norms
+
+
+def file_bits(stack: AdapterStack, method: Method) -> dict[str, int]:
+    """Bits a stored number, by the tensor's name in the file; biases and norms keep 32."""
+    bits, head_bits = stored_bits(method)
+    widths = {}
+    for name in stack_tensors(stack):
+        if name.startswith("adapter."):
+            widths[name] = head_bits if name.startswith(f"adapter.{HEAD}.") else bits
+    return {**widths, "head.weight": head_bits} if stack.head_target is None else widths
+
+
+def file_metadata(card: Card, stack: AdapterStack, fingerprint: str | None) -> dict[str, Any]:
+    """What an adapter file says besides its tensors, as plain values."""
+    targets = [*stack.targets, *([stack.head_target] if stack.head_target else [])]
+    return {
+        "backbone": {name: getattr(card.backbone, name) for name in ("tag", "img_size", "base")},
+        "backbone_fingerprint": fingerprint,
+        "method": methods.to_dict(card.method),
+        "run_seed": card.run_seed,
+        "basis_seed": card.basis_seed,
+        "targets": [{"name": t.name, "shape": list(t.shape), "group": stack.group_of[t.name]} for t in targets],
+        "class_names": list(card.class_names),
+        "input": dataclasses.asdict(card.input),
+    }
 
 
 def adapt(
@@ -136,14 +206,47 @@ def adapt(
 
 
 def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(card.run_seed)  # what random weights, if any, come from
-        backbone = create_backbone(spec)
-    stack = make_stack(backbone, card.method, len(card.class_names), card.run_seed, card.basis_seed)
-    stack.attach(backbone, probe_batch(backbone))
+    card = dataclasses.replace(card, method=settle(card.method, card.backbone.base))
+    backbone = create_backbone(spec, card.basis_seed)
+    if isinstance(card.method, NOLA) and card.method.max_bytes is not None:
+        card = dataclasses.replace(card, method=_spend_bytes(backbone, card, card.method, card.method.max_bytes))
+    stack = _stack(backbone, card)
+    stack.attach(backbone, probe_batch(backbone) if spec.base != "zero" else None)
     if isinstance(card.method, FullFinetune):
         backbone.requires_grad_(True)
+    elif trains_norms(card.method):
+        for module in backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.requires_grad_(True)
     return AdaptedModel(backbone, stack, card)
+
+
+def _stack(backbone: nn.Module, card: Card) -> AdapterStack:
+    classes, base = len(card.class_names), card.backbone.base
+    return make_stack(backbone, card.method, classes, card.run_seed, card.basis_seed, base=base)
+
+
+def _spend_bytes(backbone: nn.Module, card: Card, method: NOLA, budget: int) -> NOLA:
+    """The method with the most coefficients a target whose adapter file is within a budget of bytes."""
+
+    def size(k: int) -> int:
+        fixed = dataclasses.replace(method, num_basis=k, max_bytes=None)
+        stack = _stack(backbone, dataclasses.replace(card, method=fixed))
+        tensors = stack_tensors(stack) | (norm_tensors(backbone) if method.train_norms else {})
+        described = file_metadata(dataclasses.replace(card, method=fixed), stack, "0" * 64)
+        return len(adapter_bytes(described, tensors, file_bits(stack, fixed)))
+
+    if size(1) > budget:
+        raise NolaVisionError(
+            f"max_bytes is {budget}, but a file with one coefficient a factor and target takes {size(1)}: give more, "
+            "fewer bits, or fewer targets"
+        )
+    return dataclasses.replace(method, num_basis=largest(lambda k: size(k) <= budget, budget), max_bytes=None)
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number from 1 to `limit` that fits, where 1 does and no number after a misfit does."""
+    return 1 + bisect.bisect_left(range(2, limit + 1), True, key=lambda number: not fits(number))
 
 
 def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
@@ -173,8 +276,9 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     except (KeyError, TypeError, AttributeError) as error:
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error}") from error
     # a fully fine-tuned model's file holds every weight, so none needs to be at hand
-    model = _assemble(spec if expected is not None else dataclasses.replace(spec, pretrained=False), card)
-    here = {target.name: target.shape for target in model.stack.targets}
+    model = _assemble(spec if expected is not None else dataclasses.replace(spec, base="random"), card)
+    head = [model.stack.head_target] if model.stack.head_target is not None else []
+    here = {target.name: target.shape for target in [*model.stack.targets, *head]}
     if list(here.items()) != list(shapes.items()):  # in this order: coefficients are stored by position
         name = next((n for n in here.keys() | shapes.keys() if here.get(n) != shapes.get(n)), "their order")
         raise NolaVisionError(

@@ -34,8 +34,7 @@ def checkpoint_path(given: str | None, folder: Path) -> str | None:
     path = folder / "checkpoints" / "last.ckpt" if given == "last" else given and Path(given)
     if path and not path.is_file():
         raise NolaVisionError(
-            f"there is no checkpoint {path}: give a checkpoint's path by --ckpt_path ('last' stands for that of a run "
-            "with these very settings, --trainer.max_epochs included)"
+            f"there is no checkpoint {path}: give one by --ckpt_path ('last' is that of a run with these very settings)"
         )
     return str(path) if path else None
 
@@ -55,8 +54,21 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
+def _refuse_other_run(checkpoint: dict[str, Any], run_hash: str) -> None:
+    """A checkpoint holds the optimizer and the schedule of its run: only that run can go on from it."""
+    if checkpoint.get("run_hash") != run_hash:
+        raise NolaVisionError(
+            f"the checkpoint belongs to run {checkpoint.get('run_hash')} and these settings are run {run_hash}: a run "
+            "is resumed with the very settings it was started with, --trainer.max_epochs included"
+        )
+
+
 def run(
-    run_config: identity.Config, out: str | Path, stage: identity.Stage = "final", ckpt_path: str | None = None
+    run_config: identity.Config,
+    out: str | Path,
+    stage: identity.Stage = "final",
+    ckpt_path: str | None = None,
+    keep_going: bool = False,
 ) -> Row:
     """Trains, validates and (in the final stage) tests one run, and leaves its row whatever happens.
 
@@ -64,12 +76,15 @@ def run(
         run_config: what `parse` returns.
         out: the folder of all runs; this one's own folder in it is `identity.run_folder`.
         stage: `search` stops before the test set.
-        ckpt_path: resume from this checkpoint, or from `last`.
+        ckpt_path: resume from this checkpoint of the run, or from `last`.
+        keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same.
 
     Raises:
         NolaVisionError: after the row is written; so is any other error, and Ctrl-C.
     """
     folder = identity.run_folder(out, run_config, stage)
+    if ckpt_path is not None and not identity.has_init(run_config):
+        raise NolaVisionError(f"{run_config['method']} trains nothing, so it has no checkpoint: leave --ckpt_path out")
     ckpt_path = checkpoint_path(ckpt_path, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,9 +105,10 @@ def run(
     except Exception as error:
         expected = isinstance(error, NolaVisionError)
         measured["error"] = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {error}"
-        if not expected:
+        if not expected or error.__cause__ is not None:
             (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        raise
+        if not keep_going:
+            raise
     finally:
         finished = Row.of(
             run_config,
@@ -125,19 +141,21 @@ def _measure(
     measured["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     _reset_peak_memory(device)
     measured["learning_rate"] = run_config["model"]["method"]["init_args"].get("lr")
-    measured |= _counts(task)
+    measured |= {**_counts(task), "warnings": data.warnings}
 
     if isinstance(task, Classifier):
-        if ckpt_path is not None:
-            task.refuse_other_checkpoint(read_checkpoint(ckpt_path))  # before anything of the old run is touched
-        _keep_old_log(folder)
+        task.run_hash = identity.run_hash(run_config, stage)
+        if ckpt_path is not None:  # before anything of the old run is touched
+            _refuse_other_run(read_checkpoint(ckpt_path), task.run_hash)
+        if is_main_process():
+            _keep_old_log(folder)
         clock = time.perf_counter()
         trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
         measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
         if "train_loss" not in trainer.callback_metrics:
-            raise NolaVisionError("there was nothing left to train: give more --trainer.max_epochs, or no checkpoint")
+            raise NolaVisionError("there was nothing left to train: this run is at its end")
         measured["train_loss"] = _number(trainer.callback_metrics["train_loss"])
         if measured["train_loss"] is None:
             raise NolaVisionError("training ended with a loss that is no number: try a smaller learning rate or scale")
@@ -153,7 +171,7 @@ def _measure(
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
         measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
     measured["peak_memory_mib"] = _peak_memory_mib(device)
-    measured |= {"data": data.describe(), "warnings": data.warnings}
+    measured["data"] = data.describe()
 
 
 def _keep_old_log(folder: Path) -> None:
@@ -190,7 +208,7 @@ def _counts(task: L.LightningModule) -> dict[str, int]:
         return {"adapter_parameters": 0, "head_parameters": 0, "other_parameters": 0}
     groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in task.parameter_groups()}
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    adapter, head = groups.get("adapter", 0), groups["head"]
+    adapter, head = groups.get("adapter", 0), groups.get("head", 0)
     return {"adapter_parameters": adapter, "head_parameters": head, "other_parameters": trained - adapter - head}
 
 
@@ -208,6 +226,8 @@ def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path:
     ckpt_path = checkpoint_path(ckpt_path or "last", folder) if identity.has_init(run_config) else None
     with quiet():
         built = build(run_config, folder / verb)
+        if ckpt_path is not None:
+            built.model.refuse_other_checkpoint(read_checkpoint(ckpt_path))
         step = built.trainer.validate if verb == "validate" else built.trainer.test
         try:
             step(built.model, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)

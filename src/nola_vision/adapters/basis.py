@@ -15,7 +15,12 @@ Each value is exact in float16, bfloat16 and wider.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,13 +28,18 @@ from torch import Tensor
 FORMAT_VERSION = 1
 ENTRIES_PER_COUNTER = 16
 _MASK = 0xFFFFFFFF
+_SIGN = 0x80000000
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_BLOCKS_AT_ONCE = 2**18  # about 64 MiB of int64 working words while a basis is made
-_DECODE_BYTES = 16 * 2**20  # float working memory of one chunk of `combine`
+_BLOCKS_AT_ONCE = 2**18  # about 64 MiB of int64 working words while a basis is made by plain torch
+_DECODE_BYTES = 16 * 2**20  # float working memory of one chunk of a cached basis
+_STREAM_BYTES_AN_ENTRY = 7  # its byte and the word it came from, its float, and what holds them together
+
+Key = tuple[int, int]
+Storage = Literal["cached", "streamed"]
 
 
-def basis_key(basis_seed: int, identity: str, factor: str) -> tuple[int, int]:
+def basis_key(basis_seed: int, identity: str, factor: str) -> Key:
     """The Philox key of one factor of one weight (or of one shape).
 
     The first 8 bytes, little endian, of SHA-256 over the UTF-8 text
@@ -38,11 +48,14 @@ def basis_key(basis_seed: int, identity: str, factor: str) -> tuple[int, int]:
     Args:
         basis_seed: any integer.
         identity: `shape 768x3072` in shared scope, `weight blocks.0.mlp.fc1.weight` in per-layer scope and for A0.
-        factor: `A`, `B` or `A0`.
+        factor: `A`, `B`, `A0` (NOLA); `P` (PRANC), `hash` (HashedNet), `base` (random weights), `head` (its start).
     """
     text = f"nola-vision basis {FORMAT_VERSION}\n{basis_seed}\n{identity}\n{factor}"
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+# --- the generator ---------------------------------------------------------------------------------------------------
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +65,9 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & _MASK
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """Philox4x32 with 10 rounds: four 32-bit words (int64 tensors that broadcast together) from four and a key."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -64,8 +79,61 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
+def _words(index: Tensor, row: Tensor, block: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """The four words of every counter (block, row, index, 0), as int32 of the same bits: `[indices, rows, blocks]`."""
+    c0, c1, c2 = torch.broadcast_tensors(block.view(1, 1, -1), row.view(1, -1, 1), index.view(-1, 1, 1))
+    made = philox4x32((c0, c1, c2, torch.zeros_like(c0)), (key[0], key[1]))
+    return tuple(((word ^ _SIGN) - _SIGN).to(torch.int32) for word in made)
+
+
+@cache
+def _compiled_words(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
+    """`_words` through `torch.compile`, or plain where there is no compiler: the same bits."""
+    if device_type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return _words
+    compiled = torch.compile(_words, dynamic=True)
+    try:
+        some = torch.arange(3, device=device_type)
+        compiled(some, some, some, some)
+    except Exception:  # a compiler that does not work fails in any way
+        return _words
+    return compiled
+
+
+def basis_words(
+    key: Key,
+    indices: tuple[int, int],
+    rows: tuple[int, int],
+    blocks: tuple[int, int],
+    device: torch.device | str = "cpu",
+    compiled: bool = False,
+) -> Tensor:
+    """The generator's output for a box of counters (block, row, index, 0), each range as (first, last + 1).
+
+    Returns:
+        int32 `[indices, rows, blocks, 4]`.
+    """
+    index, row, block = (torch.arange(*range_, device=device) for range_ in (indices, rows, blocks))
+    make = _compiled_words(torch.device(device).type) if compiled else _words
+    step = len(index) if compiled else max(1, _BLOCKS_AT_ONCE // max(1, len(row) * len(block)))
+    words = torch.empty(len(index), len(row), len(block), 4, dtype=torch.int32, device=device)
+    for first in range(0, len(index), max(1, step)):
+        made = make(index[first : first + step], row, block, torch.tensor(key, device=device))
+        for place, word in enumerate(made):
+            words[first : first + step, ..., place] = word
+    return words
+
+
 def basis_bytes(
-    key: tuple[int, int], start: int, stop: int, rank: int, length: int, device: torch.device | str = "cpu"
+    key: Key,
+    start: int,
+    stop: int,
+    rank: int,
+    length: int,
+    device: torch.device | str = "cpu",
+    rows: tuple[int, int] | None = None,
+    positions: tuple[int, int] | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Basis matrices `start` to `stop - 1` as bytes.
 
@@ -73,23 +141,23 @@ def basis_bytes(
     Philox4x32-10 makes of the counter `(p // 16, r, i, 0)`. So the first k' matrices of a k-basis are the k'-basis, and
     the same holds for the rank.
 
+    Args:
+        key: what `basis_key` gives.
+        start, stop: which matrices.
+        rank: r, the number of rows.
+        length: the long side.
+        device: where they are made.
+        rows: only these rows (first, last + 1).
+        positions: only these positions (first, last + 1); the first is a multiple of 16.
+        compiled: make them by compiled code, which takes some seconds the first time.
+
     Returns:
-        int8 tensor `[stop - start, rank, length]`; value q stands for (2 q + 1) / 256.
+        int8 tensor `[stop - start, rows, positions]`; value q stands for (2 q + 1) / 256.
     """
-    blocks = -(-length // ENTRIES_PER_COUNTER)
-    made = torch.empty(stop - start, rank, blocks * ENTRIES_PER_COUNTER, dtype=torch.int8, device=device)
-    position = torch.arange(blocks, device=device).view(1, 1, -1)
-    row = torch.arange(rank, device=device).view(1, -1, 1)
-    zero = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
-    step = max(1, _BLOCKS_AT_ONCE // max(1, rank * blocks))
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        index = torch.arange(first, last, device=device).view(-1, 1, 1)
-        words = torch.stack(torch.broadcast_tensors(*philox4x32((position, row, index, zero), key)), dim=-1)
-        shifts = torch.arange(0, 32, 8, device=device)
-        octets = (words.unsqueeze(-1) >> shifts) & 0xFF
-        made[first - start : last - start] = octets.flatten(-3).to(torch.uint8).view(torch.int8)
-    return made[..., :length].contiguous()
+    rows, positions = rows or (0, rank), positions or (0, length)
+    first, last = positions[0] // ENTRIES_PER_COUNTER, -(-positions[1] // ENTRIES_PER_COUNTER)
+    words = basis_words(key, (start, stop), rows, (first, last), device, compiled)
+    return words.view(torch.int8).flatten(-2)[..., : positions[1] - positions[0]]
 
 
 def decode(stored: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,44 +165,135 @@ def decode(stored: Tensor, dtype: torch.dtype) -> Tensor:
     return stored.to(dtype).mul_(1 / 128).add_(1 / 256)
 
 
+# --- linear combinations ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Basis:
+    """k fixed matrices `[rank, length]`, for all layers alike or for each its own.
+
+    Args:
+        keys: one key for all layers, or one a layer.
+        count: k.
+        rank: rows of a matrix.
+        length: columns of a matrix.
+        storage: `cached` keeps the bytes; `streamed` makes them in chunks at every use, the same bits.
+        memory_mib: working memory of one streamed chunk.
+        device: where the matrices are made and used.
+    """
+
+    keys: Sequence[Key]
+    count: int
+    rank: int
+    length: int
+    storage: Storage = "cached"
+    memory_mib: float = 16.0
+    device: torch.device | str = "cpu"
+    _kept: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Entries of one matrix."""
+        return self.rank * self.length
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves it; a basis is the same on every device."""
+        self.device = device
+        self._kept = None if self._kept is None else self._kept.to(device)
+
+    def cached(self) -> Tensor:
+        """All bytes, `[keys, k, size]`, made at the first use."""
+        if self._kept is None:
+            made = [basis_bytes(key, 0, self.count, self.rank, self.length, self.device) for key in self.keys]
+            self._kept = torch.stack(made).flatten(2)
+        return self._kept
+
+    def chunks(self, count: int, element_size: int) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yields (key index, columns, bytes `[count, columns]`) of the first `count` matrices, all columns in turn."""
+        if self.storage == "cached":
+            kept = self.cached()
+            step = max(1, _DECODE_BYTES // (element_size * max(1, count)))
+            for layer in range(len(self.keys)):
+                for first in range(0, self.size, step):
+                    columns = slice(first, min(first + step, self.size))
+                    yield layer, columns, kept[layer, :count, columns]
+            return
+        entries = int(self.memory_mib * 2**20) // ((_STREAM_BYTES_AN_ENTRY + element_size) * max(1, count))
+        step = max(ENTRIES_PER_COUNTER, entries // ENTRIES_PER_COUNTER * ENTRIES_PER_COUNTER)
+        rows_at_once = max(1, step // self.length)
+        for layer, key in enumerate(self.keys):
+            for row in range(0, self.rank, rows_at_once):
+                rows = row, min(row + rows_at_once, self.rank)
+                width = self.length if step >= self.length else step
+                for first in range(0, self.length, width):
+                    positions = first, min(first + width, self.length)
+                    made = basis_bytes(
+                        key, 0, count, self.rank, self.length, self.device, rows, positions, compiled=True
+                    )
+                    start = row * self.length + first
+                    yield layer, slice(start, start + made[0].numel()), made.flatten(1)
+
+
 class _Combine(torch.autograd.Function):
-    """`coefficients @ decode(stored)` in column chunks; only the bytes are kept for the backward pass."""
+    """Sums of `coefficient * (2 q + 1) / 256`, as `(coefficients @ q) / 128 + sum(coefficients) / 256`, chunk by chunk.
+
+    Nothing but the coefficients' shape is kept for the backward pass.
+    """
 
     @staticmethod
-    def forward(coefficients: Tensor, stored: Tensor) -> Tensor:
-        combined = coefficients.new_empty(*coefficients.shape[:-1], stored.shape[-1])
-        for columns in _column_chunks(stored, coefficients.element_size()):
-            combined[..., columns] = coefficients @ decode(stored[..., columns], coefficients.dtype)
-        return combined
+    def forward(coefficients: Tensor, basis: Basis) -> Tensor:
+        count = coefficients.shape[-1]
+        combined = coefficients.new_empty(*coefficients.shape[:-1], basis.size)
+        for layer, columns, stored in basis.chunks(count, coefficients.element_size()):
+            layers = slice(None) if len(basis.keys) == 1 else slice(layer, layer + 1)
+            combined[..., layers, columns] = coefficients[..., layers, :] @ stored.to(coefficients.dtype)
+        return combined.mul_(1 / 128).add_(coefficients.sum(-1, keepdim=True), alpha=1 / 256)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Basis], output: Tensor) -> None:
+        ctx.basis, ctx.count = inputs[1], inputs[0].shape[-1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (stored,) = ctx.saved_tensors
-        total = gradient.new_zeros(*gradient.shape[:-1], stored.shape[-2])
-        for columns in _column_chunks(stored, gradient.element_size()):
-            total += gradient[..., columns] @ decode(stored[..., columns], gradient.dtype).transpose(-1, -2)
-        return total, None
+        basis, count = ctx.basis, ctx.count
+        total = gradient.new_zeros(*gradient.shape[:-1], count)
+        for layer, columns, stored in basis.chunks(count, gradient.element_size()):
+            layers = slice(None) if len(basis.keys) == 1 else slice(layer, layer + 1)
+            total[..., layers, :] += gradient[..., layers, columns] @ stored.to(gradient.dtype).t()
+        return total.mul_(1 / 128).add_(gradient.sum(-1, keepdim=True), alpha=1 / 256), None
 
 
-def _column_chunks(stored: Tensor, element_size: int) -> list[slice]:
-    columns = stored.shape[-1]
-    step = max(1, _DECODE_BYTES // (element_size * max(1, stored[..., :1].numel())))
-    return [slice(first, min(first + step, columns)) for first in range(0, columns, step)]
-
-
-def combine(coefficients: Tensor, stored: Tensor) -> Tensor:
+def combine(coefficients: Tensor, basis: Basis) -> Tensor:
     """Linear combinations of basis matrices: `sum_i coefficients[..., i] * basis[i]` (NOLA equation 1).
 
     Args:
-        coefficients: `[..., layers, k]`, floating point.
-        stored: the basis as bytes, `[k, size]` shared by all layers.
+        coefficients: `[..., layers, k']`, floating point; the first k' matrices of the basis are combined.
+        basis: for all layers alike, or one a layer.
 
     Returns:
         `[..., layers, size]` in the dtype of the coefficients.
     """
-    combined: Tensor = _Combine.apply(coefficients, stored)
+    combined: Tensor = _Combine.apply(coefficients, basis)
     return combined
+
+
+# --- single draws ----------------------------------------------------------------------------------------------------
+
+
+def uniform(key: Key, shape: Sequence[int], std: float) -> Tensor:
+    """A float32 tensor of the law's values, scaled to a standard deviation (its variance is 1/3 to 16 bits)."""
+    drawn = basis_bytes(key, 0, 1, 1, math.prod(shape)).reshape(*shape)
+    return decode(drawn, torch.float32) * (std * math.sqrt(3))
+
+
+def buckets(key: Key, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """A bucket from 0 to count - 1 and a sign for each of `size` weights (HashedNet's keyed hash).
+
+    Weight p takes two words of the counter `(p // 2, 0, 0, 0)`, u = word `2 (p % 2)` and v = word `2 (p % 2) + 1`, as
+    unsigned numbers: its bucket is `u * count // 2**32`, its sign + where v is even.
+
+    Returns:
+        int64 `[size]` buckets, and float32 `[size]` signs.
+    """
+    words = basis_words(key, (0, 1), (0, 1), (0, -(-size // 2))).flatten().view(-1, 2)[:size].to(torch.int64) & _MASK
+    return (words[:, 0] * count) >> 32, 1.0 - 2.0 * (words[:, 1] & 1)

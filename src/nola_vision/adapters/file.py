@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nola_vision.adapters.quantise import FLOAT_BITS, dequantise, pack, quantise, rows_of, unpack
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
 
@@ -25,13 +26,16 @@ FORMAT_VERSION = 1
 METADATA_KEY = "nola_vision"
 
 
-def write_adapter(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+def write_adapter(
+    path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: Mapping[str, int]
+) -> int:
     """Writes an adapter file, whole or not at all.
 
     Args:
         path: where to; an existing file is replaced.
         metadata: plain JSON values; format, version and digest are added.
         tensors: by name.
+        bits: how many bits a number of a tensor takes, by its name: 2 to 8, 16, or 32 if it is not named.
 
     Returns:
         The file's size in bytes.
@@ -39,11 +43,7 @@ def write_adapter(path: str | Path, metadata: Mapping[str, Any], tensors: Mappin
     Raises:
         NolaVisionError: the folder is missing or cannot be written.
     """
-    path = Path(path)
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    described = {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION}
-    described["digest"] = digest(described, kept)
-    content = safetensors.torch.save(kept, {METADATA_KEY: _canonical(described)})
+    content = adapter_bytes(metadata, tensors, bits)
     try:
         write_whole(path, content)
     except OSError as error:
@@ -51,8 +51,28 @@ def write_adapter(path: str | Path, metadata: Mapping[str, Any], tensors: Mappin
     return len(content)
 
 
+def adapter_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: Mapping[str, int]) -> bytes:
+    """The content of an adapter file; arguments as in `write_adapter`."""
+    kept: dict[str, Tensor] = {}
+    packed: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        width = bits.get(name, 32)
+        if width not in FLOAT_BITS:
+            levels, scales = quantise(rows_of(tensor.unsqueeze(0)), width)
+            kept |= {f"{name}.levels": pack(levels, width), f"{name}.scales": scales}
+            packed[name] = {"bits": width, "shape": list(tensor.shape)}
+        else:
+            kept[name] = tensor.half() if width == 16 else tensor
+    described = {**metadata, "packed": packed, "format": FORMAT, "format_version": FORMAT_VERSION}
+    described["digest"] = digest(described, kept)
+    content: bytes = safetensors.torch.save(kept, {METADATA_KEY: _canonical(described)})
+    return content
+
+
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and tensors of an adapter file, after its digest is checked.
+    """Metadata and tensors of an adapter file, after its digest is checked; packed integers are numbers again.
 
     Raises:
         NolaVisionError: no such file, not safetensors, truncated, no adapter, of another format version, or changed.
@@ -80,7 +100,28 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if described.get("digest") != digest(described, tensors):
         raise NolaVisionError(f"{path} was changed or damaged after it was written: its digest does not match it")
+    try:
+        tensors = _unpacked(described["packed"], tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise NolaVisionError(f"the packed numbers of {path} are not what its metadata says: {error}") from error
+    broken = sorted(name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all())
+    if broken:
+        raise NolaVisionError(f"{path} holds a number that is not finite, in {broken[0]}: train again")
     return described, tensors
+
+
+def _unpacked(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    whole = {
+        name: t.float() if t.dtype == torch.float16 else t
+        for name, t in tensors.items()
+        if name.rpartition(".")[0] not in packed
+    }
+    for name, entry in packed.items():
+        shape = torch.Size(entry["shape"])
+        rows = shape[0] if len(shape) > 1 else 1
+        levels = unpack(tensors[f"{name}.levels"], entry["bits"], rows, shape.numel() // max(1, rows))
+        whole[name] = dequantise(levels, tensors[f"{name}.scales"]).view(shape)
+    return whole
 
 
 def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

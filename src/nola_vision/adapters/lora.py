@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from nola_vision.adapters.target import Target
+from nola_vision.adapters.target import Change, LowRank, Target
 
 
-class LoraFactors(nn.Module):
-    """The factors of all targets of one shape, trained as they are.
+class LoraGroup(nn.Module):
+    """The changes of all targets of one shape, their factors trained as they are.
 
     A starts uniform in (-1/sqrt(m), 1/sqrt(m)), as in PEFT (`kaiming_uniform_` with a = sqrt(5)); B starts at zero, so
-    a run starts at the pretrained model exactly.
+    a run starts at the pretrained model exactly. With `from_scratch` both start normal, of variance 1/m and 1/o, and
+    the scale is `c sqrt(2 m o / (r fan_in))`, so that with c = 1 a change starts with He's variance 2 / fan_in.
 
     Args:
         targets: targets of equal `inputs` (m) and `outputs` (o).
@@ -23,18 +24,30 @@ class LoraFactors(nn.Module):
         rank: r.
         c: the scale's numerator (PEFT's `lora_alpha`): `scale = c / r`.
         generator: draws A.
+        from_scratch: the weights start from nothing.
     """
 
     def __init__(
-        self, targets: Sequence[Target], num_adapters: int, rank: int, c: float, generator: torch.Generator
+        self,
+        targets: Sequence[Target],
+        num_adapters: int,
+        rank: int,
+        c: float,
+        generator: torch.Generator,
+        from_scratch: bool = False,
     ) -> None:
         super().__init__()
+        self.targets = tuple(targets)
         m, o = targets[0].inputs, targets[0].outputs
-        self.scale = c / rank
-        drawn = torch.rand(num_adapters, len(targets), m, rank, generator=generator)
-        self.a = nn.Parameter((2 * drawn - 1) / math.sqrt(m))
-        self.b = nn.Parameter(torch.zeros(num_adapters, len(targets), rank, o))
+        self.scale = c * math.sqrt(2 * m * o / (rank * targets[0].fan_in)) if from_scratch else c / rank
+        shape_a, shape_b = (num_adapters, len(targets), m, rank), (num_adapters, len(targets), rank, o)
+        if from_scratch:
+            a, b = (torch.randn(shape, generator=generator) for shape in (shape_a, shape_b))
+            self.a, self.b = nn.Parameter(a / math.sqrt(m)), nn.Parameter(b / math.sqrt(o))
+        else:
+            drawn = torch.rand(shape_a, generator=generator)
+            self.a, self.b = nn.Parameter((2 * drawn - 1) / math.sqrt(m)), nn.Parameter(torch.zeros(shape_b))
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A `[n, layers, m, r]` and B `[n, layers, r, o]`."""
-        return self.a, self.b
+    def changes(self, trained: Mapping[str, Tensor]) -> list[Change]:
+        pairs = zip(trained["a"].unbind(1), trained["b"].unbind(1), strict=True)
+        return [LowRank(a, b, self.scale) for a, b in pairs]

@@ -1,4 +1,4 @@
-"""How an adapted layer computes: two paths through a linear layer, equal to rounding, and one through a convolution."""
+"""How an adapted layer computes: a low-rank change of a linear layer takes one of two paths, another change a third."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def additive_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: fl
     return y + scale * ((routed @ a) @ b).view_as(y)
 
 
-def adapted_conv(x: Tensor, layer: nn.Conv2d, change: Tensor) -> Tensor:
-    """The convolution with its weight plus the change, in the weight's 4-D shape."""
-    out: Tensor = layer._conv_forward(x, layer.weight + change.to(layer.weight.dtype), layer.bias)
+def dense_change(x: Tensor, layer: nn.Linear | nn.Conv2d, change: Tensor) -> Tensor:
+    """The layer with its weight plus a change of the weight's shape."""
+    weight = layer.weight + change.to(layer.weight.dtype)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, layer.bias)
+    out: Tensor = layer._conv_forward(x, weight, layer.bias)
     return out

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nola_vision.adapters.paths import adapted_conv, additive_linear, merged_linear, merges_exactly
-from nola_vision.adapters.target import Target
+from nola_vision.adapters.paths import additive_linear, dense_change, merged_linear, merges_exactly
+from nola_vision.adapters.quantise import rounded_straight_through
+from nola_vision.adapters.target import HEAD, Change, Dense, Group, LowRank, Target, dense
 from nola_vision.errors import NolaVisionError
 
 
-class Factors(Protocol):
-    """What a low-rank method says: how its trainable numbers become the factors of one group of targets."""
-
-    scale: float
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A `[n, layers, m, r]` and B `[n, layers, r, o]`; a change is `scale * A @ B`."""
-        ...
+def is_nested(name: str) -> bool:
+    """Whether a trained tensor holds coefficients, so that its first ones alone are an adapter too."""
+    return name.rpartition(".")[2].startswith("coefficients")
 
 
-FactorsFactory = Callable[[Sequence[Target], int], nn.Module]
+def prefix_length(count: int, share: float) -> int:
+    """How many of `count` coefficients a share of them is, at least one."""
+    return max(1, round(share * count))
+
+
+def _first(change: Change) -> Change:
+    """The change of the only adapter."""
+    return LowRank(change.a[0], change.b[0], change.scale) if isinstance(change, LowRank) else Dense(change.value[0])
 
 
 class AdapterStack(nn.Module):
@@ -35,66 +37,112 @@ class AdapterStack(nn.Module):
     The stack holds no part of the backbone. `attach` makes the backbone's target layers compute with the changed weight
     until `detach`; the backbone's parameters, names and state dict stay as timm made them.
 
+    The head is a plain trained matrix and bias, or, where a group has the target `HEAD`, a fixed matrix
+    `[classes, features + 1]` (the bias is its last column) with that group's change.
+
     Args:
-        targets: the adapted weights; none for a linear probe.
-        make_factors: `(targets of one group, n) -> module with Factors`; not called without targets.
+        groups: the methods' modules by name; each holds its targets and the numbers trained for them.
         num_features: width of the backbone's features.
         num_classes: number of classes; 0 for a stack without a head.
         num_adapters: n.
-        generator: draws the head's start, uniform in +-0.1/sqrt(features), a tenth of what `nn.Linear` takes: a random
-            head's response to directions that no training image shows stays, as noise in the logits.
+        generator: draws a trained head's start, uniform in +-0.1/sqrt(features), a tenth of what `nn.Linear` takes: a
+            random head's response to directions that no training image shows stays, as noise in the logits.
+        head_base: `[classes, features + 1]`, what an adapted head starts from.
     """
 
     def __init__(
         self,
-        targets: Sequence[Target],
-        make_factors: FactorsFactory,
+        groups: Mapping[str, nn.Module],
         num_features: int,
         num_classes: int,
         num_adapters: int = 1,
         generator: torch.Generator | None = None,
+        head_base: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.targets = tuple(targets)
         self.num_adapters, self.num_features, self.num_classes = num_adapters, num_features, num_classes
-        members: dict[str, list[Target]] = {}
-        for target in self.targets:
-            members.setdefault(target.group, []).append(target)
-        self.members = members
-        self.groups = nn.ModuleDict({group: make_factors(found, num_adapters) for group, found in members.items()})
-        bound = 0.1 * num_features**-0.5
-        self.head_weight = nn.Parameter(
-            (2 * torch.rand(num_adapters, num_classes, num_features, generator=generator) - 1) * bound
-        )
-        self.head_bias = nn.Parameter((2 * torch.rand(num_adapters, num_classes, generator=generator) - 1) * bound)
+        self.groups = nn.ModuleDict(groups)
+        every = {target: name for name in groups for target in self._group(name).targets}
+        self.group_of = {target.name: name for target, name in every.items()}
+        self.targets = tuple(target for target in every if target.name != HEAD)
+        self.head_target = next((target for target in every if target.name == HEAD), None)
+        self._head_base = head_base
+        if self.head_target is None:
+            bound = 0.1 * num_features**-0.5
+            self.head_weight = nn.Parameter(
+                (2 * torch.rand(num_adapters, num_classes, num_features, generator=generator) - 1) * bound
+            )
+            self.head_bias = nn.Parameter((2 * torch.rand(num_adapters, num_classes, generator=generator) - 1) * bound)
 
         self.index: Tensor | None = None  # [batch]: the adapter of each sample, set by `route`
+        self.bits: dict[str, int] = {}  # by parameter name: train and evaluate with what a file of so many bits holds
+        self.prefix: float = 1.0  # the share of the coefficients that is used, the first ones
         self._backbone: list[nn.Module] = []  # in a list, so that it is no submodule
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._made: dict[str, tuple[Tensor, Tensor]] = {}  # the factors of the forward pass that runs or ran last
-        self._probing: dict[str, tuple[Tensor, Tensor]] | None = None
+        self._made: dict[str, Change] = {}  # the changes of the forward pass that runs or ran last
+        self._probing: dict[str, Change] | None = None
         self._in_forward = False
+        self._head_made: Change | None = None  # the head's change of the forward pass that ran last, until it is used
         self._originals: dict[str, Tensor] = {}  # weights as they were before `merge`
         self._merged_adapter: int | None = None
 
     # --- the trained numbers -------------------------------------------------------------------------------------
 
+    def _group(self, name: str) -> Group:
+        return cast(Group, self.groups[name])
+
+    def members(self, group: str) -> Sequence[Target]:
+        """The targets of a group, in the order of its layers."""
+        return self._group(group).targets
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._head_base is not None:
+            self._head_base = self._head_base.to(next(self.parameters()))
+        return self
+
     def adapter_parameters(self) -> list[nn.Parameter]:
         """What is trained besides the head; what the paper's parameter counts count."""
-        return list(self.groups.parameters())
+        return [p for name, group in self.groups.items() if name != HEAD for p in group.parameters()]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        return [self.head_weight, self.head_bias]
+        """What is trained for the head alone; none where it shares its numbers with all other weights (PRANC)."""
+        if self.head_target is None:
+            return [self.head_weight, self.head_bias]
+        return list(self.groups[HEAD].parameters()) if HEAD in self.groups else []
+
+    def _seen(self, name: str, parameter: Tensor) -> Tensor:
+        """A trained tensor as the model computes with it: rounded to a file's bits, cut to a prefix."""
+        if bits := self.bits.get(name):
+            parameter = rounded_straight_through(parameter, bits)
+        if self.prefix < 1 and is_nested(name):
+            parameter = parameter[..., : prefix_length(parameter.shape[-1], self.prefix)]
+        return parameter
 
     def logits(self, features: Tensor) -> Tensor:
         """Features `[batch, features]` to logits `[batch, classes]`, each sample by its own adapter's head."""
+        weight, bias = self.head()
         if self.index is None:
             if self.num_adapters > 1 and self._merged_adapter is None:
                 raise NolaVisionError("this stack holds several adapters: say which by `with stack.route(index):`")
             adapter = self._merged_adapter or 0
-            return F.linear(features, self.head_weight[adapter], self.head_bias[adapter])
-        weight, bias = self.head_weight[self.index], self.head_bias[self.index]
-        return torch.baddbmm(bias.unsqueeze(1), features.unsqueeze(1), weight.transpose(1, 2)).squeeze(1)
+            return F.linear(features, weight[adapter], bias[adapter])
+        return torch.baddbmm(
+            bias[self.index].unsqueeze(1), features.unsqueeze(1), weight[self.index].transpose(1, 2)
+        ).squeeze(1)
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        """The heads' weights `[n, classes, features]` and biases `[n, classes]`."""
+        if self.head_target is None:
+            return self._seen("head_weight", self.head_weight), self.head_bias
+        change, self._head_made = self._head_made, None
+        if change is None:
+            change = self._make([self.group_of[HEAD]])[HEAD]
+        assert self._head_base is not None
+        whole = self._head_base + dense(self.head_target, change)
+        if self.num_adapters == 1:
+            whole = whole.unsqueeze(0)
+        return whole[..., :-1], whole[..., -1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images through the attached backbone and the head: logits `[batch, classes]`."""
@@ -103,43 +151,32 @@ class AdapterStack(nn.Module):
     def changes(self, adapter: int = 0) -> dict[str, Tensor]:
         """The change of every target by `Target.name`, in at least float32 and in the weight's layout."""
         with torch.no_grad():
-            made = self._make_exactly()
-        return {t.name: self._change(t, made[t.name], adapter) for t in self.targets}
+            made = self._make(exactly=True)
+        return {t.name: self._one(dense(t, made[t.name]), adapter) for t in self.targets}
 
-    def _change(self, target: Target, made: tuple[Tensor, Tensor], adapter: int) -> Tensor:
-        a, b = made
-        if a.dim() == 3:
-            a, b = a[adapter], b[adapter]
-        return target.change(a, b, self._scale(target))
+    def _one(self, value: Tensor, adapter: int) -> Tensor:
+        return value if self.num_adapters == 1 else value[adapter]
 
-    def _scale(self, target: Target) -> float:
-        return cast(Factors, self.groups[target.group]).scale
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _make(self, groups: Sequence[str] | None = None, exactly: bool = False) -> dict[str, Change]:
+        """The changes of every target by name; without n in front where there is one adapter.
 
-    def _make(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The factors of every target: `[m, r]` and `[r, o]` for n = 1, else with n in front."""
-        made = {}
-        for group, members in self.members.items():
-            parameter = next(self.groups[group].parameters())
+        Args:
+            groups: only these.
+            exactly: in float32 where the trained numbers have 16 bits.
+        """
+        made: dict[str, Change] = {}
+        for name in self.groups if groups is None else groups:
+            module = self.groups[name]
+            trained = {n: self._seen(f"groups.{name}.{n}", p) for n, p in module.named_parameters()}
+            if exactly:
+                trained = {n: p if p.dtype == torch.float64 else p.float() for n, p in trained.items()}
             # 16-bit autocast would round the factors' own product
-            with torch.autocast(parameter.device.type, enabled=False):
-                a, b = cast(Factors, self.groups[group]).factors()
-            if self.num_adapters == 1:
-                layers = zip(a[0].unbind(0), b[0].unbind(0), strict=True)
-            else:
-                layers = zip(a.unbind(1), b.unbind(1), strict=True)
-            made.update({target.name: pair for target, pair in zip(members, layers, strict=True)})
+            with torch.autocast(next(iter(trained.values())).device.type, enabled=False):
+                changes = self._group(name).changes(trained)
+            for target, change in zip(self._group(name).targets, changes, strict=True):
+                made[target.name] = _first(change) if self.num_adapters == 1 else change
         return made
-
-    def _make_exactly(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The factors in float32 where the trained numbers have 16 bits."""
-        if all(p.dtype in (torch.float32, torch.float64) for p in self.groups.parameters()):
-            return self._make()
-        groups = self.groups
-        try:
-            self.groups = copy.deepcopy(groups).float()
-            return self._make()
-        finally:
-            self.groups = groups
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -176,7 +213,7 @@ class AdapterStack(nn.Module):
         for name, found in parts.items():
             layer = backbone.get_submodule(name)
             # an instance attribute shadows the class's forward and leaves the state dict alone
-            layer.__dict__["forward"] = _AdaptedForward(self, layer, found)
+            layer.__dict__["forward"] = _AdaptedForward(self, cast(Any, layer), found)
         self._hooks = [
             backbone.register_forward_pre_hook(self._enter),
             backbone.register_forward_hook(self._leave, always_call=True),
@@ -199,7 +236,7 @@ class AdapterStack(nn.Module):
                 del layer.__dict__["forward"]
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._made = [], {}
+        self._hooks, self._made, self._head_made = [], {}, None
         self._backbone.clear()
 
     def _attached(self) -> nn.Module:
@@ -210,29 +247,34 @@ class AdapterStack(nn.Module):
     def _enter(self, module: nn.Module, args: tuple[object, ...]) -> None:
         if self.index is not None and (size := len(cast(Tensor, args[0]))) != len(self.index):
             raise NolaVisionError(f"the index names adapters for {len(self.index)} samples, but the batch has {size}")
-        self._made = self._probing or self._make()
+        if not self.merged:
+            self._made = self._probing or self._make()
+            self._head_made = self._made.get(HEAD)
         self._in_forward = True
 
     def _leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        # the factors stay: activation checkpointing runs layers again in the backward pass and must meet the same ones
+        # the changes stay: activation checkpointing runs layers again in the backward pass and must meet the same ones
         self._in_forward = False
 
-    def pair(self, target: Target) -> tuple[Tensor, Tensor]:
-        """The factors one target computes with now."""
+    def change(self, target: Target) -> Change:
+        """The change that one target computes with now."""
         recomputing = torch._C._current_graph_task_id() != -1
         if self._in_forward or (recomputing and self._made):
             return self._made[target.name]
-        # a part of the backbone was called by itself, `forward_features` for one: the last pass's factors are stale
-        self._made = {}
-        return self._make()[target.name]
+        # a part of the backbone was called by itself, `forward_features` for one: the last pass's changes are stale
+        self._made, self._head_made = {}, None
+        made: dict[str, Change] = self._make([self.group_of[target.name]])
+        return made[target.name]
 
     def _probe(self, backbone: nn.Module, probe: Tensor) -> None:
         """One pass with random A and B = 0: the features' gradient reaches each B whose change would move them."""
         generator = torch.Generator().manual_seed(0)
-        made = {}
+        made: dict[str, Change] = {}
+        leaves = []
         for target in self.targets:
             a = torch.randn(target.inputs, 1, generator=generator).to(probe)
-            made[target.name] = (a, torch.zeros(1, target.outputs).to(probe).requires_grad_())
+            leaves.append(torch.zeros(1, target.outputs).to(probe).requires_grad_())
+            made[target.name] = LowRank(a, leaves[-1], 1.0)
         modes = {module: module.training for module in backbone.modules()}
         backbone.eval()
         self._probing = made
@@ -240,11 +282,10 @@ class AdapterStack(nn.Module):
             with torch.enable_grad():
                 features = backbone(probe)
                 direction = torch.randn(features.shape, generator=generator).to(features)
-                leaves = [b for _, b in made.values()]
                 reached = (features * direction).sum() + sum(0 * leaf.sum() for leaf in leaves)
                 gradients = torch.autograd.grad(reached, leaves)
         finally:
-            self._probing, self._made = None, {}
+            self._probing, self._made, self._head_made = None, {}, None
             for module, mode in modes.items():
                 module.training = mode
         idle = [t.name for t, g in zip(self.targets, gradients, strict=True) if not g.any()]
@@ -286,13 +327,13 @@ class AdapterStack(nn.Module):
         """
         if self.merged:
             raise NolaVisionError("this adapter is merged already: call unmerge() first")
-        backbone, made = self._attached(), self._make_exactly()
+        backbone, changes = self._attached(), self.changes(adapter)
         self._merged_adapter = adapter
         for target in self.targets:
             weight = backbone.get_parameter(target.weight)
             if target.weight not in self._originals:
                 self._originals[target.weight] = weight.detach().clone()
-            change = self._change(target, made[target.name], adapter)
+            change = changes[target.name]
             rows = slice(None) if target.rows is None else slice(*target.rows)
             weight[rows] = (weight[rows].to(change.dtype) + change).to(weight.dtype)
 
@@ -311,7 +352,7 @@ class AdapterStack(nn.Module):
 class _AdaptedForward:
     """The forward pass of one attached layer."""
 
-    def __init__(self, stack: AdapterStack, layer: nn.Module, targets: Sequence[Target]) -> None:
+    def __init__(self, stack: AdapterStack, layer: nn.Linear | nn.Conv2d, targets: Sequence[Target]) -> None:
         self.stack, self.layer, self.targets = stack, layer, tuple(targets)
 
     def __deepcopy__(self, memo: object) -> _AdaptedForward:
@@ -323,26 +364,40 @@ class _AdaptedForward:
     def __call__(self, x: Tensor) -> Tensor:
         stack, layer = self.stack, self.layer
         if stack.merged:
-            return cast(Tensor, type(layer).forward(layer, x))
-        scale = stack._scale(self.targets[0])
-        if isinstance(layer, nn.Conv2d):
-            return self._conv(x, layer, *stack.pair(self.targets[0]), scale)
-        assert isinstance(layer, nn.Linear)
-        a, b = self._whole(layer.out_features)
-        if a.dim() == 3:
-            index = self._index(x.shape[0])
-            return additive_linear(x, layer, a[index], b[index], scale)
-        path = merged_linear if merges_exactly(x, layer.weight) else additive_linear
-        return path(x, layer, a, b, scale)
+            return cast(Tensor, cast(Any, type(layer)).forward(layer, x))
+        changes = [stack.change(target) for target in self.targets]
+        if isinstance(layer, nn.Linear) and all(isinstance(change, LowRank) for change in changes):
+            a, b, scale = self._whole(cast(list[LowRank], changes), layer.out_features)
+            if a.dim() == 3:
+                index = self._index(x.shape[0])
+                return additive_linear(x, layer, a[index], b[index], scale)
+            path = merged_linear if merges_exactly(x, layer.weight) else additive_linear
+            return path(x, layer, a, b, scale)
+        value = self._dense(changes, layer.weight.shape[0])
+        if stack.num_adapters == 1:
+            return dense_change(x, layer, value)
+        # once for each distinct adapter of the batch
+        index = self._index(x.shape[0])
+        order = torch.cat([(index == i).nonzero().flatten() for i in index.unique()])
+        return torch.cat([dense_change(x[index == i], layer, value[i]) for i in index.unique()])[order.argsort()]
 
-    def _whole(self, out_features: int) -> tuple[Tensor, Tensor]:
+    def _dense(self, changes: Sequence[Change], out_features: int) -> Tensor:
+        """The layer's parts as one change of its whole weight."""
+        if self.targets[0].rows is None:
+            return dense(self.targets[0], changes[0])
+        parts = []
+        for target, change in zip(self.targets, changes, strict=True):
+            first, last = cast(tuple[int, int], target.rows)
+            parts.append(F.pad(dense(target, change), (0, 0, first, out_features - last)))
+        return torch.stack(parts).sum(0)
+
+    def _whole(self, changes: Sequence[LowRank], out_features: int) -> LowRank:
         """The layer's parts as one pair of factors: A side by side, each B padded with zeros to the whole width."""
         if self.targets[0].rows is None:
-            return self.stack.pair(self.targets[0])
-        pairs = [self.stack.pair(target) for target in self.targets]
+            return changes[0]
         rows = [cast(tuple[int, int], target.rows) for target in self.targets]
-        padded = [F.pad(b, (first, out_features - last)) for (_, b), (first, last) in zip(pairs, rows, strict=True)]
-        return torch.cat([a for a, _ in pairs], dim=-1), torch.cat(padded, dim=-2)
+        padded = [F.pad(c.b, (first, out_features - last)) for c, (first, last) in zip(changes, rows, strict=True)]
+        return LowRank(torch.cat([c.a for c in changes], dim=-1), torch.cat(padded, dim=-2), changes[0].scale)
 
     def _index(self, size: int) -> Tensor:
         """The adapter of each row of a module's input, which may see a multiple of the batch (Swin's windows)."""
@@ -356,12 +411,3 @@ class _AdaptedForward:
                 "route one adapter at a time"
             )
         return index.repeat_interleave(repeats)
-
-    def _conv(self, x: Tensor, layer: nn.Conv2d, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        (target,) = self.targets
-        if a.dim() == 2:
-            return adapted_conv(x, layer, target.change(a, b, scale))
-        index = self._index(x.shape[0])
-        order = torch.cat([(index == i).nonzero().flatten() for i in index.unique()])
-        outs = [adapted_conv(x[index == i], layer, target.change(a[i], b[i], scale)) for i in index.unique()]
-        return torch.cat(outs)[order.argsort()]

@@ -1,12 +1,15 @@
-"""A target: one weight of the backbone (or some of its output rows), seen as a matrix."""
+"""A target: one weight of the backbone (or some of its output rows), seen as a matrix; and a change of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
+
+HEAD = "head"  # the name of the classifier as a target
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,66 @@ class Target:
     @property
     def group(self) -> str:
         """Targets of one group have factors of one shape and train in the same tensors."""
-        return f"{self.inputs}x{self.outputs}"
+        if self.name == HEAD:
+            return HEAD
+        return f"{self.inputs}x{self.outputs}" + (f"/{self.fan_in}" if self.kind == "conv" else "")
 
-    def change(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        """The change of the adapted rows, `scale * A @ B`, in the weight's layout: `[o, m]` or a convolution's 4-D."""
+    @property
+    def fan_in(self) -> int:
+        """Inputs of one output: what He's initialisation divides by."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def size(self) -> int:
+        """Numbers that are adapted."""
+        return self.inputs * self.outputs
+
+    def product(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """`scale * A @ B` of the adapted rows in the weight's layout: `[..., o, m]`, or a convolution's 4-D."""
         if self.kind == "linear":
             return scale * (b.transpose(-1, -2) @ a.transpose(-1, -2))
-        return (scale * (a @ b)).reshape(self.shape)
+        return (scale * (a @ b)).reshape(*a.shape[:-2], *self.shape)
+
+    def layout(self, flat: Tensor) -> Tensor:
+        """Flat numbers `[..., size]` in the weight's layout."""
+        rows = self.shape[:1] if self.rows is None else (self.outputs,)
+        return flat.reshape(*flat.shape[:-1], *rows, *self.shape[1:])
+
+
+class LowRank(NamedTuple):
+    """A change `scale * A @ B`: A `[m, r]`, B `[r, o]`, both with n in front where there are several adapters."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class Dense(NamedTuple):
+    """A change in the weight's layout, with n in front where there are several adapters."""
+
+    value: Tensor
+
+
+Change = LowRank | Dense
+
+
+def dense(target: Target, change: Change) -> Tensor:
+    """A change in the weight's layout."""
+    return target.product(*change) if isinstance(change, LowRank) else change.value
+
+
+class Group(Protocol):
+    """What a method says: how the trained numbers of some targets, an `nn.Module`'s parameters, become changes.
+
+    Every parameter is `[n, ...]`; `trained` holds them by name, as they are or as they would be read back from a file
+    (quantised, cut to a prefix).
+    """
+
+    targets: Sequence[Target]
+
+    def changes(self, trained: Mapping[str, Tensor]) -> list[Change]:
+        """One change a target, each tensor with n in front."""
+        ...
 
 
 def near_square(size: int) -> tuple[int, int]:

@@ -25,14 +25,12 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.format == "csv":
         print(tables.frame(rows).to_csv(index=False), end="")
         return 0
-    cells = sorted({row.cell for row in rows})
-    tested = {row.cell for row in rows if row.stage == "final" and row.status == "completed"}
-    for cell in [cell for cell in cells if cell in tested]:
+    tested, others = tables.tested_cells(rows)
+    for cell in tested:
         if known.format == "markdown":
             print(tables.markdown_table(rows, cell), end="\n\n")
         else:
             Console().print(tables.cell_table(rows, cell))
-    for cell in [cell for cell in cells if cell not in tested]:
-        errors = [row.error for row in rows if row.cell == cell and row.error]
-        print(f"{cell}: no completed run" + (f"; the last one ended with: {errors[-1]}" if errors else ""))
+    for cell, error in others.items():
+        print(f"{cell}: no completed final run" + (f"; the last one ended with: {error}" if error else ""))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -35,19 +36,21 @@ def main(arguments: Sequence[str], verb: str) -> int:
     methods = plan.parse_methods(known.methods, raw)
 
     for option in rest:
-        if option.startswith("--model.method"):
+        if option.startswith(("--model.method", "--model.run_seed", "--data.split_seed")):
             raise NolaVisionError(
-                f"{option} would go to every method of the sweep: write it into the config's `methods`"
+                f"{option} is the sweep's own to set: use the config's `methods`, --inits or --splits"
             )
 
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
-    from nola_vision.config import open_data, parse
+    from nola_vision.config import has_validation_images, parse
 
     # the sweep has a progress bar of its own, and starts a run anew rather than resume it
     own = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     config = plan.complete(raw, methods, lambda entry: parse(entry, [*own, *rest]))
-    open_data(identity.resolve(config, methods[0]))  # what is missing is said once, before the first run
-    out, console = Path(known.out), Console()
+    out, console = Path(known.out), Console(quiet=not run.is_main_process())
+    if not has_validation_images(identity.resolve(config, methods[0])):  # what is missing is said before the first run
+        console.print("classes too small for a validation pool, so every method keeps its own learning rate")
+        config = plan.without_search(config)
     count = len(plan.search_specs(config, methods)) + len(plan.final_specs(config, splits, inits, methods, {}))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
@@ -55,9 +58,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
         def done(spec: plan.RunSpec, row: Row) -> None:
             bar.advance(task)
-            bar.console.print(_line(spec, row), highlight=False)
+            bar.console.print(_line(spec, row), highlight=False, markup=False)
 
-        rows = local.sweep(config, splits, inits, out, run.run, done)
+        rows = local.sweep(config, splits, inits, out, partial(run.run, keep_going=True), done)
     cell = rows[0].cell
     everything, problems = store.read_rows(out / cell)
     console.print(tables.cell_table(everything, cell))
@@ -71,7 +74,5 @@ def _line(spec: plan.RunSpec, row: Row) -> str:
     if row.status != "completed":
         return f"{where}: {row.status}, {row.error}"
     if spec.stage == "search":
-        if row.val_accuracy is None:
-            return f"{where}: classes too small for a validation pool, so every method keeps its own learning rate"
-        return f"{where}: learning rate {spec.learning_rate:g}, validation {100 * row.val_accuracy:.1f} %"
+        return f"{where}: learning rate {spec.learning_rate:g}, validation {100 * (row.val_accuracy or 0):.1f} %"
     return f"{where}: test {100 * (row.test_accuracy or 0):.1f} %, {row.seconds_total:.1f} s"

@@ -201,7 +201,11 @@ class KShotDataModule(L.LightningDataModule):
         if rest:
             raise NolaVisionError(
                 f"batch_size is {self.batch_size}, that of one step on all {self._processes} devices together: make it "
-                f"a multiple of {self._processes}"
+                f"a multiple of {self._processes}, or give --trainer.devices 1"
+            )
+        if len(indices) % self._processes:
+            self._warn(
+                f"{len(indices)} images do not divide by {self._processes} devices, so some count twice an epoch"
             )
         return self._loader(subset, batch_size, EpochSampler(len(indices), self.run_seed, self._processes, self._rank))
 
@@ -251,10 +255,7 @@ class KShotDataModule(L.LightningDataModule):
         if small:
             listed = ", ".join(map(repr, small[:5])) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
             skipped = ", so validation is skipped" if len(small) == self.num_classes else ""
-            self.warnings.append(
-                f"too few images for a share in the validation pool (fewer than 20): {listed}{skipped}"
-            )
-            _log.warning(self.warnings[-1])
+            self._warn(f"too few images for a share in the validation pool (fewer than 20): {listed}{skipped}")
         kept = self._plain(source, indices).keep(self.memory_limit_mib * 2**20)
         return source, indices, kept
 
@@ -265,6 +266,11 @@ class KShotDataModule(L.LightningDataModule):
         subset = self._plain(source, validation_pool(source.labels), [])
         subset.keep(self.memory_limit_mib * 2**20 - sum(pixels.numel() for pixels in kept))
         return subset
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+            _log.warning(sentence)
 
     @property
     def _processes(self) -> int:

@@ -220,7 +220,7 @@ def get_dataset(name: str) -> DatasetEntry:
     """
     if name not in DATASETS:
         names = difflib.get_close_matches(name, DATASETS)
-        hint = f"did you mean {' or '.join(names)}?" if names else f"choose one of {', '.join(sorted(DATASETS))}."
+        hint = f"did you mean {' or '.join(names)}?" if names else f"choose one of {', '.join(sorted(DATASETS))}"
         raise NolaVisionError(f"there is no data set {name!r}: {hint}")
     return DATASETS[name]
 
@@ -244,6 +244,18 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     if not names:
         raise NolaVisionError(f"{folder} has no class folders: put images there as {folder / '<class>' / '<image>'}")
     return tuple(names)
+
+
+def folder_listing(root: str | None) -> str:
+    """The relative path and size of every image of a `folder` data set, a line each; empty where there is none."""
+    place = Path(root).expanduser() if root else None
+    if place is None or not place.is_dir():
+        return ""
+    try:
+        files = _image_files(place)
+    except NolaVisionError:
+        return ""
+    return "\n".join(f"{path.relative_to(place).as_posix()} {path.stat().st_size}" for path in files)
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -112,7 +112,7 @@ def evenly_spaced(labels: npt.ArrayLike, limit: int) -> Indices:
     """
     by_class = _by_class(labels)
     if limit < len(by_class):
-        raise NolaVisionError(f"A limit of {limit} images is too small for {len(by_class)} classes: give one for each")
+        raise NolaVisionError(f"a limit of {limit} images is too small for {len(by_class)} classes: give one for each")
     share, rest = divmod(limit, len(by_class))
     chosen = []
     for position, members in enumerate(by_class.values()):

@@ -60,7 +60,7 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
 
     def unreadable(error: OSError) -> None:
         path = Path(error.filename)
-        problems.append((path, f"{path} cannot be read ({error.strerror}): check its rights."))
+        problems.append((path, f"{path} cannot be read ({error.strerror}): check its rights"))
 
     paths: set[Path] = set()
     for folder in folders:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,16 @@ Mark = Literal["best", "close", "plain"]
 class _Line(NamedTuple):
     cells: tuple[str, str, str, str, str, str]
     mark: Mark
+
+
+def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]:
+    """The cells with a completed final run, and the other cells, each with what its last run that failed said."""
+    tested = sorted({row.cell for row in rows if row.stage == "final" and row.status == "completed"})
+    others: dict[str, str | None] = {}
+    for row in sorted(rows, key=lambda row: row.started):
+        if row.cell not in tested:
+            others[row.cell] = row.error or others.get(row.cell)
+    return tested, others
 
 
 def cell_table(rows: Iterable[Row], cell: str) -> Table:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nola_vision.results import identity
 from nola_vision.results.row import Row
-from nola_vision.results.store import find_completed, find_row
+from nola_vision.results.store import find_completed
 from nola_vision.sweep import plan
 from nola_vision.sweep.plan import RunSpec
 
@@ -25,25 +25,19 @@ def sweep(
 ) -> list[Row]:
     """Chooses the learning rate of each entry on validation images, then does the final runs.
 
-    Where the classes are too small for a validation pool nothing can be chosen, and each entry keeps its own rate.
-
     Args:
-        config: what `plan.complete` returns.
+        config: what `plan.complete` returns, or `plan.without_search`.
         splits: the values of `data.split_seed`.
         inits: the values of `model.run_seed`.
         out: the folder of all runs.
-        run: does one run and leaves its row, also when it raises.
+        run: does one run, leaves its row and returns it, also where it failed.
         progress: called with each spec and its row, an old one or a new one.
 
     Returns:
         The rows of the final runs.
     """
     methods = list(config["methods"])
-    search = plan.search_specs(config, methods)
-    found = execute(search[:1], out, run, progress)
-    if found and found[0].status == "completed" and found[0].val_accuracy is None:
-        config, search = plan.without_search(config), []
-    found += execute(search[1:], out, run, progress)
+    found = execute(plan.search_specs(config, methods), out, run, progress)
     rates = plan.choose_learning_rates(config, found, methods)
     return execute(plan.final_specs(config, splits, inits, methods, rates), out, run, progress)
 
@@ -57,14 +51,7 @@ def execute(specs: Iterable[RunSpec], out: Path, run: RunFunction, progress: Pro
     rows = []
     for spec in specs:
         folder = identity.run_folder(out, spec.config, spec.stage)
-        row = find_completed(folder)
-        if row is None:
-            try:
-                row = run(spec.config, out, spec.stage)
-            except Exception:
-                row = find_row(folder)
-                if row is None:  # nothing could be recorded, so nothing later could be
-                    raise
+        row = find_completed(folder) or run(spec.config, out, spec.stage)
         progress(spec, row)
         rows.append(row)
     return rows

@@ -193,11 +193,13 @@ def _best_rate(method: str, specs: list[RunSpec], searched: Mapping[tuple[str, s
                 f"the search run of {method!r} at learning rate {spec.learning_rate} has not ended: sweep again"
             )
         accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
-        errors.append(row.error)
+        errors += [row.error] if row.error else []
         ranked.append((-accuracy, _or(row.val_loss, math.inf), spec.learning_rate))
     best = min(ranked)
     if best[0] == math.inf:
-        raise NolaVisionError(f"all search runs of {method!r} failed, the last one with: {errors[-1]}")
+        raise NolaVisionError(
+            f"all search runs of {method!r} failed: {errors[-1] if errors else 'none has a validation accuracy'}"
+        )
     return best[2]
 
 

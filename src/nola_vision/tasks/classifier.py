@@ -15,8 +15,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torchmetrics import MeanMetric
 
 from nola_vision.backbones import BackboneSpec
+from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import FullFinetune, LinearProbe, Method
+from nola_vision.methods import FullFinetune, Method
 from nola_vision.model import adapt
 from nola_vision.tasks.accuracy import accuracies, log_accuracy
 
@@ -44,22 +45,43 @@ class Classifier(L.LightningModule):
             )
         self.model = adapt(backbone, method, class_names, run_seed, basis_seed).train()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
-        self.method, self.optimizer = method, optimizer
+        self.method, self.optimizer, self.run_seed = self.model.card.method, optimizer, run_seed
+        self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
         self.accuracy = accuracies(len(class_names))
         # a metric weights each process by its images, where `sync_dist` would average the processes
-        self.loss = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+        self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images)
         return logits
 
+    def on_train_epoch_start(self) -> None:
+        """Quantisation-aware training begins once its share of the epochs is over."""
+        bits_from = getattr(self.method, "quantise_from", 1.0)
+        epochs = self.trainer.max_epochs or 1
+        self.model.compute_with_stored_bits(bits_from < 1 and self.current_epoch >= bits_from * epochs)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
+        if getattr(self.method, "nested", False):
+            self.model.stack.prefix = _prefix(self.run_seed, self.global_step)
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        self.model.stack.prefix = 1.0
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if broken := self.model.not_finite():
+            raise NolaVisionError(
+                f"after step {self.global_step} {broken} is not finite: try a smaller learning rate or scale"
+            )
+
+    def on_fit_end(self) -> None:
+        """From here on the model computes with what its adapter file will hold."""
+        self.model.compute_with_stored_bits(False)
+        self.model.round_to_stored_bits()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -76,16 +98,18 @@ class Classifier(L.LightningModule):
         log_accuracy(self, self.accuracy, stage, logits, labels)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters with their learning rates: the adapter's (or the backbone's) and the head's."""
+        """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
         method, stack = self.method, self.model.stack
         lr: float = method.lr  # type: ignore[attr-defined]
         everything = isinstance(method, FullFinetune)
-        body = list(self.model.backbone.parameters()) if everything else stack.adapter_parameters()
+        backbone = [parameter for parameter in self.model.backbone.parameters() if parameter.requires_grad]
         head_lr = getattr(method, "head_lr", None)
-        groups = [{"params": stack.head_parameters(), "lr": lr if head_lr is None else head_lr, "name": "head"}]
-        if not isinstance(method, LinearProbe):
-            groups.insert(0, {"params": body, "lr": lr, "name": "adapter"})
-        return groups
+        groups: list[dict[str, Any]] = [
+            {"params": backbone if everything else stack.adapter_parameters(), "lr": lr, "name": "adapter"},
+            {"params": [] if everything else backbone, "lr": lr, "name": "norms"},
+            {"params": stack.head_parameters(), "lr": lr if head_lr is None else head_lr, "name": "head"},
+        ]
+        return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
@@ -118,12 +142,21 @@ class Classifier(L.LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in self._kept(list(state))}
         checkpoint["adapter"] = self._identity()
+        checkpoint["run_hash"] = self.run_hash
+
+    def on_fit_start(self) -> None:
+        norms = (m for m in self.model.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        if self.trainer.world_size > 1 and any(m.training and not isinstance(m, nn.SyncBatchNorm) for m in norms):
+            raise NolaVisionError(
+                "this method trains batch norms, whose statistics each device would take of its own images: use one "
+                "device, or GPUs with --trainer.sync_batchnorm true"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_other_checkpoint(checkpoint)
 
     def refuse_other_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that a checkpoint's numbers mean here what they meant where it was written.
+        """Checks that the numbers of a checkpoint mean here what they meant where it was written.
 
         Raises:
             NolaVisionError: it was written with another backbone, method, seed or set of classes.
@@ -143,6 +176,12 @@ class Classifier(L.LightningModule):
                 f"the checkpoint was written by another backbone, method or set of classes: {min(wrong)} does not fit; "
                 "use the config it was trained with"
             )
+
+
+def _prefix(run_seed: int, step: int) -> float:
+    """The share of coefficients that a step of nested training uses: all in every other step, else 1/2 to 1/16."""
+    draw = keyed_hash("prefix", run_seed, step)
+    return 1.0 if draw % 2 else 0.5 ** (1 + draw // 2 % 4)
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
