@@ -1,7 +1,7 @@
 """Plot accuracy over adapter file bytes, one point a method with its standard deviation, from the rows of a sweep.
 
-    pip install matplotlib
-    python scripts/plot_accuracy.py runs docs/quickstart.png
+pip install matplotlib
+python scripts/plot_accuracy.py runs docs/quickstart.png
 """
 
 from __future__ import annotations

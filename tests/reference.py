@@ -59,34 +59,88 @@ def read(path: str) -> tuple[dict, dict[str, np.ndarray]]:
     (size,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + size])
     metadata = json.loads(header.pop("__metadata__")["nola_vision"])
-    kinds = {"F32": "<f4", "F16": "<f2"}
+    kinds = {"F32": "<f4", "F16": "<f2", "U8": "u1", "BF16": "<u2"}
     tensors = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         raw = np.frombuffer(content[8 + size + first : 8 + size + last], kinds[entry["dtype"]])
-        tensors[name] = raw.reshape(entry["shape"])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            raw = (raw.astype("<u4") << 16).view("<f4")
+        tensors[name] = raw.astype(np.float32).reshape(entry["shape"]) if entry["dtype"] != "U8" else raw
+    for name, entry in metadata["packed"].items():
+        shape = entry["shape"]
+        rows, count = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
+        scales = np.repeat(tensors.pop(f"{name}.scales"), 64, axis=1)[:, :count]
+        whole = levels(tensors.pop(f"{name}.levels"), entry["bits"], rows * count).reshape(rows, count)
+        tensors[name] = (whole.astype(np.float32) * scales).reshape(shape)
     return metadata, tensors
 
 
-def nola_changes(path: str) -> dict[str, np.ndarray]:
-    """The change of every target of a NOLA adapter file, in the weight's layout."""
+def levels(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Integers of `bits` bits, lowest bit first, less the largest level."""
+    whole = int.from_bytes(stream.tobytes(), "little")
+    unsigned = [whole >> (bits * place) & (2**bits - 1) for place in range(count)]
+    return np.array(unsigned) - (2 ** (bits - 1) - 1)
+
+
+def changes(path: str) -> dict[str, np.ndarray]:
+    """The change of every target of an adapter file, in the weight's layout, and the head as `[classes, features + 1]`.
+
+    The head is that of a file with the target `head`: its fixed start and its change.
+    """
     metadata, tensors = read(path)
-    fields, seed = metadata["method"]["init_args"], metadata["basis_seed"]
-    rank, k = fields["rank"], fields["num_basis"]
-    changes = {}
+    method, fields, seed = metadata["method"]["class_path"], metadata["method"]["init_args"], metadata["basis_seed"]
+    scratch = metadata["backbone"]["base"] != "pretrained"
+    made: dict[str, np.ndarray] = {}
     position: dict[str, int] = {}
     for target in metadata["targets"]:
-        group, name = target["group"], target["name"]
+        group, name, shape = target["group"], target["name"], list(target["shape"])
         layer = position.setdefault(group, 0)
         position[group] += 1
-        m, o = (int(side) for side in group.partition("/")[0].split("x"))
-        identity = f"shape {m}x{o}" if fields["scope"] == "shared" else f"weight {name}"
-        alpha = tensors[f"adapter.{group}.coefficients_a"][layer].astype(np.float64)
-        beta = tensors[f"adapter.{group}.coefficients_b"][layer].astype(np.float64)
-        a = np.einsum("k,krm->mr", alpha, values(basis(seed, identity, "A", k, rank, m)))
-        if fields["start"] == "a0":
-            a += values(basis(seed, f"weight {name}", "A0", 1, rank, m))[0].T
-        b = np.einsum("k,kro->ro", beta, values(basis(seed, identity, "B", k, rank, o)))
-        product = fields["c"] / rank * (a / math.sqrt(m)) @ (b / math.sqrt(o))
-        changes[name] = product.T if len(target["shape"]) == 2 else product.reshape(target["shape"])
-    return changes
+        own = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.startswith(f"adapter.{group}.")}
+        linear = len(shape) == 2
+        if name.endswith("]"):  # some output rows
+            first, last = name[:-1].rpartition("[")[2].split(":")
+            shape[0] = int(last) - int(first)
+        size, fan_in = math.prod(shape), math.prod(shape[1:])
+        m = fan_in if linear else next(i for i in range(math.isqrt(size), 0, -1) if size % i == 0)
+        o, he = size // m, math.sqrt(2 / fan_in)
+        if method in ("NOLA", "LoRA"):
+            rank = min(fields["rank"], m, o)  # that of the head may be smaller
+            if method == "NOLA":
+                a, b = _nola_factors(own, layer, name, m, o, {**fields, "rank": rank}, seed)
+            else:
+                a, b = own["a"][layer].astype(np.float64), own["b"][layer].astype(np.float64)
+            random = scratch if method == "LoRA" else fields["start"] == "random"
+            scale = fields["c"] * (he * math.sqrt(m * o / rank) if random else 1 / rank)
+            product = scale * a @ b
+            made[name] = product.T if linear else product.reshape(shape)
+        elif method == "PRANC":
+            alpha = own["coefficients"].astype(np.float64)
+            vectors = values(basis(seed, f"weight {name}", "P", len(alpha), 1, size))[:, 0]
+            made[name] = (fields["c"] * he * alpha @ vectors).reshape(shape)
+        elif method == "HashedNet":
+            word = words(seed, f"weight {name}", "hash", 1, 1, -(-size // 2)).reshape(-1, 2)[:size].astype(np.uint64)
+            bucket = (word[:, 0] * np.uint64(len(own["buckets"]))) >> np.uint64(32)
+            sign = 1.0 - 2.0 * (word[:, 1] % np.uint64(2)).astype(np.float64)
+            made[name] = (fields["c"] * he * sign * own["buckets"][bucket.astype(np.int64)]).reshape(shape)
+    if "head" in made:
+        classes, width = made["head"].shape
+        start = values(basis(metadata["run_seed"], "head", "head", 1, 1, classes * width)).reshape(classes, width)
+        if metadata["backbone"]["base"] != "zero":
+            made["head"] = made["head"] + start * 0.1 / math.sqrt(width - 1)
+    return made
+
+
+def _nola_factors(
+    own: dict[str, np.ndarray], layer: int, name: str, m: int, o: int, fields: dict, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    rank = fields["rank"]
+    identity = f"shape {m}x{o}" if fields["scope"] == "shared" else f"weight {name}"
+    alpha = own["coefficients_a"][layer].astype(np.float64)
+    beta = own["coefficients_b"][layer].astype(np.float64)
+    a = np.einsum("k,krm->mr", alpha, values(basis(seed, identity, "A", len(alpha), rank, m)))
+    if fields["start"] == "a0":
+        a += values(basis(seed, f"weight {name}", "A0", 1, rank, m))[0].T
+    b = np.einsum("k,kro->ro", beta, values(basis(seed, identity, "B", len(beta), rank, o)))
+    return a / math.sqrt(m), b / math.sqrt(o)

@@ -80,7 +80,7 @@ def random_resnet(folder: Path) -> BackboneSpec:
 def test_the_numpy_decoder_reads_the_same_changes(scope: str, start: str, tmp_path: Path) -> None:
     model = trained(NOLA(targets=["qv", "mlp"], rank=3, num_basis=7, scope=scope, start=start, c=2.5))
     model.save(tmp_path / "a.safetensors")
-    expected = reference.nola_changes(str(tmp_path / "a.safetensors"))
+    expected = reference.changes(str(tmp_path / "a.safetensors"))
     changes = model.stack.changes()
     assert list(changes) == list(expected)
     for name, change in changes.items():
@@ -95,7 +95,7 @@ def test_the_numpy_decoder_reads_a_convolution(tmp_path: Path) -> None:
         for parameter in model.stack.parameters():
             parameter.normal_()
     model.save(tmp_path / "a.safetensors")
-    expected = reference.nola_changes(str(tmp_path / "a.safetensors"))
+    expected = reference.changes(str(tmp_path / "a.safetensors"))
     for name, change in model.stack.changes().items():
         assert change.shape == (64, 64, 3, 3)
         assert np.abs(change.numpy() - expected[name]).max() < 1e-5 * np.abs(expected[name]).max()

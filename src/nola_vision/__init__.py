@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nola_vision.backbones import BackboneSpec as BackboneSpec
     from nola_vision.methods import NOLA as NOLA
+    from nola_vision.methods import PRANC as PRANC
     from nola_vision.methods import FullFinetune as FullFinetune
+    from nola_vision.methods import HashedNet as HashedNet
     from nola_vision.methods import LinearProbe as LinearProbe
     from nola_vision.methods import LoRA as LoRA
     from nola_vision.model import AdaptedModel as AdaptedModel
@@ -32,9 +34,11 @@ __version__ = version("nola-vision")
 _PUBLIC = {
     "BackboneSpec": "nola_vision.backbones",
     "FullFinetune": "nola_vision.methods",
+    "HashedNet": "nola_vision.methods",
     "LinearProbe": "nola_vision.methods",
     "LoRA": "nola_vision.methods",
     "NOLA": "nola_vision.methods",
+    "PRANC": "nola_vision.methods",
     "AdaptedModel": "nola_vision.model",
     "adapt": "nola_vision.model",
     "load_adapter": "nola_vision.model",

@@ -92,7 +92,7 @@ class LoRA(Adapter):
 
     Args:
         targets: names of the adapted weights.
-        rank: r, the width of the factors.
+        rank: r, the width of the factors; that of the head is at most the number of classes.
         c: the scale's numerator (PEFT's `lora_alpha`); the scale is c / rank.
     """
 
@@ -106,7 +106,8 @@ class NOLA(Adapter):
     """NOLA (ICLR 2024, equation 1): W + (c / rank) A B, with A and B linear combinations of fixed random matrices.
 
     Args:
-        rank: r, the width of the factors; it does not change the number of trained coefficients.
+        rank: r, the width of the factors; it does not change the number of trained coefficients. That of the head is at
+            most the number of classes.
         num_basis: k, the number of random matrices, and so of coefficients, for each of A and B.
         num_basis_b: l, that of B where it differs.
         head_num_basis: that of the head (A and B), if `head` is a target; `num_basis` if not given.
@@ -247,7 +248,7 @@ def _groups(
                 name: NolaGroup(
                     members,
                     n,
-                    rank,
+                    _rank(rank, members),
                     _num_basis(method, targets, name),
                     c,
                     basis_seed,
@@ -261,7 +262,7 @@ def _groups(
             }
         case LoRA(rank=rank, c=c):
             _check_rank(method, targets)
-            return {name: LoraGroup(members, n, rank, c, draws, scratch) for name, members in shapes.items()}
+            return {name: LoraGroup(members, n, _rank(rank, members), c, draws, scratch) for name, members in shapes.items()}
         case PRANC(num_basis=k, c=c, storage=storage, memory_mib=memory):
             parts = {"model": targets} if method.scope == "model" else {name: [t] for name, t in single.items()}
             return {
@@ -276,6 +277,10 @@ def _groups(
                 for name, target in single.items()
             }
     return {}
+
+
+def _rank(rank: int, members: Sequence[Target]) -> int:
+    return rank if members[0].name != HEAD else min(rank, members[0].inputs, members[0].outputs)
 
 
 def _num_basis(method: NOLA, targets: Sequence[Target], group: str) -> tuple[int, int]:
@@ -321,6 +326,9 @@ def check(method: Method) -> None:
 
 
 def _check_rank(method: NOLA | LoRA, targets: Sequence[Target]) -> None:
+    targets = [target for target in targets if target.name != HEAD]
+    if not targets:
+        return
     narrow = min(targets, key=lambda t: min(t.inputs, t.outputs))
     limit = min(narrow.inputs, narrow.outputs)
     if not 1 <= method.rank <= limit:

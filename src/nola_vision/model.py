@@ -211,7 +211,7 @@ def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
     if isinstance(card.method, NOLA) and card.method.max_bytes is not None:
         card = dataclasses.replace(card, method=_spend_bytes(backbone, card, card.method, card.method.max_bytes))
     stack = _stack(backbone, card)
-    stack.attach(backbone, probe_batch(backbone) if spec.base != "zero" else None)
+    stack.attach(backbone, probe_batch(backbone) if spec.base == "pretrained" else None)
     if isinstance(card.method, FullFinetune):
         backbone.requires_grad_(True)
     elif trains_norms(card.method):

@@ -148,10 +148,10 @@ class AdapterStack(nn.Module):
         """Images through the attached backbone and the head: logits `[batch, classes]`."""
         return self.logits(self._attached()(images))
 
+    @torch.no_grad()
     def changes(self, adapter: int = 0) -> dict[str, Tensor]:
         """The change of every target by `Target.name`, in at least float32 and in the weight's layout."""
-        with torch.no_grad():
-            made = self._make(exactly=True)
+        made = self._make(exactly=True)
         return {t.name: self._one(dense(t, made[t.name]), adapter) for t in self.targets}
 
     def _one(self, value: Tensor, adapter: int) -> Tensor:

@@ -16,6 +16,7 @@ VERBS = {
     "test": "a checkpoint's accuracy on the test set",
     "sweep": "every split x init x method of a config, with the learning rates chosen on validation images",
     "report": "the tables of folders of runs",
+    "export": "a shorter adapter file, or a plain timm checkpoint",
     "predict": "use an adapter: images in, labels out",
 }
 _USAGE = "\n".join(

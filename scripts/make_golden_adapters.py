@@ -1,0 +1,62 @@
+"""Writes the golden adapter files of the present format version into `tests/golden/`, one a method.
+
+They are committed once a version and must load for ever; `tests/test_golden.py` reads them. Do not run this again for a
+version that has been released.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from nola_vision import NOLA, PRANC, BackboneSpec, HashedNet, LinearProbe, LoRA, adapt, load_adapter
+from nola_vision.adapters.file import FORMAT_VERSION
+from nola_vision.methods import Method
+
+FOLDER = Path(__file__).parent.parent / "tests" / "golden"
+NAMES = ["null", "eins", "zwei", "drei", "vïer"]
+GLYPHS = BackboneSpec("vit_glyph_patch4_32.glyphs")
+SCRATCH = BackboneSpec("resnet20_cifar.untrained", base="random")
+CASES: dict[str, tuple[BackboneSpec, Method]] = {
+    "nola": (GLYPHS, NOLA(targets=["mlp", "qv"], rank=3, num_basis=6, num_basis_b=5)),
+    "nola-per-layer-4bit-head": (
+        GLYPHS, NOLA(targets=["qkv", "head"], num_basis=70, head_num_basis=9, scope="per_layer", bits=4, nested=True)
+    ),
+    "nola-released": (GLYPHS, NOLA(targets=["qkv"], rank=2, num_basis=4, start="released", bits=16)),
+    "nola-scratch": (SCRATCH, NOLA(targets=["conv"], rank=2, num_basis=5, train_norms=True)),
+    "lora-8bit": (GLYPHS, LoRA(targets=["re:blocks.0.attn.qkv"], rank=1, bits=8)),
+    "pranc": (GLYPHS, PRANC(targets=["re:blocks.0.*"], num_basis=20, scope="layer", bits=3)),
+    "pranc-model-zero": (
+        BackboneSpec("mlp_784_256.untrained", base="zero"), PRANC(targets=["all", "head"], num_basis=32)
+    ),
+    "hashednet": (GLYPHS, HashedNet(targets=["qkv"], max_parameters=100)),
+    "linear": (GLYPHS, LinearProbe()),
+}  # fmt: skip
+
+
+def image(size: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)
+
+
+def main() -> None:
+    expected = {}
+    for name, (spec, method) in CASES.items():
+        model = adapt(spec, method, NAMES, run_seed=3, basis_seed=4).eval()
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in [*model.stack.parameters(), *(p for p in model.backbone.parameters() if p.requires_grad)]:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        model.round_to_stored_bits()
+        path = FOLDER / f"v{FORMAT_VERSION}-{name}.safetensors"
+        model.save(path)
+        loaded = load_adapter(path)
+        logits = loaded(image(loaded.card.input.size))[0].tolist()
+        expected[path.name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "logits": logits}
+    (FOLDER / f"v{FORMAT_VERSION}.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

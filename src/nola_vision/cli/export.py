@@ -1,0 +1,36 @@
+"""`nola-vision export`: an adapter file made shorter, or merged into a plain timm checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nola_vision.cli.configs import Options
+from nola_vision.errors import NolaVisionError
+
+
+def main(arguments: Sequence[str], verb: str) -> int:
+    options = Options(verb)
+    options.description = "Makes an adapter file shorter, or merges it into a plain timm checkpoint."
+    options.add_argument("--adapter", required=True, metavar="FILE", help="an adapter file that `fit` wrote")
+    options.add_argument("--merged", metavar="OUT", help="write backbone, adapter and head as a timm checkpoint")
+    options.add_argument("--out", metavar="OUT", help="write a shorter adapter file")
+    options.add_argument("--max-bytes", type=int, metavar="N", help="cut it to N bytes (trained with `nested: true`)")
+    options.add_argument("--bits", type=int, metavar="B", help="store its numbers with 2 to 8 bits, or 16")
+    options.add_argument("--weights", metavar="FILE", help="local file with the backbone's weights, to merge with")
+    known = options.parse_args(arguments)
+    shorter = known.max_bytes is not None or known.bits is not None
+    if (known.merged is None) == (known.out is None) or (known.out is None) == shorter:
+        raise NolaVisionError("export takes --merged OUT, or --out OUT with --max-bytes N, --bits B or both")
+    target = Path(known.merged or known.out)
+    if not target.absolute().parent.is_dir():
+        raise NolaVisionError(f"the folder of {target} does not exist: make it first")
+
+    from nola_vision import export
+    from nola_vision.model import load_adapter
+
+    if known.merged is not None:
+        print(f"{target}: {export.write_merged(load_adapter(known.adapter, known.weights), target)}")
+    else:
+        print(f"{target}: {export.shorten(known.adapter, target, known.max_bytes, known.bits):,} bytes")
+    return 0

@@ -1,0 +1,120 @@
+"""What an adapter file can be made into: a shorter adapter file, or a plain timm checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nola_vision.adapters.file import adapter_bytes, read_adapter
+from nola_vision.adapters.quantise import check_bits
+from nola_vision.adapters.stack import is_nested, prefix_length
+from nola_vision.errors import NolaVisionError
+from nola_vision.files import write_whole
+from nola_vision.model import AdaptedModel, largest
+
+_STEPS = 4096  # shares of the coefficients that a cut chooses from
+
+
+def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, bits: int | None = None) -> int:
+    """Writes an adapter file with fewer bits a number, or with the first coefficients only, or both; nothing is trained.
+
+    Args:
+        adapter: an adapter file; to cut it, its method must have been trained with `nested: true`.
+        out: the new file.
+        max_bytes: its largest size; as many coefficients stay as fit.
+        bits: 2 to 8 or 16, for the coefficients and the head's matrix; as they were if not given.
+
+    Returns:
+        The new file's size in bytes.
+
+    Raises:
+        NolaVisionError: the file was not trained for cutting, or no cut is small enough.
+    """
+    metadata, tensors = read_adapter(adapter)
+    described = {key: value for key, value in metadata.items() if key not in ("packed", "digest")}
+    widths = {name: entry["bits"] for name, entry in metadata["packed"].items()}
+    if bits is not None:
+        check_bits("bits", bits)
+        widths = {name: bits for name in tensors if name.startswith("adapter.") or name == "head.weight"}
+        described["method"] = _with(metadata["method"], bits=bits, head_bits=None)
+    if max_bytes is None:
+        content = adapter_bytes(described, tensors, widths)
+    else:
+        if not metadata["method"]["init_args"].get("nested"):
+            raise NolaVisionError(f"{adapter} was not trained to be cut: train it with `nested: true`")
+
+        def cut(step: int) -> bytes:
+            share = step / _STEPS
+            kept = {n: t[..., : prefix_length(t.shape[-1], share)] if is_nested(n) else t for n, t in tensors.items()}
+            method = _with(described["method"], **_counts(kept))
+            return adapter_bytes({**described, "method": method}, kept, widths)
+
+        if len(cut(1)) > max_bytes:
+            raise NolaVisionError(
+                f"max_bytes is {max_bytes}, but the head and one coefficient a factor alone take {len(cut(1))}: give "
+                "more, or fewer bits"
+            )
+        content = cut(largest(lambda step: len(cut(step)) <= max_bytes, _STEPS))
+    try:
+        write_whole(out, content)
+    except OSError as error:
+        raise NolaVisionError(f"{out} cannot be written ({error.strerror}): give another path") from error
+    return len(content)
+
+
+def _with(method: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    known = {name: value for name, value in changes.items() if name in method["init_args"]}
+    return {**method, "init_args": {**method["init_args"], **known}}
+
+
+def _counts(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
+    """The numbers of basis matrices that tensors of coefficients have left."""
+    counts: dict[str, int | None] = {"max_parameters": None}
+    for name, tensor in tensors.items():
+        head, factor = name.startswith("adapter.head."), name.rpartition(".")[2]
+        if head:
+            counts["head_num_basis"] = tensor.shape[-1]
+        elif factor in ("coefficients", "coefficients_a"):
+            counts["num_basis"] = tensor.shape[-1]
+        elif factor == "coefficients_b":
+            counts["num_basis_b"] = tensor.shape[-1]
+    return counts
+
+
+def write_merged(model: AdaptedModel, out: str | Path) -> str:
+    """Writes the backbone with the adapter merged, and the head as its classifier: a checkpoint that timm alone loads.
+
+    Args:
+        model: an adapted model; it is left as it was.
+        out: a `.safetensors` file.
+
+    Returns:
+        The Python expression that loads it.
+
+    Raises:
+        NolaVisionError: the model has no place for a head, or the file cannot be written.
+    """
+    spec, stack = model.card.backbone, model.stack
+    classifier = model.backbone.pretrained_cfg.get("classifier")  # type: ignore[union-attr, operator]
+    if not isinstance(classifier, str):
+        raise NolaVisionError(f"{spec.tag} has no single classifier in timm, so no checkpoint of it can hold the head")
+    weight, bias = stack.head()
+    stack.merge()
+    try:
+        state = {name: tensor.detach().cpu().clone() for name, tensor in model.backbone.state_dict().items()}
+    finally:
+        stack.unmerge()
+    state |= {f"{classifier}.weight": weight[0].detach().cpu(), f"{classifier}.bias": bias[0].detach().cpu()}
+    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
+    try:
+        write_whole(out, content)
+    except OSError as error:
+        raise NolaVisionError(f"{out} cannot be written ({error.strerror}): give another path") from error
+    size = f", img_size={spec.img_size}" if spec.img_size is not None else ""
+    tag = spec.tag.partition(".")[0]
+    return f"timm.create_model('{tag}', num_classes={len(weight[0])}{size}, checkpoint_path='{out}')"

@@ -1,0 +1,113 @@
+"""Adapter files cut shorter, stored with fewer bits, and merged into checkpoints that timm alone loads."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from nola_vision import NOLA, PRANC, BackboneSpec, LoRA, adapt, load_adapter
+from nola_vision.cli.main import main
+from nola_vision.errors import NolaVisionError
+from nola_vision.export import shorten
+from nola_vision.model import AdaptedModel
+
+SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def shaken(method: NOLA | PRANC | LoRA, spec: BackboneSpec = SPEC) -> AdaptedModel:
+    model = adapt(spec, method, ["a", "b", "c"]).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.stack.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        NOLA(targets=["mlp", "head"], num_basis=300, nested=True),
+        NOLA(targets=["qkv"], num_basis=1000, nested=True, bits=4),
+        PRANC(targets=["re:blocks.0.attn.qkv"], num_basis=3000, nested=True),
+    ],
+    ids=str,
+)
+def test_a_cut_file_is_the_prefix(method: NOLA | PRANC, tmp_path: Path) -> None:
+    model = shaken(method)
+    model.round_to_stored_bits()
+    size = model.save(tmp_path / "a.safetensors")
+    for share in (0.75, 0.5):
+        limit = int(size * share)
+        assert main(["export", "--adapter", f"{tmp_path}/a.safetensors", "--out", f"{tmp_path}/b.safetensors",
+                     "--max-bytes", str(limit)]) == 0  # fmt: skip
+        assert limit - 200 <= (tmp_path / "b.safetensors").stat().st_size <= limit
+        cut = load_adapter(tmp_path / "b.safetensors")
+        kept = cut.trained_tensors()
+        for name, whole in model.trained_tensors().items():
+            first = whole[..., : kept[name].shape[-1]]
+            assert torch.equal(kept[name], first) if method.bits == 32 else torch.allclose(kept[name], first, atol=0.06)
+        name = next(name for name in kept if name.endswith(("coefficients_a", "coefficients")))
+        model.stack.prefix = kept[name].shape[-1] / model.trained_tensors()[name].shape[-1]
+        if method.bits == 32:
+            assert torch.allclose(cut(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+        model.stack.prefix = 1.0
+
+
+def test_fewer_bits_without_training(tmp_path: Path) -> None:
+    model = shaken(NOLA(targets=["mlp"], num_basis=200))
+    sizes = {32: model.save(tmp_path / "a.safetensors")}
+    for bits in (16, 8, 4, 2):
+        sizes[bits] = shorten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=bits)
+        loaded = load_adapter(tmp_path / "b.safetensors")
+        assert loaded.card.method.bits == bits
+        error = (loaded(IMAGES) - model(IMAGES)).abs().max() / model(IMAGES).abs().max()
+        assert error < {16: 1e-3, 8: 0.05, 4: 0.5, 2: 10}[bits]
+    assert sorted(sizes.values(), reverse=True) == list(sizes.values())
+
+
+def test_what_cannot_be_cut_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shaken(NOLA(num_basis=20)).save(tmp_path / "a.safetensors")
+    shaken(NOLA(num_basis=20, nested=True)).save(tmp_path / "n.safetensors")
+    for options, expected in (
+        (["--adapter", "a.safetensors", "--out", "b", "--max-bytes", "9000"], "not trained to be cut"),
+        (["--adapter", "n.safetensors", "--out", "b", "--max-bytes", "900"], "one coefficient a factor alone take"),
+        (["--adapter", "n.safetensors", "--out", "b", "--bits", "1"], "bits is 1"),
+        (["--adapter", "n.safetensors", "--out", "b"], "export takes"),
+        (["--adapter", "n.safetensors", "--merged", "no/b"], "the folder of no/b does not exist"),
+        (["--adapter", "gone", "--merged", "b"], "does not exist"),
+    ):
+        options[1] = str(tmp_path / options[1])
+        options[3] = options[3] if "/" in options[3] else str(tmp_path / options[3])
+        assert main(["export", *options]) == 2
+        errors = capsys.readouterr().err.strip()
+        assert expected in errors and "\n" not in errors and not (tmp_path / "b").exists()
+
+
+def test_timm_alone_loads_a_merged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in (NOLA(targets=["mlp", "head"], num_basis=30), LoRA(targets=["qkv"])):
+        model = shaken(method)
+        model.save(tmp_path / "a.safetensors")
+        out = tmp_path / "merged.safetensors"
+        assert main(["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", str(out)]) == 0
+        loaded = eval(capsys.readouterr().out.partition(": ")[2], {"timm": timm}).eval()
+        assert (loaded(IMAGES) - model(IMAGES)).abs().max() / model(IMAGES).abs().max() < 1e-5
+
+
+def test_a_merged_resnet_with_its_own_batch_norm(tmp_path: Path) -> None:
+    from nola_vision.export import write_merged
+
+    spec = BackboneSpec("resnet10t.c3_in1k", base="random", img_size=64)
+    model = adapt(spec, NOLA(targets=["conv"], rank=2, num_basis=5, train_norms=True), ["a", "b"])
+    images = torch.randn(4, 3, 64, 64)
+    model.train()(images)  # moves the statistics
+    model.eval()
+    write_merged(model, tmp_path / "m.safetensors")
+    plain = timm.create_model("resnet10t", num_classes=2, checkpoint_path=str(tmp_path / "m.safetensors")).eval()
+    assert (plain(images) - model(images)).abs().max() / model(images).abs().max() < 1e-4
+    model.save(tmp_path / "a.safetensors")
+    assert torch.equal(load_adapter(tmp_path / "a.safetensors")(images), model(images))
+    small = adapt(BackboneSpec("mlp_784_256.untrained", base="zero"), NOLA(targets=["all"], num_basis=5), ["a", "b"])
+    with pytest.raises(NolaVisionError, match="no single classifier"):
+        write_merged(small, tmp_path / "x.safetensors")

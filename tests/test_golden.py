@@ -1,0 +1,85 @@
+"""Adapter files of this and of every earlier format version load for ever, and no damage to a file passes."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+from nola_vision import load_adapter
+from nola_vision.adapters.file import read_adapter
+from nola_vision.errors import NolaVisionError
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPECTED = {
+    name: entry for page in sorted(GOLDEN.glob("*.json")) for name, entry in json.loads(page.read_text()).items()
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_golden_files_load_to_the_same_logits(name: str) -> None:
+    assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == EXPECTED[name]["sha256"]
+    model = load_adapter(GOLDEN / name)
+    size = model.card.input.size
+    with torch.no_grad():
+        logits = model(torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size))[0]
+    assert logits.tolist() == pytest.approx(EXPECTED[name]["logits"], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_numpy_decoder_reads_golden_files(name: str) -> None:
+    model = load_adapter(GOLDEN / name)
+    expected, changes = reference.changes(str(GOLDEN / name)), model.stack.changes()
+    assert set(changes) == set(expected) - {"head"}
+    for target, change in changes.items():
+        assert np.abs(change.numpy() - expected[target]).max() < 1e-5 * np.abs(expected[target]).max()
+    if "head" in expected:
+        weight, bias = (t[0].detach().numpy() for t in model.stack.head())
+        assert np.abs(np.c_[weight, bias] - expected["head"]).max() < 1e-5 * np.abs(expected["head"]).max()
+
+
+def test_ten_thousand_damaged_files_are_refused_or_unharmed(tmp_path: Path) -> None:
+    draws = random.Random(0)
+    originals = [(GOLDEN / name).read_bytes() for name in EXPECTED]
+    originals = [content for content in originals if len(content) < 30_000]
+    assert len(originals) >= 5
+    whole = {content: _fields(content, tmp_path) for content in originals}
+    refused = 0
+    for _ in range(10_000):
+        content = draws.choice(originals)
+        damaged = bytearray(content)
+        kind = draws.randrange(4)
+        if kind == 0:  # a few flipped bits
+            for _ in range(draws.choice([1, 1, 2, 8])):
+                damaged[draws.randrange(len(damaged))] ^= 1 << draws.randrange(8)
+        elif kind == 1:  # cut, or grown
+            damaged = damaged[: draws.randrange(len(damaged))] + draws.randbytes(draws.choice([0, 0, 3]))
+        elif kind == 2:  # an edited header: a digit for another
+            header = 8 + int.from_bytes(content[:8], "little")
+            digits = [place for place in range(8, header) if chr(content[place]).isdigit()]
+            damaged[draws.choice(digits)] = ord(draws.choice("0123456789"))
+        else:  # a piece moved
+            start, length = draws.randrange(len(damaged)), draws.randrange(1, 64)
+            piece = damaged[start : start + length]
+            del damaged[start : start + length]
+            place = draws.randrange(len(damaged))
+            damaged[place:place] = piece
+        try:
+            found = _fields(bytes(damaged), tmp_path)
+        except NolaVisionError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert found == whole[content]
+    assert refused > 8000
+
+
+def _fields(content: bytes, folder: Path) -> tuple[str, dict[str, bytes]]:
+    path = folder / "a.safetensors"
+    path.write_bytes(content)
+    metadata, tensors = read_adapter(path)
+    return json.dumps(metadata, sort_keys=True), {n: t.numpy().tobytes() for n, t in tensors.items()}
