@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nola_vision.backbones import BackboneSpec as BackboneSpec
     from nola_vision.methods import NOLA as NOLA
+    from nola_vision.methods import PEFT as PEFT
     from nola_vision.methods import PRANC as PRANC
     from nola_vision.methods import FullFinetune as FullFinetune
     from nola_vision.methods import HashedNet as HashedNet
@@ -37,6 +38,7 @@ _PUBLIC = {
     "HashedNet": "nola_vision.methods",
     "LinearProbe": "nola_vision.methods",
     "LoRA": "nola_vision.methods",
+    "PEFT": "nola_vision.methods",
     "NOLA": "nola_vision.methods",
     "PRANC": "nola_vision.methods",
     "AdaptedModel": "nola_vision.model",

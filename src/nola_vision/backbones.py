@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,12 +40,14 @@ class BackboneSpec:
         img_size: image side in pixels; without it the size timm's data config gives.
         base: what the weights are: `pretrained`; `random`, He's normal variance from the counter-based generator, so
             that a seed restores them; or `zero`, where all weights of linear layers and convolutions are zero.
+        int8: hold the weights of linear layers in 8 bits (`pip install 'nola-vision[int8]'`).
     """
 
     tag: str
     file: str | None = None
     img_size: int | None = None
     base: Base = "pretrained"
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,19 @@ def _missing_keys() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
+def to_int8(backbone: nn.Module) -> None:
+    """Holds the weights of all linear layers as integers of 8 bits with a scale a row (torchao, weights only).
+
+    Raises:
+        NolaVisionError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise NolaVisionError("an int8 backbone needs the package torchao: pip install 'nola-vision[int8]'") from error
+    quantize_(backbone, Int8WeightOnlyConfig())
+
+
 def probe_batch(backbone: nn.Module) -> torch.Tensor:
     """Two images of noise of the size that a backbone takes, for `AdapterStack.attach`; the same ones every time."""
     patch_embed = getattr(backbone, "patch_embed", None)
@@ -223,15 +238,19 @@ def probe_batch(backbone: nn.Module) -> torch.Tensor:
     return noise.to(parameter.device, parameter.dtype)
 
 
-def fingerprint(backbone: nn.Module) -> str:
+def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
     """SHA-256 over a backbone's state dict: names, dtypes, shapes and bytes, in the order of the names.
 
     Position embeddings and relative-position tables stay out: timm resamples them to the image size, and resampling
     rounds differently on different machines.
+
+    Args:
+        backbone: a model.
+        without: names that stay out too.
     """
     state = backbone.state_dict()
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(state.keys() - set(without)):
         if not re.search(r"pos_embed|relative_position", name):
             add_tensor(digest, name, state[name])
     return digest.hexdigest()

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from nola_vision.adapters.file import adapter_bytes, read_adapter
+from nola_vision.adapters.paths import is_quantised
 from nola_vision.adapters.quantise import check_bits
 from nola_vision.adapters.stack import is_nested, prefix_length
 from nola_vision.errors import NolaVisionError
@@ -21,7 +21,7 @@ _STEPS = 4096  # shares of the coefficients that a cut chooses from
 
 
 def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, bits: int | None = None) -> int:
-    """Writes an adapter file with fewer bits a number, or with the first coefficients only, or both; nothing is trained.
+    """Writes an adapter file with fewer bits a number, with the first coefficients only, or both, without training.
 
     Args:
         adapter: an adapter file; to cut it, its method must have been trained with `nested: true`.
@@ -67,6 +67,10 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
     return len(content)
 
 
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor.dequantize() if is_quantised(tensor) else tensor.detach()
+
+
 def _with(method: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     known = {name: value for name, value in changes.items() if name in method["init_args"]}
     return {**method, "init_args": {**method["init_args"], **known}}
@@ -86,12 +90,13 @@ def _counts(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
     return counts
 
 
-def write_merged(model: AdaptedModel, out: str | Path) -> str:
+def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False) -> str:
     """Writes the backbone with the adapter merged, and the head as its classifier: a checkpoint that timm alone loads.
 
     Args:
         model: an adapted model; it is left as it was.
         out: a `.safetensors` file.
+        dequantise: write floats where the backbone holds integers.
 
     Returns:
         The Python expression that loads it.
@@ -104,9 +109,9 @@ def write_merged(model: AdaptedModel, out: str | Path) -> str:
     if not isinstance(classifier, str):
         raise NolaVisionError(f"{spec.tag} has no single classifier in timm, so no checkpoint of it can hold the head")
     weight, bias = stack.head()
-    stack.merge()
+    stack.merge(dequantise=dequantise)
     try:
-        state = {name: tensor.detach().cpu().clone() for name, tensor in model.backbone.state_dict().items()}
+        state = {name: _floats(tensor).cpu().clone() for name, tensor in model.backbone.state_dict().items()}
     finally:
         stack.unmerge()
     state |= {f"{classifier}.weight": weight[0].detach().cpu(), f"{classifier}.bias": bias[0].detach().cpu()}

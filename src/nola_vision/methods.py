@@ -172,8 +172,26 @@ class HashedNet(Adapter):
     c: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class PEFT(Method):
+    """Any method of Hugging Face's PEFT (`pip install 'nola-vision[peft]'`), which edits the backbone in its own way.
+
+    Args:
+        config: the class of its config, such as `peft.VeraConfig`.
+        settings: that config's fields, such as `{r: 256, target_modules: [qkv]}`; module names are timm's.
+        lr: learning rate of what PEFT trains.
+        head_lr: learning rate of the head; the same as `lr` if not given.
+    """
+
+    config: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lr: float = 5e-3
+    head_lr: float | None = None
+
+
 METHODS: dict[str, type[Method]] = {
-    method.__name__: method for method in (NearestNeighbor, LinearProbe, FullFinetune, LoRA, NOLA, PRANC, HashedNet)
+    method.__name__: method
+    for method in (NearestNeighbor, LinearProbe, FullFinetune, LoRA, NOLA, PRANC, HashedNet, PEFT)
 }
 
 
@@ -262,7 +280,9 @@ def _groups(
             }
         case LoRA(rank=rank, c=c):
             _check_rank(method, targets)
-            return {name: LoraGroup(members, n, _rank(rank, members), c, draws, scratch) for name, members in shapes.items()}
+            return {
+                name: LoraGroup(members, n, _rank(rank, members), c, draws, scratch) for name, members in shapes.items()
+            }
         case PRANC(num_basis=k, c=c, storage=storage, memory_mib=memory):
             parts = {"model": targets} if method.scope == "model" else {name: [t] for name, t in single.items()}
             return {
@@ -336,6 +356,31 @@ def _check_rank(method: NOLA | LoRA, targets: Sequence[Target]) -> None:
             f"rank {method.rank} is not possible for {narrow.name}, a {narrow.inputs} x {narrow.outputs} matrix: "
             f"use a rank from 1 to {limit}"
         )
+
+
+def edited_by_peft(backbone: nn.Module, method: PEFT, run_seed: int) -> nn.Module:
+    """PEFT's model around a backbone that it edits: what it adds and trains has `requires_grad`, drawn by `run_seed`.
+
+    Raises:
+        NolaVisionError: PEFT is not installed, has no such config, or refuses its settings for this backbone.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise NolaVisionError("the method PEFT needs the package peft: pip install 'nola-vision[peft]'") from error
+    name = method.config.removeprefix("peft.")
+    known = sorted(n for n in dir(peft) if n.endswith("Config") and n != "PeftConfig")
+    if name not in known:
+        close = difflib.get_close_matches(name, known) or known
+        raise NolaVisionError(f"PEFT has no config '{method.config}': did you mean peft.{' or peft.'.join(close)}?")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_generator(run_seed, "peft").initial_seed())
+            made: nn.Module = peft.get_peft_model(backbone, getattr(peft, name)(**method.settings))
+    except Exception as error:  # each of its methods refuses in its own way
+        reason = " ".join(str(error).split())
+        raise NolaVisionError(f"peft.{name} cannot be used on this backbone with these settings: {reason}") from error
+    return made
 
 
 def stored_bits(method: Method) -> tuple[int, int]:

@@ -24,9 +24,20 @@ from nola_vision.backbones import (
     fingerprint,
     input_config,
     probe_batch,
+    to_int8,
 )
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import NOLA, Adapter, FullFinetune, Method, make_stack, settle, stored_bits
+from nola_vision.methods import (
+    NOLA,
+    PEFT,
+    Adapter,
+    FullFinetune,
+    Method,
+    edited_by_peft,
+    make_stack,
+    settle,
+    stored_bits,
+)
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,12 @@ class AdaptedModel(nn.Module):
     frozen unless the method is `FullFinetune`.
     """
 
-    def __init__(self, backbone: nn.Module, stack: AdapterStack, card: Card) -> None:
+    def __init__(self, backbone: nn.Module, stack: AdapterStack, card: Card, fingerprint: str | None) -> None:
         super().__init__()
         self.backbone, self.stack, self.card = backbone, stack, card
-        # taken now: a run may cast the backbone to another precision, or train all of it
-        # a fully fine-tuned model's file holds every weight, so it fits any of the shape
-        self.fingerprint = None if isinstance(card.method, FullFinetune) else fingerprint(backbone)
+        # of the weights as they were loaded: a run may cast them, round them to int8, or train them; a fully
+        # fine-tuned model has none, since its file holds every weight and so fits any of the shape
+        self.fingerprint = fingerprint
 
     def forward(self, images: Tensor) -> Tensor:
         return self.stack.logits(self.backbone(images))
@@ -78,12 +89,10 @@ class AdaptedModel(nn.Module):
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What training changed, by its name in the adapter file."""
-        tensors = stack_tensors(self.stack)
-        if isinstance(self.card.method, FullFinetune):
-            tensors |= {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
-        elif trains_norms(self.card.method):
-            tensors |= norm_tensors(self.backbone)
-        return tensors
+        backbone = {
+            f"backbone.{name}": tensor for name, tensor in backbone_tensors(self.backbone, self.card.method).items()
+        }
+        return stack_tensors(self.stack) | backbone
 
     @property
     def bits(self) -> dict[str, int]:
@@ -141,18 +150,17 @@ def stack_tensors(stack: AdapterStack) -> dict[str, Tensor]:
     return tensors
 
 
-def norm_tensors(backbone: nn.Module) -> dict[str, Tensor]:
-    """Batch-norm parameters and statistics, as they stand in an adapter file."""
-    tensors: dict[str, Tensor] = {}
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            state = module.state_dict().items()
-            tensors |= {f"norm.{name}.{key}": tensor for key, tensor in state if key != "num_batches_tracked"}
-    return tensors
-
-
-def trains_norms(method: Method) -> bool:
-    return isinstance(method, Adapter) and method.train_norms
+def backbone_tensors(backbone: nn.Module, method: Method) -> dict[str, Tensor]:
+    """The tensors of the backbone itself that a method changes: all, batch norms with their statistics, or PEFT's."""
+    if isinstance(method, FullFinetune):
+        return backbone.state_dict()
+    if isinstance(method, PEFT):
+        return {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    if isinstance(method, Adapter) and method.train_norms:
+        norms = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        whole = {f"{name}.{key}": tensor for name, m in norms.items() for key, tensor in m.state_dict().items()}
+        return {name: tensor for name, tensor in whole.items() if not name.endswith("num_batches_tracked")}
+    return {}
 
 
 def file_bits(stack: AdapterStack, method: Method) -> dict[str, int]:
@@ -169,7 +177,7 @@ def file_metadata(card: Card, stack: AdapterStack, fingerprint: str | None) -> d
     """What an adapter file says besides its tensors, as plain values."""
     targets = [*stack.targets, *([stack.head_target] if stack.head_target else [])]
     return {
-        "backbone": {name: getattr(card.backbone, name) for name in ("tag", "img_size", "base")},
+        "backbone": {name: getattr(card.backbone, name) for name in ("tag", "img_size", "base", "int8")},
         "backbone_fingerprint": fingerprint,
         "method": methods.to_dict(card.method),
         "run_seed": card.run_seed,
@@ -211,14 +219,21 @@ def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
     if isinstance(card.method, NOLA) and card.method.max_bytes is not None:
         card = dataclasses.replace(card, method=_spend_bytes(backbone, card, card.method, card.method.max_bytes))
     stack = _stack(backbone, card)
+    if spec.int8 and isinstance(card.method, FullFinetune | PEFT):
+        raise NolaVisionError(f"{type(card.method).__name__} needs float weights: leave int8 out")
+    if isinstance(card.method, PEFT):  # what it adds and does not train is guarded too
+        backbone = edited_by_peft(backbone, card.method, card.run_seed)
+    fixed = fingerprint(backbone, backbone_tensors(backbone, card.method) if isinstance(card.method, PEFT) else ())
+    if spec.int8:
+        to_int8(backbone)
     stack.attach(backbone, probe_batch(backbone) if spec.base == "pretrained" else None)
     if isinstance(card.method, FullFinetune):
         backbone.requires_grad_(True)
-    elif trains_norms(card.method):
+    elif isinstance(card.method, Adapter) and card.method.train_norms:
         for module in backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.requires_grad_(True)
-    return AdaptedModel(backbone, stack, card)
+    return AdaptedModel(backbone, stack, card, None if isinstance(card.method, FullFinetune) else fixed)
 
 
 def _stack(backbone: nn.Module, card: Card) -> AdapterStack:
@@ -232,7 +247,7 @@ def _spend_bytes(backbone: nn.Module, card: Card, method: NOLA, budget: int) -> 
     def size(k: int) -> int:
         fixed = dataclasses.replace(method, num_basis=k, max_bytes=None)
         stack = _stack(backbone, dataclasses.replace(card, method=fixed))
-        tensors = stack_tensors(stack) | (norm_tensors(backbone) if method.train_norms else {})
+        tensors = stack_tensors(stack) | {f"backbone.{n}": t for n, t in backbone_tensors(backbone, method).items()}
         described = file_metadata(dataclasses.replace(card, method=fixed), stack, "0" * 64)
         return len(adapter_bytes(described, tensors, file_bits(stack, fixed)))
 

@@ -38,7 +38,13 @@ class _MergedLinear(torch.autograd.Function):
 
 def merges_exactly(x: Tensor, weight: Tensor) -> bool:
     """Whether the merged path may be taken: in 16 bits a change of 1e-3 of W would mostly be rounded away."""
-    return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    exact = weight.dtype in (torch.float32, torch.float64) and not is_quantised(weight)
+    return exact and not torch.is_autocast_enabled(x.device.type)
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is held as integers (a tensor subclass of torchao's, which passes for a float tensor)."""
+    return type(weight) not in (Tensor, nn.Parameter)
 
 
 def merged_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -67,6 +73,8 @@ def additive_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: fl
 
 def dense_change(x: Tensor, layer: nn.Linear | nn.Conv2d, change: Tensor) -> Tensor:
     """The layer with its weight plus a change of the weight's shape."""
+    if is_quantised(layer.weight):
+        return F.linear(x, layer.weight, layer.bias) + F.linear(x, change.to(x.dtype))
     weight = layer.weight + change.to(layer.weight.dtype)
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, layer.bias)

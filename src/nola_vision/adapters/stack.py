@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nola_vision.adapters.paths import additive_linear, dense_change, merged_linear, merges_exactly
+from nola_vision.adapters.paths import additive_linear, dense_change, is_quantised, merged_linear, merges_exactly
 from nola_vision.adapters.quantise import rounded_straight_through
 from nola_vision.adapters.target import HEAD, Change, Dense, Group, LowRank, Target, dense
 from nola_vision.errors import NolaVisionError
@@ -83,7 +83,7 @@ class AdapterStack(nn.Module):
         self._probing: dict[str, Change] | None = None
         self._in_forward = False
         self._head_made: Change | None = None  # the head's change of the forward pass that ran last, until it is used
-        self._originals: dict[str, Tensor] = {}  # weights as they were before `merge`
+        self._originals: dict[str, nn.Parameter] = {}  # weights as they were before `merge`
         self._merged_adapter: int | None = None
 
     # --- the trained numbers -------------------------------------------------------------------------------------
@@ -320,28 +320,44 @@ class AdapterStack(nn.Module):
             self.index = None
 
     @torch.no_grad()
-    def merge(self, adapter: int = 0) -> None:
+    def merge(self, adapter: int = 0, dequantise: bool = False) -> None:
         """Adds the changes to the backbone's own weights, in float32 and once; inference then costs nothing extra.
 
-        A copy of each original weight is kept for `unmerge`, since `W + d - d` is not W in floating point.
+        The original weights are kept for `unmerge`, since `W + d - d` is not W in floating point.
+
+        Args:
+            adapter: which one.
+            dequantise: where the backbone holds integers, make the adapted weights floats again.
+
+        Raises:
+            NolaVisionError: an adapter is merged already, or the weights are integers.
         """
         if self.merged:
             raise NolaVisionError("this adapter is merged already: call unmerge() first")
         backbone, changes = self._attached(), self.changes(adapter)
+        if not dequantise and any(is_quantised(backbone.get_parameter(target.weight)) for target in self.targets):
+            raise NolaVisionError(
+                "the backbone holds its weights in int8, and 8 bits would lose most of the change: leave the adapter "
+                "beside it, or merge into floats (dequantise=True, --dequantise)"
+            )
         self._merged_adapter = adapter
         for target in self.targets:
-            weight = backbone.get_parameter(target.weight)
-            if target.weight not in self._originals:
-                self._originals[target.weight] = weight.detach().clone()
-            change = changes[target.name]
-            rows = slice(None) if target.rows is None else slice(*target.rows)
-            weight[rows] = (weight[rows].to(change.dtype) + change).to(weight.dtype)
+            for module in target.modules:
+                layer = backbone.get_submodule(module)
+                if f"{module}.weight" not in self._originals:
+                    original = cast(nn.Parameter, layer.weight)
+                    self._originals[f"{module}.weight"] = original
+                    floats = original.dequantize() if is_quantised(original) else original.detach().clone()
+                    layer.weight = nn.Parameter(floats, requires_grad=False)
+                rows = slice(None) if target.rows is None else slice(*target.rows)
+                weight, change = cast(nn.Parameter, layer.weight), changes[target.name]
+                weight[rows] = (weight[rows].to(change.dtype) + change).to(weight.dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the original weights back, bit for bit."""
+        """Puts the original weights back."""
         for name, original in self._originals.items():
-            self._attached().get_parameter(name).copy_(original)
+            self._attached().get_submodule(name.removesuffix(".weight")).weight = original
         self._originals, self._merged_adapter = {}, None
 
     @property

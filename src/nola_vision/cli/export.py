@@ -18,6 +18,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--max-bytes", type=int, metavar="N", help="cut it to N bytes (trained with `nested: true`)")
     options.add_argument("--bits", type=int, metavar="B", help="store its numbers with 2 to 8 bits, or 16")
     options.add_argument("--weights", metavar="FILE", help="local file with the backbone's weights, to merge with")
+    options.add_argument("--dequantise", action="store_true", help="write floats where the backbone holds int8")
     known = options.parse_args(arguments)
     shorter = known.max_bytes is not None or known.bits is not None
     if (known.merged is None) == (known.out is None) or (known.out is None) == shorter:
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     from nola_vision.model import load_adapter
 
     if known.merged is not None:
-        print(f"{target}: {export.write_merged(load_adapter(known.adapter, known.weights), target)}")
+        print(f"{target}: {export.write_merged(load_adapter(known.adapter, known.weights), target, known.dequantise)}")
     else:
         print(f"{target}: {export.shorten(known.adapter, target, known.max_bytes, known.bits):,} bytes")
     return 0

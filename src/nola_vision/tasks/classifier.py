@@ -17,8 +17,8 @@ from torchmetrics import MeanMetric
 from nola_vision.backbones import BackboneSpec
 from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import FullFinetune, Method
-from nola_vision.model import adapt
+from nola_vision.methods import PEFT, FullFinetune, Method
+from nola_vision.model import adapt, backbone_tensors
 from nola_vision.tasks.accuracy import accuracies, log_accuracy
 
 
@@ -101,12 +101,12 @@ class Classifier(L.LightningModule):
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
         method, stack = self.method, self.model.stack
         lr: float = method.lr  # type: ignore[attr-defined]
-        everything = isinstance(method, FullFinetune)
+        inside = isinstance(method, FullFinetune | PEFT)
         backbone = [parameter for parameter in self.model.backbone.parameters() if parameter.requires_grad]
         head_lr = getattr(method, "head_lr", None)
         groups: list[dict[str, Any]] = [
-            {"params": backbone if everything else stack.adapter_parameters(), "lr": lr, "name": "adapter"},
-            {"params": [] if everything else backbone, "lr": lr, "name": "norms"},
+            {"params": backbone if inside else stack.adapter_parameters(), "lr": lr, "name": "adapter"},
+            {"params": [] if inside else backbone, "lr": lr, "name": "norms"},
             {"params": stack.head_parameters(), "lr": lr if head_lr is None else head_lr, "name": "head"},
         ]
         return [group for group in groups if group["params"]]
@@ -128,8 +128,8 @@ class Classifier(L.LightningModule):
     # --- checkpoints hold what is trained; the backbone comes back from its tag, the basis from its seed -----------
 
     def _kept(self, names: Sequence[str]) -> set[str]:
-        everything = isinstance(self.method, FullFinetune)
-        return {name for name in names if everything or not name.startswith("model.backbone.")}
+        trained = {f"model.backbone.{name}" for name in backbone_tensors(self.model.backbone, self.method)}
+        return {name for name in names if name in trained or not name.startswith("model.backbone.")}
 
     def _identity(self) -> dict[str, Any]:
         """What the stored numbers mean something for; learning rates may differ."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nola_vision.backbones import BackboneSpec, create_backbone
+from nola_vision.backbones import BackboneSpec, create_backbone, to_int8
 from nola_vision.tasks.accuracy import accuracies, log_accuracy
 
 
@@ -27,6 +27,8 @@ class NearestNeighborClassifier(L.LightningModule):
     def __init__(self, backbone: BackboneSpec, class_names: Sequence[str]) -> None:
         super().__init__()
         self.backbone = create_backbone(backbone)
+        if backbone.int8:
+            to_int8(self.backbone)
         self.accuracy = accuracies(len(class_names))
         self._reference: tuple[Tensor, Tensor] | None = None
 
