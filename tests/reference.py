@@ -106,7 +106,9 @@ def changes(path: str) -> dict[str, np.ndarray]:
         m = fan_in if linear else next(i for i in range(math.isqrt(size), 0, -1) if size % i == 0)
         o, he = size // m, math.sqrt(2 / fan_in)
         if method in ("NOLA", "LoRA"):
-            rank = min(fields["rank"], m, o)  # that of the head may be smaller
+            rank = fields["rank"]
+            if name == "head":
+                rank = min(fields["head_rank"] or 16 if method == "NOLA" else rank, m, o)
             if method == "NOLA":
                 a, b = _nola_factors(own, layer, name, m, o, {**fields, "rank": rank}, seed)
             else:

@@ -143,7 +143,7 @@ def test_resuming_a_finished_run_keeps_it(tmp_path: Path) -> None:
     with pytest.raises(NolaVisionError, match="nothing left to train"):
         run.run(config("linear"), tmp_path, ckpt_path="last")
     assert store.read_row(folder / "row.json") == done
-    assert (folder / "metrics-1.csv").read_text() == log
+    assert (folder / "metrics.csv").read_text() == log
 
 
 def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:

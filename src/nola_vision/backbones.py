@@ -203,6 +203,9 @@ def _missing_keys() -> Iterator[list[str]]:
             if found:
                 missing.extend(found[1].split(", "))
 
+    hub = logging.getLogger("huggingface_hub")  # offline it would tell of each of its ten attempts
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)
     logger, listener = logging.getLogger("timm.models._builder"), Listener()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(listener)
@@ -211,6 +214,7 @@ def _missing_keys() -> Iterator[list[str]]:
     try:
         yield missing
     finally:
+        hub.setLevel(hub_level)
         logger.removeHandler(listener)
         logger.setLevel(level)
         logger.propagate = propagate

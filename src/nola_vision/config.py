@@ -113,6 +113,11 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
     """
     if method := (config.get("model") or {}).get("method"):
         methods.from_dict(method)
+    seen = [*options, *(config.get("model") or {}).get("optimizer", {}).get("init_args", {})]
+    if any(word == "lr" or re.match(r"--model\.optimizer.*\.lr\b", word) for word in seen):
+        raise NolaVisionError(
+            "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
+        )
     try:
         with quiet():
             parsed = RunCLI(["--config", json.dumps(config), *options]).config
@@ -128,11 +133,14 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
     plain.pop("seed_everything", None)
     if plain["data"]["dataset"] == "folder":
         plain["data"]["root"] = plain["data"]["root"] or os.environ.get(ROOT_VARIABLE)
+    if plain["model"]["run_seed"] < 0 or plain["data"]["split_seed"] < 0:
+        raise NolaVisionError("run_seed and split_seed must not be below 0")
     if plain["threads"] is not None and plain["threads"] < 1:
         raise NolaVisionError(f"threads is {plain['threads']}: it must be at least 1")
     plain["content"] = _content(plain)
     plain["model"]["method"].setdefault("init_args", {})
-    if plain.get("method") is None:
+    asked = ((config.get("model") or {}).get("method") or {}).get("class_path", "").rpartition(".")[2]
+    if plain.get("method") is None or identity.method_class(plain) != asked:  # another class by --model.method
         plain["method"] = identity.method_class(plain).lower()
     return plain
 
@@ -215,6 +223,7 @@ def quiet() -> Iterator[None]:
             ".*does not have many workers.*",  # workers cost more than they bring for a set kept in memory
             ".*in eval mode at the start of training.*",  # frozen batch norms are meant to be
             ".*treespec.*is deprecated.*",
+            ".*Total length of `.*` across ranks is zero.*",  # no validation pool: a sentence of our own says so
             ".*The dirpath has changed from.*",  # `validate` and `test` write beside the run
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*Experiment logs directory .* exists and is not empty.*",

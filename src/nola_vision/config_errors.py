@@ -22,7 +22,8 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
     inside = re.search(r"class_path '[\w.]*?(\w+)'", message)
     if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
         name = inside[1] if inside else key
-        return f"{name or 'the config'} has no setting '{unknown[1]}'{_instead(unknown[1], settings.get(name, ()))}"
+        given = unknown[1] if name else unknown[1].partition(".")[0]
+        return f"{name or 'the config'} has no setting '{given}'{_instead(given, settings.get(name, ()))}"
     if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
         group, option = unknown.groups()
         inner, _, last = f"{group}.{option}".rpartition(".")
@@ -31,12 +32,12 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
     if unknown := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", message):
         group, _, option = unknown[1].lstrip("-").rpartition(".")
         return f"there is no option {unknown[1]}{_instead(option, settings.get(group, ()))}"
-    given = re.search(r"(?:Given value|Got value): (.*)$", message)
+    shown = re.search(r"(?:Given value|Got value): (.*)$", message)
     if keys and (missing := re.search(r"Expected a dot import path string: (\S+)", message)):
         classes = settings.get(key, ())
         return f"{key} is '{missing[1]}', which is no class's name{_instead(missing[1], classes)}"
-    if keys and given and (kinds := _kinds(message)):
-        return f"{key} is '{given[1]}': it must be {' or '.join(kinds)}"
+    if keys and shown and (kinds := _kinds(message)):
+        return f"{key} is '{shown[1]}': it must be {' or '.join(kinds)}"
     return message
 
 

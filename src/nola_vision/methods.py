@@ -106,11 +106,12 @@ class NOLA(Adapter):
     """NOLA (ICLR 2024, equation 1): W + (c / rank) A B, with A and B linear combinations of fixed random matrices.
 
     Args:
-        rank: r, the width of the factors; it does not change the number of trained coefficients. That of the head is at
-            most the number of classes.
+        rank: r, the width of the factors; it does not change the number of trained coefficients.
         num_basis: k, the number of random matrices, and so of coefficients, for each of A and B.
         num_basis_b: l, that of B where it differs.
         head_num_basis: that of the head (A and B), if `head` is a target; `num_basis` if not given.
+        head_rank: r of the head, at most the number of classes; 16 or that number if not given, since a head starts
+            from almost nothing and must reach full rank.
         max_parameters: instead of `num_basis`, a budget of trained coefficients (without the head's) that is spread
             evenly over the targets.
         max_bytes: instead of `num_basis`, a budget for the adapter file.
@@ -128,6 +129,7 @@ class NOLA(Adapter):
     num_basis: int = 1024
     num_basis_b: int | None = None
     head_num_basis: int | None = None
+    head_rank: int | None = None
     max_parameters: int | None = None
     max_bytes: int | None = None
     c: float = 2.0
@@ -266,7 +268,7 @@ def _groups(
                 name: NolaGroup(
                     members,
                     n,
-                    _rank(rank, members),
+                    rank if name != HEAD else min(method.head_rank or 16, members[0].inputs, members[0].outputs),
                     _num_basis(method, targets, name),
                     c,
                     basis_seed,
@@ -281,7 +283,8 @@ def _groups(
         case LoRA(rank=rank, c=c):
             _check_rank(method, targets)
             return {
-                name: LoraGroup(members, n, _rank(rank, members), c, draws, scratch) for name, members in shapes.items()
+                name: LoraGroup(members, n, _lora_rank(rank, members), c, draws, scratch)
+                for name, members in shapes.items()
             }
         case PRANC(num_basis=k, c=c, storage=storage, memory_mib=memory):
             parts = {"model": targets} if method.scope == "model" else {name: [t] for name, t in single.items()}
@@ -299,7 +302,7 @@ def _groups(
     return {}
 
 
-def _rank(rank: int, members: Sequence[Target]) -> int:
+def _lora_rank(rank: int, members: Sequence[Target]) -> int:
     return rank if members[0].name != HEAD else min(rank, members[0].inputs, members[0].outputs)
 
 
@@ -330,7 +333,7 @@ def check(method: Method) -> None:
         NolaVisionError: a number out of range, or two settings that say the same.
     """
     name = type(method).__name__
-    for setting in ("lr", "head_lr", "c", "num_basis", "num_basis_b", "head_num_basis", "memory_mib"):
+    for setting in ("lr", "head_lr", "c", "num_basis", "num_basis_b", "head_num_basis", "head_rank", "memory_mib"):
         value = getattr(method, setting, None)
         if value is not None and not 0 < value < math.inf:
             raise NolaVisionError(f"{setting} of {name} is {value}: it must be a number above zero")

@@ -205,14 +205,21 @@ def adapt(
         basis_seed: sets NOLA's basis; `run_seed` if not given.
 
     Raises:
-        NolaVisionError: the backbone or a target is not there, or a target has no effect on the features.
+        NolaVisionError: the backbone or a target is not there, a target has no effect on the features, or an argument
+            makes no sense.
     """
+    if not isinstance(method, Method):
+        raise NolaVisionError(f"the method is {method!r}: give a value such as NOLA(targets=['mlp'])")
+    names = [] if isinstance(class_names, str | int) else list(class_names)
+    if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+        raise NolaVisionError(f"class_names is {class_names!r}: give the names of two classes or more, each once")
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
     basis_seed = run_seed if basis_seed is None else basis_seed
     card = Card(spec, method, tuple(class_names), run_seed, basis_seed, input_config(spec))
     return _assemble(spec, card)
 
 
+@torch.inference_mode(False)  # whoever loads an adapter while predicting: the probe needs gradients
 def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
     card = dataclasses.replace(card, method=settle(card.method, card.backbone.base))
     backbone = create_backbone(spec, card.basis_seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 import traceback
@@ -92,6 +93,8 @@ def run(
         raise NolaVisionError(
             f"the folder {folder} cannot be made ({error.strerror}): give another by --out"
         ) from error
+    if not os.access(folder, os.W_OK):
+        raise NolaVisionError(f"the folder {folder} cannot be written to: give another by --out")
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     measured: dict[str, Any] = {}
     status: row.Status = "failed"
@@ -146,7 +149,9 @@ def _measure(
     if isinstance(task, Classifier):
         task.run_hash = identity.run_hash(run_config, stage)
         if ckpt_path is not None:  # before anything of the old run is touched
-            _refuse_other_run(read_checkpoint(ckpt_path), task.run_hash)
+            _refuse_other_run(checkpoint := read_checkpoint(ckpt_path), task.run_hash)
+            if checkpoint["epoch"] + 1 >= (trainer.max_epochs or math.inf) > 0:
+                raise NolaVisionError("there was nothing left to train: this run is at its end")
         if is_main_process():
             _keep_old_log(folder)
         clock = time.perf_counter()

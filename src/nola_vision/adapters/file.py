@@ -79,7 +79,9 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise NolaVisionError(f"the adapter file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+        raise NolaVisionError(
+            f"the adapter file {path} {'is a folder: name the file in it' if path.is_dir() else 'does not exist'}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -108,7 +108,7 @@ class Group(Protocol):
     (quantised, cut to a prefix).
     """
 
-    targets: Sequence[Target]
+    targets: tuple[Target, ...]
 
     def changes(self, trained: Mapping[str, Tensor]) -> list[Change]:
         """One change a target, each tensor with n in front."""

@@ -12,6 +12,7 @@ import yaml
 
 from nola_vision.errors import NolaVisionError
 
+LIGHTNINGS_OWN = ("--protocol", "--method", "--threads", "--seed_everything", "--print_config", "--help")
 SHIPPED = Path(__file__).parent.parent / "configs"
 Config = dict[str, Any]
 
@@ -65,12 +66,16 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Config:
     return merged
 
 
-def refuse_stray_config(rest: Sequence[str]) -> None:
-    """A config given without `--config` is meant as one.
+def refuse_strays(rest: Sequence[str], options: argparse.ArgumentParser) -> None:
+    """Catches what can only be a slip among the words that go on to Lightning's parser.
 
     Raises:
-        NolaVisionError: the first word that is left over is no option.
+        NolaVisionError: a config given without `--config`, or an option that is nearly one of the verb's own.
     """
+    own = [name for action in options._actions for name in action.option_strings]
+    for option in (word.partition("=")[0] for word in rest if word.startswith("--") and "." not in word):
+        if option not in LIGHTNINGS_OWN and (close := difflib.get_close_matches(option, own, n=1, cutoff=0.8)):
+            raise NolaVisionError(f"there is no option {option}: did you mean {close[0]}?")
     if rest and not rest[0].startswith("-"):
         raise NolaVisionError(f"'{rest[0]}' is no option: a config is given by --config {rest[0]}")
 

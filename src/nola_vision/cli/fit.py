@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nola_vision.cli.configs import config_options, load_configs, refuse_stray_config
+from nola_vision.cli.configs import config_options, load_configs, refuse_strays
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if "-h" in rest or "--help" in rest:
         purpose = "resume from, or 'last' for this run's own" if verb == "fit" else "evaluate"
         print(HELP.format(verb=verb, purpose=purpose), flush=True)
-    refuse_stray_config(rest)
+    refuse_strays(rest, options)
     if not known.config and not rest:
         raise NolaVisionError(f"nola-vision {verb} needs a config: give --config quickstart.yaml, for one")
     config = load_configs(known.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -53,8 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nola-vision: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("nola-vision: interrupted", file=sys.stderr)
+        hint = {"fit": ": --ckpt_path last goes on where it was", "sweep": ": the same command goes on where it was"}
+        print(f"nola-vision: interrupted{hint.get(verb, '')}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"nola-vision: {error.strerror or error}{where}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

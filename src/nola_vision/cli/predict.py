@@ -39,7 +39,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     try:
         model.to(known.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
-        raise NolaVisionError(f"the device {known.device} cannot be used: {error}") from error
+        raise NolaVisionError(f"the device {known.device} cannot be used here: give cpu, cuda or cuda:N") from error
     rows = [(str(path), name, f"{p:.4f}") for path, name, p in predict(model, paths, known.batch_size)]
     if known.out is None:
         width = max(len(path) for path, _, _ in rows)

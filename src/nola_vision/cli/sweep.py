@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nola_vision.cli.configs import config_options, load_configs, refuse_stray_config
+from nola_vision.cli.configs import config_options, load_configs, refuse_strays
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
 from nola_vision.results.row import Row
@@ -28,17 +28,18 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--inits", default="0-2", help="such as 0-2 (default: 0-2)")
     options.add_argument("--methods", default="all", help="entries of the config's `methods`, or all (default)")
     known, rest = options.parse_known_args(arguments)
-    refuse_stray_config(rest)
+    refuse_strays(rest, options)
     if not known.config:
         raise NolaVisionError("a sweep needs a config: give --config quickstart.yaml, for one")
     splits, inits = plan.parse_range(known.splits), plan.parse_range(known.inits)
     raw = load_configs(known.config)
     methods = plan.parse_methods(known.methods, raw)
 
-    for option in rest:
-        if option.startswith(("--model.method", "--model.run_seed", "--data.split_seed")):
+    taken = ("--method", "--model.method", "--model.run_seed", "--data.split_seed")
+    for option in (word.partition("=")[0] for word in rest):
+        if option in taken or option.startswith("--model.method."):
             raise NolaVisionError(
-                f"{option} is the sweep's own to set: use the config's `methods`, --inits or --splits"
+                f"{option} is the sweep's own to set: use the config's `methods`, --methods, --inits or --splits"
             )
 
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it

@@ -67,8 +67,9 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     methods = need(config, "methods")
     if name not in methods:
         known = [str(known_name) for known_name in methods]
-        close = difflib.get_close_matches(str(name), known) or known
-        raise NolaVisionError(f"the config has no method {name!r}: choose from {', '.join(close)}")
+        close = difflib.get_close_matches(str(name), known)
+        hint = f"did you mean {' or '.join(close)}? It has " if close else "it has "
+        raise NolaVisionError(f"the config has no method {name!r}: {hint}{', '.join(known)}")
     if not isinstance(name, str) or name != _safe(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]
@@ -76,6 +77,10 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         raise NolaVisionError(f"`init_args` of the method {name!r} is no mapping: write it like {{rank: 4}}")
     if not isinstance(settings, Mapping) or not isinstance(settings.get("class_path"), str):
         raise NolaVisionError(f"the method {name!r} has no `class_path`: name its class, such as `class_path: NOLA`")
+    if stray := [key for key in settings if key not in ("class_path", "init_args", "learning_rates")]:
+        raise NolaVisionError(
+            f"the method {name!r} has no key {stray[0]!r}: it takes class_path, init_args and learning_rates"
+        )
     return settings
 
 

@@ -106,7 +106,8 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
 def _lines(rows: Iterable[Row], cell: str) -> tuple[list[_Line], list[str]]:
     """Return a cell's lines in the order of the methods, and the footnotes."""
     rows = [row for row in rows if row.cell == cell]
-    summaries = sorted(summarise(rows), key=_rank)
+    every = sorted(summarise(rows), key=_rank)
+    summaries = [item for item in every if item.completed or item.untested]
     # Compared as printed, in tenths of a point, so that a reader can check the marks.
     tenths = {item: round(10 * float(_points(item.mean))) for item in summaries if item.mean is not None}
     best = max(tenths.values(), default=0)
@@ -131,6 +132,13 @@ def _lines(rows: Iterable[Row], cell: str) -> tuple[list[_Line], list[str]]:
         counts = {"failed": item.failed, "interrupted": item.interrupted, "without a test accuracy": item.untested}
         if told := ", ".join(f"{n} {what}" for what, n in counts.items() if n):
             notes.append(f"{item.label}: {told}, not in its mean")
+    without: dict[str, int] = {}
+    for item in every:
+        if item not in summaries:
+            without[item.method] = without.get(item.method, 0) + item.failed + item.interrupted
+    if without:
+        told = ", ".join(f"{method} {count}" for method, count in without.items())
+        notes.append(f"failed or interrupted runs of settings that no run completed: {told}")
     return lines, notes
 
 

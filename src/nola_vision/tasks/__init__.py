@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from nola_vision.backbones import BackboneSpec
+from nola_vision.errors import NolaVisionError
 from nola_vision.methods import Method, NearestNeighbor
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
@@ -38,6 +39,8 @@ def make_task(
         warmup_epochs: epochs over which the learning rate rises linearly.
         min_lr: where the cosine ends.
     """
+    if len(class_names) < 2:
+        raise NolaVisionError(f"there is one class only, {', '.join(class_names)}: give images of two or more")
     if isinstance(method, NearestNeighbor):
         return NearestNeighborClassifier(backbone, class_names)
     return Classifier(

@@ -1,0 +1,246 @@
+"""Speed and memory, each contender beside the others in one run: `python scripts/benchmark.py step|basis|scratch`.
+
+Contenders take turns, round after round; printed are ratios of medians, with the 10th and 90th percentile of the ratio
+within a round. Turn the machine's other work off first.
+
+    step     one training step of a ViT-B/16 (random weights) at 224 pixels, as a multiple of the frozen backbone's own
+             forward and backward (a free leaf added before block 0)
+    basis    entries of a basis made a second, as a multiple of torch.rand's float32
+    scratch  one training step of ResNet-20 on CIFAR shapes: NOLA's and PRANC's, with Table 8's counts
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from nola_vision import NOLA, PRANC, BackboneSpec, adapt
+from nola_vision.adapters.basis import Basis, basis_key, basis_words
+from nola_vision.methods import Method, make_stack
+
+Step = Callable[[], Any]
+
+
+def interleave(contenders: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round of each contender; the order turns by one a round, and two rounds are for warming up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(-2, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            contenders[name]()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def table(seconds: dict[str, list[float]], base: str, notes: dict[str, str] | None = None) -> None:
+    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"\n{'':34s}{'ms':>9s}{'ratio':>8s}   10 % to 90 % of the rounds")
+    for name, times in seconds.items():
+        ratios = sorted(one / other for one, other in zip(times, seconds[base], strict=True))
+        low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+        line = f"{name:34s}{1000 * middle[name]:9.1f}{middle[name] / middle[base]:8.3f}   {low:.3f} to {high:.3f}"
+        print(f"{line}   {(notes or {}).get(name, '')}")
+    print(f"n = {len(seconds[base])} rounds, {torch.get_num_threads()} threads; ratio: of medians, to {base}")
+
+
+# --- one training step of a ViT-B ------------------------------------------------------------------------------------
+
+STEP_METHODS: dict[str, Method] = {
+    "NOLA-MLP shared cached": NOLA(targets=["mlp"], rank=4, num_basis=1024),
+    "NOLA-MLP shared streamed": NOLA(targets=["mlp"], rank=4, num_basis=1024, storage="streamed"),
+    "NOLA-MLP per_layer streamed": NOLA(targets=["mlp"], rank=4, num_basis=1024, scope="per_layer", storage="streamed"),
+}
+STEP_NAMES = ["frozen", *STEP_METHODS, "PEFT LoRA r=4 QKV"]
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_base_patch16_224", num_classes=0).eval().requires_grad_(False)
+
+
+class Contender:
+    """A ViT-B with an adapter, or frozen; a free leaf before block 0 makes the backward pass run through all blocks."""
+
+    def __init__(self, name: str) -> None:
+        backbone = vit()
+        self.leaf = torch.zeros(768, requires_grad=True)
+        backbone.norm_pre.register_forward_hook(lambda module, args, out: out + self.leaf)
+        self.stack = None
+        self.parameters: list[nn.Parameter] = []
+        if name in STEP_METHODS:
+            self.stack = make_stack(backbone, STEP_METHODS[name], 10)
+            self.stack.attach(backbone)
+            self.parameters = self.stack.adapter_parameters()
+        elif name != "frozen":
+            from peft import LoraConfig, get_peft_model
+
+            backbone = get_peft_model(backbone, LoraConfig(r=4, lora_alpha=8, target_modules=["qkv"]))
+            self.parameters = [p for p in backbone.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters) if self.parameters else None
+        self.backbone = backbone
+        self.images = torch.randn(8, 3, 224, 224)
+
+    def step(self) -> None:
+        self.leaf.grad = None
+        self.backbone(self.images).square().mean().backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def held(self) -> tuple[float, float]:
+        """MiB held between forward and backward: by the adapter (basis, factors, merged weights), by activations."""
+        storages: dict[int, tuple[int, bool]] = {}
+        weights = {p.untyped_storage().data_ptr() for p in self.backbone.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            place = tensor.untyped_storage()
+            if place.data_ptr() not in weights:
+                activation = tensor.dim() > 0 and (tensor.shape[0] == 8 or tensor.shape[0] == 8 * 197)
+                storages[place.data_ptr()] = (place.nbytes(), activation)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = self.backbone(self.images).square().mean()
+        bases = [b for m in self.stack.groups.values() for b in (m.basis_a, m.basis_b)] if self.stack else []
+        cached = sum(b.cached().numel() if b.storage == "cached" else int(b.memory_mib * 2**20) for b in bases[:1])
+        cached += sum(b.cached().numel() for b in bases[1:] if b.storage == "cached")
+        adapter = cached + sum(size for size, activation in storages.values() if not activation)
+        activations = sum(size for size, activation in storages.values() if activation)
+        out.backward()
+        return adapter / 2**20, activations / 2**20
+
+
+def step(rounds: int) -> None:
+    made = {name: Contender(name) for name in STEP_NAMES}
+    held = {name: contender.held() for name, contender in made.items()}
+    notes = {}
+    for name, (adapter, activations) in held.items():
+        more = f"held beyond frozen: adapter {adapter - held['frozen'][0]:.0f} MiB, "
+        more += f"activations {activations - held['frozen'][1]:.0f} MiB"
+        notes[name] = f"{more}; peak of a process {peak(name):.0f} MiB"
+    table(interleave({name: contender.step for name, contender in made.items()}, rounds), "frozen", notes)
+
+
+def peak(name: str) -> float:
+    """The most a process had resident that does three steps of one contender, in MiB."""
+    command = [sys.executable, __file__, "peak", "--name", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+    return float(done.stdout)
+
+
+def print_peak(name: str) -> None:
+    contender = Contender(name)
+    for _ in range(3):
+        contender.step()
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    print(int(found[1]) / 1024 if found else "nan")
+
+
+# --- making a basis --------------------------------------------------------------------------------------------------
+
+
+def basis(rounds: int) -> None:
+    entries, key = 256 * 4 * 768 * 16, basis_key(0, "shape 1x1", "A")
+    box = ((0, 256), (0, 4), (0, 768))
+    basis = Basis([key], 1024, 4, 768 * 16, "streamed")
+
+    def stream() -> None:
+        for _ in basis.chunks(1024, 4):
+            pass
+
+    seconds = interleave(
+        {
+            "torch.rand float32": lambda: torch.rand(entries),
+            "compiled words": lambda: basis_words(key, *box, compiled=True),
+            "plain words": lambda: basis_words(key, *box),
+            "a streamed basis, chunk by chunk": stream,
+        },
+        rounds,
+    )
+    size = {name: entries for name in seconds} | {"a streamed basis, chunk by chunk": 1024 * basis.size}
+    base = statistics.median(seconds["torch.rand float32"]) / entries
+    for name, times in seconds.items():
+        each = statistics.median(times) / size[name]
+        print(f"{name:36s}{1e-9 / each:8.3f} G entries/s   {base / each:6.1f} times torch.rand")
+    print(f"n = {rounds} rounds, {torch.get_num_threads()} threads; medians")
+
+
+# --- ResNet-20 from scratch ------------------------------------------------------------------------------------------
+
+
+def scratch(rounds: int, rank: int) -> None:
+    spec = BackboneSpec("resnet20_cifar.untrained", base="random")
+    names = [str(i) for i in range(10)]
+    images, labels = torch.randn(256, 3, 32, 32), torch.arange(256) % 10
+    pranc: dict[str, Any] = {"targets": ["conv", "head"], "num_basis": 10_000, "scope": "model", "train_norms": True}
+    nola: dict[str, Any] = {"targets": ["conv", "head"], "rank": rank, "num_basis": 250, "head_num_basis": 1000}
+    nola["train_norms"] = True
+    for storage in ("cached", "streamed"):
+        contenders: dict[str, Step] = {}
+        for name, method in (
+            ("NOLA", NOLA(**nola, storage=storage)),
+            ("PRANC", PRANC(**pranc, storage=storage)),
+        ):
+            model = adapt(spec, method, names).train()
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.Adam(parameters, lr=1e-3)
+            contenders[f"{name} {storage}"] = lambda m=model, o=optimizer: train(m, o, images, labels)
+        plain = adapt(spec, NOLA(**nola), names).train()
+        plain.stack.detach()
+        for module in plain.backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                module.requires_grad_(True)
+        optimizer = torch.optim.Adam([p for p in plain.backbone.parameters() if p.requires_grad], lr=1e-3)
+        contenders["the backbone's own step"] = lambda m=plain, o=optimizer: train(m, o, images, labels)
+        seconds = interleave(contenders, rounds)
+        table(seconds, f"NOLA {storage}")
+        own = statistics.median(seconds["the backbone's own step"])
+        less = {name: statistics.median(times) - own for name, times in seconds.items() if storage in name}
+        print("seconds less the backbone's own step: " + ", ".join(f"{n} {left:.3f}" for n, left in less.items()))
+        del contenders
+        gc.collect()
+    print(f"NOLA's rank: {rank}; images {tuple(images.shape)}")
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
+    loss = nn.functional.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["step", "basis", "scratch", "peak"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rank", type=int, default=4, help="NOLA's rank in scratch")
+    parser.add_argument("--name", help="of the contender whose peak is measured (for the script's own use)")
+    known = parser.parse_args()
+    if known.what == "step":
+        step(known.rounds)
+    elif known.what == "basis":
+        basis(known.rounds)
+    elif known.what == "scratch":
+        scratch(known.rounds, known.rank)
+    else:
+        print_peak(known.name)
+
+
+if __name__ == "__main__":
+    main()
