@@ -108,7 +108,7 @@ def changes(path: str) -> dict[str, np.ndarray]:
         if method in ("NOLA", "LoRA"):
             rank = fields["rank"]
             if name == "head":
-                rank = min(fields["head_rank"] or 16 if method == "NOLA" else rank, m, o)
+                rank = min(fields["head_rank"] or 64, m) if method == "NOLA" else min(rank, m, o)
             if method == "NOLA":
                 a, b = _nola_factors(own, layer, name, m, o, {**fields, "rank": rank}, seed)
             else:

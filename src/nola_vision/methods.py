@@ -110,8 +110,8 @@ class NOLA(Adapter):
         num_basis: k, the number of random matrices, and so of coefficients, for each of A and B.
         num_basis_b: l, that of B where it differs.
         head_num_basis: that of the head (A and B), if `head` is a target; `num_basis` if not given.
-        head_rank: r of the head, at most the number of classes; 16 or that number if not given, since a head starts
-            from almost nothing and must reach full rank.
+        head_rank: r of the head; 64 if not given, or the number of features where that is less. A head starts from almost
+            nothing: of a low rank, it would see a few random directions of the features only.
         max_parameters: instead of `num_basis`, a budget of trained coefficients (without the head's) that is spread
             evenly over the targets.
         max_bytes: instead of `num_basis`, a budget for the adapter file.
@@ -268,7 +268,7 @@ def _groups(
                 name: NolaGroup(
                     members,
                     n,
-                    rank if name != HEAD else min(method.head_rank or 16, members[0].inputs, members[0].outputs),
+                    rank if name != HEAD else min(method.head_rank or 64, members[0].inputs),
                     _num_basis(method, targets, name),
                     c,
                     basis_seed,

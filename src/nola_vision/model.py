@@ -221,6 +221,7 @@ def adapt(
 
 @torch.inference_mode(False)  # whoever loads an adapter while predicting: the probe needs gradients
 def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
+    check(card.method)
     card = dataclasses.replace(card, method=settle(card.method, card.backbone.base))
     backbone = create_backbone(spec, card.basis_seed)
     if isinstance(card.method, NOLA) and card.method.max_bytes is not None:

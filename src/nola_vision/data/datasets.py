@@ -312,6 +312,9 @@ DATASETS: dict[str, DatasetEntry] = {
         "CIFAR10", "cifar-10-batches-py", "data_batch_1 to data_batch_5, test_batch, batches.meta", CIFAR10_NAMES
     ),
     "cifar100": Torchvision("CIFAR100", "cifar-100-python", "train, test, meta", CIFAR100_NAMES),
+    "mnist": Torchvision(
+        "MNIST", "MNIST/raw", "train-images-idx3-ubyte, train-labels-idx1-ubyte, and both for t10k", tuple("0123456789")
+    ),
     "fashion_mnist": Torchvision(
         "FashionMNIST",
         "FashionMNIST/raw",

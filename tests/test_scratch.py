@@ -1,0 +1,183 @@
+"""Whole networks from nothing: exact counts of Tables 8 and 9, random starts of the right size, and training."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, HashedNet, LoRA, adapt, load_adapter
+from nola_vision.cli.configs import load_configs
+from nola_vision.config import parse
+from nola_vision.errors import NolaVisionError
+from nola_vision.methods import Method, from_dict
+from nola_vision.model import AdaptedModel
+from nola_vision.results import identity
+
+TEN, HUNDRED = [str(i) for i in range(10)], [str(i) for i in range(100)]
+R20 = BackboneSpec("resnet20_cifar.untrained", base="random")
+
+
+def counts(model: AdaptedModel) -> tuple[int, int, int]:
+    """Trained numbers of the stack, of the backbone (batch norms), and batch-norm statistics."""
+    stack = sum(p.numel() for p in model.stack.parameters())
+    norms = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
+    return stack, norms, sum(t.numel() for n, t in model.trained_tensors().items() if "running_" in n)
+
+
+def entry(config: str, name: str) -> tuple[BackboneSpec, Method]:
+    loaded = load_configs([config])
+    return BackboneSpec(**loaded["model"]["backbone"]), from_dict(identity.resolve(loaded, name)["model"]["method"])
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "classes", "stack", "norms", "total"),
+    [  # PAPER.md, 'Parameter counts that must come out exactly', and Tables 8 and 9
+        ("resnet20_cifar10_scratch.yaml", "nola", TEN, 11_500, 1_376, 12_876),
+        ("resnet20_cifar10_scratch.yaml", "pranc", TEN, 10_000, 1_376, 12_752),
+        ("resnet18_imagenet100_scratch.yaml", "nola", HUNDRED, 100_000, 9_600, 109_600),
+        ("resnet18_imagenet100_scratch.yaml", "pranc", HUNDRED, 100_000, 9_600, 119_200),
+    ],
+)
+def test_counts_of_the_paper(config: str, name: str, classes: list[str], stack: int, norms: int, total: int) -> None:
+    found = counts(adapt(*entry(config, name), classes))
+    assert found == (stack, norms, norms)
+    assert total == stack + norms + (norms if name == "pranc" else 0)  # the paper counts PRANC's statistics too
+
+
+def test_counts_of_dense_hashed_and_lora_networks() -> None:
+    for config, name, classes, total in (
+        ("resnet20_cifar10_scratch.yaml", "dense", TEN, 269_722),
+        ("resnet18_imagenet100_scratch.yaml", "dense", HUNDRED, 11_227_812),
+    ):
+        model = adapt(*entry(config, name), classes)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == total
+    stack, norms, statistics = counts(adapt(*entry("resnet18_imagenet100_scratch.yaml", "hashednet"), HUNDRED))
+    assert 129_200 - 21 <= stack + norms + statistics <= 129_200  # a fraction of a bucket is lost in each weight
+    stack, norms, _ = counts(adapt(*entry("resnet20_cifar10_scratch.yaml", "lora"), TEN))
+    assert abs(stack + norms - 13_295) < 50
+
+
+@pytest.mark.parametrize("config", ["resnet20_cifar10_scratch.yaml", "resnet18_imagenet100_scratch.yaml",
+                                    "mlp_mnist_scratch.yaml"])  # fmt: skip
+def test_every_entry_of_the_shipped_configs_is_understood(config: str) -> None:
+    loaded = load_configs([config])
+    for name in loaded["methods"]:
+        plain = parse({**identity.resolve(loaded, name), "data": {**loaded["data"], "root": "somewhere"}})
+        assert plain["model"]["backbone"]["base"] in ("random", "zero")
+
+
+METHODS = [
+    NOLA(targets=["all", "head"], rank=16, num_basis=200, c=1),
+    LoRA(targets=["all", "head"], rank=2, c=1),
+    PRANC(targets=["all", "head"], num_basis=300, scope="layer"),
+    PRANC(targets=["all", "head"], num_basis=300),
+    HashedNet(targets=["all", "head"], max_parameters=500),
+]
+
+
+@pytest.mark.parametrize("base", ["zero", "random"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'scope', '')}")
+def test_a_network_from_nothing_starts_with_hes_variance_and_learns(method: Method, base: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = adapt(BackboneSpec("mlp_784_256.untrained", base=base), method, TEN)
+    change = model.stack.changes()["fc1.weight"]
+    assert float(change.var()) == pytest.approx(2 / 784, rel=0.25)
+    assert model.backbone.fc1.weight.any() == (base == "random")
+    images, labels = torch.randn(40, 3, 28, 28), torch.arange(40) % 10
+    optimizer = torch.optim.Adam(model.stack.parameters(), lr=0.02)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    model.eval().save(tmp_path / "a.safetensors")
+    assert torch.equal(load_adapter(tmp_path / "a.safetensors")(images), model(images))
+
+
+def test_a_random_base_is_a_function_of_its_seed_alone() -> None:
+    state = torch.get_rng_state()
+    one, same, other = (adapt(R20, FullFinetune(), TEN, basis_seed=seed).backbone for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, same.get_parameter(name))
+        if parameter.dim() == 4:
+            assert not torch.equal(parameter, other.get_parameter(name))
+            fan_in = math.prod(parameter.shape[1:])
+            assert float(parameter.var()) == pytest.approx(2 / fan_in, rel=0.3)
+
+
+def test_batch_norms_are_trained_stored_and_restored(tmp_path: Path) -> None:
+    model = adapt(R20, NOLA(targets=["conv"], num_basis=9, train_norms=True), TEN)
+    images = torch.randn(6, 3, 32, 32)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        nn.functional.cross_entropy(model.train()(images), torch.arange(6)).backward()
+        optimizer.step()
+    model.eval().save(tmp_path / "a.safetensors")
+    again = load_adapter(tmp_path / "a.safetensors")
+    assert torch.equal(again(images), model(images)) and model.backbone.bn1.running_mean.any()
+    with torch.no_grad():
+        again.backbone.bn1.weight.add_(1)
+    assert not torch.equal(again(images), model(images))
+
+
+def test_what_would_never_move_is_refused() -> None:
+    zero = BackboneSpec("resnet20_cifar.untrained", base="zero")
+    with pytest.raises(NolaVisionError, match="never move"):
+        adapt(zero, NOLA(targets=["conv"], start="a0"), TEN)
+    with pytest.raises(NolaVisionError, match="exclude each other"):
+        adapt(BackboneSpec("resnet20_cifar.untrained", base="zero", file="x.pth"), NOLA(targets=["conv"]), TEN)
+
+
+def test_budgets() -> None:
+    glyphs = BackboneSpec("vit_glyph_patch4_32.glyphs")
+    model = adapt(glyphs, NOLA(targets=["mlp", "head"], max_parameters=1000), TEN)
+    assert sum(p.numel() for p in model.stack.adapter_parameters()) == 24 * (1000 // 24)
+    with pytest.raises(NolaVisionError, match="its targets need 24"):
+        adapt(glyphs, NOLA(max_parameters=23), TEN)
+    with pytest.raises(NolaVisionError, match="its targets need 12"):
+        adapt(glyphs, HashedNet(targets=["mlp"], max_parameters=11), TEN)
+    for bits, limit in ((32, 40_000), (4, 9_000)):
+        model = adapt(glyphs, NOLA(targets=["mlp"], max_bytes=limit, bits=bits), TEN)
+        size = model.save("/tmp/budget.safetensors")
+        assert limit - 24 * bits / 8 - 120 <= size <= limit
+        assert load_adapter("/tmp/budget.safetensors").card.method.max_bytes is None
+    with pytest.raises(NolaVisionError, match=r"one coefficient a factor and target takes \d+"):
+        adapt(glyphs, NOLA(max_bytes=500), TEN)
+    with pytest.raises(NolaVisionError, match="give one budget"):
+        adapt(glyphs, NOLA(max_bytes=50_000, max_parameters=500), TEN)
+
+
+def test_grouped_and_depthwise_convolutions() -> None:
+    import timm
+
+    from nola_vision.backbones import find_targets
+    from nola_vision.methods import make_stack
+
+    net = nn.Sequential(
+        nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    net.num_features = 16
+    net.requires_grad_(False)
+    for target, rank in (("re:0", 8), ("re:1", 4)):
+        for method in (NOLA(targets=[target], rank=rank, num_basis=5), PRANC(targets=[target], num_basis=5)):
+            stack = make_stack(net, method, 3)
+            stack.attach(net, torch.randn(2, 8, 9, 9))
+            for parameter in stack.adapter_parameters():
+                parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+            images = torch.randn(2, 8, 9, 9)
+            attached = net(images)
+            stack.merge()
+            assert torch.allclose(net(images), attached, atol=1e-5)
+            stack.detach()
+            assert (net(images) - attached).abs().max() > 1e-3
+    with pytest.raises(
+        NolaVisionError, match="rank 9 is not possible for 0.weight, a 8 x 9 matrix: use a rank from 1 to 8"
+    ):
+        make_stack(net, NOLA(targets=["re:0"], rank=9), 3)
+    assert find_targets(timm.create_model("mobilenetv3_small_050", num_classes=0), ["conv"])
