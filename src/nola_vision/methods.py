@@ -110,7 +110,7 @@ class NOLA(Adapter):
         num_basis: k, the number of random matrices, and so of coefficients, for each of A and B.
         num_basis_b: l, that of B where it differs.
         head_num_basis: that of the head (A and B), if `head` is a target; `num_basis` if not given.
-        head_rank: r of the head; 64 if not given, or the number of features where that is less. A head starts from almost
+        head_rank: r of the head; 64 if not given, at most the number of features + 1. A head starts from almost
             nothing: of a low rank, it would see a few random directions of the features only.
         max_parameters: instead of `num_basis`, a budget of trained coefficients (without the head's) that is spread
             evenly over the targets.

@@ -33,6 +33,7 @@ from nola_vision.methods import (
     Adapter,
     FullFinetune,
     Method,
+    check,
     edited_by_peft,
     make_stack,
     settle,
