@@ -25,6 +25,8 @@ def make_task(
     label_smoothing: float = 0.1,
     warmup_epochs: int = 5,
     min_lr: float = 1e-6,
+    grad_checkpointing: bool = False,
+    compile: bool = False,
 ) -> L.LightningModule:
     """The LightningModule of a method.
 
@@ -38,11 +40,23 @@ def make_task(
         label_smoothing: of the training cross-entropy, from 0 to 1.
         warmup_epochs: epochs over which the learning rate rises linearly.
         min_lr: where the cosine ends.
+        grad_checkpointing: make the backbone's activations again in the backward pass instead of keeping them.
+        compile: run the adapted model through `torch.compile`.
     """
     if len(class_names) < 2:
         raise NolaVisionError(f"there is one class only, {', '.join(class_names)}: give images of two or more")
     if isinstance(method, NearestNeighbor):
         return NearestNeighborClassifier(backbone, class_names)
     return Classifier(
-        backbone, method, class_names, run_seed, basis_seed, optimizer, label_smoothing, warmup_epochs, min_lr
+        backbone,
+        method,
+        class_names,
+        run_seed,
+        basis_seed,
+        optimizer,
+        label_smoothing,
+        warmup_epochs,
+        min_lr,
+        grad_checkpointing,
+        compile,
     )

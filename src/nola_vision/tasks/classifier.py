@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class Classifier(L.LightningModule):
         label_smoothing: float,
         warmup_epochs: int,
         min_lr: float,
+        grad_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1 or warmup_epochs < 0 or min_lr < 0:
@@ -44,6 +47,12 @@ class Classifier(L.LightningModule):
                 f"({min_lr}) not below 0"
             )
         self.model = adapt(backbone, method, class_names, run_seed, basis_seed).train()
+        if grad_checkpointing:
+            if not hasattr(self.model.backbone, "set_grad_checkpointing"):
+                raise NolaVisionError(f"{backbone.tag} has no gradient checkpointing: leave grad_checkpointing out")
+            self.model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        # in a list: the compiled model is no second submodule
+        self._computed: list[Callable[[Tensor], Tensor]] = [torch.compile(self.model) if compile else self.model]
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
         self.method, self.optimizer, self.run_seed = self.model.card.method, optimizer, run_seed
         self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
@@ -53,7 +62,7 @@ class Classifier(L.LightningModule):
         self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images)
+        logits: Tensor = self._computed[0](images)
         return logits
 
     def on_train_epoch_start(self) -> None:

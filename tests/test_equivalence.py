@@ -1,0 +1,63 @@
+"""Other ways to compute the same training: each gives the plain run's loss curve within the tolerance stated here."""
+
+import copy
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from nola_vision import run
+from nola_vision.cli.configs import load_configs, overlay
+from nola_vision.config import parse
+from nola_vision.results import identity
+
+SHORT = {
+    "threads": 1,
+    "data": {"test_limit": 20, "shots": 2},
+    "model": {"method": {"init_args": {"num_basis": 64}}},
+    "trainer": {"max_epochs": 4, "check_val_every_n_epoch": 4, "enable_progress_bar": False},
+}
+WAYS = {
+    "streamed": ({"model": {"method": {"init_args": {"storage": "streamed", "memory_mib": 0.5}}}}, 1e-4),
+    "gradient checkpointing": ({"model": {"grad_checkpointing": True}}, 1e-4),
+    "compiled": ({"model": {"compile": True}}, 1e-3),
+    "bf16-mixed": ({"trainer": {"precision": "bf16-mixed"}}, 3e-2),
+}
+
+
+def losses(out: Path, changes: dict) -> list[float]:
+    config = overlay(identity.resolve(overlay(load_configs(["quickstart.yaml"]), {}), "nola"), copy.deepcopy(SHORT))
+    run_config = parse(overlay(config, changes))
+    row = run.run(run_config, out)
+    log = pd.read_csv(identity.run_folder(out, run_config, "final") / "metrics.csv")["train_loss"].dropna()
+    assert row.status == "completed" and len(log) == 4
+    return log.tolist()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    made = losses(tmp_path_factory.mktemp("plain"), {})
+    assert made[-1] < 0.95 * made[0]  # it learns
+    return made
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_curve_is_that_of_the_plain_run(way: str, plain: list[float], tmp_path: Path) -> None:
+    changes, tolerance = WAYS[way]
+    assert losses(tmp_path, changes) == pytest.approx(plain, rel=tolerance)
+
+
+@pytest.mark.parametrize("method", ["pranc", "hashed"])
+def test_other_methods_run_to_a_row(method: str, tmp_path: Path) -> None:
+    settings = {
+        "pranc": {
+            "class_path": "PRANC",
+            "init_args": {"targets": ["re:blocks.0.attn.*"], "num_basis": 50, "nested": True},
+        },
+        "hashed": {"class_path": "HashedNet", "init_args": {"max_parameters": 500, "bits": 4, "quantise_from": 0.5}},
+    }[method]
+    config = overlay(load_configs(["quickstart.yaml"]), {"methods": {method: settings}})
+    config = overlay(identity.resolve(config, method), {k: v for k, v in SHORT.items() if k != "model"})
+    row = run.run(parse(config), tmp_path)
+    assert row.status == "completed" and row.adapter_parameters == {"pranc": 50, "hashed": 492}[method]
+    assert row.adapter_file_bytes is not None and row.test_accuracy is not None
