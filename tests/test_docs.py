@@ -31,3 +31,13 @@ def test_the_notebook_runs_on_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     assert len(names["final"]) == 1
+
+
+def test_the_coverage_notebook_runs() -> None:
+    (cell,) = [
+        c for c in json.loads((ROOT / "notebooks" / "coverage.ipynb").read_text())["cells"] if c["cell_type"] == "code"
+    ]
+    names: dict = {}
+    exec("".join(cell["source"]), names)
+    table = names["table"]
+    assert (table["nola d=16"] >= table["pranc d=16"]).all() and table["nola d=16"].iloc[3] == 1

@@ -1,0 +1,76 @@
+"""Test accuracy of trained adapters after their files were made shorter, without training: fewer bits, or cut.
+
+    python scripts/measure_files.py runs nola lora-r4                  32, 16, 8, 4, 3 and 2 bits a coefficient
+    python scripts/measure_files.py runs nested --cut                  all, 1/2, 1/4 and 1/8 of the bytes
+
+Reads every completed final run of the methods that are named, shortens its adapter file, loads it and tests it on the
+digits' test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import torch
+
+from nola_vision import load_adapter
+from nola_vision.adapters.file import adapter_bytes, read_adapter
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.export import shorten
+from nola_vision.results import identity, store
+from nola_vision.run import ADAPTER_FILE
+
+
+def fewer_bits(source: Path, out: Path) -> Iterator[str]:
+    """Writes the file with fewer bits for the coefficients; the head's matrix stays as it was."""
+    metadata, tensors = read_adapter(source)
+    described = {key: value for key, value in metadata.items() if key not in ("packed", "digest")}
+    for bits in (32, 16, 8, 4, 3, 2):
+        out.write_bytes(adapter_bytes(described, tensors, {n: bits for n in tensors if n.startswith("adapter.")}))
+        yield f"{bits} bits"
+
+
+def cut(source: Path, out: Path) -> Iterator[str]:
+    """Writes the file's first coefficients to a share of its bytes."""
+    size = source.stat().st_size
+    for parts in (1, 2, 4, 8):
+        shorten(source, out, max_bytes=size // parts)
+        yield f"1/{parts} of the bytes"
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs")
+    parser.add_argument("methods", nargs="+")
+    parser.add_argument("--cut", action="store_true", help="cut files of nested runs instead of taking bits away")
+    known = parser.parse_args()
+    found: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
+    batches = None
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "a.safetensors"
+        for row in store.read_rows(known.runs)[0]:
+            if row.status != "completed" or row.stage != "final" or row.method not in known.methods:
+                continue
+            source = identity.run_folder(known.runs, row.config, "final") / ADAPTER_FILE
+            for name in (cut if known.cut else fewer_bits)(source, out):
+                model = load_adapter(out)
+                if batches is None:
+                    batches = list(KShotDataModule(model.card.backbone).test_dataloader())
+                right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
+                accuracy = 100 * right / sum(len(labels) for _, labels in batches)
+                found[row.method, name].append((accuracy, out.stat().st_size))
+    print(f"{'method':14s}{'file':20s}{'bytes':>9s}   top-1 % (std, ddof 0)    n")
+    for (method, name), measured in found.items():
+        accuracy = [one for one, _ in measured]
+        spread = f"{fmean(accuracy):.2f} ({pstdev(accuracy):.2f})"
+        print(f"{method:14s}{name:20s}{measured[0][1]:9,d}   {spread:22s}{len(accuracy):5d}")
+
+
+if __name__ == "__main__":
+    main()
