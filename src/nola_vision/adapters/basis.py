@@ -116,12 +116,9 @@ def basis_words(
     index, row, block = (torch.arange(*range_, device=device) for range_ in (indices, rows, blocks))
     make = _compiled_words(torch.device(device).type) if compiled else _words
     step = len(index) if compiled else max(1, _BLOCKS_AT_ONCE // max(1, len(row) * len(block)))
-    words = torch.empty(len(index), len(row), len(block), 4, dtype=torch.int32, device=device)
-    for first in range(0, len(index), max(1, step)):
-        made = make(index[first : first + step], row, block, torch.tensor(key, device=device))
-        for place, word in enumerate(made):
-            words[first : first + step, ..., place] = word
-    return words
+    keys = torch.tensor(key, device=device)
+    made = [torch.stack(make(part, row, block, keys), dim=-1) for part in index.split(max(1, step))]
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 
 def basis_bytes(
