@@ -220,6 +220,11 @@ def _missing_keys() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
+def batch_norms(backbone: nn.Module) -> dict[str, nn.Module]:
+    """A backbone's batch-norm layers by name."""
+    return {name: m for name, m in backbone.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+
 def to_int8(backbone: nn.Module) -> None:
     """Holds the weights of all linear layers as integers of 8 bits with a scale a row (torchao, weights only).
 

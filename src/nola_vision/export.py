@@ -60,11 +60,15 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
                 "more, or fewer bits"
             )
         content = cut(largest(lambda step: len(cut(step)) <= max_bytes, _STEPS))
+    _write(out, content)
+    return len(content)
+
+
+def _write(out: str | Path, content: bytes) -> None:
     try:
         write_whole(out, content)
     except OSError as error:
         raise NolaVisionError(f"{out} cannot be written ({error.strerror}): give another path") from error
-    return len(content)
 
 
 def _floats(tensor: Tensor) -> Tensor:
@@ -115,11 +119,7 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
     finally:
         stack.unmerge()
     state |= {f"{classifier}.weight": weight[0].detach().cpu(), f"{classifier}.bias": bias[0].detach().cpu()}
-    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
-    try:
-        write_whole(out, content)
-    except OSError as error:
-        raise NolaVisionError(f"{out} cannot be written ({error.strerror}): give another path") from error
+    _write(out, safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
     size = f", img_size={spec.img_size}" if spec.img_size is not None else ""
     tag = spec.tag.partition(".")[0]
     return f"timm.create_model('{tag}', num_classes={len(weight[0])}{size}, checkpoint_path='{out}')"

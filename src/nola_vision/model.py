@@ -20,6 +20,7 @@ from nola_vision.adapters.target import HEAD
 from nola_vision.backbones import (
     BackboneSpec,
     InputConfig,
+    batch_norms,
     create_backbone,
     fingerprint,
     input_config,
@@ -82,10 +83,9 @@ class AdaptedModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As usual, but a batch norm whose weights are frozen keeps its running statistics."""
         super().train(mode)
-        for module in self.backbone.modules():
-            frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen:
-                module.training = False
+        for norm in batch_norms(self.backbone).values():
+            if not any(p.requires_grad for p in norm.parameters(recurse=False)):
+                norm.training = False
         return self
 
     def trained_tensors(self) -> dict[str, Tensor]:
@@ -158,8 +158,8 @@ def backbone_tensors(backbone: nn.Module, method: Method) -> dict[str, Tensor]:
     if isinstance(method, PEFT):
         return {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     if isinstance(method, Adapter) and method.train_norms:
-        norms = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        whole = {f"{name}.{key}": tensor for name, m in norms.items() for key, tensor in m.state_dict().items()}
+        norms = batch_norms(backbone).items()
+        whole = {f"{name}.{key}": tensor for name, norm in norms for key, tensor in norm.state_dict().items()}
         return {name: tensor for name, tensor in whole.items() if not name.endswith("num_batches_tracked")}
     return {}
 
@@ -176,14 +176,15 @@ def file_bits(stack: AdapterStack, method: Method) -> dict[str, int]:
 
 def file_metadata(card: Card, stack: AdapterStack, fingerprint: str | None) -> dict[str, Any]:
     """What an adapter file says besides its tensors, as plain values."""
-    targets = [*stack.targets, *([stack.head_target] if stack.head_target else [])]
     return {
         "backbone": {name: getattr(card.backbone, name) for name in ("tag", "img_size", "base", "int8")},
         "backbone_fingerprint": fingerprint,
         "method": methods.to_dict(card.method),
         "run_seed": card.run_seed,
         "basis_seed": card.basis_seed,
-        "targets": [{"name": t.name, "shape": list(t.shape), "group": stack.group_of[t.name]} for t in targets],
+        "targets": [
+            {"name": t.name, "shape": list(t.shape), "group": stack.group_of[t.name]} for t in stack.every_target
+        ],
         "class_names": list(card.class_names),
         "input": dataclasses.asdict(card.input),
     }
@@ -232,17 +233,18 @@ def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
         raise NolaVisionError(f"{type(card.method).__name__} needs float weights: leave int8 out")
     if isinstance(card.method, PEFT):  # what it adds and does not train is guarded too
         backbone = edited_by_peft(backbone, card.method, card.run_seed)
-    fixed = fingerprint(backbone, backbone_tensors(backbone, card.method) if isinstance(card.method, PEFT) else ())
+    fixed = None
+    if not isinstance(card.method, FullFinetune):
+        fixed = fingerprint(backbone, backbone_tensors(backbone, card.method) if isinstance(card.method, PEFT) else ())
     if spec.int8:
         to_int8(backbone)
     stack.attach(backbone, probe_batch(backbone) if spec.base == "pretrained" else None)
     if isinstance(card.method, FullFinetune):
         backbone.requires_grad_(True)
     elif isinstance(card.method, Adapter) and card.method.train_norms:
-        for module in backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.requires_grad_(True)
-    return AdaptedModel(backbone, stack, card, None if isinstance(card.method, FullFinetune) else fixed)
+        for norm in batch_norms(backbone).values():
+            norm.requires_grad_(True)
+    return AdaptedModel(backbone, stack, card, fixed)
 
 
 def _stack(backbone: nn.Module, card: Card) -> AdapterStack:
@@ -301,8 +303,7 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error}") from error
     # a fully fine-tuned model's file holds every weight, so none needs to be at hand
     model = _assemble(spec if expected is not None else dataclasses.replace(spec, base="random"), card)
-    head = [model.stack.head_target] if model.stack.head_target is not None else []
-    here = {target.name: target.shape for target in [*model.stack.targets, *head]}
+    here = {target.name: target.shape for target in model.stack.every_target}
     if list(here.items()) != list(shapes.items()):  # in this order: coefficients are stored by position
         name = next((n for n in here.keys() | shapes.keys() if here.get(n) != shapes.get(n)), "their order")
         raise NolaVisionError(

@@ -66,6 +66,7 @@ class AdapterStack(nn.Module):
         self.group_of = {target.name: name for target, name in every.items()}
         self.targets = tuple(target for target in every if target.name != HEAD)
         self.head_target = next((target for target in every if target.name == HEAD), None)
+        self.every_target = (*self.targets, *([self.head_target] if self.head_target is not None else []))
         self._head_base = head_base
         if self.head_target is None:
             bound = 0.1 * num_features**-0.5

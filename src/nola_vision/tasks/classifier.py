@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torchmetrics import MeanMetric
 
-from nola_vision.backbones import BackboneSpec
+from nola_vision.backbones import BackboneSpec, batch_norms
 from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import PEFT, FullFinetune, Method
@@ -154,7 +154,7 @@ class Classifier(L.LightningModule):
         checkpoint["run_hash"] = self.run_hash
 
     def on_fit_start(self) -> None:
-        norms = (m for m in self.model.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        norms = batch_norms(self.model.backbone).values()
         if self.trainer.world_size > 1 and any(m.training and not isinstance(m, nn.SyncBatchNorm) for m in norms):
             raise NolaVisionError(
                 "this method trains batch norms, whose statistics each device would take of its own images: use one "
