@@ -118,8 +118,7 @@ class Contender:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = self.backbone(self.images).square().mean()
         bases = [b for m in self.stack.groups.values() for b in (m.basis_a, m.basis_b)] if self.stack else []
-        cached = sum(b.cached().numel() if b.storage == "cached" else int(b.memory_mib * 2**20) for b in bases[:1])
-        cached += sum(b.cached().numel() for b in bases[1:] if b.storage == "cached")
+        cached = sum(b.cached().numel() for b in bases if b.storage == "cached")  # a streamed chunk is gone by now
         adapter = cached + sum(size for size, activation in storages.values() if not activation)
         activations = sum(size for size, activation in storages.values() if activation)
         out.backward()

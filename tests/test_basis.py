@@ -103,7 +103,7 @@ def test_law_is_uniform_with_variance_one_third() -> None:
 def test_combine_is_the_matrix_product_in_any_chunks(
     monkeypatch: pytest.MonkeyPatch, storage: str, budget: int, names: list[str]
 ) -> None:
-    monkeypatch.setattr("nola_vision.adapters.basis._DECODE_BYTES", budget)
+    monkeypatch.setattr("nola_vision.adapters.basis._DECODE_BYTES", {"cpu": budget})
     basis = Basis([basis_key(0, name, "A") for name in names], 7, 2, 37, storage, memory_mib=budget / 2**20)
     coefficients = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     dense = np.stack([reference.values(reference.basis(0, name, "A", 7, 2, 37)).reshape(7, -1) for name in names])

@@ -67,6 +67,19 @@ def test_fewer_bits_without_training(tmp_path: Path) -> None:
     assert sorted(sizes.values(), reverse=True) == list(sizes.values())
 
 
+def test_a_vit_bs_file_of_4_bits_is_a_tenth_of_loras(tmp_path: Path) -> None:
+    spec = BackboneSpec("vit_base_patch16_224.augreg_in21k_ft_in1k", base="zero")
+    names = [f"class {number}" for number in range(100)]
+    nola = NOLA(targets=["mlp", "head"], rank=4, num_basis=1024, bits=4)
+    model = adapt(spec, nola, names)
+    assert [p.numel() for p in model.stack.adapter_parameters()] == [12 * 1024] * 4
+    assert [p.numel() for p in model.stack.head_parameters()] == [1024] * 2
+    small = model.save(tmp_path / "nola.safetensors")
+    large = adapt(spec, LoRA(targets=["qkv"], rank=4, bits=16), names).save(tmp_path / "lora.safetensors")
+    assert large > 2 * (147_456 + 76_900) - 200  # the head's bias keeps 32 bits
+    assert 51_200 / 2 < small <= large / 10
+
+
 def test_what_cannot_be_cut_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shaken(NOLA(num_basis=20)).save(tmp_path / "a.safetensors")
     shaken(NOLA(num_basis=20, nested=True)).save(tmp_path / "n.safetensors")
@@ -93,6 +106,17 @@ def test_timm_alone_loads_a_merged_checkpoint(tmp_path: Path, capsys: pytest.Cap
         assert main(["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", str(out)]) == 0
         loaded = eval(capsys.readouterr().out.partition(": ")[2], {"timm": timm}).eval()
         assert (loaded(IMAGES) - model(IMAGES)).abs().max() / model(IMAGES).abs().max() < 1e-5
+
+
+def test_an_int8_adapter_is_merged_into_floats_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shaken(NOLA(targets=["mlp"], num_basis=30), BackboneSpec("vit_glyph_patch4_32.glyphs", int8=True))
+    model.save(tmp_path / "a.safetensors")
+    command = ["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", f"{tmp_path}/m.safetensors"]
+    assert main(command) == 2
+    assert "--dequantise" in capsys.readouterr().err and not (tmp_path / "m.safetensors").exists()
+    assert main([*command, "--dequantise"]) == 0
+    loaded = eval(capsys.readouterr().out.partition(": ")[2], {"timm": timm}).eval()
+    assert (loaded(IMAGES) - model(IMAGES)).abs().max() / model(IMAGES).abs().max() < 1e-4
 
 
 def test_a_merged_resnet_with_its_own_batch_norm(tmp_path: Path) -> None:

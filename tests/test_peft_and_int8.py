@@ -49,6 +49,19 @@ def test_a_peft_method_trains_is_saved_and_comes_back(config: str, settings: dic
     assert torch.equal(load_adapter(tmp_path / "a.safetensors")(IMAGES), model(IMAGES))
 
 
+def test_a_peft_adapter_for_other_fixed_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VeRA's shared projections are drawn by PEFT and not in the file: they must be the ones that it trained with."""
+    import peft
+
+    settings = {"r": 8, "target_modules": ["qkv"]}
+    adapt(SPEC, PEFT(config="VeraConfig", settings=settings), ["a", "b"]).save(tmp_path / "a.safetensors")
+    load_adapter(tmp_path / "a.safetensors")
+    config = peft.VeraConfig
+    monkeypatch.setattr(peft, "VeraConfig", lambda **given: config(**given, projection_prng_key=7))
+    with pytest.raises(NolaVisionError, match="other weights"):
+        load_adapter(tmp_path / "a.safetensors")
+
+
 def test_a_peft_method_runs_from_a_config_to_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     method = {"class_path": "PEFT", "init_args": {"config": "peft.VeraConfig", "lr": 0.01,

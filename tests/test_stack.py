@@ -140,6 +140,61 @@ def test_additive_and_merged_paths_agree(method: Method, monkeypatch: pytest.Mon
         assert (one - parameter.grad).abs().max() < 1e-4 * one.abs().max()
 
 
+def held(backbone: nn.Module, images: torch.Tensor) -> int:
+    """Bytes that autograd holds of a forward pass (`saved` keeps them alive, so that no address comes twice)."""
+    saved: list[torch.Tensor] = []
+    leaf = torch.zeros(48, requires_grad=True)  # so that the frozen backbone has a backward pass too
+    hook = backbone.norm_pre.register_forward_hook(lambda module, args, out: out + leaf)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = backbone(images)
+    hook.remove()
+    assert out.requires_grad
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}.values())
+
+
+@pytest.mark.parametrize("targets", [["mlp"], ["qkv", "mlp"]], ids="+".join)
+def test_inputs_of_adapted_layers_are_made_again_instead_of_held(targets: list[str]) -> None:
+    images = torch.randn(16, 3, 32, 32)
+    frozen = held(vit(), images)
+    backbone = vit()
+    stack = attached(backbone, NOLA(targets=targets, rank=1, num_basis=4))
+    factors = 4 * sum(t.inputs + t.outputs for t in stack.targets)
+    thin = 4 * 16 * 17 * len(stack.targets)  # x A, of rank 1, where it was made
+    assert frozen < held(backbone, images) < frozen + 2 * factors + thin + 4096
+    inputs = 16 * 17 * 4 * sum(t.inputs for t in stack.targets)
+    assert inputs > 4 * (2 * factors + thin + 4096)  # what the bound would not let pass
+
+
+class Overwritten(nn.Module):
+    """Writes to an activation's output before it goes on."""
+
+    num_features = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)).mul_(3))
+
+
+def test_an_activation_that_was_written_to_is_held_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = Overwritten().requires_grad_(False)
+    stack = make_stack(model, LoRA(targets=["re:fc."], rank=2), 5)
+    shake(stack)
+    stack.attach(model)
+    x = torch.randn(4, 5)
+    model(x).square().sum().backward()
+    group = stack.groups["7x6"]
+    weight = model.fc2.weight + stack.changes()["fc2.weight"]
+    edited = {"weight": model.fc1.weight + stack.changes()["fc1.weight"], "bias": model.fc1.bias}
+    inside = 3 * nn.functional.gelu(nn.functional.linear(x, **edited))
+    dy = 2 * nn.functional.linear(inside, weight, model.fc2.bias)
+    expected = stack._group("7x6").scale * inside.t() @ dy @ group.b[0, 0].t()
+    assert torch.allclose(group.a.grad[0, 0], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_gradients_agree_with_finite_differences_in_float64(method: Method) -> None:
     backbone = vit().double()
@@ -174,6 +229,68 @@ def test_conv_gradients_agree_with_finite_differences_in_float64() -> None:
         parameter[0, 0, 1] -= 2e-6
         down = stack(images).square().sum()
     assert abs(float(up - down) / 2e-6 / float(parameter.grad[0, 0, 1]) - 1) < 1e-5
+
+
+class Grouped(nn.Module):
+    """A grouped and a depthwise convolution."""
+
+    num_features = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(6, 12, 3, groups=3, padding=1)
+        self.depthwise = nn.Conv2d(12, 12, 3, groups=12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.depthwise(self.grouped(x).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        NOLA(targets=["conv"], rank=3, num_basis=7),
+        LoRA(targets=["conv"], rank=2),
+        PRANC(targets=["conv"], num_basis=9),
+        HashedNet(targets=["conv"], max_parameters=30),
+    ],
+    ids=str,
+)
+def test_grouped_and_depthwise_convolutions(method: Method) -> None:
+    torch.manual_seed(0)
+    backbone = Grouped().requires_grad_(False)
+    stack = make_stack(backbone, method, 5)
+    assert [(t.inputs, t.outputs) for t in stack.targets] == [(12, 18), (9, 12)]
+    edited = copy.deepcopy(backbone)
+    stack.attach(backbone)
+    shake(stack)
+    weights = {f"{name}.weight": getattr(edited, name).weight + stack.changes()[f"{name}.weight"]
+               for name in ("grouped", "depthwise")}  # fmt: skip
+    for weight in weights.values():
+        weight.requires_grad_()
+    images = torch.randn(2, 6, 8, 8)
+    expected = torch.func.functional_call(edited, weights, (images,))
+    out = backbone(images)
+    assert (out - expected).abs().max() < 1e-5 < (out - edited(images)).abs().max()
+    # the change in the loss along a change of the trained numbers, by the dense gradient and by their own
+    dense_gradients = torch.autograd.grad(expected.square().sum(), list(weights.values()))
+    out.square().sum().backward()
+    before, gradients = stack.changes(), [p.grad.clone() for p in stack.adapter_parameters()]
+    directions = [1e-3 * torch.randn_like(p) for p in gradients]
+    with torch.no_grad():
+        for parameter, direction in zip(stack.adapter_parameters(), directions, strict=True):
+            parameter += direction
+    moved = sum(((stack.changes()[n] - before[n]) * g).sum() for n, g in zip(weights, dense_gradients, strict=True))
+    own = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    assert float(own) == pytest.approx(float(moved), rel=0.02)
+
+
+def test_a_convolution_that_computes_in_its_own_way_is_refused_by_name() -> None:
+    backbone = timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=0).requires_grad_(False)
+    stack = make_stack(backbone, NOLA(targets=["conv"], rank=1, num_basis=2), 5)
+    with pytest.raises(NolaVisionError, match="conv_stem is a Conv2dSame, which computes in its own way"):
+        stack.attach(backbone)
+    with pytest.raises(NolaVisionError, match=r"rank 10 is not possible for depthwise.weight, a 9 x 12 matrix"):
+        make_stack(Grouped(), NOLA(targets=["conv"], rank=10, num_basis=2), 5)
 
 
 def test_gradients_reach_the_declared_tensors_only() -> None:

@@ -31,8 +31,10 @@ _MASK = 0xFFFFFFFF
 _SIGN = 0x80000000
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_BLOCKS_AT_ONCE = 2**18  # about 64 MiB of int64 working words while a basis is made by plain torch
-_DECODE_BYTES = 16 * 2**20  # float working memory of one chunk of a cached basis
+_BLOCKS_AT_ONCE = 2**17  # about 32 MiB of int64 working words while a basis is made by plain torch
+# float working memory of one chunk of a cached basis: what a CPU's cache holds; elsewhere enough work for a kernel
+_DECODE_BYTES = {"cpu": 2 * 2**20}
+_DECODE_BYTES_ELSEWHERE = 64 * 2**20
 _STREAM_BYTES_AN_ENTRY = 7  # its byte and the word it came from, its float, and what holds them together
 
 Key = tuple[int, int]
@@ -115,10 +117,12 @@ def basis_words(
     """
     index, row, block = (torch.arange(*range_, device=device) for range_ in (indices, rows, blocks))
     make = _compiled_words(torch.device(device).type) if compiled else _words
-    step = len(index) if compiled else max(1, _BLOCKS_AT_ONCE // max(1, len(row) * len(block)))
+    step = max(1, _BLOCKS_AT_ONCE // max(1, len(row) * len(block)))
     keys = torch.tensor(key, device=device)
-    made = [torch.stack(make(part, row, block, keys), dim=-1) for part in index.split(max(1, step))]
-    return made[0] if len(made) == 1 else torch.cat(made)
+    made = torch.empty(len(index), len(row), len(block), 4, dtype=torch.int32, device=device)
+    for part, place in zip(index.split(step), made.split(step), strict=True):
+        torch.stack(make(part, row, block, keys), dim=-1, out=place)
+    return made
 
 
 def basis_bytes(
@@ -209,7 +213,8 @@ class Basis:
         """Yields (key index, columns, bytes `[count, columns]`) of the first `count` matrices, all columns in turn."""
         if self.storage == "cached":
             kept = self.cached()
-            step = max(1, _DECODE_BYTES // (element_size * max(1, count)))
+            memory = _DECODE_BYTES.get(kept.device.type, _DECODE_BYTES_ELSEWHERE)
+            step = max(1, memory // (element_size * max(1, count)))
             for layer in range(len(self.keys)):
                 for first in range(0, self.size, step):
                     columns = slice(first, min(first + step, self.size))
@@ -231,6 +236,19 @@ class Basis:
                     yield layer, slice(start, start + made[0].numel()), made.flatten(1)
 
 
+def _levels(basis: Basis, like: Tensor, count: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields (layers, columns, q) of all chunks, q `[count, columns]` in the dtype of `like`.
+
+    All chunks are written to one buffer: memory that is new for each would take longer to get than to fill.
+    """
+    buffer = like.new_empty(0)
+    for layer, columns, stored in basis.chunks(count, like.element_size()):
+        if buffer.numel() < stored.numel():
+            buffer = like.new_empty(stored.numel())
+        layers = slice(None) if len(basis.keys) == 1 else slice(layer, layer + 1)
+        yield layers, columns, buffer[: stored.numel()].view(stored.shape).copy_(stored)
+
+
 class _Combine(torch.autograd.Function):
     """Sums of `coefficient * (2 q + 1) / 256`, as `(coefficients @ q) / 128 + sum(coefficients) / 256`, chunk by chunk.
 
@@ -241,9 +259,8 @@ class _Combine(torch.autograd.Function):
     def forward(coefficients: Tensor, basis: Basis) -> Tensor:
         count = coefficients.shape[-1]
         combined = coefficients.new_empty(*coefficients.shape[:-1], basis.size)
-        for layer, columns, stored in basis.chunks(count, coefficients.element_size()):
-            layers = slice(None) if len(basis.keys) == 1 else slice(layer, layer + 1)
-            combined[..., layers, columns] = coefficients[..., layers, :] @ stored.to(coefficients.dtype)
+        for layers, columns, levels in _levels(basis, coefficients, count):
+            combined[..., layers, columns] = coefficients[..., layers, :] @ levels
         return combined.mul_(1 / 128).add_(coefficients.sum(-1, keepdim=True), alpha=1 / 256)
 
     @staticmethod
@@ -254,9 +271,8 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         basis, count = ctx.basis, ctx.count
         total = gradient.new_zeros(*gradient.shape[:-1], count)
-        for layer, columns, stored in basis.chunks(count, gradient.element_size()):
-            layers = slice(None) if len(basis.keys) == 1 else slice(layer, layer + 1)
-            total[..., layers, :] += gradient[..., layers, columns] @ stored.to(gradient.dtype).t()
+        for layers, columns, levels in _levels(basis, gradient, count):
+            total[..., layers, :] += gradient[..., layers, columns] @ levels.t()
         return total.mul_(1 / 128).add_(gradient.sum(-1, keepdim=True), alpha=1 / 256), None
 
 

@@ -9,8 +9,16 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from nola_vision.adapters.paths import additive_linear, dense_change, is_quantised, merged_linear, merges_exactly
+from nola_vision.adapters.paths import (
+    Origin,
+    additive_linear,
+    dense_change,
+    is_quantised,
+    merged_linear,
+    merges_exactly,
+)
 from nola_vision.adapters.quantise import rounded_straight_through
 from nola_vision.adapters.target import HEAD, Change, Dense, Group, LowRank, Target, dense
 from nola_vision.errors import NolaVisionError
@@ -24,6 +32,10 @@ def is_nested(name: str) -> bool:
 def prefix_length(count: int, share: float) -> int:
     """How many of `count` coefficients a share of them is, at least one."""
     return max(1, round(share * count))
+
+
+# deterministic, without trained numbers, and cheap beside a linear layer: what they make can be made again
+_CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm)
 
 
 def _first(change: Change) -> Change:
@@ -84,6 +96,7 @@ class AdapterStack(nn.Module):
         self._probing: dict[str, Change] | None = None
         self._in_forward = False
         self._head_made: Change | None = None  # the head's change of the forward pass that ran last, until it is used
+        self._origins = WeakTensorKeyDictionary()  # of the outputs of cheap layers, as long as they live
         self._originals: dict[str, nn.Parameter] = {}  # weights as they were before `merge`
         self._merged_adapter: int | None = None
 
@@ -218,6 +231,7 @@ class AdapterStack(nn.Module):
         self._hooks = [
             backbone.register_forward_pre_hook(self._enter),
             backbone.register_forward_hook(self._leave, always_call=True),
+            *(m.register_forward_hook(self._remember) for m in backbone.modules() if isinstance(m, _CHEAP)),
         ]
         if probe is not None and self.targets:
             try:
@@ -256,6 +270,15 @@ class AdapterStack(nn.Module):
     def _leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         # the changes stay: activation checkpointing runs layers again in the backward pass and must meet the same ones
         self._in_forward = False
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad and not torch.compiler.is_compiling():  # a compiler decides itself what to make again
+            self._origins[output] = Origin(module, args[0], output._version)
+
+    def origin(self, x: Tensor) -> Origin | None:
+        """What made a layer's input, if the backward pass can make it again."""
+        found = None if torch.compiler.is_compiling() else cast(Origin | None, self._origins.get(x))
+        return found if found is not None and found.version == x._version else None
 
     def change(self, target: Target) -> Change:
         """The change that one target computes with now."""
@@ -388,8 +411,9 @@ class _AdaptedForward:
             if a.dim() == 3:
                 index = self._index(x.shape[0])
                 return additive_linear(x, layer, a[index], b[index], scale)
-            path = merged_linear if merges_exactly(x, layer.weight) else additive_linear
-            return path(x, layer, a, b, scale)
+            if merges_exactly(x, layer.weight):
+                return merged_linear(x, layer, a, b, scale, stack.origin(x))
+            return additive_linear(x, layer, a, b, scale)
         value = self._dense(changes, layer.weight.shape[0])
         if stack.num_adapters == 1:
             return dense_change(x, layer, value)
