@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from nola_vision import run
-from nola_vision.cli.configs import load_configs, overlay
+from nola_vision.config_files import load_configs, overlay
 from nola_vision.config import parse
 from nola_vision.results import identity
 

@@ -55,6 +55,7 @@ def test_rooms_without_lightning(closed: str) -> None:
         ("nola_vision.results.row", "torch"),
         ("nola_vision.sweep.plan", "torch"),
         ("nola_vision.model", "lightning"),
+        ("nola_vision.config_files", "pandas"),
     ],
 )
 def test_importing_a_room_does_not_pull_in_what_it_must_not(module: str, without: str) -> None:

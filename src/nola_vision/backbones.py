@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import timm
 import torch
 from timm.data.config import resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
 from torch import nn
 
@@ -41,6 +42,7 @@ class BackboneSpec:
         base: what the weights are: `pretrained`; `random`, He's normal variance from the counter-based generator, so
             that a seed restores them; or `zero`, where all weights of linear layers and convolutions are zero.
         int8: hold the weights of linear layers in 8 bits (`pip install 'nola-vision[int8]'`).
+        normalisation: mean and std of the images: the backbone's `own`, or `imagenet`'s whatever it was trained with.
     """
 
     tag: str
@@ -48,6 +50,7 @@ class BackboneSpec:
     img_size: int | None = None
     base: Base = "pretrained"
     int8: bool = False
+    normalisation: Literal["own", "imagenet"] = "own"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def input_config(spec: BackboneSpec) -> InputConfig:
         NolaVisionError: timm knows no such model.
     """
     config = resolve_data_config(pretrained_cfg=vars(_pretrained_cfg(spec)))
+    if spec.normalisation == "imagenet":
+        config |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     return InputConfig(
         size=spec.img_size or config["input_size"][-1],
         mean=tuple(config["mean"]),

@@ -68,7 +68,7 @@ class RunCLI(LightningCLI):
         parser.add_argument("--protocol", type=str, default="default", help="Name of the protocol: part of the cell.")
         parser.add_argument("--method", type=str, default=None, help="Entry of the config's `methods` to train.")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; they decide rounding.")
-        for field in ("tag", "file", "img_size", "base", "int8"):
+        for field in (field.name for field in fields(BackboneSpec)):
             parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
         parser.link_arguments("model.run_seed", "data.run_seed")
         parser.link_arguments("model.run_seed", "seed_everything")

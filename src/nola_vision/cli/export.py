@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nola_vision.cli.configs import Options
+from nola_vision.cli.options import Options
 from nola_vision.errors import NolaVisionError
 
 

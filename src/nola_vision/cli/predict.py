@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nola_vision.cli.configs import Options
+from nola_vision.cli.options import Options
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from nola_vision.cli.configs import Options
+from nola_vision.cli.options import Options
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import store, tables
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nola_vision.cli.configs import config_options, load_configs, refuse_strays
+from nola_vision.cli.options import config_options, refuse_strays
+from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
 from nola_vision.results.row import Row

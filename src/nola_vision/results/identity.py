@@ -46,14 +46,14 @@ def resolve(config: Mapping[str, Any], method: str | None = None) -> Config:
 
     Returns:
         The run config: a copy in which `method` is the entry's name, `model.method` its `class_path` and `init_args`,
-        and `methods` (with the `learning_rates` to try) is gone.
+        and `methods` (with the `learning_rates` to try) and `published` are gone.
 
     Raises:
         NolaVisionError: no such entry, or an entry without `class_path`.
     """
     name = method if method is not None else need(config, "method")
     settings = entry(config, name)
-    run_config = copy.deepcopy({key: value for key, value in config.items() if key != "methods"})
+    run_config = copy.deepcopy({key: value for key, value in config.items() if key not in ("methods", "published")})
     run_config["method"] = name
     need(run_config, "model")["method"] = {
         "class_path": settings["class_path"],

@@ -1,0 +1,161 @@
+"""Configs by name: a local file, one that ships with the package, or a cell that is composed of its parts.
+
+A cell's name is `<backbone>_<dataset>_<k>shot` or `<backbone>_<dataset>_<k>shot_<protocol>`, such as
+`vitl_cifar100_5shot.yaml`. What a backbone, a data set or a protocol needs is said once, in `configs/parts/`; later
+parts win: protocol, backbone, data set, shots.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nola_vision.errors import NolaVisionError
+
+SHIPPED = Path(__file__).parent / "configs"
+PARTS = SHIPPED / "parts"
+SHOTS = (5, 10)  # of the paper; any other number makes a cell too
+Config = dict[str, Any]
+
+
+def load_configs(names: Sequence[str]) -> Config:
+    """Reads configs and lays each over those before it, mapping by mapping.
+
+    Raises:
+        NolaVisionError: one is not there, or is no YAML mapping.
+    """
+    merged: Config = {}
+    for name in names:
+        merged = overlay(merged, load_config(name))
+    return merged
+
+
+def load_config(name: str) -> Config:
+    """One config: a local file of that name wins over what ships; `.yaml` may be left out for the latter.
+
+    Raises:
+        NolaVisionError: there is none, or it is no YAML mapping.
+    """
+    if Path(name).is_file():
+        return _read(Path(name))
+    bare = name.removesuffix(".yaml")
+    if (path := SHIPPED / f"{bare}.yaml") in shipped_files():
+        config = _read(path)
+        return config | {"published": published(config["published"])} if "published" in config else config
+    if cell := split_cell(bare):
+        return compose(*cell)
+    known = [f"{known}.yaml" for known in (*(path.stem for path in shipped_files()), *cells())]
+    close = difflib.get_close_matches(f"{bare}.yaml", known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "nola-vision configs list shows the shipped ones"
+    raise NolaVisionError(f"there is no config '{name}', neither here nor shipped: {hint}")
+
+
+def shipped_files() -> list[Path]:
+    """The configs that ship as files of their own."""
+    return sorted(SHIPPED.glob("*.yaml"))
+
+
+def cells() -> Iterator[str]:
+    """The names of the cells of every backbone, data set and number of shots of the paper, in the default protocol."""
+    for backbone, dataset, shots in itertools.product(part_names("backbones"), part_names("datasets"), SHOTS):
+        yield f"{backbone}_{dataset}_{shots}shot"
+
+
+def part_names(kind: str) -> list[str]:
+    """The parts of a kind: `backbones`, `datasets` or `protocols`."""
+    return sorted(path.stem for path in (PARTS / kind).glob("*.yaml"))
+
+
+def split_cell(name: str) -> tuple[str, str, int, str] | None:
+    """Backbone, data set, shots and protocol of a cell's name; None where it is none."""
+    kinds = (part_names(kind) for kind in ("backbones", "datasets", "protocols"))
+    backbones, datasets, protocols = ("|".join(names) for names in kinds)
+    found = re.fullmatch(f"({backbones})_({datasets})_([1-9][0-9]*)shot(?:_({protocols}))?", name)
+    return (found[1], found[2], int(found[3]), found[4] or "default") if found else None
+
+
+def compose(backbone: str, dataset: str, shots: int, protocol: str = "default") -> Config:
+    """The config of a cell.
+
+    `method_defaults` of the protocol, by class, are laid under each entry of that class.
+    """
+    config: Config = {}
+    for kind, name in (("protocols", protocol), ("backbones", backbone), ("datasets", dataset)):
+        config = overlay(config, _read_part(kind, name))
+    config = overlay(config, {"protocol": protocol, "data": {"shots": shots}})
+    defaults = config.pop("method_defaults")
+    config["methods"] = {
+        name: {"class_path": entry["class_path"], **overlay(defaults.get(entry["class_path"], {}), entry)}
+        for name, entry in config["methods"].items()
+    }
+    config["published"] = published({**config["published"], "shots": shots})
+    order = ("protocol", "method", "methods", "model", "data", "trainer", "published")
+    return {key: config[key] for key in order}
+
+
+def _read_part(kind: str, name: str) -> Config:
+    part = _read(PARTS / kind / f"{name}.yaml")
+    below = part.pop("include", None)
+    return overlay(_read_part(kind, below), part) if below is not None else part
+
+
+def published(which: Mapping[str, Any]) -> list[Config]:
+    """What the paper prints for a cell: table, entry, parameters, mean and std in per cent, and what is doubtful.
+
+    Args:
+        which: columns of the published figures (`backbone`, `dataset`, `shots`) that all lines share, and under
+            `methods` for each entry the columns that are its own.
+    """
+    from nola_vision.results.published import published_figures  # pandas takes a while to import
+
+    shared = {column: value for column, value in which.items() if column != "methods"}
+    figures, found = published_figures(), []
+    for entry, own in which["methods"].items():
+        wanted = {**shared, **(own or {})}
+        chosen = figures[(figures[list(wanted)] == list(wanted.values())).all(axis=1)] if own else figures[:0]
+        for row in chosen.to_dict("records"):
+            line = {key: row[key] for key in ("table", "params", "mean", "std", "note")}
+            found.append({"entry": entry, **{k: v for k, v in line.items() if v == v and v != ""}})
+    return found
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes equal lists out each time, without anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump(config: Config) -> str:
+    """A config as YAML that `load_config` reads back."""
+    options: dict[str, Any] = {"sort_keys": False, "width": 160, "allow_unicode": True, "default_flow_style": None}
+    return yaml.dump(config, Dumper=_Plain, **options)
+
+
+def _read(path: Path) -> Config:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise NolaVisionError(f"the config {path} cannot be read as YAML: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise NolaVisionError(f"the config {path} is no mapping of keys to values: see the shipped quickstart.yaml")
+    for key in ("methods", "model", "data", "trainer"):
+        if not isinstance(loaded.get(key, {}), dict):
+            raise NolaVisionError(f"`{key}` of the config {path} is no mapping: see the shipped quickstart.yaml")
+    return loaded
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Config:
+    """`above` laid over `below`: mappings are merged, anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
