@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nola_vision.adapters.paths import additive_linear, merges_exactly
+from nola_vision.adapters.paths import additive_linear, merged_linear, merges_exactly
 from nola_vision.backbones import find_targets, probe_batch
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, Method, make_stack
@@ -163,6 +163,21 @@ def test_inputs_of_adapted_layers_are_made_again_instead_of_held(targets: list[s
     assert frozen < held(backbone, images) < frozen + 2 * factors + thin + 4096
     inputs = 16 * 17 * 4 * sum(t.inputs for t in stack.targets)
     assert inputs > 4 * (2 * factors + thin + 4096)  # what the bound would not let pass
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (0, 5), (2, 3, 5), (2, 2, 3, 5), (40, 5), (2, 30, 5)], ids=str)
+def test_the_merged_path_of_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
+    """Against the same formula left to autograd; with fewer rows than a side of the weight, and with more."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 7).double().requires_grad_(False)
+    x, a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, (5, 2), (2, 7)))
+    out = merged_linear(x, layer, a, b, 0.7)
+    expected = x @ (layer.weight + 0.7 * (a @ b).t()).t() + layer.bias
+    assert out.shape == expected.shape and torch.allclose(out, expected, rtol=0, atol=1e-12)
+    dy = torch.randn(7, dtype=torch.float64).expand(out.shape)  # without strides of its own
+    for one, other in zip(torch.autograd.grad(out, (x, a, b), dy), torch.autograd.grad(expected, (x, a, b), dy),
+                          strict=True):  # fmt: skip
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
 
 
 class Overwritten(nn.Module):
