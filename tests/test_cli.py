@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nola_vision.config_files import SHIPPED
 from nola_vision.cli.main import main
+from nola_vision.config_files import SHIPPED
 from nola_vision.results import store
 from nola_vision.sweep import local
 

@@ -14,8 +14,9 @@ from PIL import Image
 
 from nola_vision.backbones import BackboneSpec, InputConfig
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.datasets import Digits, ImageSource
+from nola_vision.data.datasets import Digits
 from nola_vision.data.kshot import draw, validation_pool
+from nola_vision.data.sources import ImageSource
 from nola_vision.data.transforms import eval_transform, train_transform
 from nola_vision.errors import NolaVisionError
 
@@ -57,7 +58,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The indices of the images that were decoded, in order."""
     indices: list[int] = []
     original = ImageSource.image
-    monkeypatch.setattr(ImageSource, "image", lambda self, index: indices.append(index) or original(self, index))
+    monkeypatch.setattr(ImageSource, "image", lambda self, i, *kept: indices.append(i) or original(self, i, *kept))
     return indices
 
 
@@ -139,6 +140,18 @@ def test_memory_limit(decoded: list[int], small_tree: Path, monkeypatch: pytest.
     first = epoch_of(data, 0)
     assert 0 < len(decoded) < 6
     assert same(first, epoch_of(reference, 0))
+
+
+@pytest.mark.parametrize("limit", [10**9, 9 * 12 * 3 * 2 + 400], ids=["decoded", "as files"])
+def test_a_second_epoch_opens_no_file(limit: int, small_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = module(dataset="folder", root=str(small_tree), shots=3)
+    data.memory_limit_mib = limit / 2**20  # type: ignore[assignment]
+    read, original = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self) or original(self))
+    first = epoch_of(data, 0)
+    assert {path.parent.name for path in read} == {"été", "an ant"}
+    read.clear()
+    assert same(epoch_of(data, 0), first) and not same(epoch_of(data, 1), first) and not read
 
 
 def test_run_seed_and_epoch_decide_the_batches() -> None:

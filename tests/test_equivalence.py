@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from nola_vision import run
-from nola_vision.config_files import load_configs, overlay
 from nola_vision.config import parse
+from nola_vision.config_files import load_configs, overlay
 from nola_vision.results import identity
 
 SHORT = {

@@ -7,6 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from nola_vision.data.kshot import classes_without_pool, draw, evenly_spaced, validation_pool
+from nola_vision.data.splits import class_of, read_list
 from nola_vision.errors import NolaVisionError
 
 DIGITS = load_digits().target[:898]
@@ -98,6 +99,20 @@ def test_the_draw_of_digits_never_changes() -> None:
     assert draw(DIGITS, 2, 1)[:6].tolist() == GOLDEN_SEED_1
     assert validation_pool(DIGITS)[:8].tolist() == GOLDEN_POOL
     assert len(validation_pool(DIGITS)) == GOLDEN_POOL_SIZE
+
+
+@pytest.mark.parametrize(("name", "first", "last", "total", "image"), [
+    ("caltech101_v1", [3, 27, 55, 46, 75, 73], [3021, 3023], 305903, "Faces/image_0032.jpg"),
+    ("sun397_v1", [3, 27, 75, 96, 132, 148], [19808, 19846], 7879934, "a/abbey/sun_aegpwvpayukwrgew.jpg"),
+])  # fmt: skip
+def test_the_draws_of_listed_data_sets_never_change(
+    name: str, first: list[int], last: list[int], total: int, image: str
+) -> None:
+    """Their lists ship, so the labels are the real ones."""
+    paths = read_list(name)["train"]
+    drawn = draw(np.unique([class_of(path) for path in paths], return_inverse=True)[1], 2, 0)
+    assert drawn[:6].tolist() == first and drawn[-2:].tolist() == last and drawn.sum() == total
+    assert paths[drawn[0]] == image
 
 
 def test_small_classes_are_named_with_their_counts() -> None:

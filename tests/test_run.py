@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from nola_vision import load_adapter, run
-from nola_vision.config_files import load_configs, overlay
 from nola_vision.config import build, parse
+from nola_vision.config_files import load_configs, overlay
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store
 from nola_vision.results.row import DETERMINISTIC

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, HashedNet, LoRA, adapt, load_adapter
-from nola_vision.config_files import load_configs
 from nola_vision.config import parse
+from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import Method, from_dict
 from nola_vision.model import AdaptedModel

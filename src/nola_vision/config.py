@@ -161,15 +161,16 @@ def _settings() -> dict[str, list[str]]:
 def _content(run_config: identity.Config) -> dict[str, str]:
     """Digests of what the config names by a path alone, so that two files of one name are two runs.
 
-    `weights` is SHA-256 over a local weights file, the packaged one included; `folder` over the relative paths and
-    sizes of a `folder` data set's files. A file that is missing is left to the run, which says so.
+    `weights` is SHA-256 over a local weights file, the packaged one included; `manifest` over a manifest; `folder` over
+    the relative paths and sizes of a `folder` data set's files. What is missing is left to the run, which says so.
     """
     found = {}
     backbone = run_config["model"]["backbone"]
     weights = backbone["file"] or backbones.packaged_file(backbone["tag"])
-    if weights is not None and Path(weights).is_file():
-        with open(weights, "rb") as file:
-            found["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name, path in (("weights", weights), ("manifest", run_config["data"]["manifest"])):
+        if path is not None and Path(path).is_file():
+            with open(path, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     if run_config["data"]["dataset"] == "folder" and (listing := folder_listing(run_config["data"]["root"])):
         found["folder"] = hashlib.sha256(listing.encode()).hexdigest()
     return found

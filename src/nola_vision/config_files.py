@@ -135,7 +135,8 @@ class _Plain(yaml.SafeDumper):
 def dump(config: Config) -> str:
     """A config as YAML that `load_config` reads back."""
     options: dict[str, Any] = {"sort_keys": False, "width": 160, "allow_unicode": True, "default_flow_style": None}
-    return yaml.dump(config, Dumper=_Plain, **options)
+    text: str = yaml.dump(config, Dumper=_Plain, **options)
+    return text
 
 
 def _read(path: Path) -> Config:

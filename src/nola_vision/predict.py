@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nola_vision.data.datasets import FileSource
+from nola_vision.data.sources import FileSource
 from nola_vision.data.transforms import eval_transform
 from nola_vision.model import AdaptedModel
 

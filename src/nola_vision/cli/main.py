@@ -19,6 +19,7 @@ VERBS = {
     "report": "the tables of folders of runs",
     "export": "a shorter adapter file, or a plain timm checkpoint",
     "predict": "use an adapter: images in, labels out",
+    "data": "check a data set on disk, or write the images of a draw to a file",
     "configs": "the configs that ship, and every cell of the paper's tables: list, show, copy",
 }
 _USAGE = "\n".join(

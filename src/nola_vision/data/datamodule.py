@@ -22,10 +22,14 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from nola_vision import backbones
 from nola_vision.backbones import BackboneSpec, InputConfig
-from nola_vision.data.datasets import ImageSource, get_dataset
+from nola_vision.data.datasets import get_dataset
 from nola_vision.data.kshot import Indices, classes_without_pool, draw, evenly_spaced, keyed_hash, validation_pool
+from nola_vision.data.manifest import find_images, read_manifest, refuse_other_settings
+from nola_vision.data.sources import ImageSource
 from nola_vision.data.transforms import Augmentation, Transform, eval_transform, train_transform
 from nola_vision.errors import NolaVisionError
+
+Kept = torch.Tensor | bytes  # uint8 pixels [3, h, w], or an image file's content
 
 _log = logging.getLogger(__name__)
 
@@ -40,11 +44,11 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         source: where the images come from.
         indices: which ones.
         transform: from a uint8 tensor `[3, h, w]` to a float32 tensor.
-        kept: the decoded images by position, as far as they are kept in memory.
+        kept: the images by position, as far as they are kept in memory: decoded, or as the content of their files.
     """
 
     def __init__(
-        self, source: ImageSource, indices: Indices, transform: Transform, kept: list[torch.Tensor] | None = None
+        self, source: ImageSource, indices: Indices, transform: Transform, kept: list[Kept] | None = None
     ) -> None:
         self._source, self._indices, self._transform = source, indices, transform
         self._kept = [] if kept is None else kept
@@ -55,20 +59,30 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
         position, seed = key if isinstance(key, tuple) else (key, key)
         index = int(self._indices[position])
-        pixels = self._kept[position] if position < len(self._kept) else pil_to_tensor(self._source.image(index))
+        kept = self._kept[position] if position < len(self._kept) else None
+        pixels = kept if isinstance(kept, torch.Tensor) else pil_to_tensor(self._source.image(index, kept))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would set the GPUs' generators too
             return self._transform(pixels), int(self._source.labels[index])
 
-    def keep(self, limit_bytes: int) -> list[torch.Tensor]:
-        """Decodes images from the first on, as many as fit into the limit, each at its own size."""
+    def keep(self, limit_bytes: int) -> list[Kept]:
+        """Keeps images from the first on: decoded as many as fit into the limit, and of those after them the files'
+        contents, as many as fit into the same limit again.
+        """
         used = 0
-        for position in range(len(self._kept), len(self)):
+        for position in range(len(self)):
             pixels = pil_to_tensor(self._source.image(int(self._indices[position])))
             used += pixels.numel()
             if used > limit_bytes:
                 break
             self._kept.append(pixels)
+        used = 0
+        for position in range(len(self._kept), len(self)):
+            content = self._source.encoded(int(self._indices[position]))
+            used += len(content or b"")
+            if content is None or used > limit_bytes:  # without a file of its own an image is in memory anyway
+                break
+            self._kept.append(content)
         return self._kept
 
 
@@ -105,7 +119,7 @@ class KShotDataModule(L.LightningDataModule):
 
     Args:
         backbone: whose input size and normalisation the images get; the command line links it to the model's.
-        dataset: a name in the registry: digits, folder, cifar10, cifar100, fashion_mnist.
+        dataset: a name in the registry (docs/datasets.md), or hf:NAME for one of Hugging Face's.
         root: the folder of the data set; without it the environment variable NOLA_VISION_DATA. digits needs none.
         shots: training images a class, or "all" for every image outside the validation pool.
         split_seed: which draw of training images.
@@ -116,7 +130,9 @@ class KShotDataModule(L.LightningDataModule):
         flip: let "light" flip images horizontally too; leave it off where left and right carry meaning.
         num_workers: processes that decode and transform; few-shot sets are faster with 0.
         download: fetch a missing data set, where torchvision can.
-        memory_limit_mib: how much of the decoded training set is kept in memory; images beyond are decoded each time.
+        memory_limit_mib: how much of the decoded training set is kept in memory; as much again holds the files of
+            images beyond it, which are decoded each time, and what is beyond that is read each time too.
+        manifest: a file of `nola-vision data manifest`: train on its images, which must be of these shots and split.
         test_limit: test on this many images only, evenly spaced over each class, for quick trials.
 
     Raises:
@@ -139,6 +155,7 @@ class KShotDataModule(L.LightningDataModule):
         download: bool = False,
         memory_limit_mib: int = 2048,
         test_limit: int | None = None,
+        manifest: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -154,7 +171,7 @@ class KShotDataModule(L.LightningDataModule):
         self.shots, self.split_seed, self.run_seed = shots, split_seed, run_seed
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.augmentation, self.flip = augmentation, flip
-        self.memory_limit_mib, self.test_limit = memory_limit_mib, test_limit
+        self.memory_limit_mib, self.test_limit, self.manifest = memory_limit_mib, test_limit, manifest
         self.warnings: list[str] = []  # what a run's row should tell of the data
 
     @cached_property
@@ -231,7 +248,7 @@ class KShotDataModule(L.LightningDataModule):
             if the test set is open, test) and draw, the training images' indices (None where shots is "all").
         """
         source, indices, _ = self._train_set
-        counts = {"train": len(indices), "validation": len(validation_pool(source.labels))}
+        counts = {"train": len(indices), "validation": len(self._pool_indices(source))}
         if "_test_set" in self.__dict__:
             counts["test"] = len(self._test_set[1])
         transform = {
@@ -247,10 +264,10 @@ class KShotDataModule(L.LightningDataModule):
         }
 
     @cached_property
-    def _train_set(self) -> tuple[ImageSource, Indices, list[torch.Tensor]]:
-        """The opened training images, the draw and its decoded images."""
+    def _train_set(self) -> tuple[ImageSource, Indices, list[Kept]]:
+        """The opened training images, the draw and its images as they are kept."""
         source = self.entry.open(self.root, "train", self.download)
-        indices = draw(source.labels, self.shots, self.split_seed, source.class_names)
+        indices = self._draw(source)
         small = [source.class_names[label] for label in classes_without_pool(source.labels)]
         if small:
             listed = ", ".join(map(repr, small[:5])) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
@@ -259,13 +276,25 @@ class KShotDataModule(L.LightningDataModule):
         kept = self._plain(source, indices).keep(self.memory_limit_mib * 2**20)
         return source, indices, kept
 
+    def _draw(self, source: ImageSource) -> Indices:
+        if self.manifest is None:
+            return draw(source.labels, self.shots, self.split_seed, source.class_names)
+        manifest = read_manifest(self.manifest)
+        settings = {"dataset": self.dataset, "shots": self.shots, "split_seed": self.split_seed}
+        refuse_other_settings(manifest, self.manifest, **settings)
+        return find_images(manifest, source)
+
     @cached_property
     def _pool(self) -> ImageSubset:
         """The validation pool; what the k-shot set leaves of the memory limit keeps it decoded."""
         source, _, kept = self._train_set
-        subset = self._plain(source, validation_pool(source.labels), [])
-        subset.keep(self.memory_limit_mib * 2**20 - sum(pixels.numel() for pixels in kept))
+        subset = self._plain(source, self._pool_indices(source), [])
+        used = sum(image.numel() for image in kept if isinstance(image, torch.Tensor))
+        subset.keep(self.memory_limit_mib * 2**20 - used)
         return subset
+
+    def _pool_indices(self, source: ImageSource) -> Indices:
+        return np.setdiff1d(validation_pool(source.labels), self._train_set[1])  # a manifest may hold some of the pool
 
     def _warn(self, sentence: str) -> None:
         if sentence not in self.warnings:
@@ -294,7 +323,7 @@ class KShotDataModule(L.LightningDataModule):
             return source, np.arange(len(source), dtype=np.int64)
         return source, evenly_spaced(source.labels, self.test_limit)
 
-    def _plain(self, source: ImageSource, indices: Indices, kept: list[torch.Tensor] | None = None) -> ImageSubset:
+    def _plain(self, source: ImageSource, indices: Indices, kept: list[Kept] | None = None) -> ImageSubset:
         return ImageSubset(source, indices, eval_transform(self.input_config), kept)
 
     def _loader(self, subset: ImageSubset, batch_size: int, sampler: Sampler[Any] | None = None) -> DataLoader[Any]:

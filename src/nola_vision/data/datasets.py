@@ -8,110 +8,34 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
+from nola_vision.data.sources import ArraySource, FileSource, ImageSource, decoded
+from nola_vision.data.splits import Split, class_of, read_list
 from nola_vision.errors import NolaVisionError
 
-Split = Literal["train", "test"]
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ROOT_VARIABLE = "NOLA_VISION_DATA"
-
-
-class ImageSource:
-    """The images of one split, decoded when asked for.
-
-    Args:
-        labels: `[n]` class indices.
-        class_names: the name of each class index.
-    """
-
-    def __init__(self, labels: npt.ArrayLike, class_names: tuple[str, ...]) -> None:
-        self.labels: npt.NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
-        self.class_names = class_names
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, index: int) -> Image.Image:
-        """Decodes one image.
-
-        Returns:
-            An upright PIL image in mode RGB.
-
-        Raises:
-            NolaVisionError: the image is corrupt, truncated or in a pixel format without an 8-bit meaning.
-        """
-        try:
-            return to_rgb(self._decode(index))
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
-            raise NolaVisionError(
-                f"cannot decode the image {self.where(index)} ({error}): mend, replace or remove it"
-            ) from error
-
-    def where(self, index: int) -> str:
-        """Names an image for a person: its path, or as `digits[17]`."""
-        raise NotImplementedError
-
-    def _decode(self, index: int) -> Image.Image:
-        raise NotImplementedError
-
-
-class ArraySource(ImageSource):
-    """Images held in one uint8 array `[n, h, w]` or `[n, h, w, 3]`."""
-
-    def __init__(
-        self, name: str, pixels: npt.NDArray[np.uint8], labels: npt.ArrayLike, class_names: tuple[str, ...]
-    ) -> None:
-        super().__init__(labels, class_names)
-        self._name, self._pixels = name, pixels
-
-    def where(self, index: int) -> str:
-        return f"{self._name}[{index}]"
-
-    def _decode(self, index: int) -> Image.Image:
-        return Image.fromarray(self._pixels[index])
-
-
-class FileSource(ImageSource):
-    """Images in files of their own."""
-
-    def __init__(self, paths: Sequence[Path], labels: npt.ArrayLike, class_names: tuple[str, ...]) -> None:
-        super().__init__(labels, class_names)
-        self._paths = list(paths)
-
-    def where(self, index: int) -> str:
-        return str(self._paths[index])
-
-    def _decode(self, index: int) -> Image.Image:
-        with Image.open(self._paths[index]) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image in mode RGB: 16-bit grey is scaled to 8 bits, alpha is dropped.
-
-    Raises:
-        NolaVisionError: the pixels are floating point or 32-bit, with no agreed white.
-    """
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise NolaVisionError(f"pixel mode {image.mode} has no agreed white, save it with 8 or 16 bits")
-        image = Image.fromarray(np.round(values.astype(np.float64) / 257).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+HUGGING_FACE = "hf:"  # the beginning of the name of a Hugging Face data set
 
 
 class DatasetEntry:
-    """One data set of the registry."""
+    """One data set of the registry.
+
+    Attributes:
+        expects: the tree that it reads beneath its root, in words.
+        downloads: whether it can be fetched.
+    """
+
+    expects: str
+    downloads: bool = False
 
     def class_names(self, root: str | None) -> tuple[str, ...]:
         """The names by class index, without reading an image.
@@ -143,6 +67,7 @@ class Digits(DatasetEntry):
     """
 
     TRAIN_IMAGES = 898
+    expects = "bundled with scikit-learn, no root needed"
 
     def class_names(self, root: str | None) -> tuple[str, ...]:
         return tuple("0123456789")
@@ -164,6 +89,8 @@ class Folder(DatasetEntry):
     whichever is opened, so that a mistake shows before training.
     """
 
+    expects = "train/<class>/<image> and test/<class>/<image> (or val/) beneath the root"
+
     def class_names(self, root: str | None) -> tuple[str, ...]:
         return _class_folders(_root(root) / "train")
 
@@ -176,40 +103,249 @@ class Folder(DatasetEntry):
             raise NolaVisionError(f"{train} and {test} must have the same class folders, but {listed}: mend the names")
         files = [_image_files((train if split == "train" else test) / name) for name in names]
         labels = np.repeat(np.arange(len(names)), [len(paths) for paths in files])
-        return FileSource([path for paths in files for path in paths], labels, names)
+        return FileSource([path for paths in files for path in paths], labels, names, _root(root))
 
 
 @dataclass(frozen=True)
-class Torchvision(DatasetEntry):
-    """A data set that torchvision reads.
+class TorchvisionArray(DatasetEntry):
+    """A data set that torchvision reads into one array.
 
     Args:
         reader: the name of torchvision's class.
-        folder: where its files lie beneath the root, for the error message.
-        files: their names, for the error message.
+        expects: its files beneath the root.
         names: the class names, as torchvision numbers them.
     """
 
     reader: str
-    folder: str
-    files: str
+    expects: str
     names: tuple[str, ...]
+    downloads: bool = True
 
     def class_names(self, root: str | None) -> tuple[str, ...]:
         return self.names
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        from torchvision import datasets
-
-        base = _root(root)
-        try:
-            data: Any = getattr(datasets, self.reader)(base, train=split == "train", download=download)
-        except Exception as error:  # missing, damaged or unreachable: each reader has its own ways to say so
-            raise NolaVisionError(
-                f"cannot read {self.reader} in {base} ({str(error).partition('. You can')[0]}): put its files into "
-                f"{base / self.folder} ({self.files}), or pass --data.download true where there is a network"
-            ) from error
+        data = _torchvision(self.reader, _root(root), self, download, train=split == "train")
         return ArraySource(self.reader.lower(), np.asarray(data.data), data.targets, self.names)
+
+
+@dataclass(frozen=True)
+class TorchvisionFiles(DatasetEntry):
+    """A data set whose lists torchvision reads; its images stay files.
+
+    Args:
+        reader: the name of torchvision's class.
+        expects: its files beneath the root.
+        train: the name of its training split.
+        files: the reader's attribute that holds the images' paths, in the order of the list.
+        options: other arguments of the reader.
+    """
+
+    reader: str
+    expects: str
+    train: str = "train"
+    files: str = "_image_files"
+    options: dict[str, str] = field(default_factory=dict)
+    downloads: bool = True
+
+    def class_names(self, root: str | None) -> tuple[str, ...]:
+        return tuple(self._read(root, "train", False).classes)
+
+    def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
+        data = self._read(root, split, download)
+        paths = [Path(path) for path in getattr(data, self.files)]
+        return FileSource(paths, data._labels, tuple(data.classes), _root(root))
+
+    def _read(self, root: str | None, split: Split, download: bool) -> Any:
+        named = self.train if split == "train" else split
+        return _torchvision(self.reader, _root(root), self, download, split=named, **self.options)
+
+
+@dataclass(frozen=True)
+class Listed(DatasetEntry):
+    """A data set without an official split: a list that ships says which image is for what (`data/splits.py`).
+
+    Args:
+        name: of the list.
+        folder: where the class folders lie beneath the root.
+        reader: torchvision's class, for fetching.
+        expects: its files beneath the root.
+        strip: so many characters of a class's folder are no part of its name.
+    """
+
+    name: str
+    folder: str
+    reader: str
+    expects: str
+    strip: int = 0
+    downloads: bool = True
+
+    def class_names(self, root: str | None) -> tuple[str, ...]:
+        return tuple(folder[self.strip :] for folder in _listed_classes(self.name))
+
+    def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
+        base = _root(root) / self.folder
+        if download and not base.is_dir():
+            _torchvision(self.reader, _root(root), self, download)
+        if not base.is_dir():
+            raise NolaVisionError(_missing(self.reader, self, _root(root), f"there is no folder {base}"))
+        listed = read_list(self.name)[split]
+        paths = [base / path for path in listed]
+        if gone := [path for path in paths if not path.is_file()]:
+            raise NolaVisionError(
+                f"{len(gone)} of {len(paths)} {split} images are missing, {gone[0]} for one: unpack the archive anew"
+            )
+        index = {folder: number for number, folder in enumerate(_listed_classes(self.name))}
+        return FileSource(paths, [index[class_of(path)] for path in listed], self.class_names(root), _root(root))
+
+
+@cache
+def _listed_classes(name: str) -> tuple[str, ...]:
+    return tuple(sorted({class_of(path) for path in read_list(name)["train"]}))
+
+
+class Cub200(DatasetEntry):
+    """CUB-200-2011 (Caltech-UCSD Birds), read from its own lists."""
+
+    expects = (
+        "CUB_200_2011/ with images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/ beneath "
+        "the root"
+    )
+
+    def class_names(self, root: str | None) -> tuple[str, ...]:
+        return tuple(self._table(root, "classes.txt").values())
+
+    def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
+        labels = self._table(root, "image_class_labels.txt")
+        in_train = self._table(root, "train_test_split.txt")
+        flag = "1" if split == "train" else "0"
+        try:
+            chosen = [
+                (path, int(labels[number]) - 1)
+                for number, path in self._table(root, "images.txt").items()
+                if in_train[number] == flag
+            ]
+        except (KeyError, ValueError) as error:
+            raise NolaVisionError(
+                f"the lists of CUB-200-2011 in {_root(root)} do not fit one another ({error}): unpack the archive anew"
+            ) from error
+        images = _root(root) / "CUB_200_2011" / "images"
+        paths, numbers = [images / path for path, _ in chosen], [label for _, label in chosen]
+        return FileSource(paths, numbers, self.class_names(root), _root(root))
+
+    def _table(self, root: str | None, name: str) -> dict[str, str]:
+        path = _root(root) / "CUB_200_2011" / name
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return dict(line.split(maxsplit=1) for line in lines if line.strip())
+        except OSError as error:
+            raise NolaVisionError(_missing("CUB-200-2011", self, _root(root), f"{path}: {error.strerror}")) from error
+        except ValueError as error:
+            raise NolaVisionError(f"{path} is damaged ({error}): unpack the archive anew") from error
+
+
+class ImageNet100(DatasetEntry):
+    """100 classes of an ImageNet tree: those of `imagenet100.txt` beneath the root, else of the list that ships.
+
+    The test images are ImageNet's validation images, as everywhere.
+    """
+
+    LIST = "imagenet100.txt"
+    expects = "train/<wnid>/<image> and val/<wnid>/<image> of ImageNet beneath the root"
+
+    def class_names(self, root: str | None) -> tuple[str, ...]:
+        own = _root(root) / self.LIST
+        shipped = resources.files(__package__) / "lists" / self.LIST
+        text = (own if own.is_file() else shipped).read_text(encoding="utf-8")
+        return tuple(sorted(line.split()[0] for line in text.splitlines() if line.strip() and line[0] != "#"))
+
+    def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
+        base, names = _root(root) / ("train" if split == "train" else "val"), self.class_names(root)
+        if gone := [name for name in names if not (base / name).is_dir()]:
+            reason = f"{base} lacks {len(gone)} of the {len(names)} class folders, {gone[0]} for one"
+            raise NolaVisionError(_missing("ImageNet-100", self, _root(root), reason))
+        files = [_image_files(base / name) for name in names]
+        labels = np.repeat(np.arange(len(names)), [len(paths) for paths in files])
+        return FileSource([path for paths in files for path in paths], labels, names, _root(root))
+
+
+@dataclass(frozen=True)
+class HuggingFace(DatasetEntry):
+    """A Hugging Face data set through timm's reader (`pip install 'nola-vision[hf]'`); the root is its cache.
+
+    The test images are those of the split `test`, or of `validation` where there is none.
+
+    Args:
+        name: on the hub, or a local folder.
+    """
+
+    name: str
+    expects: str = "a data set of the hub, or a local folder, with the features `image` and `label`"
+    downloads: bool = True
+
+    def class_names(self, root: str | None) -> tuple[str, ...]:
+        by_index = sorted((index, name) for name, index in self._read(root, "train").class_to_idx.items())
+        return tuple(str(name) for _, name in by_index)
+
+    def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
+        reader = self._read(root, split)
+        return HuggingFaceSource(f"{self.name}/{split}", reader, self.class_names(root))
+
+    def _read(self, root: str | None, split: Split) -> Any:
+        try:
+            import datasets
+            from timm.data.readers import create_reader
+        except ImportError as error:
+            raise NolaVisionError("this data set needs the package datasets: pip install 'nola-vision[hf]'") from error
+        datasets.disable_progress_bars()
+        errors = []
+        for tried in ("train",) if split == "train" else ("test", "validation"):
+            try:
+                return create_reader(f"hfds/{self.name}", root=root or os.environ.get(ROOT_VARIABLE), split=tried)
+            except Exception as error:  # offline, no such data set, split or feature: each in its own way
+                errors.append(" ".join(str(error).split())[:200])
+        raise NolaVisionError(
+            f"the {split} images of the Hugging Face data set {self.name} cannot be read ({errors[0]}): it needs the "
+            "features `image` and `label`, and a network the first time"
+        )
+
+
+class HuggingFaceSource(ImageSource):
+    """Images of a Hugging Face data set, each the bytes of an encoded image."""
+
+    def __init__(self, name: str, reader: Any, class_names: tuple[str, ...]) -> None:
+        labels = list(reader.iter_targets())
+        if labels and not (min(labels) >= 0 and max(labels) < len(class_names)):
+            raise NolaVisionError(f"{name} has images without a label: choose a split whose images all have one")
+        super().__init__(labels, class_names)
+        self._name, self._reader = name, reader
+
+    def where(self, index: int) -> str:
+        return f"{self._name}[{index}]"
+
+    def encoded(self, index: int) -> bytes:
+        with self._reader[index][0] as file:
+            content: bytes = file.read()
+        return content
+
+    def _decode(self, index: int) -> Image.Image:
+        return decoded(self.encoded(index))
+
+
+def _torchvision(reader: str, base: Path, entry: DatasetEntry, download: bool, **options: Any) -> Any:
+    """A data set as torchvision's class of that name opens it."""
+    from torchvision import datasets
+
+    try:
+        return getattr(datasets, reader)(base, download=download, **options)
+    except Exception as error:  # missing, damaged or unreachable: each reader has its own ways to say so
+        reason = str(error).partition(". You can")[0] or type(error).__name__
+        raise NolaVisionError(_missing(reader, entry, base, reason)) from error
+
+
+def _missing(name: str, entry: DatasetEntry, base: Path, reason: str) -> str:
+    fetch = ", or pass --data.download true where there is a network" if entry.downloads else ""
+    return f"cannot read {name} in {base} ({reason}): it must have {entry.expects}{fetch}"
 
 
 def get_dataset(name: str) -> DatasetEntry:
@@ -218,9 +354,12 @@ def get_dataset(name: str) -> DatasetEntry:
     Raises:
         NolaVisionError: there is none; the message names close ones, or all.
     """
+    if name.startswith(HUGGING_FACE):
+        return HuggingFace(name.removeprefix(HUGGING_FACE))
     if name not in DATASETS:
         names = difflib.get_close_matches(name, DATASETS)
-        hint = f"did you mean {' or '.join(names)}?" if names else f"choose one of {', '.join(sorted(DATASETS))}"
+        every = f"{', '.join(sorted(DATASETS))}, or {HUGGING_FACE}NAME"
+        hint = f"did you mean {' or '.join(names)}?" if names else f"choose one of {every}"
         raise NolaVisionError(f"there is no data set {name!r}: {hint}")
     return DATASETS[name]
 
@@ -305,20 +444,44 @@ FASHION_MNIST_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
+_IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, and both for t10k in {}/raw/ beneath the root"
+
 DATASETS: dict[str, DatasetEntry] = {
     "digits": Digits(),
     "folder": Folder(),
-    "cifar10": Torchvision(
-        "CIFAR10", "cifar-10-batches-py", "data_batch_1 to data_batch_5, test_batch, batches.meta", CIFAR10_NAMES
+    "cifar10": TorchvisionArray(
+        "CIFAR10",
+        "data_batch_1 to data_batch_5, test_batch, batches.meta in cifar-10-batches-py/ beneath the root",
+        CIFAR10_NAMES,
     ),
-    "cifar100": Torchvision("CIFAR100", "cifar-100-python", "train, test, meta", CIFAR100_NAMES),
-    "mnist": Torchvision(
-        "MNIST", "MNIST/raw", "train-images-idx3-ubyte, train-labels-idx1-ubyte, and both for t10k", tuple("0123456789")
+    "cifar100": TorchvisionArray("CIFAR100", "train, test, meta in cifar-100-python/ beneath the root", CIFAR100_NAMES),
+    "mnist": TorchvisionArray("MNIST", _IDX.format("MNIST"), tuple("0123456789")),
+    "fashion_mnist": TorchvisionArray("FashionMNIST", _IDX.format("FashionMNIST"), FASHION_MNIST_NAMES),
+    "fgvc_aircraft": TorchvisionFiles(
+        "FGVCAircraft",
+        "fgvc-aircraft-2013b/data/ with variants.txt, images_variant_trainval.txt, images_variant_test.txt and images/ "
+        "beneath the root",
+        train="trainval",
+        options={"annotation_level": "variant"},
     ),
-    "fashion_mnist": Torchvision(
-        "FashionMNIST",
-        "FashionMNIST/raw",
-        "train-images-idx3-ubyte, train-labels-idx1-ubyte, and both for t10k",
-        FASHION_MNIST_NAMES,
+    "food101": TorchvisionFiles(
+        "Food101", "food-101/ with meta/train.json, meta/test.json and images/<class>/ beneath the root"
     ),
+    "oxford_iiit_pet": TorchvisionFiles(
+        "OxfordIIITPet",
+        "oxford-iiit-pet/ with annotations/trainval.txt, annotations/test.txt and images/ beneath the root",
+        train="trainval",
+        files="_images",
+    ),
+    "caltech101": Listed(
+        "caltech101_v1",
+        "caltech101/101_ObjectCategories",
+        "Caltech101",
+        "caltech101/101_ObjectCategories/<class>/image_<number>.jpg beneath the root",
+    ),
+    "sun397": Listed(
+        "sun397_v1", "SUN397", "SUN397", "SUN397/<letter>/<class>/sun_<name>.jpg beneath the root", strip=2
+    ),
+    "cub200": Cub200(),
+    "imagenet100": ImageNet100(),
 }

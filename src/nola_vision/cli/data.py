@@ -1,0 +1,93 @@
+"""`nola-vision data check|manifest`: what is there of a data set, and the images of a draw as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from nola_vision.cli.options import Options
+from nola_vision.errors import NolaVisionError
+
+SHOWN = 10  # lines of each kind of trouble
+
+
+def main(arguments: Sequence[str], verb: str) -> int:
+    options = Options(verb)
+    options.description = (
+        "check counts a data set's images and looks for unreadable and repeated ones; manifest writes the exact images "
+        "of a k-shot draw to a file, for --data.manifest."
+    )
+    options.add_argument("what", choices=["check", "manifest"])
+    options.add_argument("name", help="a data set, such as cifar100")
+    options.add_argument("--root", metavar="DIR", help="where it lies (default: the variable NOLA_VISION_DATA)")
+    options.add_argument("--download", action="store_true", help="check: fetch what is missing, where that is possible")
+    options.add_argument("--shots", type=int, help="manifest: images a class (default: 5)")
+    options.add_argument("--split", type=int, help="manifest: which draw, data.split_seed (default: 0)")
+    options.add_argument("--out", metavar="FILE", help="manifest: the file to write")
+    known = options.parse_args(arguments)
+    if known.what == "check":
+        if given := [name for name in ("shots", "split", "out") if getattr(known, name) is not None]:
+            raise NolaVisionError(f"data check takes no --{given[0]}: that is for data manifest")
+        return _check(known.name, known.root, known.download)
+    if known.out is None:
+        raise NolaVisionError("data manifest needs --out FILE, the file to write")
+    if known.download:
+        raise NolaVisionError("data manifest takes no --download: nola-vision data check fetches a data set")
+    _manifest(known.name, known.root, 5 if known.shots is None else known.shots, known.split or 0, Path(known.out))
+    return 0
+
+
+def _check(name: str, root: str | None, download: bool) -> int:
+    from nola_vision.data.check import check_split, in_both
+    from nola_vision.data.datasets import get_dataset
+    from nola_vision.data.splits import SPLITS
+
+    entry, console = get_dataset(name), Console(highlight=False)
+    console.print(f"{name}: {entry.expects}", markup=False, soft_wrap=True)
+    reports = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        for split in SPLITS:
+            task = bar.add_task(split, total=None)
+            reports[split] = check_split(entry, root, split, download, partial(_show, bar, task))
+    for split, report in reports.items():
+        counts = report.counts
+        fewest, most = min(counts, key=lambda c: counts[c]), max(counts, key=lambda c: counts[c])
+        line = f"{split}: {sum(counts.values()):,} images in {len(counts)} classes"
+        even = counts[fewest] == counts[most]
+        line += f", {counts[most]} each" if even else f", {counts[fewest]} ({fewest}) to {counts[most]} ({most})"
+        console.print(line, markup=False, soft_wrap=True)
+        _listed(console, f"unreadable in {split}", report.unreadable)
+        _listed(console, f"twice in {split}", report.repeated)
+    both = [f"{one} and {other}" for one, other in in_both(reports["train"], reports["test"])]
+    _listed(console, "in train and in test", both)
+    bad = both or any(report.unreadable for report in reports.values())
+    console.print("not fit for use as it is: mend what is listed" if bad else "fit for use")
+    return 1 if bad else 0
+
+
+def _show(bar: Progress, task: TaskID, seen: int, total: int) -> None:
+    bar.update(task, completed=seen, total=total)
+
+
+def _listed(console: Console, what: str, lines: Sequence[str]) -> None:
+    if lines:
+        console.print(f"  {what}: {len(lines)}", markup=False, soft_wrap=True)
+        for line in lines[:SHOWN]:
+            console.print(f"    {line}", markup=False, soft_wrap=True)
+        if len(lines) > SHOWN:
+            console.print(f"    and {len(lines) - SHOWN} more")
+
+
+def _manifest(name: str, root: str | None, shots: int, split: int, out: Path) -> None:
+    from nola_vision.data.datasets import get_dataset
+    from nola_vision.data.manifest import make_manifest, write_manifest
+
+    source = get_dataset(name).open(root, "train")
+    made = make_manifest(source, name, shots, split)
+    write_manifest(made, out)
+    print(f"{out}: {len(made.images)} images; train on them with --data.manifest {out}")

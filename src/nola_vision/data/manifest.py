@@ -1,0 +1,134 @@
+"""A manifest: the exact images of a k-shot draw as a small file, so that two labs train on the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nola_vision.data.kshot import Indices, draw
+from nola_vision.data.sources import ImageSource
+from nola_vision.errors import NolaVisionError
+from nola_vision.files import write_whole
+
+FORMAT = "nola-vision k-shot manifest"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A k-shot draw.
+
+    Args:
+        dataset: its name in the registry.
+        shots: images a class.
+        split_seed: of the draw.
+        class_names: by label.
+        images: `(name, label, content)` of each image in the order of the draw; the name is a path beneath the data
+            set's root, or as in `digits[17]`; the content is SHA-256 over the file, or over the RGB pixels where the
+            images have no files of their own.
+    """
+
+    dataset: str
+    shots: int
+    split_seed: int
+    class_names: tuple[str, ...]
+    images: tuple[tuple[str, int, str], ...]
+
+
+def make_manifest(source: ImageSource, dataset: str, shots: int, split_seed: int) -> Manifest:
+    """The manifest of a draw from a data set's training images.
+
+    Raises:
+        NolaVisionError: as `draw`, or an image cannot be read.
+    """
+    indices = draw(source.labels, shots, split_seed, source.class_names).tolist()
+    images = tuple((source.name(i), int(source.labels[i]), content(source, i)) for i in indices)
+    return Manifest(dataset, shots, split_seed, source.class_names, images)
+
+
+def content(source: ImageSource, index: int) -> str:
+    """SHA-256 over an image's file, or over its RGB pixels where it has none of its own."""
+    encoded = source.encoded(index)
+    return hashlib.sha256(source.image(index).tobytes() if encoded is None else encoded).hexdigest()
+
+
+def write_manifest(manifest: Manifest, path: str | Path) -> None:
+    """Writes a manifest, an image a line.
+
+    Raises:
+        NolaVisionError: the file cannot be written.
+    """
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
+    images = head.pop("images")
+    lines = ",\n".join(json.dumps(image, ensure_ascii=False) for image in images)
+    text = json.dumps(head, ensure_ascii=False, indent=1)[:-2] + f',\n "images": [\n{lines}\n]\n}}\n'
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise NolaVisionError(f"{path} cannot be written ({error.strerror}): give another file") from error
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+        NolaVisionError: there is no such file, or it is no manifest of this version.
+    """
+    try:
+        loaded: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NolaVisionError(f"the manifest {path} cannot be read ({error.strerror}): check its path") from error
+    except ValueError as error:
+        raise NolaVisionError(f"the manifest {path} is no JSON: get it anew from where it was made") from error
+    if not isinstance(loaded, dict) or loaded.pop("format", None) != FORMAT:
+        raise NolaVisionError(f"{path} is no k-shot manifest: nola-vision data manifest writes one")
+    if (version := loaded.pop("format_version", None)) != FORMAT_VERSION:
+        raise NolaVisionError(f"the manifest {path} has version {version}, this nola-vision reads {FORMAT_VERSION}")
+    try:
+        images = tuple((str(name), int(label), str(digest)) for name, label, digest in loaded.pop("images"))
+        return Manifest(**{**loaded, "class_names": tuple(loaded["class_names"]), "images": images})
+    except (KeyError, TypeError, ValueError) as error:
+        raise NolaVisionError(f"the manifest {path} is damaged ({error}): get it anew") from error
+
+
+def find_images(manifest: Manifest, source: ImageSource) -> Indices:
+    """Where the images of a manifest are in a data set's training images.
+
+    Raises:
+        NolaVisionError: the classes differ, or an image is missing, or is another one here.
+    """
+    if manifest.class_names != source.class_names:
+        odd = sorted({*manifest.class_names} ^ {*source.class_names}) or ["their order"]
+        raise NolaVisionError(f"the manifest has other classes than the data set here: {', '.join(odd[:5])}")
+    places = {source.name(i): i for i in range(len(source))}
+    missing = [name for name, _, _ in manifest.images if name not in places]
+    if missing:
+        raise NolaVisionError(
+            f"{len(missing)} of the manifest's {len(manifest.images)} images are not in the data set here, "
+            f"{missing[0]} for one: give the data set that it was made of by --data.root"
+        )
+    for name, label, digest in manifest.images:
+        if source.labels[places[name]] != label or content(source, places[name]) != digest:
+            raise NolaVisionError(
+                f"{name} is another image than the manifest's: give the data set that it was made of by --data.root"
+            )
+    return np.array([places[name] for name, _, _ in manifest.images], dtype=np.int64)
+
+
+def refuse_other_settings(manifest: Manifest, path: str | Path, **settings: Any) -> None:
+    """Checks that a config asks for the draw that a manifest holds.
+
+    Raises:
+        NolaVisionError: data set, shots or split differ.
+    """
+    for name, asked in settings.items():
+        if asked != (held := getattr(manifest, name)):
+            raise NolaVisionError(
+                f"the manifest {path} holds {name} {held}, but the config asks for {asked}: give --data.{name} {held}"
+            )
+

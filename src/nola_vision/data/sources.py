@@ -1,0 +1,141 @@
+"""Where the images of a split come from: an array or files, decoded when asked for, always upright RGB."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from nola_vision.errors import NolaVisionError
+
+
+class ImageSource:
+    """The images of one split, decoded when asked for.
+
+    Args:
+        labels: `[n]` class indices.
+        class_names: the name of each class index.
+    """
+
+    def __init__(self, labels: npt.ArrayLike, class_names: tuple[str, ...]) -> None:
+        self.labels: npt.NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int, content: bytes | None = None) -> Image.Image:
+        """Decodes one image.
+
+        Args:
+            index: which one.
+            content: what `encoded` gave for it, if that was kept: no file is opened then.
+
+        Returns:
+            An upright PIL image in mode RGB.
+
+        Raises:
+            NolaVisionError: the image is corrupt, truncated or in a pixel format without an 8-bit meaning.
+        """
+        try:
+            return to_rgb(self._decode(index) if content is None else decoded(content))
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
+            raise NolaVisionError(
+                f"cannot decode the image {self.where(index)} ({error}): mend, replace or remove it"
+            ) from error
+
+    def where(self, index: int) -> str:
+        """Names an image for a person: its path, or as `digits[17]`."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Names an image wherever its data set lies: its path beneath the data set's folder, or as `digits[17]`."""
+        return self.where(index)
+
+    def encoded(self, index: int) -> bytes | None:
+        """The content of an image's file; None where it has none of its own.
+
+        Raises:
+            NolaVisionError: the file cannot be read.
+        """
+        return None
+
+    def _decode(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+
+class ArraySource(ImageSource):
+    """Images held in one uint8 array `[n, h, w]` or `[n, h, w, 3]`."""
+
+    def __init__(
+        self, name: str, pixels: npt.NDArray[np.uint8], labels: npt.ArrayLike, class_names: tuple[str, ...]
+    ) -> None:
+        super().__init__(labels, class_names)
+        self._name, self._pixels = name, pixels
+
+    def where(self, index: int) -> str:
+        return f"{self._name}[{index}]"
+
+    def _decode(self, index: int) -> Image.Image:
+        return Image.fromarray(self._pixels[index])
+
+
+class FileSource(ImageSource):
+    """Images in files of their own.
+
+    Args:
+        paths: of the images.
+        labels: `[n]` class indices.
+        class_names: the name of each class index.
+        base: the data set's folder, which names are beneath.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], labels: npt.ArrayLike, class_names: tuple[str, ...], base: Path = Path()
+    ) -> None:
+        super().__init__(labels, class_names)
+        self._paths, self._base = list(paths), base
+
+    def where(self, index: int) -> str:
+        return str(self._paths[index])
+
+    def name(self, index: int) -> str:
+        return self._paths[index].relative_to(self._base).as_posix()
+
+    def encoded(self, index: int) -> bytes:
+        try:
+            return self._paths[index].read_bytes()
+        except OSError as error:
+            raise NolaVisionError(
+                f"cannot read the image {self.where(index)} ({error.strerror}): mend, replace or remove it"
+            ) from error
+
+    def _decode(self, index: int) -> Image.Image:
+        return decoded(self._paths[index].read_bytes())
+
+
+def decoded(content: bytes) -> Image.Image:
+    """The image of an image file's content, upright."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image in mode RGB: 16-bit grey is scaled to 8 bits, alpha is dropped.
+
+    Raises:
+        NolaVisionError: the pixels are floating point or 32-bit, with no agreed white.
+    """
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise NolaVisionError(f"pixel mode {image.mode} has no agreed white, save it with 8 or 16 bits")
+        image = Image.fromarray(np.round(values.astype(np.float64) / 257).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -1,0 +1,139 @@
+"""`nola-vision data check` and `data manifest`, and training on a manifest's images; a step on every data set."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import stand_ins
+from nola_vision.cli.main import main
+from nola_vision.config_files import compose, part_names
+from nola_vision.results import store
+
+QUICK = [
+    "--threads=1", "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
+    "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=2", "--data.eval_batch_size=8",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("NOLA_VISION_DATA", raising=False)
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return stand_ins.make("folder", tmp_path / "insects", monkeypatch)
+
+
+def run(*words: str) -> int:
+    return main([str(word) for word in words])
+
+
+def test_check_says_what_is_there(tree: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("data", "check", "folder", "--root", tree) == 0
+    printed = capsys.readouterr().out
+    assert "folder: train/<class>/<image> and test/<class>/<image>" in printed
+    assert "train: 36 images in 3 classes, 12 each" in printed and "fit for use" in printed
+    monkeypatch.setenv("NOLA_VISION_DATA", str(tree))
+    assert run("data", "check", "folder") == 0
+
+    (tree / "train/class 0 é/0.png").write_bytes(b"no image")
+    one = (tree / "train/class 1 é/5.png").read_bytes()
+    (tree / "train/class 1 é/6.png").write_bytes(one)
+    (tree / "test/class 2 é/9.png").write_bytes(one)
+    capsys.readouterr()
+    assert run("data", "check", "folder") == 1
+    printed = capsys.readouterr().out
+    for line in (
+        "test: 7 images in 3 classes, 2 (class 0 é) to 3 (class 2 é)",
+        "unreadable in train: 1",
+        f"cannot decode the image {tree}/train/class 0 é/0.png",
+        "twice in train: 1",
+        f"in train and in test: 1\n    {tree}/train/class 1 é/5.png and {tree}/test/class 2 é/9.png",
+        "not fit for use",
+    ):
+        assert line in printed
+
+
+def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("data", "manifest", "folder", "--root", tree, "--shots", 3, "--split", 2, "--out", "m.json") == 0
+    written = json.loads(Path("m.json").read_text())
+    assert [written[k] for k in ("dataset", "shots", "split_seed")] == ["folder", 3, 2] and len(written["images"]) == 9
+    assert written["images"][0][0].startswith("train/class 0 é/")
+
+    moved = tree.rename(tree.with_name("elsewhere"))  # another lab's copy, with an image more, first in the order
+    Image.new("RGB", (9, 9)).save(moved / "train/class 0 é/!first.png")
+    fit = ["fit", "--config=quickstart.yaml", "--method=linear", "--data.dataset=folder", *QUICK]
+    here = [*fit, f"--data.root={moved}", "--data.shots=3", "--data.split_seed=2"]
+    assert run(*here, "--data.manifest=m.json", "--out=a") == 0
+    ((row,), _) = store.read_rows("a")
+    source = stand_ins.DATASETS["folder"].open(str(moved), "train")
+    assert [source.name(i) for i in row.data["draw"]] == [name for name, _, _ in written["images"]]
+    assert run(*here, "--out=b") == 0
+    ((other,), _) = store.read_rows("b")
+    assert other.data["draw"] != row.data["draw"] and other.run_hash != row.run_hash
+
+    Path("bad.json").write_text("[]")
+    Path("cut.json").write_text(Path("m.json").read_text()[:99])
+    capsys.readouterr()
+    for words, expected in (
+        ([*fit, f"--data.root={moved}", "--data.manifest=m.json"], "holds shots 3, but the config asks for 5"),
+        ([*here, "--data.manifest=none.json"], "none.json cannot be read"),
+        ([*here, "--data.manifest=bad.json"], "no k-shot manifest"),
+        ([*here, "--data.manifest=cut.json"], "is no JSON"),
+        (["data", "manifest", "folder", "--root", moved], "needs --out FILE"),
+        (["data", "manifest", "folder", "--root", moved, "--out", "x", "--shots", 99], "99 shots need"),
+        (["data", "manifest", "digits", "--out", "no/x"], "cannot be written"),
+        (["data", "check", "folder", "--root", moved, "--shots", 2], "takes no --shots"),
+        (["data", "check", "folder", "--root", "gone"], "cannot read the folder gone/train"),
+        (["data", "check", "cifar1000"], "did you mean cifar100"),
+        (["data", "check", "cub200"], "this data set needs a folder"),
+    ):
+        assert run(*words) == 2, words
+        error = capsys.readouterr().err.strip()
+        assert expected in error and "\n" not in error, error
+    assert not Path("x").exists()
+
+    name = written["images"][4][0]
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(moved / name)
+    assert run(*here, "--data.manifest=m.json", "--out=c") == 2
+    assert f"{name} is another image" in capsys.readouterr().err
+    (moved / name).unlink()
+    assert run(*here, "--data.manifest=m.json", "--out=c") == 2
+    assert f"1 of the manifest's 9 images are not in the data set here, {name} for one" in capsys.readouterr().err
+
+
+def test_a_manifest_of_images_without_files(capsys: pytest.CaptureFixture) -> None:
+    assert run("data", "manifest", "digits", "--shots", 2, "--out", "d.json") == 0
+    options = ["--config=quickstart.yaml", "--method=1nn", "--data.shots=2", *QUICK]
+    assert run("fit", *options, "--data.manifest=d.json", "--out=a") == 0 and run("fit", *options, "--out=b") == 0
+    (one,), (other,) = store.read_rows("a")[0], store.read_rows("b")[0]
+    assert one.data["draw"] == other.data["draw"] and one.test_accuracy == other.test_accuracy
+
+
+@pytest.mark.parametrize("dataset", part_names("datasets"))
+def test_a_cell_of_every_data_set_runs_a_step_through_its_reader(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the small ViT that ships: the step of a real backbone costs more, and shows nothing of the data set."""
+    root = stand_ins.make(compose("vitb", dataset, 5)["data"]["dataset"], tmp_path / "data", monkeypatch)
+    options = ["--model.backbone.tag=vit_glyph_patch4_32.glyphs", f"--data.root={root}", "--data.batch_size=4"]
+    assert run("fit", f"--config=vitb_{dataset}_5shot.yaml", *options, *QUICK) == 0
+    ((row,), _) = store.read_rows("runs")
+    classes = stand_ins.SIZES[row.config["data"]["dataset"]][0]
+    assert row.status == "completed" and row.data["counts"]["train"] == 5 * classes
+    assert row.adapter_parameters == 24 * 1024 and row.head_parameters == 161 * classes
+
+
+@pytest.mark.parametrize("backbone", part_names("backbones"))
+def test_a_cell_of_every_backbone_runs_a_step(backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 32 pixels and with random weights, which nothing downloads."""
+    root = stand_ins.make("cifar10", tmp_path / "data", monkeypatch)
+    small = ["--model.backbone.base=random", "--model.backbone.img_size=32", "--data.batch_size=2", "--data.shots=1"]
+    assert run("fit", f"--config={backbone}_cifar10_5shot_paper", f"--data.root={root}", *small, *QUICK) == 0
+    ((row,), _) = store.read_rows("runs")
+    assert row.status == "completed" and row.adapter_parameters == {"b": 49_152, "l": 98_304}[backbone[3]]
