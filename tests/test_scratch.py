@@ -156,8 +156,8 @@ def test_budgets() -> None:
 def test_grouped_and_depthwise_convolutions() -> None:
     import timm
 
-    from nola_vision.backbones import find_targets
     from nola_vision.methods import make_stack
+    from nola_vision.targets import find_targets
 
     net = nn.Sequential(
         nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()

@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nola_vision.adapters.paths import additive_linear, merged_linear, merges_exactly
-from nola_vision.backbones import find_targets, probe_batch
+from nola_vision.backbones import probe_batch
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, Method, make_stack
+from nola_vision.targets import find_targets
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
 
@@ -178,6 +179,19 @@ def test_the_merged_path_of_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
     for one, other in zip(torch.autograd.grad(out, (x, a, b), dy), torch.autograd.grad(expected, (x, a, b), dy),
                           strict=True):  # fmt: skip
         assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_what_comes_out_of_a_layer_may_be_written_to() -> None:
+    """As an activation in place does, or an attention that adds a bias of its own."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 7).requires_grad_(False)
+    for rows in (2, 9):
+        a, b = torch.randn(5, 2, requires_grad=True), torch.randn(2, 7, requires_grad=True)
+        x = torch.randn(1, rows, 5, requires_grad=True)
+        merged_linear(x, layer, a, b, 0.7).relu_().sum().backward()
+        expected = (x @ (layer.weight + 0.7 * (a @ b).t()).t() + layer.bias).relu().sum()
+        for leaf, gradient in zip((x, a, b), torch.autograd.grad(expected, (x, a, b)), strict=True):
+            assert torch.allclose(leaf.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
 class Overwritten(nn.Module):

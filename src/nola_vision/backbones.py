@@ -8,9 +8,9 @@ import logging
 import math
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,7 +25,6 @@ import nola_vision.glyph_vit
 import nola_vision.scratch_models  # noqa: F401  both register models with timm
 from nola_vision.adapters.basis import basis_key, uniform
 from nola_vision.adapters.file import add_tensor
-from nola_vision.adapters.target import Target
 from nola_vision.errors import NolaVisionError
 
 Base = Literal["pretrained", "random", "zero"]
@@ -133,6 +132,11 @@ def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
         _start_from_nothing(backbone, spec.base, seed)
     if sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1:  # more than a ViT's patch embedding
         backbone.to(memory_format=torch.channels_last)  # a convolution follows its weight: 1.3 times as fast on a CPU
+    for module in backbone.modules():
+        # EVA, BEiT and SwinV2 read a fused qkv's weight themselves, where an adapter cannot see it, unless timm's own
+        # switch lets them call the layer and add their bias after it
+        if getattr(module, "qkv_bias_separate", None) is False:
+            module.qkv_bias_separate = True  # type: ignore[assignment]
     return backbone.eval().requires_grad_(False)
 
 
@@ -270,86 +274,3 @@ def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
         if not re.search(r"pos_embed|relative_position", name):
             add_tensor(digest, name, state[name])
     return digest.hexdigest()
-
-
-# --- targets ---------------------------------------------------------------------------------------------------------
-
-
-def find_targets(backbone: nn.Module, names: Sequence[str] | str) -> list[Target]:
-    """The weights that target names stand for, in the backbone's own order.
-
-    Args:
-        backbone: a timm model.
-        names: one or several of
-            `mlp`: the two linear layers of every MLP block (`*.mlp.fc1`, `*.mlp.fc2`);
-            `qkv`: the fused query, key and value weight of every attention (`*.attn.qkv`) as one matrix;
-            `qv`: its query rows and its value rows as two matrices;
-            `conv`: every convolution of a convolutional network, its weight reshaped near to square;
-            `all`: every linear layer and convolution;
-            `re:PATTERN`: every linear layer or convolution whose whole module name matches the regular expression.
-
-    Raises:
-        NolaVisionError: an unknown name, or one that matches no weight of this backbone.
-    """
-    layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-    uses: dict[int, list[str]] = {}  # tied weights: one parameter, several modules
-    for name, layer in layers.items():
-        uses.setdefault(id(layer.weight), []).append(name)
-
-    chosen: dict[str, Target] = {}
-    for wanted in [names] if isinstance(names, str) else names:
-        found = [name for name in layers if _matches(wanted, name, layers[name])]
-        if not found:
-            raise NolaVisionError(
-                f"target '{wanted}' matches no weight of this {type(backbone).__name__}: it has {_known(layers)}"
-            )
-        for name in found:
-            modules = tuple(uses[id(layers[name].weight)])
-            kind: Literal["linear", "conv"] = "linear" if isinstance(layers[name], nn.Linear) else "conv"
-            whole = Target(f"{modules[0]}.weight", modules, kind, tuple(layers[name].weight.shape))
-            for target in _query_and_value(whole) if wanted == "qv" else [whole]:
-                chosen[target.name] = target
-    _refuse_overlaps(list(chosen.values()))
-    order = {name: position for position, name in enumerate(layers)}
-    return sorted(chosen.values(), key=lambda t: (order[t.modules[0]], t.rows or (0, 0)))
-
-
-def _matches(wanted: str, name: str, layer: nn.Module) -> bool:
-    if wanted.startswith("re:"):
-        try:
-            return re.fullmatch(wanted[3:], name) is not None
-        except re.error as error:
-            raise NolaVisionError(f"target '{wanted}' is no regular expression: {error}") from error
-    if wanted not in TARGETS:
-        raise NolaVisionError(
-            f"unknown target '{wanted}': use {', '.join(TARGETS)}, or re:PATTERN to match module names"
-        )
-    return TARGETS[wanted](name, layer)
-
-
-TARGETS: dict[str, Callable[[str, nn.Module], bool]] = {
-    "mlp": lambda name, layer: isinstance(layer, nn.Linear) and re.search(r"\.mlp\.fc[12]$", name) is not None,
-    "qkv": lambda name, layer: isinstance(layer, nn.Linear) and name.endswith(".attn.qkv"),
-    "qv": lambda name, layer: isinstance(layer, nn.Linear) and name.endswith(".attn.qkv"),
-    "all": lambda name, layer: True,
-    "conv": lambda name, layer: isinstance(layer, nn.Conv2d) and "patch_embed" not in name,
-}
-
-
-def _query_and_value(fused: Target) -> list[Target]:
-    """The query and the value rows of a fused QKV weight, which stacks query, key and value."""
-    rows = fused.shape[0]
-    return [replace(fused, rows=(0, rows // 3)), replace(fused, rows=(2 * rows // 3, rows))]
-
-
-def _refuse_overlaps(targets: Sequence[Target]) -> None:
-    whole = {t.weight for t in targets if t.rows is None}
-    twice = sorted({t.weight for t in targets if t.rows is not None} & whole)
-    if twice:
-        raise NolaVisionError(f"{twice[0]} is adapted twice, as a whole and in parts: use qkv or qv, not both")
-
-
-def _known(layers: Mapping[str, nn.Module]) -> str:
-    names = [name for name, match in TARGETS.items() if any(match(n, layer) for n, layer in layers.items())]
-    example = next(iter(layers), "no linear layer or convolution")
-    return f"{', '.join(names) or 'none of the named targets'}, and layers such as {example}"

@@ -21,8 +21,9 @@ from nola_vision.adapters.pranc import PrancGroup
 from nola_vision.adapters.quantise import check_bits
 from nola_vision.adapters.stack import AdapterStack
 from nola_vision.adapters.target import HEAD, Target
-from nola_vision.backbones import Base, find_targets
+from nola_vision.backbones import Base
 from nola_vision.errors import NolaVisionError
+from nola_vision.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Adapter(Method):
     """What all methods that change chosen weights by few numbers have in common.
 
     Args:
-        targets: names of the adapted weights, see `nola_vision.backbones.find_targets`; `head` adds the classifier.
+        targets: names of the adapted weights, see `nola_vision.targets.find_targets`; `head` adds the classifier.
         lr: learning rate of the adapter's numbers (and of batch norms, if they are trained).
         head_lr: learning rate of the head; the same as `lr` if not given.
         train_norms: train the backbone's batch norms too, and store them with their statistics.

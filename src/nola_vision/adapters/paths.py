@@ -35,12 +35,12 @@ class _MergedLinear(torch.autograd.Function):
         scale: float,
         origin: Origin | None,
     ) -> Tensor:
-        xa = None
+        xa, y = None, x.new_empty(*x.shape[:-1], len(weight))  # no view, so that others may write to it
         if len(_rows(x)) < len(a):
             xa = _thin(x, a)
-            y = F.linear(_rows(x), weight, bias).addmm_(_rows(xa), b, alpha=scale).view(*x.shape[:-1], len(weight))
+            _linear(x, weight, bias, y).addmm_(_rows(xa), b, alpha=scale)
         else:
-            y = F.linear(x, torch.addmm(weight, b.t(), a.t(), alpha=scale), bias)
+            _linear(x, torch.addmm(weight, b.t(), a.t(), alpha=scale), bias, y)
         ctx.save_for_backward(x if origin is None else origin.input, weight, a, b, xa)
         ctx.scale, ctx.remake = scale, None if origin is None else origin.module
         return y
@@ -60,6 +60,14 @@ class _MergedLinear(torch.autograd.Function):
         db = _summed_product(_thin(x, a) if xa is None else xa, dy).mul_(ctx.scale)
         dbias = _rows(dy).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, da, db, None, None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`F.linear` into memory that is there; the rows of what comes out."""
+    rows = out.view(-1, out.shape[-1])
+    if bias is None:
+        return torch.mm(_rows(x), weight.t(), out=rows)
+    return torch.addmm(bias, _rows(x), weight.t(), out=rows)
 
 
 def _rows(x: Tensor) -> Tensor:
