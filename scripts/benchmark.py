@@ -1,4 +1,4 @@
-"""Speed and memory, each contender beside the others in one run: `python scripts/benchmark.py step|basis|scratch`.
+"""Speed and memory, each contender beside the others in one run: `python scripts/benchmark.py step|basis|scratch|input`.
 
 Contenders take turns, round after round; printed are ratios of medians, with the 10th and 90th percentile of the ratio
 within a round. Turn the machine's other work off first.
@@ -7,6 +7,8 @@ within a round. Turn the machine's other work off first.
              forward and backward (a free leaf added before block 0)
     basis    entries of a basis made a second, as a multiple of torch.rand's float32
     scratch  one training step of ResNet-20 on CIFAR shapes: NOLA's and PRANC's, with Table 8's counts
+    input    images a second of the input side on one core, 500-pixel JPEG files at 224 pixels with the `released`
+             augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
 """
 
 from __future__ import annotations
@@ -18,17 +20,22 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import nn
+from torchvision import datasets, transforms
 
 from nola_vision import NOLA, PRANC, BackboneSpec, adapt
 from nola_vision.adapters.basis import Basis, basis_key, basis_words
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.methods import Method, make_stack
 
 Step = Callable[[], Any]
@@ -224,9 +231,83 @@ def train(model: Any, optimizer: torch.optim.Optimizer, images: torch.Tensor, la
     optimizer.step()
 
 
+# --- the input side --------------------------------------------------------------------------------------------------
+
+INPUT_CLASSES, INPUT_SHOTS, INPUT_EPOCHS = 10, 5, 50
+
+
+def photographs(root: Path) -> None:
+    """JPEG files of 500 x 375 pixels: smooth shapes with some noise, as large as photographs of that size."""
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(INPUT_CLASSES):
+            for number in range(INPUT_SHOTS if split == "train" else 1):
+                coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+                smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float64)
+                noisy = (smooth + random.normal(0, 12, smooth.shape)).clip(0, 255).astype(np.uint8)
+                path = root / split / f"class{label}" / f"{number}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(noisy).save(path, quality=90)
+
+
+def loader_of_torchvision(root: Path) -> Any:
+    """The pipeline of most training scripts: PIL images, read from their files whenever they are used."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [
+        transforms.RandomResizedCrop(224, (0.2, 1.0), interpolation=bicubic),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+        transforms.RandomGrayscale(0.2),
+        transforms.RandomApply([transforms.GaussianBlur(13, (0.1, 2.0))], 0.5),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ]
+    images = datasets.ImageFolder(str(root / "train"), transforms.Compose(steps))
+    return torch.utils.data.DataLoader(images, 50, shuffle=True)
+
+
+def input_side(rounds: int) -> None:
+    torch.set_num_threads(1)
+    spec = BackboneSpec("vit_base_patch16_224.augreg_in21k_ft_in1k")
+    images = INPUT_CLASSES * INPUT_SHOTS
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        photographs(root)
+        seconds: dict[str, list[float]] = {"opening": [], "an epoch": [], "torchvision": []}
+        theirs = loader_of_torchvision(root)
+        for number in range(-1, rounds):
+            times = {}
+            start = time.perf_counter()
+            data = KShotDataModule(spec, "folder", folder, shots=INPUT_SHOTS, batch_size=50, augmentation="released")
+            data.setup("fit")
+            times["opening"] = time.perf_counter() - start
+            ours = data.train_dataloader()
+            ours.sampler.set_epoch(number + 1)
+            for name, loader in (("an epoch", ours), ("torchvision", theirs)):
+                start = time.perf_counter()
+                for _ in loader:
+                    pass
+                times[name] = time.perf_counter() - start
+            if number >= 0:
+                for name, taken in times.items():
+                    seconds[name].append(taken)
+    ratios = sorted(
+        INPUT_EPOCHS * theirs_ / (opening + INPUT_EPOCHS * epoch)
+        for opening, epoch, theirs_ in zip(*(seconds[n] for n in ("opening", "an epoch", "torchvision")), strict=True)
+    )
+    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    total = middle["opening"] + INPUT_EPOCHS * middle["an epoch"]
+    print(f"this project   {INPUT_EPOCHS * images / total:7.1f} images/s: opening {1000 * middle['opening']:.0f} ms "
+          f"(all files read and decoded, once), an epoch {1000 * middle['an epoch']:.0f} ms")  # fmt: skip
+    print(f"torchvision    {images / middle['torchvision']:7.1f} images/s: an epoch {1000 * middle['torchvision']:.0f} ms")
+    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    print(f"ratio over {INPUT_EPOCHS} epochs: {INPUT_EPOCHS * middle['torchvision'] / total:.2f} ({low:.2f} to {high:.2f})")
+    print(f"n = {rounds} rounds of an epoch of {images} images each, one thread")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "basis", "scratch", "peak"])
+    parser.add_argument("what", choices=["step", "basis", "scratch", "input", "peak"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rank", type=int, default=4, help="NOLA's rank in scratch")
     parser.add_argument("--name", help="of the contender whose peak is measured (for the script's own use)")
@@ -237,6 +318,8 @@ def main() -> None:
         basis(known.rounds)
     elif known.what == "scratch":
         scratch(known.rounds, known.rank)
+    elif known.what == "input":
+        input_side(known.rounds)
     else:
         print_peak(known.name)
 

@@ -45,6 +45,8 @@ def test_rooms_without_lightning(closed: str) -> None:
         inside = [name for name in imported(path) if name.startswith("nola_vision.")]
         allowed = ("nola_vision.adapters.", "nola_vision.errors", "nola_vision.files")
         assert all(name.startswith(allowed) for name in inside), path
+    inside = {name for name in imported(ROOT / "targets.py") if name.startswith("nola_vision.")}
+    assert inside == {"nola_vision.adapters.target.Target", "nola_vision.errors.NolaVisionError"}
 
 
 @pytest.mark.parametrize(

@@ -1,164 +1,193 @@
-"""What each target matches in each family of backbones: docs/backbones.md says it, and these tests read it there."""
+"""Targets by structure: the table of docs/backbones.md, and each target of each family at work, on random weights."""
 
+import copy
+import functools
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from nola_vision.adapters.stack import AdapterStack
 from nola_vision.backbones import BackboneSpec, create_backbone, probe_batch
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import NOLA, LoRA, make_stack
-from nola_vision.targets import find_targets
+from nola_vision.methods import LoRA, make_stack
+from nola_vision.targets import TARGETS, find_targets
 
-PAGE = (Path(__file__).parent.parent / "docs/backbones.md").read_text(encoding="utf-8")
-TABLE = [
-    [cell.strip().strip("`") for cell in line.strip("|").split("|")]
-    for line in PAGE.splitlines()
-    if line.startswith("| ") and "---" not in line and "`" in line
-]
-# fewer and narrower blocks than the models have: what is matched in a block stays the same
-SMALLER = {
-    "deit_tiny_patch16_224": {"depth": 2, "img_size": 32},
-    "vit_small_patch14_dinov2": {"depth": 2, "img_size": 28},
-    "vit_giant_patch14_dinov2": {"depth": 1, "img_size": 28, "embed_dim": 96, "num_heads": 2},
-    "vit_small_patch16_dinov3": {"depth": 1, "img_size": 32},
-    "eva02_tiny_patch14_224": {"depth": 2, "img_size": 28},
-    "eva02_base_patch14_224": {"depth": 1, "img_size": 28, "embed_dim": 96, "num_heads": 2},
-    "vit_base_patch16_clip_224": {"depth": 1, "img_size": 32, "embed_dim": 96, "num_heads": 2},
-    "vit_base_patch16_siglip_224": {"depth": 1, "img_size": 32, "embed_dim": 96, "num_heads": 2},
-    "beit_base_patch16_224": {"depth": 1, "img_size": 32, "embed_dim": 96, "num_heads": 2},
-    "swin_tiny_patch4_window7_224": {"depths": (2, 1), "img_size": 56},
-    "swinv2_tiny_window8_256": {"depths": (2, 1), "img_size": 64},
-    "convnext_atto": {"depths": (1, 1, 1, 1)},
-    "convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (16, 32, 32, 32)},
-    "resnet10t": {"zero_init_last": False},
+LINES = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
+TABLE = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES if line.startswith("|")]
+COLUMNS, ROWS = TABLE[0][2:], {row[1].strip("`"): row[2:] for row in TABLE[2:]}
+VIT = dict(depth=2, embed_dim=32, num_heads=2)
+SMALL: dict[str, tuple[int | None, dict[str, object]]] = {  # image side and what makes it small
+    "vit_tiny_patch16_224": (32, VIT),
+    "deit_tiny_patch16_224": (32, VIT),
+    "vit_small_patch14_dinov2": (28, VIT),
+    "vit_small_patch16_dinov3": (32, VIT),
+    "eva02_tiny_patch14_224": (28, VIT),
+    "eva02_base_patch14_224": (28, VIT),
+    "beit_base_patch16_224": (32, VIT),
+    "vit_base_patch32_clip_quickgelu_224": (64, VIT),
+    "vit_base_patch32_siglip_256": (64, VIT),
+    "swin_tiny_patch4_window7_224": (56, dict(depths=(2, 1), num_heads=(2, 2), embed_dim=16)),
+    "swinv2_tiny_window8_256": (64, dict(depths=(2, 1), num_heads=(2, 2), embed_dim=16)),
+    "convnext_atto": (None, dict(depths=(1, 1, 1, 1), dims=(8, 8, 12, 12))),
+    "convnext_tiny": (None, dict(depths=(1, 1, 1, 1), dims=(8, 8, 12, 12))),
+    "resnet10t": (None, dict(channels=(8, 8, 12, 12))),
 }
-NAMES = [name for name in SMALLER]
 
 
-def backbone(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    original = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda tag, **options: original(tag, **{**options, **SMALLER[name]}))
-    torch.manual_seed(0)
-    made = create_backbone(BackboneSpec(name, base="random"))
-    monkeypatch.setattr(timm, "create_model", original)
-    with torch.no_grad():  # SwinV2 starts the norms of its branches at zero
-        for module in made.modules():
-            if isinstance(module, nn.LayerNorm) and not module.weight.any():
-                module.weight.fill_(1)
-    made.pretrained_cfg["input_size"] = (3, size := SMALLER[name].get("img_size", 64), size)
-    return made
+def number(cell: str) -> int:
+    return int(cell.split()[0])
 
 
-def matched(model: nn.Module, target: str) -> str:
-    """As the page writes it: the layers of the first block or stage, others alike left out; `-` for none."""
+def layers(backbone: nn.Module) -> list[str]:
+    return [name for name, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+@functools.cache
+def small(tag: str) -> nn.Module:
+    """A family's model as `create_backbone` makes it, small, and without zeros that would hide what a change does."""
+    size, options = SMALL[tag]
+    with patch("timm.create_model", functools.partial(timm.create_model, **options)):
+        backbone = create_backbone(BackboneSpec(tag, img_size=size, base="random"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in backbone.parameters():
+        if parameter.dim() == 1:  # biases, norms, layer scales
+            parameter.data = 0.5 + 0.3 * torch.randn(parameter.shape, generator=generator)
+    return backbone
+
+
+@pytest.mark.parametrize("tag", ROWS)
+def test_the_table_of_the_docs(tag: str) -> None:
+    assert sorted(COLUMNS) == sorted(TARGETS)
+    with torch.device("meta"):
+        backbone = timm.create_model(tag, num_classes=0)
+    for name, cell in zip(COLUMNS, ROWS[tag], strict=True):
+        patterns = re.findall("`(.*?)`", cell)
+        if not number(cell):
+            with pytest.raises(NolaVisionError, match=f"'{name}' matches no weight of this {type(backbone).__name__}"):
+                find_targets(backbone, name)
+            continue
+        targets = find_targets(backbone, name)
+        assert len(targets) == number(cell)
+        fitting = [layer for layer in layers(backbone) if any(fnmatchcase(layer, pattern) for pattern in patterns)]
+        assert list(dict.fromkeys(module for target in targets for module in target.modules)) == fitting
+        assert not [m for m in fitting if m.startswith(("head", "attn_pool", "global_pool"))]
+        assert [t.rows for t in targets if t.rows] == (
+            [] if name != "qv" or "proj" in cell else [r for t in targets[::2] for r in thirds(t.shape[0])]
+        )
+
+
+def thirds(rows: int) -> list[tuple[int, int]]:
+    return [(0, rows // 3), (rows // 3 * 2, rows)]
+
+
+def test_every_family_of_the_table_is_tried_at_work() -> None:
+    assert list(SMALL) == list(ROWS)
+
+
+WORK = [(tag, name) for tag, row in ROWS.items() for name, cell in zip(COLUMNS, row, strict=True) if number(cell)]
+
+
+@pytest.mark.parametrize(("tag", "name"), WORK)
+def test_each_target_at_work(tag: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 0, the effect of every target, both paths, the gradient and merging."""
+    backbone = small(tag)
+    probe = probe_batch(backbone)[..., :64, :64]  # a convolutional network takes any size
+    images = torch.randn(probe.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = backbone(images)
+    stack = make_stack(backbone, LoRA(targets=[name], rank=1), num_classes=3)
+    stack.attach(backbone, probe)  # refuses a target without effect
     try:
-        found = find_targets(model, target)
-    except NolaVisionError as error:
-        assert "matches no weight" in str(error)
-        return "-"
-    names = dict.fromkeys(
-        re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", t.weight.removesuffix(".weight"))).rpartition("*.")[2]
-        + ("" if t.rows is None else f"[{t.rows[0]}:{t.rows[1]}]".replace(str(t.shape[0]), "3d"))
-        for t in found
-    )
-    return ", ".join(sorted({re.sub(r"\[.*", " rows", name) for name in names}))
+        assert torch.equal(backbone(images), plain)
+        generator = torch.Generator().manual_seed(2)
+        for parameter in stack.adapter_parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        results = []
+        for path in ("merged", "additive"):
+            if path == "additive":
+                monkeypatch.setattr("nola_vision.adapters.stack.merges_exactly", lambda *_: False)
+            stack.zero_grad()
+            features = backbone(images)
+            features.square().sum().backward()
+            results.append((features.detach(), [p.grad.clone() for p in stack.adapter_parameters()]))
+        (merged, gradients), (additive, others) = results
+        assert (merged - plain).abs().max() > 1e-2 * plain.abs().max()
+        assert (merged - additive).abs().max() < 1e-4 * merged.abs().max()
+        for one, other in zip(gradients, others, strict=True):
+            assert one.abs().max() > 0 and (one - other).abs().max() < 1e-3 * one.abs().max()
+        stack.merge()
+        assert (backbone(images) - merged).abs().max() < 1e-4 * merged.abs().max()
+    finally:
+        stack.detach()
+    assert torch.equal(backbone(images), plain)
 
 
-def test_the_page_names_every_model_that_is_tested() -> None:
-    assert [line[1] for line in TABLE] == NAMES
+RAW = {"eva02_tiny_patch14_224", "beit_base_patch16_224", "swinv2_tiny_window8_256"}  # they read `self.qkv.weight`
 
 
-@pytest.mark.parametrize("line", TABLE, ids=lambda line: line[1])
-def test_the_page_says_what_is_matched(line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = backbone(line[1], monkeypatch)
-    assert [matched(model, target) for target in ("mlp", "qkv", "qv", "conv")] == line[2:]
-    every = {t.weight for t in find_targets(model, "all")}
-    assert not [name for name in every if re.match(r"head|attn_pool|fc\.", name)]
-    for target in ("mlp", "qkv", "conv"):
-        if matched(model, target) != "-":
-            assert {t.weight for t in find_targets(model, target)} <= every
+@pytest.mark.parametrize("tag", sorted(RAW))
+def test_a_raw_weight_is_refused_by_name_without_timms_switch(tag: str) -> None:
+    backbone = copy.deepcopy(small(tag))
+    images = probe_batch(backbone)
+    called = backbone(images)
+    for module in backbone.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = False
+    assert (backbone(images) - called).abs().max() < 1e-5 * called.abs().max()
+    with pytest.raises(NolaVisionError, match=r"0\.attn\.qkv\.weight.* does not reach .*set it as `create_backbone`"):
+        make_stack(backbone, LoRA(targets=["qkv"], rank=1), 3).attach(backbone, images)
+    make_stack(backbone, LoRA(targets=["mlp"], rank=1), 3).attach(backbone, images)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_adapter_reaches_the_features_of_every_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = backbone(name, monkeypatch)
-    images = probe_batch(model)
-    plain = model(images)
-    stack = make_stack(model, NOLA(targets=["all"], rank=1, num_basis=4), 3)
-    stack.attach(model, images)  # the probe refuses a target that does not reach the features
-    assert torch.equal(model(images), plain)
-    shake(stack)
-    model.eval()
-    changed = model(images)
-    assert (changed - plain).abs().max() > 1e-4
-    monkeypatch.setattr("nola_vision.adapters.stack.merges_exactly", lambda *_: False)
-    tolerance = {"rtol": 1e-3, "atol": 1e-4 * float(changed.detach().abs().max())}
-    assert torch.allclose(model(images), changed, **tolerance)  # the additive path
-    monkeypatch.undo()
-    (changed * torch.randn_like(changed)).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in stack.adapter_parameters())
-    stack.merge()
-    assert torch.allclose(model(images), changed, **tolerance)
+@pytest.mark.parametrize("tag", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_routing_through_windows(tag: str) -> None:
+    backbone = small(tag)
+    images = probe_batch(backbone)[[0, 1, 1]]
+    stack = make_stack(backbone, LoRA(targets=["qkv", "mlp"], rank=1), 3, num_adapters=3)
+    stack.attach(backbone)
+    for parameter in stack.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    index = torch.tensor([2, 0, 1])
+    with stack.route(index):
+        routed = stack(images)
+    for sample, adapter in enumerate(index):
+        stack.merge(int(adapter))
+        alone = stack(images[sample : sample + 1])[0]
+        assert (routed[sample] - alone).abs().max() < 1e-4 * alone.abs().max()
+        stack.unmerge()
+    assert (routed[1] - routed[2]).abs().max() > 1e-2 * routed.abs().max()  # one image, two adapters
+    stack.detach()
 
 
-def shake(stack: AdapterStack) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in stack.parameters():
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+def test_routing_through_a_position_bias_is_refused() -> None:
+    backbone = small("swinv2_tiny_window8_256")
+    stack = make_stack(backbone, LoRA(targets=["all"], rank=1), 3, num_adapters=2)
+    stack.attach(backbone)
+    with pytest.raises(NolaVisionError, match="samples cannot be told apart"), stack.route(torch.tensor([0, 1])):
+        stack(probe_batch(backbone))
+    stack.detach()
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
-def test_windows_are_routed_to_their_images_adapters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = backbone(name, monkeypatch)
-    stack = make_stack(model, LoRA(targets=["qkv", "mlp"], rank=2), 3, num_adapters=2)
-    stack.attach(model)
-    shake(stack)
-    images = probe_batch(model)
-    with stack.route(torch.tensor([0, 1])):
-        both = model(images)
-    with stack.route(torch.tensor([0])):
-        first = model(images[:1])
-    with stack.route(torch.tensor([1])):
-        second = model(images[1:])
-    assert torch.allclose(both, torch.cat([first, second]), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(first, model_of(stack, model, images[:1], 1), rtol=1e-3)
-
-
-def model_of(stack: AdapterStack, model: nn.Module, images: torch.Tensor, adapter: int) -> torch.Tensor:
-    with stack.route(torch.tensor([adapter])):
-        return model(images)
-
-
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "swinv2_tiny_window8_256"])
-def test_models_that_read_a_raw_weight_compute_as_timms_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With timm's switch the bias is added after the layer; without it, the layer's weight is read past an adapter."""
-    model = backbone(name, monkeypatch)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith(("q_bias", "v_bias")):
-                parameter.normal_()
-    images = probe_batch(model)
-    switched = model(images)
-    attentions = [module for module in model.modules() if hasattr(module, "qkv_bias_separate")]
-    for module in attentions:
-        assert module.qkv_bias_separate is True
-        module.qkv_bias_separate = False
-    assert torch.allclose(model(images), switched, rtol=1e-4, atol=1e-5)
-    stack = make_stack(model, LoRA(targets=["qkv"], rank=1), 3)
-    with pytest.raises(NolaVisionError, match=r"attn\.qkv.* does not reach the features"):
-        stack.attach(model, images)
-
-
-def test_a_fused_weight_of_another_make_is_refused() -> None:
-    model = nn.Module()
-    model.attn = nn.Module()
-    model.attn.qkv = nn.Linear(6, 10)
-    with pytest.raises(NolaVisionError, match=r"attn\.qkv\.weight has 10 rows, which are no query, key and value"):
-        find_targets(model, "qv")
-    assert [t.weight for t in find_targets(model, "qkv")] == ["attn.qkv.weight"]
+def test_what_is_no_block_is_matched_by_no_name() -> None:
+    """The head with a hidden layer, CLIP's attention pooling, a squeeze, the MLP of a position bias."""
+    with torch.device("meta"):
+        hidden = timm.create_model("convnext_atto", num_classes=5, head_hidden_size=16)
+        clip = timm.create_model("resnet50_clip", num_classes=0)
+        squeeze = timm.create_model("seresnet18", num_classes=0)
+        bias = timm.create_model("vit_relpos_small_patch16_224", num_classes=0)
+        uneven = timm.create_model("efficientformer_l1", num_classes=0)
+    for backbone, idle in ((hidden, "head.pre_logits.fc"), (clip, "head.q"), (squeeze, None)):
+        every = [target.modules[0] for target in find_targets(backbone, ["all"])]
+        inside = [name for name in layers(backbone) if not name.startswith(("head", "fc"))]
+        assert every == inside and (idle is None or idle in layers(backbone))
+    with pytest.raises(NolaVisionError, match="'mlp' matches no weight"):
+        find_targets(squeeze, ["mlp"])
+    assert "blocks.0.attn.rel_pos.mlp.fc1" in layers(bias) and len(find_targets(bias, ["mlp"])) == 24
+    assert len(find_targets(hidden, ["re:head.*"])) == 2
+    with pytest.raises(NolaVisionError, match=r"1536 rows where query, key and value of width 1024 have 3072: use qkv"):
+        find_targets(uneven, ["qv"])

@@ -35,15 +35,18 @@ class _MergedLinear(torch.autograd.Function):
         scale: float,
         origin: Origin | None,
     ) -> Tensor:
-        xa, y = None, x.new_empty(*x.shape[:-1], len(weight))  # no view, so that others may write to it
+        xa = None
         if len(_rows(x)) < len(a):
             xa = _thin(x, a)
-            _linear(x, weight, bias, y).addmm_(_rows(xa), b, alpha=scale)
+            y = F.linear(x, weight, bias)
+            _rows(y).addmm_(_rows(xa), b, alpha=scale)
         else:
-            _linear(x, torch.addmm(weight, b.t(), a.t(), alpha=scale), bias, y)
+            y = F.linear(x, torch.addmm(weight, b.t(), a.t(), alpha=scale), bias)
         ctx.save_for_backward(x if origin is None else origin.input, weight, a, b, xa)
         ctx.scale, ctx.remake = scale, None if origin is None else origin.module
-        return y
+        # F.linear may give a view of its product, and autograd refuses to write to a Function's view (an in-place ReLU)
+        out: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,14 +63,6 @@ class _MergedLinear(torch.autograd.Function):
         db = _summed_product(_thin(x, a) if xa is None else xa, dy).mul_(ctx.scale)
         dbias = _rows(dy).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, da, db, None, None
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`F.linear` into memory that is there; the rows of what comes out."""
-    rows = out.view(-1, out.shape[-1])
-    if bias is None:
-        return torch.mm(_rows(x), weight.t(), out=rows)
-    return torch.addmm(bias, _rows(x), weight.t(), out=rows)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -317,7 +317,8 @@ class AdapterStack(nn.Module):
             raise NolaVisionError(
                 f"a change of {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''} does not reach the features of "
                 "this backbone (it reads the weight in its own way, or multiplies the layer's output by zero), so "
-                "adapting it would do nothing: leave it out of `targets`"
+                "adapting it would do nothing: leave it out of `targets`, or, where timm's attention has a switch "
+                "`qkv_bias_separate`, set it as `create_backbone` does, so that qkv is called"
             )
 
     # --- routing and merging -------------------------------------------------------------------------------------
