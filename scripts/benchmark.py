@@ -1,4 +1,4 @@
-"""Speed and memory, each contender beside the others in one run: `python scripts/benchmark.py step|basis|scratch|input`.
+"""Speed and memory, each contender beside the others in one run: `python scripts/benchmark.py step`, or another below.
 
 Contenders take turns, round after round; printed are ratios of medians, with the 10th and 90th percentile of the ratio
 within a round. Turn the machine's other work off first.
@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
 from nola_vision import NOLA, PRANC, BackboneSpec, adapt
 from nola_vision.adapters.basis import Basis, basis_key, basis_words
@@ -266,6 +267,20 @@ def loader_of_torchvision(root: Path) -> Any:
     return torch.utils.data.DataLoader(images, 50, shuffle=True)
 
 
+def where_the_time_goes(subset: Any) -> dict[str, float]:
+    """The share of each step of the transform in its time, over 200 images."""
+    seconds: dict[str, float] = {}
+    for number in range(200):
+        image: Any = subset._kept[number % len(subset)]
+        for step in subset._transform.transforms:
+            named = step.transforms[0] if isinstance(step, v2.RandomApply) else step
+            start = time.perf_counter()
+            image = step(image)
+            name = type(named).__name__.strip("_")
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+    return {name: taken / sum(seconds.values()) for name, taken in seconds.items()}
+
+
 def input_side(rounds: int) -> None:
     torch.set_num_threads(1)
     spec = BackboneSpec("vit_base_patch16_224.augreg_in21k_ft_in1k")
@@ -299,9 +314,12 @@ def input_side(rounds: int) -> None:
     total = middle["opening"] + INPUT_EPOCHS * middle["an epoch"]
     print(f"this project   {INPUT_EPOCHS * images / total:7.1f} images/s: opening {1000 * middle['opening']:.0f} ms "
           f"(all files read and decoded, once), an epoch {1000 * middle['an epoch']:.0f} ms")  # fmt: skip
-    print(f"torchvision    {images / middle['torchvision']:7.1f} images/s: an epoch {1000 * middle['torchvision']:.0f} ms")
+    other = middle["torchvision"]
+    print(f"torchvision    {images / other:7.1f} images/s: an epoch {1000 * other:.0f} ms")
     low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
-    print(f"ratio over {INPUT_EPOCHS} epochs: {INPUT_EPOCHS * middle['torchvision'] / total:.2f} ({low:.2f} to {high:.2f})")
+    print(f"ratio over {INPUT_EPOCHS} epochs: {INPUT_EPOCHS * other / total:.2f} ({low:.2f} to {high:.2f})")
+    parts = where_the_time_goes(ours.dataset)
+    print("of an image's time in the transform: " + ", ".join(f"{n} {share:.0%}" for n, share in parts.items()))
     print(f"n = {rounds} rounds of an epoch of {images} images each, one thread")
 
 

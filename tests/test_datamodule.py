@@ -11,13 +11,15 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from nola_vision.backbones import BackboneSpec, InputConfig
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets import Digits
 from nola_vision.data.kshot import draw, validation_pool
 from nola_vision.data.sources import ImageSource
-from nola_vision.data.transforms import eval_transform, train_transform
+from nola_vision.data.transforms import _GaussianBlur, eval_transform, separable_blur, train_transform
 from nola_vision.errors import NolaVisionError
 
 CONFIG = InputConfig(size=10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
@@ -319,6 +321,26 @@ def test_normalisation_by_hand() -> None:
     assert type(flat) is torch.Tensor and flat.dtype == torch.float32
     expected = torch.tensor([(1 - 0.5) / 0.2, (0.2 - 0.4) / 0.3, (0 - 0.3) / 0.4])
     assert torch.allclose(flat, expected[:, None, None].expand(3, 10, 10), atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_the_blur_is_torchvisions(sigma: float) -> None:
+    pixels = torch.randint(0, 256, (3, 40, 31), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = gaussian_blur(pixels, [13, 13], [sigma, sigma]).int()
+    off = (separable_blur(pixels, 13, sigma).int() - expected).abs()
+    assert off.max() <= 1 and off.float().mean() < 0.01
+    assert sigma < 0.5 or (expected - pixels.int()).abs().max() > 50  # it blurs
+
+
+def test_the_released_augmentation_blurs_by_the_drawn_sigma() -> None:
+    blur = _GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))
+    pixels = torch.randint(0, 256, (3, 40, 31), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(5)
+        theirs = v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))(pixels)
+        torch.default_generator.manual_seed(5)
+        ours = blur(pixels)
+    assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
 def test_only_flip_flips() -> None:
