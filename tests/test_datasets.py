@@ -356,7 +356,6 @@ def test_imagenet_100_takes_ones_own_list(tmp_path: Path) -> None:
 
 def test_a_hugging_face_data_set_in_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for split in ("train", "validation"):
         for name in ("bee", "ant"):
             for number in range(3):
@@ -366,8 +365,49 @@ def test_a_hugging_face_data_set_in_a_local_folder(tmp_path: Path, monkeypatch: 
     train, test = (entry.open(str(tmp_path / "cache"), split) for split in ("train", "test"))
     assert train.labels.tolist() == test.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert train.image(1).getpixel((0, 0)) == (1, 2, 3) and train.image(2, train.encoded(2)).size == (5, 4)
-    with pytest.raises(NolaVisionError, match=r"Hugging Face data set .*nowhere cannot be read"):
+    with pytest.raises(NolaVisionError, match=r"cannot read hf:.*nowhere"):
         get_dataset(f"hf:{tmp_path / 'nowhere'}").open(str(tmp_path / "cache"), "train")
+    with pytest.raises(NolaVisionError, match=r"which of image, label is the label is not clear"):
+        get_dataset(f"hf:{tmp_path / 'insects'}#species").open(str(tmp_path / "cache"), "train")
+
+
+def test_hugging_face_is_asked_over_the_network_only_when_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    library = pytest.importorskip("datasets")
+    seen = []
+
+    def load(*args: object, **options: object) -> None:
+        seen.append((constants.HF_HUB_OFFLINE, library.config.HF_HUB_OFFLINE))
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(library, "load_dataset", load)
+    for name in (constants, library.config):
+        monkeypatch.setattr(name, "HF_HUB_OFFLINE", False)
+    for download in (False, True):
+        with pytest.raises(NolaVisionError, match=r"no network here.*--data\.download true"):
+            get_dataset("hf:someone/things").open(str(tmp_path), "train", download)
+    assert seen == [(True, True), (False, False)]
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_names_that_stand_in_files_are_fetched_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class names are asked for before anything else, also where the files are still to come."""
+    from torchvision.datasets import OxfordIIITPet
+
+    make = stand_ins.make
+    monkeypatch.setattr(OxfordIIITPet, "_download", lambda self: make("oxford_iiit_pet", tmp_path, monkeypatch))
+    with pytest.raises(NolaVisionError, match="cannot read OxfordIIITPet"):
+        get_dataset("oxford_iiit_pet").class_names(str(tmp_path))
+    assert len(get_dataset("oxford_iiit_pet").class_names(str(tmp_path), download=True)) == 37
+
+
+def test_the_root_may_be_cubs_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = stand_ins.make("cub200", tmp_path, monkeypatch)
+    source = get_dataset("cub200").open(str(root / "CUB_200_2011"), "train")
+    assert len(source) == 2400 and source.name(0).startswith("images/001.Some_Bird_0/") and source.image(0)
 
 
 def test_ten_thousand_classes_of_one_image(tmp_path: Path) -> None:

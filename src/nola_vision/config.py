@@ -28,7 +28,7 @@ from nola_vision import backbones, methods
 from nola_vision.backbones import BackboneSpec
 from nola_vision.config_errors import explain
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.datasets import ROOT_VARIABLE, folder_listing
+from nola_vision.data.datasets import ROOT_VARIABLE, folder_listing, own_class_list
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
@@ -161,7 +161,8 @@ def _settings() -> dict[str, list[str]]:
 def _content(run_config: identity.Config) -> dict[str, str]:
     """Digests of what the config names by a path alone, so that two files of one name are two runs.
 
-    `weights` is SHA-256 over a local weights file, the packaged one included; `manifest` over a manifest; `folder` over
+    `weights` is SHA-256 over a local weights file, the packaged one included; `manifest` over a manifest; `classes`
+    over a user's own list of ImageNet-100's; `folder` over
     the relative paths and sizes of a `folder` data set's files. What is missing is left to the run, which says so.
     """
     found = {}
@@ -171,6 +172,10 @@ def _content(run_config: identity.Config) -> dict[str, str]:
         if path is not None and Path(path).is_file():
             with open(path, "rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    root = run_config["data"]["root"]
+    if run_config["data"]["dataset"] == "imagenet100" and (root or ROOT_VARIABLE in os.environ):
+        if classes := own_class_list(root):
+            found["classes"] = hashlib.sha256(classes.encode()).hexdigest()
     if run_config["data"]["dataset"] == "folder" and (listing := folder_listing(run_config["data"]["root"])):
         found["folder"] = hashlib.sha256(listing.encode()).hexdigest()
     return found

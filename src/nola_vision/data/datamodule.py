@@ -129,7 +129,7 @@ class KShotDataModule(L.LightningDataModule):
         augmentation: none, light (random crop) or released (what the authors' released code does).
         flip: let "light" flip images horizontally too; leave it off where left and right carry meaning.
         num_workers: processes that decode and transform; few-shot sets are faster with 0.
-        download: fetch a missing data set, where torchvision can.
+        download: fetch a missing data set, where torchvision or Hugging Face's library can.
         memory_limit_mib: how much of the decoded training set is kept in memory; as much again holds the files of
             images beyond it, which are decoded each time, and what is beyond that is read each time too.
         manifest: a file of `nola-vision data manifest`: train on its images, which must be of these shots and split.
@@ -177,7 +177,7 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """The names by class index; needs no `setup`."""
-        return self.entry.class_names(self.root)
+        return self.entry.class_names(self.root, self.download)
 
     @property
     def num_classes(self) -> int:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from nola_vision.data.sources import ArraySource, FileSource, ImageSource, decoded
+from nola_vision.data.sources import ArraySource, FileSource, ImageSource
 from nola_vision.data.splits import Split, class_of, read_list
 from nola_vision.errors import NolaVisionError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ROOT_VARIABLE = "NOLA_VISION_DATA"
-HUGGING_FACE = "hf:"  # the beginning of the name of a Hugging Face data set
+HUB_PREFIX = "hf:"  # the beginning of the name of a Hugging Face data set
 
 
 class DatasetEntry:
@@ -37,8 +36,12 @@ class DatasetEntry:
     expects: str
     downloads: bool = False
 
-    def class_names(self, root: str | None) -> tuple[str, ...]:
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         """The names by class index, without reading an image.
+
+        Args:
+            root: the folder the data lie in, as for `open`.
+            download: fetch missing files, where the names stand in them.
 
         Raises:
             NolaVisionError: they stand on disk, and are not to be found there.
@@ -69,7 +72,7 @@ class Digits(DatasetEntry):
     TRAIN_IMAGES = 898
     expects = "bundled with scikit-learn, no root needed"
 
-    def class_names(self, root: str | None) -> tuple[str, ...]:
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return tuple("0123456789")
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
@@ -91,7 +94,7 @@ class Folder(DatasetEntry):
 
     expects = "train/<class>/<image> and test/<class>/<image> (or val/) beneath the root"
 
-    def class_names(self, root: str | None) -> tuple[str, ...]:
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return _class_folders(_root(root) / "train")
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
@@ -121,7 +124,7 @@ class TorchvisionArray(DatasetEntry):
     names: tuple[str, ...]
     downloads: bool = True
 
-    def class_names(self, root: str | None) -> tuple[str, ...]:
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return self.names
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
@@ -148,8 +151,8 @@ class TorchvisionFiles(DatasetEntry):
     options: dict[str, str] = field(default_factory=dict)
     downloads: bool = True
 
-    def class_names(self, root: str | None) -> tuple[str, ...]:
-        return tuple(self._read(root, "train", False).classes)
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
+        return tuple(self._read(root, "train", download).classes)
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
         data = self._read(root, split, download)
@@ -180,7 +183,7 @@ class Listed(DatasetEntry):
     strip: int = 0
     downloads: bool = True
 
-    def class_names(self, root: str | None) -> tuple[str, ...]:
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return tuple(folder[self.strip :] for folder in _listed_classes(self.name))
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
@@ -209,10 +212,10 @@ class Cub200(DatasetEntry):
 
     expects = (
         "CUB_200_2011/ with images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/ beneath "
-        "the root"
+        "the root, or be that folder"
     )
 
-    def class_names(self, root: str | None) -> tuple[str, ...]:
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return tuple(self._table(root, "classes.txt").values())
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
@@ -229,12 +232,16 @@ class Cub200(DatasetEntry):
             raise NolaVisionError(
                 f"the lists of CUB-200-2011 in {_root(root)} do not fit one another ({error}): unpack the archive anew"
             ) from error
-        images = _root(root) / "CUB_200_2011" / "images"
+        images = self._base(root) / "images"
         paths, numbers = [images / path for path, _ in chosen], [label for _, label in chosen]
         return FileSource(paths, numbers, self.class_names(root), _root(root))
 
+    def _base(self, root: str | None) -> Path:
+        inner = _root(root) / "CUB_200_2011"
+        return _root(root) if (_root(root) / "images.txt").is_file() and not inner.is_dir() else inner
+
     def _table(self, root: str | None, name: str) -> dict[str, str]:
-        path = _root(root) / "CUB_200_2011" / name
+        path = self._base(root) / name
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
             return dict(line.split(maxsplit=1) for line in lines if line.strip())
@@ -253,10 +260,8 @@ class ImageNet100(DatasetEntry):
     LIST = "imagenet100.txt"
     expects = "train/<wnid>/<image> and val/<wnid>/<image> of ImageNet beneath the root"
 
-    def class_names(self, root: str | None) -> tuple[str, ...]:
-        own = _root(root) / self.LIST
-        shipped = resources.files(__package__) / "lists" / self.LIST
-        text = (own if own.is_file() else shipped).read_text(encoding="utf-8")
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
+        text = own_class_list(root) or (resources.files(__package__) / "lists" / self.LIST).read_text(encoding="utf-8")
         return tuple(sorted(line.split()[0] for line in text.splitlines() if line.strip() and line[0] != "#"))
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
@@ -269,67 +274,10 @@ class ImageNet100(DatasetEntry):
         return FileSource([path for paths in files for path in paths], labels, names, _root(root))
 
 
-@dataclass(frozen=True)
-class HuggingFace(DatasetEntry):
-    """A Hugging Face data set through timm's reader (`pip install 'nola-vision[hf]'`); the root is its cache.
-
-    The test images are those of the split `test`, or of `validation` where there is none.
-
-    Args:
-        name: on the hub, or a local folder.
-    """
-
-    name: str
-    expects: str = "a data set of the hub, or a local folder, with the features `image` and `label`"
-    downloads: bool = True
-
-    def class_names(self, root: str | None) -> tuple[str, ...]:
-        by_index = sorted((index, name) for name, index in self._read(root, "train").class_to_idx.items())
-        return tuple(str(name) for _, name in by_index)
-
-    def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        reader = self._read(root, split)
-        return HuggingFaceSource(f"{self.name}/{split}", reader, self.class_names(root))
-
-    def _read(self, root: str | None, split: Split) -> Any:
-        try:
-            import datasets
-            from timm.data.readers import create_reader
-        except ImportError as error:
-            raise NolaVisionError("this data set needs the package datasets: pip install 'nola-vision[hf]'") from error
-        datasets.disable_progress_bars()
-        errors = []
-        for tried in ("train",) if split == "train" else ("test", "validation"):
-            try:
-                return create_reader(f"hfds/{self.name}", root=root or os.environ.get(ROOT_VARIABLE), split=tried)
-            except Exception as error:  # offline, no such data set, split or feature: each in its own way
-                errors.append(" ".join(str(error).split())[:200])
-        raise NolaVisionError(
-            f"the {split} images of the Hugging Face data set {self.name} cannot be read ({errors[0]}): it needs the "
-            "features `image` and `label`, and a network the first time"
-        )
-
-
-class HuggingFaceSource(ImageSource):
-    """Images of a Hugging Face data set, each the bytes of an encoded image."""
-
-    def __init__(self, name: str, reader: Any, class_names: tuple[str, ...]) -> None:
-        labels = list(reader.iter_targets())
-        if labels and not (min(labels) >= 0 and max(labels) < len(class_names)):
-            raise NolaVisionError(f"{name} has images without a label: choose a split whose images all have one")
-        super().__init__(labels, class_names)
-        self._name, self._reader = name, reader
-
-    def where(self, index: int) -> str:
-        return f"{self._name}[{index}]"
-
-    def encoded(self, index: int) -> bytes:
-        with self._reader[index][0] as file:
-            content: bytes = file.read()
-        return content
-
-    def _decode(self, index: int) -> Image.Image:
-        return decoded(self.encoded(index))
+def own_class_list(root: str | None) -> str | None:
+    """A user's own list of ImageNet-100's classes, if there is one beneath the root."""
+    path = _root(root) / ImageNet100.LIST
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _torchvision(reader: str, base: Path, entry: DatasetEntry, download: bool, **options: Any) -> Any:
@@ -354,11 +302,14 @@ def get_dataset(name: str) -> DatasetEntry:
     Raises:
         NolaVisionError: there is none; the message names close ones, or all.
     """
-    if name.startswith(HUGGING_FACE):
-        return HuggingFace(name.removeprefix(HUGGING_FACE))
+    if name.startswith(HUB_PREFIX):
+        from nola_vision.data.hugging_face import HuggingFace
+
+        path, _, label = name.removeprefix(HUB_PREFIX).partition("#")
+        return HuggingFace(path, label)
     if name not in DATASETS:
         names = difflib.get_close_matches(name, DATASETS)
-        every = f"{', '.join(sorted(DATASETS))}, or {HUGGING_FACE}NAME"
+        every = f"{', '.join(sorted(DATASETS))}, or {HUB_PREFIX}NAME"
         hint = f"did you mean {' or '.join(names)}?" if names else f"choose one of {every}"
         raise NolaVisionError(f"there is no data set {name!r}: {hint}")
     return DATASETS[name]
