@@ -137,3 +137,21 @@ def test_a_cell_of_every_backbone_runs_a_step(backbone: str, tmp_path: Path, mon
     assert run("fit", f"--config={backbone}_cifar10_5shot_paper", f"--data.root={root}", *small, *QUICK) == 0
     ((row,), _) = store.read_rows("runs")
     assert row.status == "completed" and row.adapter_parameters == {"b": 49_152, "l": 98_304}[backbone[3]]
+
+
+@pytest.mark.parametrize(
+    ("config", "dataset", "method"),
+    [("resnet20_cifar10_scratch", "cifar10", name) for name in ("dense", "pranc", "lora", "nola")]
+    + [("resnet18_imagenet100_scratch", "imagenet100", name) for name in ("dense", "hashednet", "lora", "nola")],
+)
+def test_a_network_from_scratch_runs_a_step(
+    config: str, dataset: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of Tables 8 and 9 but PRANC's 100,000 vectors on a ResNet-18; at 32 pixels."""
+    root = stand_ins.make(dataset, tmp_path / "data", monkeypatch)
+    options = [f"--method={method}", f"--data.root={root}", "--data.batch_size=8", "--data.num_workers=0"]
+    small = ["--model.backbone.img_size=32"] if dataset == "imagenet100" else []
+    once = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
+    assert run("fit", f"--config={config}.yaml", *options, *small, *QUICK, *once) == 0
+    ((row,), _) = store.read_rows("runs")
+    assert row.status == "completed" and row.train_loss is not None and row.test_accuracy is not None
