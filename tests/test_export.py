@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 
-from nola_vision import NOLA, PRANC, BackboneSpec, LoRA, adapt, load_adapter
+from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, LinearProbe, LoRA, adapt, load_adapter
 from nola_vision.cli.main import main
 from nola_vision.errors import NolaVisionError
-from nola_vision.export import shorten
+from nola_vision.export import shorten, write_merged
 from nola_vision.model import AdaptedModel
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
@@ -30,6 +30,8 @@ def shaken(method: NOLA | PRANC | LoRA, spec: BackboneSpec = SPEC) -> AdaptedMod
     [
         NOLA(targets=["mlp", "head"], num_basis=300, nested=True),
         NOLA(targets=["qkv"], num_basis=1000, nested=True, bits=4),
+        NOLA(targets=["qkv"], num_basis=1000, nested=True, bits=16),
+        NOLA(targets=["mlp", "head"], num_basis=300, num_basis_b=200, nested=True),
         PRANC(targets=["re:blocks.0.attn.qkv"], num_basis=3000, nested=True),
     ],
     ids=str,
@@ -47,10 +49,10 @@ def test_a_cut_file_is_the_prefix(method: NOLA | PRANC, tmp_path: Path) -> None:
         kept = cut.trained_tensors()
         for name, whole in model.trained_tensors().items():
             first = whole[..., : kept[name].shape[-1]]
-            assert torch.equal(kept[name], first) if method.bits == 32 else torch.allclose(kept[name], first, atol=0.06)
+            assert torch.equal(kept[name], first) if method.bits > 8 else torch.allclose(kept[name], first, atol=0.06)
         name = next(name for name in kept if name.endswith(("coefficients_a", "coefficients")))
         model.stack.prefix = kept[name].shape[-1] / model.trained_tensors()[name].shape[-1]
-        if method.bits == 32:
+        if method.bits > 8 and getattr(method, "num_basis_b", None) is None:
             assert torch.allclose(cut(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
         model.stack.prefix = 1.0
 
@@ -78,6 +80,25 @@ def test_a_vit_bs_file_of_4_bits_is_a_tenth_of_loras(tmp_path: Path) -> None:
     large = adapt(spec, LoRA(targets=["qkv"], rank=4, bits=16), names).save(tmp_path / "lora.safetensors")
     assert large > 2 * (147_456 + 76_900) - 200  # the head's bias keeps 32 bits
     assert 51_200 / 2 < small <= large / 10
+
+
+def test_bits_of_a_head_alone_and_of_what_keeps_its_bits(tmp_path: Path) -> None:
+    model = adapt(SPEC, LinearProbe(), ["a", "b", "c"]).eval()
+    model.save(tmp_path / "a.safetensors")
+    size = shorten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=4)
+    loaded = load_adapter(tmp_path / "b.safetensors")
+    assert loaded.card.method.head_bits == 4 and loaded.save(tmp_path / "c.safetensors") == size
+    peft = adapt(SPEC, PEFT(config="VeraConfig", settings={"r": 2, "target_modules": ["qkv"]}), ["a", "b"])
+    peft.save(tmp_path / "p.safetensors")
+    with pytest.raises(NolaVisionError, match="by PEFT, whose numbers keep 32 bits"):
+        shorten(tmp_path / "p.safetensors", tmp_path / "x.safetensors", bits=4)
+    with pytest.raises(NolaVisionError, match="PEFT merges its own methods"):
+        write_merged(peft, tmp_path / "x.safetensors")
+    large = shaken(LoRA(bits=16))
+    large.stack.groups["160x480"].b.data[0, 0, 0, 0] = 1e5
+    with pytest.raises(NolaVisionError, match=r"160x480\.b holds a number that 16 bits cannot hold"):
+        large.save(tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,8 +141,6 @@ def test_an_int8_adapter_is_merged_into_floats_on_request(tmp_path: Path, capsys
 
 
 def test_a_merged_resnet_with_its_own_batch_norm(tmp_path: Path) -> None:
-    from nola_vision.export import write_merged
-
     spec = BackboneSpec("resnet10t.c3_in1k", base="random", img_size=64)
     model = adapt(spec, NOLA(targets=["conv"], rank=2, num_basis=5, train_norms=True), ["a", "b"])
     images = torch.randn(4, 3, 64, 64)

@@ -224,6 +224,65 @@ def test_an_activation_that_was_written_to_is_held_as_it_is() -> None:
     assert torch.allclose(group.a.grad[0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
+def hook_before(module: nn.Module) -> None:
+    module.act.register_forward_pre_hook(lambda m, args: (2 * args[0],))
+
+
+def hook_after(module: nn.Module) -> None:
+    module.act.register_forward_hook(lambda m, args, out: out * 3)
+
+
+def in_place(module: nn.Module) -> None:
+    module.act = nn.SiLU(inplace=True)
+
+
+@pytest.mark.parametrize("change", [hook_before, hook_after, in_place], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("late", [False, True])
+def test_an_activation_that_is_not_a_function_of_its_input_is_held(change, late: bool) -> None:
+    torch.manual_seed(0)
+    model = Overwritten().requires_grad_(False)
+    model.forward = lambda x: model.fc2(model.act(model.fc1(x)))
+    if not late or change is in_place:
+        change(model)
+    stack = make_stack(model, LoRA(targets=["re:fc."], rank=2), 5)
+    shake(stack)
+    stack.attach(model)
+    if late:
+        change(model)
+    x = torch.randn(4, 5)
+    model(x).square().sum().backward()
+    parameter = stack.groups["7x6"].a
+    exact, direction = parameter.grad.clone(), torch.randn_like(parameter)
+    moved = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter += sign * 1e-3 * direction
+            moved.append(float(model(x).square().sum()))
+            parameter -= sign * 1e-3 * direction
+    assert (moved[0] - moved[1]) / 2e-3 == pytest.approx(float((exact * direction).sum()), rel=1e-2)
+
+
+def test_a_head_is_made_of_the_present_numbers() -> None:
+    backbone = vit()
+    stack = attached(backbone, METHODS[5])
+    with torch.no_grad():
+        features = backbone(IMAGES)
+    assert stack.logits(features).requires_grad  # on features that were made without gradients
+    features = backbone(IMAGES)
+    shake(stack)
+    assert torch.equal(stack.logits(features), stack.logits(features))
+
+
+def test_a_merged_stack_routes_nothing() -> None:
+    backbone = vit()
+    stack = attached(backbone, LoRA(targets=["qkv"], rank=2), num_adapters=2)
+    with pytest.raises(NolaVisionError, match="no adapter 2 to merge"):
+        stack.merge(2)
+    stack.merge(1)
+    with pytest.raises(NolaVisionError, match="unmerge"), stack.route(torch.tensor([0, 1, 0])):
+        pass
+
+
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_gradients_agree_with_finite_differences_in_float64(method: Method) -> None:
     backbone = vit().double()
@@ -342,7 +401,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     plain = [p.grad.clone() for p in stack.parameters()]
     stack.zero_grad()
     backbone.set_grad_checkpointing(True)
-    stack(IMAGES.requires_grad_()).square().sum().backward()
+    stack(IMAGES.clone().requires_grad_()).square().sum().backward()
     for one, parameter in zip(plain, stack.parameters(), strict=True):
         assert torch.allclose(one, parameter.grad, rtol=1e-5, atol=1e-6)
 

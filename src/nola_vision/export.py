@@ -13,8 +13,10 @@ from nola_vision.adapters.file import adapter_bytes, read_adapter
 from nola_vision.adapters.paths import is_quantised
 from nola_vision.adapters.quantise import check_bits
 from nola_vision.adapters.stack import is_nested, prefix_length
+from nola_vision.adapters.target import HEAD
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
+from nola_vision.methods import PEFT
 from nola_vision.model import AdaptedModel, largest
 
 _STEPS = 4096  # shares of the coefficients that a cut chooses from
@@ -37,11 +39,15 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
     """
     metadata, tensors = read_adapter(adapter)
     described = {key: value for key, value in metadata.items() if key not in ("packed", "digest")}
-    widths = {name: entry["bits"] for name, entry in metadata["packed"].items()}
+    settings = metadata["method"]["init_args"]
     if bits is not None:
         check_bits("bits", bits)
-        widths = {name: bits for name in tensors if name.startswith("adapter.") or name == "head.weight"}
-        described["method"] = _with(metadata["method"], bits=bits, head_bits=None)
+        if "head_bits" not in settings:
+            name = metadata["method"]["class_path"]
+            raise NolaVisionError(f"{adapter} was trained by {name}, whose numbers keep 32 bits: leave --bits out")
+        new = {"bits": bits, "head_bits": None} if "bits" in settings else {"head_bits": bits}
+        described["method"] = _with(metadata["method"], **new)
+    widths = _widths(tensors, described["method"]["init_args"])
     if max_bytes is None:
         content = adapter_bytes(described, tensors, widths)
     else:
@@ -62,6 +68,14 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
         content = cut(largest(lambda step: len(cut(step)) <= max_bytes, _STEPS))
     _write(out, content)
     return len(content)
+
+
+def _widths(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, int]:
+    """Bits a stored number by tensor, as a method's settings say."""
+    bits = settings.get("bits", 32)
+    head = settings.get("head_bits") or bits
+    named = {n: head if n.startswith(f"adapter.{HEAD}.") else bits for n in tensors if n.startswith("adapter.")}
+    return {**named, "head.weight": head} if "head.weight" in tensors else named
 
 
 def _write(out: str | Path, content: bytes) -> None:
@@ -85,7 +99,7 @@ def _counts(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
     counts: dict[str, int | None] = {"max_parameters": None}
     for name, tensor in tensors.items():
         head, factor = name.startswith("adapter.head."), name.rpartition(".")[2]
-        if head:
+        if head and factor != "coefficients":
             counts["head_num_basis"] = tensor.shape[-1]
         elif factor in ("coefficients", "coefficients_a"):
             counts["num_basis"] = tensor.shape[-1]
@@ -109,6 +123,8 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
         NolaVisionError: the model has no place for a head, or the file cannot be written.
     """
     spec, stack = model.card.backbone, model.stack
+    if isinstance(model.card.method, PEFT):
+        raise NolaVisionError("PEFT merges its own methods: in Python, model.backbone.merge_and_unload() does it")
     classifier = model.backbone.pretrained_cfg.get("classifier")  # type: ignore[union-attr, operator]
     if not isinstance(classifier, str):
         raise NolaVisionError(f"{spec.tag} has no single classifier in timm, so no checkpoint of it can hold the head")

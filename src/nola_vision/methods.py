@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -232,7 +232,8 @@ def make_stack(
     method = settle(method, base)
     check(method)
     basis_seed = run_seed if basis_seed is None else basis_seed
-    width = int(backbone.num_features)  # type: ignore[arg-type]
+    # of pooled features: some models widen them after their last block
+    width = int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
     targets: list[Target] = []
     if isinstance(method, Adapter):
         named = [method.targets] if isinstance(method.targets, str) else list(method.targets)
@@ -309,8 +310,9 @@ def _lora_rank(rank: int, members: Sequence[Target]) -> int:
 
 def _num_basis(method: NOLA, targets: Sequence[Target], group: str) -> tuple[int, int]:
     """k and l of a group."""
-    if group == HEAD and method.head_num_basis is not None:
-        return method.head_num_basis, method.head_num_basis
+    if group == HEAD:
+        k = method.num_basis if method.head_num_basis is None else method.head_num_basis
+        return k, k
     k = method.num_basis
     if method.max_parameters is not None:
         adapted = sum(target.name != HEAD for target in targets)
@@ -334,6 +336,13 @@ def check(method: Method) -> None:
         NolaVisionError: a number out of range, or two settings that say the same.
     """
     name = type(method).__name__
+    for setting, hint in get_type_hints(type(method)).items():
+        value, choices = getattr(method, setting), _choices(hint)
+        if choices and value not in choices:
+            known = ", ".join(str(choice) for choice in choices if choice is not None)
+            raise NolaVisionError(f"{setting} of {name} is {value!r}: it must be one of {known}")
+        if hint in (int, int | None) and value is not None and type(value) is not int:
+            raise NolaVisionError(f"{setting} of {name} is {value!r}: it must be a whole number")
     for setting in ("lr", "head_lr", "c", "num_basis", "num_basis_b", "head_num_basis", "head_rank", "memory_mib"):
         value = getattr(method, setting, None)
         if value is not None and not 0 < value < math.inf:
@@ -347,6 +356,14 @@ def check(method: Method) -> None:
         raise NolaVisionError("NOLA has both max_parameters and max_bytes: give one budget")
     if isinstance(method, NOLA) and (method.max_parameters or method.max_bytes) and method.num_basis_b is not None:
         raise NolaVisionError("NOLA has a budget and num_basis_b: a budget is spread evenly over A and B")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a Literal, or one or None, allows; none for any other type."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    inner = [_choices(one) for one in get_args(hint) if get_origin(one) is Literal]
+    return (*inner[0], None) if inner else ()
 
 
 def _check_rank(method: NOLA | LoRA, targets: Sequence[Target]) -> None:

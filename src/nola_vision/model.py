@@ -300,7 +300,9 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
         expected = metadata["backbone_fingerprint"]
         shapes = {t["name"]: tuple(t["shape"]) for t in metadata["targets"]}
     except (KeyError, TypeError, AttributeError) as error:
-        raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error}") from error
+        raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error!r}") from error
+    if (expected is None) != isinstance(card.method, FullFinetune):
+        raise NolaVisionError(f"the metadata of {path} does not say which weights it was made for: get the file anew")
     # a fully fine-tuned model's file holds every weight, so none needs to be at hand
     model = _assemble(spec if expected is not None else dataclasses.replace(spec, base="random"), card)
     here = {target.name: target.shape for target in model.stack.every_target}

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 FORMAT_VERSION = 1
 ENTRIES_PER_COUNTER = 16
@@ -268,6 +269,7 @@ class _Combine(torch.autograd.Function):
         ctx.basis, ctx.count = inputs[1], inputs[0].shape[-1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         basis, count = ctx.basis, ctx.count
         total = gradient.new_zeros(*gradient.shape[:-1], count)

@@ -65,6 +65,8 @@ def adapter_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], bi
             packed[name] = {"bits": width, "shape": list(tensor.shape)}
         else:
             kept[name] = tensor.half() if width == 16 else tensor
+            if width == 16 and not kept[name].isfinite().all():
+                raise NolaVisionError(f"{name} holds a number that 16 bits cannot hold (above 65,504): use 32 bits")
     described = {**metadata, "packed": packed, "format": FORMAT, "format_version": FORMAT_VERSION}
     described["digest"] = digest(described, kept)
     content: bytes = safetensors.torch.save(kept, {METADATA_KEY: _canonical(described)})

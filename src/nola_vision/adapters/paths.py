@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class Origin(NamedTuple):
@@ -49,6 +50,7 @@ class _MergedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, xa = ctx.saved_tensors
         g = _thin(dy, b.t()).mul_(ctx.scale)
@@ -58,7 +60,7 @@ class _MergedLinear(torch.autograd.Function):
                 dx = (_rows(dy) @ weight).addmm_(_rows(g), a.t()).view(*dy.shape[:-1], len(a))
             else:
                 dx = dy @ torch.addmm(weight, b.t(), a.t(), alpha=ctx.scale)
-        x = x if ctx.remake is None else ctx.remake(x)
+        x = x if ctx.remake is None else type(ctx.remake).forward(ctx.remake, x)
         da = _summed_product(g, x).t()
         db = _summed_product(_thin(x, a) if xa is None else xa, dy).mul_(ctx.scale)
         dbias = _rows(dy).sum(0) if ctx.needs_input_grad[2] else None

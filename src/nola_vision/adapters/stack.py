@@ -34,8 +34,14 @@ def prefix_length(count: int, share: float) -> int:
     return max(1, round(share * count))
 
 
-# deterministic, without trained numbers, and cheap beside a linear layer: what they make can be made again
-_CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm)
+_CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm)  # beside a linear layer
+
+
+def _can_make_again(module: nn.Module) -> bool:
+    """Whether a layer's output is a cheap function of its input alone: torch's or timm's, not in place, no hooks."""
+    known = isinstance(module, _CHEAP) and type(module).__module__.partition(".")[0] in ("torch", "timm")
+    alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks  # the stack's own is the one
+    return known and alone and not getattr(module, "inplace", False)
 
 
 def _first(change: Change) -> Change:
@@ -95,7 +101,8 @@ class AdapterStack(nn.Module):
         self._made: dict[str, Change] = {}  # the changes of the forward pass that runs or ran last
         self._probing: dict[str, Change] | None = None
         self._in_forward = False
-        self._head_made: Change | None = None  # the head's change of the forward pass that ran last, until it is used
+        # the head's change of the forward pass that ran last, until it is used, and what it was made of
+        self._head_made: tuple[Change, tuple[object, ...]] | None = None
         self._origins = WeakTensorKeyDictionary()  # of the outputs of cheap layers, as long as they live
         self._originals: dict[str, nn.Parameter] = {}  # weights as they were before `merge`
         self._merged_adapter: int | None = None
@@ -149,14 +156,21 @@ class AdapterStack(nn.Module):
         """The heads' weights `[n, classes, features]` and biases `[n, classes]`."""
         if self.head_target is None:
             return self._seen("head_weight", self.head_weight), self.head_bias
-        change, self._head_made = self._head_made, None
-        if change is None:
+        made, self._head_made = self._head_made, None
+        if made is not None and made[1] == self._head_state():
+            change = made[0]
+        else:
             change = self._make([self.group_of[HEAD]])[HEAD]
         assert self._head_base is not None
         whole = self._head_base + dense(self.head_target, change)
         if self.num_adapters == 1:
             whole = whole.unsqueeze(0)
         return whole[..., :-1], whole[..., -1]
+
+    def _head_state(self) -> tuple[object, ...]:
+        """What the head's change depends on; another state makes it stale."""
+        versions = (parameter._version for parameter in self.groups[self.group_of[HEAD]].parameters())
+        return torch.is_grad_enabled(), self.prefix, *self.bits.items(), *versions
 
     def forward(self, images: Tensor) -> Tensor:
         """Images through the attached backbone and the head: logits `[batch, classes]`."""
@@ -264,7 +278,7 @@ class AdapterStack(nn.Module):
             raise NolaVisionError(f"the index names adapters for {len(self.index)} samples, but the batch has {size}")
         if not self.merged:
             self._made = self._probing or self._make()
-            self._head_made = self._made.get(HEAD)
+            self._head_made = (self._made[HEAD], self._head_state()) if HEAD in self._made else None
         self._in_forward = True
 
     def _leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
@@ -272,7 +286,9 @@ class AdapterStack(nn.Module):
         self._in_forward = False
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.requires_grad and not torch.compiler.is_compiling():  # a compiler decides itself what to make again
+        if torch.compiler.is_compiling():  # a compiler decides itself what to make again
+            return
+        if len(args) == 1 and output.requires_grad and output is not args[0] and _can_make_again(module):
             self._origins[output] = Origin(module, args[0], output._version)
 
     def origin(self, x: Tensor) -> Origin | None:
@@ -317,8 +333,7 @@ class AdapterStack(nn.Module):
             raise NolaVisionError(
                 f"a change of {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''} does not reach the features of "
                 "this backbone (it reads the weight in its own way, or multiplies the layer's output by zero), so "
-                "adapting it would do nothing: leave it out of `targets`, or, where timm's attention has a switch "
-                "`qkv_bias_separate`, set it as `create_backbone` does, so that qkv is called"
+                "adapting it would do nothing: leave it out of `targets`"
             )
 
     # --- routing and merging -------------------------------------------------------------------------------------
@@ -332,6 +347,8 @@ class AdapterStack(nn.Module):
         """
         if self.num_adapters == 1:
             raise NolaVisionError("this stack holds one adapter, so there is nothing to route: it needs more")
+        if self.merged:
+            raise NolaVisionError("an adapter is merged into the backbone, so none can be routed to: unmerge() first")
         norms = (m for m in self._attached().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         if any(norm.training for norm in norms):
             raise NolaVisionError(
@@ -359,6 +376,8 @@ class AdapterStack(nn.Module):
         """
         if self.merged:
             raise NolaVisionError("this adapter is merged already: call unmerge() first")
+        if not 0 <= adapter < self.num_adapters:
+            raise NolaVisionError(f"there is no adapter {adapter} to merge: this stack holds {self.num_adapters}")
         backbone, changes = self._attached(), self.changes(adapter)
         if not dequantise and any(is_quantised(backbone.get_parameter(target.weight)) for target in self.targets):
             raise NolaVisionError(
@@ -416,7 +435,7 @@ class _AdaptedForward:
                 return merged_linear(x, layer, a, b, scale, stack.origin(x))
             return additive_linear(x, layer, a, b, scale)
         value = self._dense(changes, layer.weight.shape[0])
-        if stack.num_adapters == 1:
+        if value.dim() == layer.weight.dim():
             return dense_change(x, layer, value)
         # once for each distinct adapter of the batch
         index = self._index(x.shape[0])

@@ -65,11 +65,11 @@ class Classifier(L.LightningModule):
         logits: Tensor = self._computed[0](images)
         return logits
 
-    def on_train_epoch_start(self) -> None:
-        """Quantisation-aware training begins once its share of the epochs is over."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Quantisation-aware training begins once its share of the steps is over."""
         bits_from = getattr(self.method, "quantise_from", 1.0)
-        epochs = self.trainer.max_epochs or 1
-        self.model.compute_with_stored_bits(bits_from < 1 and self.current_epoch >= bits_from * epochs)
+        begun = self.global_step >= bits_from * self.trainer.estimated_stepping_batches
+        self.model.compute_with_stored_bits(bits_from < 1 and begun)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
