@@ -139,7 +139,7 @@ def test_a_raw_weight_is_refused_by_name_without_timms_switch(tag: str) -> None:
         if hasattr(module, "qkv_bias_separate"):
             module.qkv_bias_separate = False
     assert (backbone(images) - called).abs().max() < 1e-5 * called.abs().max()
-    with pytest.raises(NolaVisionError, match=r"0\.attn\.qkv\.weight.* does not reach .*set it as `create_backbone`"):
+    with pytest.raises(NolaVisionError, match=r"0\.attn\.qkv\.weight.* does not reach the features.*leave it out"):
         make_stack(backbone, LoRA(targets=["qkv"], rank=1), 3).attach(backbone, images)
     make_stack(backbone, LoRA(targets=["mlp"], rank=1), 3).attach(backbone, images)
 
