@@ -34,7 +34,7 @@ from torch import nn
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
-from nola_vision import NOLA, PRANC, BackboneSpec, adapt
+from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, adapt
 from nola_vision.adapters.basis import Basis, basis_key, basis_words
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.methods import Method, make_stack
@@ -208,12 +208,8 @@ def scratch(rounds: int, rank: int) -> None:
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.Adam(parameters, lr=1e-3)
             contenders[f"{name} {storage}"] = lambda m=model, o=optimizer: train(m, o, images, labels)
-        plain = adapt(spec, NOLA(**nola), names).train()
-        plain.stack.detach()
-        for module in plain.backbone.modules():
-            if isinstance(module, nn.Conv2d):
-                module.requires_grad_(True)
-        optimizer = torch.optim.Adam([p for p in plain.backbone.parameters() if p.requires_grad], lr=1e-3)
+        plain = adapt(spec, FullFinetune(), names).train()
+        optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
         contenders["the backbone's own step"] = lambda m=plain, o=optimizer: train(m, o, images, labels)
         seconds = interleave(contenders, rounds)
         table(seconds, f"NOLA {storage}")

@@ -6,8 +6,9 @@ Data flows one way:
 
 `backbones` makes a frozen timm model from a tag; `targets` finds its weights by name; `methods` says what is trained;
 `adapters` holds the trained numbers in a stack beside the backbone; `model` joins the two (the Python interface);
-`data` draws the k-shot set; `tasks` are the LightningModules; `config` goes from a config to these objects, `run` from
-them to a row; `results` turns rows into tables; `sweep` plans and runs many; `cli` is the command line.
+`data` draws the k-shot set; `tasks` are the LightningModules; `config_files` finds a config, `config` goes from it to
+these objects, `run` from them to a row; `results` turns rows into tables; `sweep` plans and runs many; `cli` is the
+command line.
 """
 
 from __future__ import annotations

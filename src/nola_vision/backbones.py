@@ -1,4 +1,4 @@
-"""timm backbones: from a tag or a local file to a frozen, headless model, its image format and its target weights."""
+"""timm backbones: from a tag or a local file to a frozen, headless model, its image format."""
 
 from __future__ import annotations
 

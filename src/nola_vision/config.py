@@ -162,8 +162,8 @@ def _content(run_config: identity.Config) -> dict[str, str]:
     """Digests of what the config names by a path alone, so that two files of one name are two runs.
 
     `weights` is SHA-256 over a local weights file, the packaged one included; `manifest` over a manifest; `classes`
-    over a user's own list of ImageNet-100's; `folder` over
-    the relative paths and sizes of a `folder` data set's files. What is missing is left to the run, which says so.
+    over a user's own list of ImageNet-100's classes; `folder` over the relative paths and sizes of a `folder` data
+    set's files. What is missing is left to the run, which says so.
     """
     found = {}
     backbone = run_config["model"]["backbone"]
@@ -173,7 +173,7 @@ def _content(run_config: identity.Config) -> dict[str, str]:
             with open(path, "rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     root = run_config["data"]["root"]
-    if run_config["data"]["dataset"] == "imagenet100" and (root or ROOT_VARIABLE in os.environ):
+    if run_config["data"]["dataset"] == "imagenet100" and (root or os.environ.get(ROOT_VARIABLE)):
         if classes := own_class_list(root):
             found["classes"] = hashlib.sha256(classes.encode()).hexdigest()
     if run_config["data"]["dataset"] == "folder" and (listing := folder_listing(run_config["data"]["root"])):

@@ -13,11 +13,10 @@ from nola_vision.adapters.file import adapter_bytes, read_adapter
 from nola_vision.adapters.paths import is_quantised
 from nola_vision.adapters.quantise import check_bits
 from nola_vision.adapters.stack import is_nested, prefix_length
-from nola_vision.adapters.target import HEAD
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_whole
-from nola_vision.methods import PEFT
-from nola_vision.model import AdaptedModel, largest
+from nola_vision.files import write_file
+from nola_vision.methods import PEFT, from_dict
+from nola_vision.model import AdaptedModel, file_bits, largest
 
 _STEPS = 4096  # shares of the coefficients that a cut chooses from
 
@@ -47,7 +46,7 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
             raise NolaVisionError(f"{adapter} was trained by {name}, whose numbers keep 32 bits: leave --bits out")
         new = {"bits": bits, "head_bits": None} if "bits" in settings else {"head_bits": bits}
         described["method"] = _with(metadata["method"], **new)
-    widths = _widths(tensors, described["method"]["init_args"])
+    widths = file_bits(tensors, from_dict(described["method"]))
     if max_bytes is None:
         content = adapter_bytes(described, tensors, widths)
     else:
@@ -66,23 +65,8 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
                 "more, or fewer bits"
             )
         content = cut(largest(lambda step: len(cut(step)) <= max_bytes, _STEPS))
-    _write(out, content)
+    write_file(out, content)
     return len(content)
-
-
-def _widths(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, int]:
-    """Bits a stored number by tensor, as a method's settings say."""
-    bits = settings.get("bits", 32)
-    head = settings.get("head_bits") or bits
-    named = {n: head if n.startswith(f"adapter.{HEAD}.") else bits for n in tensors if n.startswith("adapter.")}
-    return {**named, "head.weight": head} if "head.weight" in tensors else named
-
-
-def _write(out: str | Path, content: bytes) -> None:
-    try:
-        write_whole(out, content)
-    except OSError as error:
-        raise NolaVisionError(f"{out} cannot be written ({error.strerror}): give another path") from error
 
 
 def _floats(tensor: Tensor) -> Tensor:
@@ -135,7 +119,7 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
     finally:
         stack.unmerge()
     state |= {f"{classifier}.weight": weight[0].detach().cpu(), f"{classifier}.bias": bias[0].detach().cpu()}
-    _write(out, safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
+    write_file(out, safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
     size = f", img_size={spec.img_size}" if spec.img_size is not None else ""
     tag = spec.tag.partition(".")[0]
     return f"timm.create_model('{tag}', num_classes={len(weight[0])}{size}, checkpoint_path='{out}')"

@@ -6,6 +6,20 @@ import os
 import uuid
 from pathlib import Path
 
+from nola_vision.errors import NolaVisionError
+
+
+def write_file(path: str | Path, content: bytes) -> None:
+    """Writes a file that a person named, as `write_whole` does.
+
+    Raises:
+        NolaVisionError: it cannot be written.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise NolaVisionError(f"{path} cannot be written ({error.strerror}): give another path") from error
+
 
 def write_whole(path: str | Path, content: bytes) -> None:
     """Writes a file by way of a temporary one beside it: a reader, or a crash, meets the old content or the new.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -98,7 +98,7 @@ class AdaptedModel(nn.Module):
     @property
     def bits(self) -> dict[str, int]:
         """Bits a stored number, by the tensor's name in the file."""
-        return file_bits(self.stack, self.card.method)
+        return file_bits(stack_tensors(self.stack), self.card.method)
 
     def compute_with_stored_bits(self, on: bool = True) -> None:
         """Makes the forward pass see the numbers as a file would hold them; gradients go straight through."""
@@ -164,14 +164,11 @@ def backbone_tensors(backbone: nn.Module, method: Method) -> dict[str, Tensor]:
     return {}
 
 
-def file_bits(stack: AdapterStack, method: Method) -> dict[str, int]:
+def file_bits(names: Collection[str], method: Method) -> dict[str, int]:
     """Bits a stored number, by the tensor's name in the file; biases and norms keep 32."""
     bits, head_bits = stored_bits(method)
-    widths = {}
-    for name in stack_tensors(stack):
-        if name.startswith("adapter."):
-            widths[name] = head_bits if name.startswith(f"adapter.{HEAD}.") else bits
-    return {**widths, "head.weight": head_bits} if stack.head_target is None else widths
+    widths = {name: bits for name in names if name.startswith("adapter.")}
+    return widths | {name: head_bits for name in names if name.startswith((f"adapter.{HEAD}.", "head.weight"))}
 
 
 def file_metadata(card: Card, stack: AdapterStack, fingerprint: str | None) -> dict[str, Any]:
@@ -260,7 +257,7 @@ def _spend_bytes(backbone: nn.Module, card: Card, method: NOLA, budget: int) -> 
         stack = _stack(backbone, dataclasses.replace(card, method=fixed))
         tensors = stack_tensors(stack) | {f"backbone.{n}": t for n, t in backbone_tensors(backbone, method).items()}
         described = file_metadata(dataclasses.replace(card, method=fixed), stack, "0" * 64)
-        return len(adapter_bytes(described, tensors, file_bits(stack, fixed)))
+        return len(adapter_bytes(described, tensors, file_bits(tensors, fixed)))
 
     if size(1) > budget:
         raise NolaVisionError(

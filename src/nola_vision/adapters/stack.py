@@ -38,10 +38,9 @@ _CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm)  # beside a linear layer
 
 
 def _can_make_again(module: nn.Module) -> bool:
-    """Whether a layer's output is a cheap function of its input alone: torch's or timm's, not in place, no hooks."""
+    """Whether a layer's output is a cheap function of its input alone: torch's or timm's own layer, not in place."""
     known = isinstance(module, _CHEAP) and type(module).__module__.partition(".")[0] in ("torch", "timm")
-    alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks  # the stack's own is the one
-    return known and alone and not getattr(module, "inplace", False)
+    return known and not getattr(module, "inplace", False)
 
 
 def _first(change: Change) -> Change:
@@ -245,7 +244,7 @@ class AdapterStack(nn.Module):
         self._hooks = [
             backbone.register_forward_pre_hook(self._enter),
             backbone.register_forward_hook(self._leave, always_call=True),
-            *(m.register_forward_hook(self._remember) for m in backbone.modules() if isinstance(m, _CHEAP)),
+            *(m.register_forward_hook(self._remember) for m in backbone.modules() if _can_make_again(m)),
         ]
         if probe is not None and self.targets:
             try:
@@ -288,7 +287,8 @@ class AdapterStack(nn.Module):
     def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if torch.compiler.is_compiling():  # a compiler decides itself what to make again
             return
-        if len(args) == 1 and output.requires_grad and output is not args[0] and _can_make_again(module):
+        alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks  # others may change what is made
+        if alone and len(args) == 1 and output.requires_grad:
             self._origins[output] = Origin(module, args[0], output._version)
 
     def origin(self, x: Tensor) -> Origin | None:

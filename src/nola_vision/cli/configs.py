@@ -11,7 +11,7 @@ from rich.table import Table
 from nola_vision import config_files
 from nola_vision.cli.options import Options
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_whole
+from nola_vision.files import write_file
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -37,10 +37,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     target = Path(known.file or f"{Path(known.name).name.removesuffix('.yaml')}.yaml")
     if target.exists():
         raise NolaVisionError(f"{target} exists already: give another file")
-    try:
-        write_whole(target, text.encode())
-    except OSError as error:
-        raise NolaVisionError(f"{target} cannot be written ({error.strerror}): give another file") from error
+    write_file(target, text.encode())
     print(f"{target}: a config of that name in this folder now wins over the shipped one")
     return 0
 

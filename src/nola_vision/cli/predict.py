@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nola_vision.cli.options import Options
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_whole
+from nola_vision.files import write_file
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -48,9 +48,6 @@ def main(arguments: Sequence[str], verb: str) -> int:
         return 0
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("image", "class", "probability"), *rows])
-    try:
-        write_whole(known.out, text.getvalue().encode())
-    except OSError as error:
-        raise NolaVisionError(f"{known.out} cannot be written: {error.strerror}") from error
+    write_file(known.out, text.getvalue().encode())
     print(f"{len(rows)} predictions in {known.out}", file=sys.stderr)
     return 0

@@ -1,0 +1,1 @@
+"""From files on disk to batches: data sets, their images, the k-shot draw, transforms, and the LightningDataModule."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nola_vision.data.datasets import DatasetEntry
-from nola_vision.data.manifest import content
+from nola_vision.data.manifest import digest
 from nola_vision.data.splits import Split
 from nola_vision.errors import NolaVisionError
 
@@ -20,7 +20,7 @@ class SplitReport:
     Args:
         counts: images a class.
         unreadable: a sentence for each image that cannot be decoded.
-        contents: each image's name by the digest of its content (of equal ones, the first).
+        contents: each image's name by the digest of its file or pixels, as in a manifest (of equal ones, the first).
         repeated: names of images that are an earlier one's double.
     """
 
@@ -52,11 +52,12 @@ def check_split(
     for index in range(len(source)):
         name = source.where(index)
         try:
-            source.image(index)
+            encoded = source.encoded(index)
+            image = source.image(index, encoded)
         except NolaVisionError as error:
             unreadable.append(str(error))
         else:
-            if contents.setdefault(content(source, index), name) != name:
+            if contents.setdefault(digest(encoded or image.tobytes()), name) != name:
                 repeated.append(name)
         progress(index + 1, len(source))
     counts = np.bincount(source.labels, minlength=len(source.class_names)).tolist()

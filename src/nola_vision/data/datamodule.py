@@ -70,7 +70,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         contents, as many as fit into the same limit again.
         """
         used = 0
-        for position in range(len(self)):
+        for position in range(len(self._kept), len(self)):
             pixels = pil_to_tensor(self._source.image(int(self._indices[position])))
             used += pixels.numel()
             if used > limit_bytes:

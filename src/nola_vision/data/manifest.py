@@ -13,7 +13,7 @@ import numpy as np
 from nola_vision.data.kshot import Indices, draw
 from nola_vision.data.sources import ImageSource
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_whole
+from nola_vision.files import write_file
 
 FORMAT = "nola-vision k-shot manifest"
 FORMAT_VERSION = 1
@@ -53,8 +53,12 @@ def make_manifest(source: ImageSource, dataset: str, shots: int, split_seed: int
 
 def content(source: ImageSource, index: int) -> str:
     """SHA-256 over an image's file, or over its RGB pixels where it has none of its own."""
-    encoded = source.encoded(index)
-    return hashlib.sha256(source.image(index).tobytes() if encoded is None else encoded).hexdigest()
+    return digest(source.encoded(index) or source.image(index).tobytes())
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
@@ -67,10 +71,7 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
     images = head.pop("images")
     lines = ",\n".join(json.dumps(image, ensure_ascii=False) for image in images)
     text = json.dumps(head, ensure_ascii=False, indent=1)[:-2] + f',\n "images": [\n{lines}\n]\n}}\n'
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise NolaVisionError(f"{path} cannot be written ({error.strerror}): give another file") from error
+    write_file(path, text.encode())
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -90,7 +91,7 @@ def read_manifest(path: str | Path) -> Manifest:
     if (version := loaded.pop("format_version", None)) != FORMAT_VERSION:
         raise NolaVisionError(f"the manifest {path} has version {version}, this nola-vision reads {FORMAT_VERSION}")
     try:
-        images = tuple((str(name), int(label), str(digest)) for name, label, digest in loaded.pop("images"))
+        images = tuple((str(name), int(label), str(found)) for name, label, found in loaded.pop("images"))
         return Manifest(**{**loaded, "class_names": tuple(loaded["class_names"]), "images": images})
     except (KeyError, TypeError, ValueError) as error:
         raise NolaVisionError(f"the manifest {path} is damaged ({error}): get it anew") from error
@@ -112,8 +113,8 @@ def find_images(manifest: Manifest, source: ImageSource) -> Indices:
             f"{len(missing)} of the manifest's {len(manifest.images)} images are not in the data set here, "
             f"{missing[0]} for one: give the data set that it was made of by --data.root"
         )
-    for name, label, digest in manifest.images:
-        if source.labels[places[name]] != label or content(source, places[name]) != digest:
+    for name, label, expected in manifest.images:
+        if source.labels[places[name]] != label or content(source, places[name]) != expected:
             raise NolaVisionError(
                 f"{name} is another image than the manifest's: give the data set that it was made of by --data.root"
             )

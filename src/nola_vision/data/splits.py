@@ -31,16 +31,20 @@ def split_by_rule(dataset: str, paths: Iterable[str], train: int, test: int | No
         Sorted paths of each split.
     """
     chosen: dict[Split, list[str]] = {"train": [], "test": []}
-    for _, members in groupby(sorted(paths, key=lambda path: (class_of(path), path)), key=class_of):
+    for _, members in groupby(sorted(paths, key=_order), key=class_of):
         ranked = sorted(members, key=lambda path: _rank(f"{dataset}/v1/0/{path}"))
         chosen["train"] += ranked[:train]
         chosen["test"] += ranked[train:] if test is None else ranked[train : train + test]
-    return {split: sorted(members, key=lambda path: (class_of(path), path)) for split, members in chosen.items()}
+    return {split: sorted(members, key=_order) for split, members in chosen.items()}
 
 
 def class_of(path: str) -> str:
     """The class's folder of a path."""
     return path.rpartition("/")[0]
+
+
+def _order(path: str) -> tuple[str, str]:
+    return class_of(path), path
 
 
 def _rank(text: str) -> bytes:
