@@ -1,7 +1,9 @@
 """The Python interface and the adapter file: train, save, load, merge, and every way a file can be wrong."""
 
+import copy
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +222,28 @@ def test_files_for_something_else_are_refused(adapter: Path, tmp_path: Path) -> 
     refused(adapter, "made for other weights", weights=str(tmp_path / "other.safetensors"))
 
 
+def places(value: object, above: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """The way to every value of nested metadata; the first item stands for all of a list."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield *above, key
+        yield from places(one, (*above, key))
+
+
+def test_metadata_of_other_types_is_refused(adapter: Path, tmp_path: Path) -> None:
+    metadata, _ = read_adapter(adapter)
+    written = ("format", "format_version", "digest", "packed")  # anew by whoever writes
+    told = [place for place in places(metadata) if place[0] not in written and place[-1] != "group"]
+    assert len(told) > 35
+    for *above, last in told:
+        changed = copy.deepcopy(metadata)
+        inside = changed
+        for key in above:
+            inside = inside[key]
+        inside[last] = {"wrong": True}
+        refused(rewritten(adapter, tmp_path, **changed), r"^[^\n]+$")
+
+
 def test_a_file_is_written_whole_or_not_at_all(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_adapter(adapter)
     with pytest.raises(NolaVisionError, match="cannot be written"):
@@ -266,8 +290,9 @@ def test_backbones_from_local_files(tmp_path: Path) -> None:
 
 
 def test_input_configs_are_timms_own() -> None:
-    mae, augreg = input_config(BackboneSpec("vit_base_patch16_224.mae")), input_config(
-        BackboneSpec("vit_base_patch16_224.augreg_in21k_ft_in1k")
+    mae, augreg = (
+        input_config(BackboneSpec("vit_base_patch16_224.mae")),
+        input_config(BackboneSpec("vit_base_patch16_224.augreg_in21k_ft_in1k")),
     )
     assert mae.mean == pytest.approx((0.485, 0.456, 0.406)) and augreg.mean == (0.5, 0.5, 0.5)
     assert (augreg.size, augreg.interpolation, augreg.crop_pct) == (224, "bicubic", 0.9)

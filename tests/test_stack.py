@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nola_vision.adapters.paths import additive_linear, merged_linear, merges_exactly
+from nola_vision.adapters.paths import additive_linear, dense_change, merged_linear, merges_exactly
 from nola_vision.backbones import probe_batch
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, Method, make_stack
@@ -406,6 +406,28 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
         assert torch.allclose(one, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_two_passes_before_one_backward_keep_their_own_changes_under_checkpointing() -> None:
+    backbone, index = vit(), torch.tensor([[2, 0, 1], [1, 1, 0]])
+    stack = attached(backbone, METHODS[1], num_adapters=3)
+    shake(stack)
+
+    def gradients() -> list[torch.Tensor]:
+        stack.zero_grad()
+        with stack.route(index[0]):
+            first = stack(IMAGES)
+        stack.prefix = 0.5  # as nested training draws another for each batch
+        with stack.route(index[1]):
+            second = stack(2 * IMAGES)
+        stack.prefix = 1.0
+        (first.square().sum() + second.square().sum()).backward()
+        return [p.grad.clone() for p in stack.parameters()]
+
+    plain = gradients()
+    backbone.set_grad_checkpointing(True)
+    for one, other in zip(plain, gradients(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
 def test_a_part_called_by_itself_uses_the_present_coefficients() -> None:
     backbone = vit()
     stack = attached(backbone, METHODS[0])
@@ -512,6 +534,40 @@ def test_bfloat16_autocast_does_not_round_the_change_away(monkeypatch: pytest.Mo
         )
     assert kept > 0.999 and lost < 0.9
     assert merges_exactly(x, layer.weight)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(64, 64), lambda: nn.Conv2d(64, 64, 1)], ids=["linear", "conv"])
+def test_16_bits_do_not_round_a_dense_change_away(make) -> None:
+    """The change, recovered by least squares from what it does to the outputs of many inputs."""
+    torch.manual_seed(0)
+    layer = make()
+    change = torch.randn_like(layer.weight) * 1e-3 * layer.weight.std()
+    x = torch.randn(2**15, 64, *[1] * (change.dim() - 2)).bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        moved, still = (dense_change(x, layer, d).float().flatten(1) for d in (change, 0 * change))
+    found = torch.linalg.lstsq(x.flatten(1), moved - still).solution.T
+    assert nn.functional.cosine_similarity(found.flatten(), change.flatten(), 0) > 0.99
+
+
+def test_a_moved_backbone_unmerges_to_its_own_dtype() -> None:
+    backbone = vit()
+    stack = attached(backbone, METHODS[0])
+    shake(stack)
+    kept = backbone.blocks[0].mlp.fc1.weight
+    before = stack(IMAGES)
+    stack.merge()
+    stack.double(), backbone.double()
+    stack.unmerge()
+    assert backbone.blocks[0].mlp.fc1.weight is kept and kept.dtype == torch.float64
+    assert (stack(IMAGES.double()) - before).abs().max() / before.abs().max() < 1e-5
+
+
+def test_a_weight_that_is_unfrozen_while_adapted_is_refused() -> None:
+    backbone = vit()
+    stack = attached(backbone, METHODS[0])
+    backbone.requires_grad_(True)
+    with pytest.raises(NolaVisionError, match="is trained itself: freeze the backbone"):
+        stack(IMAGES)
 
 
 def test_routing_mistakes_are_refused() -> None:

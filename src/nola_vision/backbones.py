@@ -26,6 +26,7 @@ import nola_vision.scratch_models  # noqa: F401  both register models with timm
 from nola_vision.adapters.basis import basis_key, uniform
 from nola_vision.adapters.file import add_tensor
 from nola_vision.errors import NolaVisionError
+from nola_vision.field_types import check_types
 
 Base = Literal["pretrained", "random", "zero"]
 
@@ -99,6 +100,7 @@ def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
             pretrained weights are not on this machine and cannot be downloaded.
     """
     spec = BackboneSpec(spec) if isinstance(spec, str) else spec
+    check_types(spec)
     if spec.img_size is not None and spec.img_size < 1:
         raise NolaVisionError(f"img_size is {spec.img_size}: it is the image's side in pixels")
     config = _pretrained_cfg(spec)

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+from nola_vision.field_types import KINDS
 
 
 def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
@@ -44,7 +44,7 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
 def _kinds(message: str) -> list[str]:
     found: list[str] = []
     for plain, choices in re.findall(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message):
-        found += [_KINDS.get(plain, plain.rpartition(".")[2])] if plain else re.split(r",\s*", choices.replace("'", ""))
+        found += [KINDS.get(plain, plain.rpartition(".")[2])] if plain else re.split(r",\s*", choices.replace("'", ""))
     return list(dict.fromkeys(found))
 
 

@@ -112,6 +112,8 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
     classifier = model.backbone.pretrained_cfg.get("classifier")  # type: ignore[union-attr, operator]
     if not isinstance(classifier, str):
         raise NolaVisionError(f"{spec.tag} has no single classifier in timm, so no checkpoint of it can hold the head")
+    if spec.int8 and not dequantise:
+        raise NolaVisionError(f"the weights of {spec.tag} are held in int8: ask for floats (--dequantise)")
     weight, bias = stack.head()
     stack.merge(dequantise=dequantise)
     try:

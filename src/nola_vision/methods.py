@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from nola_vision.adapters.stack import AdapterStack
 from nola_vision.adapters.target import HEAD, Target
 from nola_vision.backbones import Base
 from nola_vision.errors import NolaVisionError
+from nola_vision.field_types import check_types
 from nola_vision.targets import find_targets
 
 
@@ -333,16 +334,10 @@ def check(method: Method) -> None:
     """Refuses settings that no backbone could take.
 
     Raises:
-        NolaVisionError: a number out of range, or two settings that say the same.
+        NolaVisionError: a value of another type, a number out of range, or two settings that say the same.
     """
     name = type(method).__name__
-    for setting, hint in get_type_hints(type(method)).items():
-        value, choices = getattr(method, setting), _choices(hint)
-        if choices and value not in choices:
-            known = ", ".join(str(choice) for choice in choices if choice is not None)
-            raise NolaVisionError(f"{setting} of {name} is {value!r}: it must be one of {known}")
-        if hint in (int, int | None) and value is not None and type(value) is not int:
-            raise NolaVisionError(f"{setting} of {name} is {value!r}: it must be a whole number")
+    check_types(method)
     for setting in ("lr", "head_lr", "c", "num_basis", "num_basis_b", "head_num_basis", "head_rank", "memory_mib"):
         value = getattr(method, setting, None)
         if value is not None and not 0 < value < math.inf:
@@ -356,14 +351,6 @@ def check(method: Method) -> None:
         raise NolaVisionError("NOLA has both max_parameters and max_bytes: give one budget")
     if isinstance(method, NOLA) and (method.max_parameters or method.max_bytes) and method.num_basis_b is not None:
         raise NolaVisionError("NOLA has a budget and num_basis_b: a budget is spread evenly over A and B")
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values that a Literal, or one or None, allows; none for any other type."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    inner = [_choices(one) for one in get_args(hint) if get_origin(one) is Literal]
-    return (*inner[0], None) if inner else ()
 
 
 def _check_rank(method: NOLA | LoRA, targets: Sequence[Target]) -> None:

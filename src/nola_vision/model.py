@@ -28,6 +28,7 @@ from nola_vision.backbones import (
     to_int8,
 )
 from nola_vision.errors import NolaVisionError
+from nola_vision.field_types import check_types
 from nola_vision.methods import (
     NOLA,
     PEFT,
@@ -67,7 +68,7 @@ class AdaptedModel(nn.Module):
     """A backbone with an adapter stack attached: images `[batch, 3, size, size]` to logits `[batch, classes]`.
 
     Made by `adapt` or `load_adapter`. `stack.parameters()` are the adapter's and the head's; the backbone's own are
-    frozen unless the method is `FullFinetune`.
+    frozen, but for all of `FullFinetune`, the batch norms of `train_norms` and what PEFT adds.
     """
 
     def __init__(self, backbone: nn.Module, stack: AdapterStack, card: Card, fingerprint: str | None) -> None:
@@ -269,7 +270,11 @@ def _spend_bytes(backbone: nn.Module, card: Card, method: NOLA, budget: int) -> 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
     """The largest number from 1 to `limit` that fits, where 1 does and no number after a misfit does."""
-    return 1 + bisect.bisect_left(range(2, limit + 1), True, key=lambda number: not fits(number))
+    high = 2
+    while high <= limit and fits(high):  # trying a number may cost memory in proportion to it
+        high *= 2
+    between = range(high // 2 + 1, min(high, limit + 1))
+    return high // 2 + bisect.bisect_left(between, True, key=lambda number: not fits(number))
 
 
 def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
@@ -294,6 +299,8 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
             metadata["basis_seed"],
             InputConfig(**image),
         )
+        for part in (card, card.backbone, card.input):
+            check_types(part)
         expected = metadata["backbone_fingerprint"]
         shapes = {t["name"]: tuple(t["shape"]) for t in metadata["targets"]}
     except (KeyError, TypeError, AttributeError) as error:

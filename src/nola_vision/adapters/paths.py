@@ -132,11 +132,14 @@ def additive_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: fl
 
 
 def dense_change(x: Tensor, layer: nn.Linear | nn.Conv2d, change: Tensor) -> Tensor:
-    """The layer with its weight plus a change of the weight's shape."""
-    if is_quantised(layer.weight):
-        return F.linear(x, layer.weight, layer.bias) + F.linear(x, change.to(x.dtype))
-    weight = layer.weight + change.to(layer.weight.dtype)
+    """The layer with its weight plus a change of the weight's shape; beside it, where the sum would be rounded."""
+    if merges_exactly(x, layer.weight):
+        return _with_weight(x, layer, layer.weight + change.to(layer.weight.dtype), layer.bias)
+    return _with_weight(x, layer, layer.weight, layer.bias) + _with_weight(x, layer, change.to(x.dtype), None)
+
+
+def _with_weight(x: Tensor, layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, layer.bias)
-    out: Tensor = layer._conv_forward(x, weight, layer.bias)
+        return F.linear(x, weight, bias)
+    out: Tensor = layer._conv_forward(x, weight, bias)
     return out

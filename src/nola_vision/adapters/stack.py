@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -46,6 +47,21 @@ def _can_make_again(module: nn.Module) -> bool:
 def _first(change: Change) -> Change:
     """The change of the only adapter."""
     return LowRank(change.a[0], change.b[0], change.scale) if isinstance(change, LowRank) else Dense(change.value[0])
+
+
+@dataclass
+class _Pass:
+    """What one forward pass computes with, also where activation checkpointing repeats its layers in the backward pass.
+
+    Args:
+        changes: by target name; the head's until it is used.
+        index: `[batch]`, the adapter of each sample.
+        head_state: what the head's change was made of; another state makes it stale.
+    """
+
+    changes: dict[str, Change]
+    index: Tensor | None
+    head_state: tuple[object, ...] = ()
 
 
 class AdapterStack(nn.Module):
@@ -97,11 +113,9 @@ class AdapterStack(nn.Module):
         self.prefix: float = 1.0  # the share of the coefficients that is used, the first ones
         self._backbone: list[nn.Module] = []  # in a list, so that it is no submodule
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._made: dict[str, Change] = {}  # the changes of the forward pass that runs or ran last
-        self._probing: dict[str, Change] | None = None
+        self._pass: _Pass | None = None  # the one that runs, ran last, or whose backward pass runs
         self._in_forward = False
-        # the head's change of the forward pass that ran last, until it is used, and what it was made of
-        self._head_made: tuple[Change, tuple[object, ...]] | None = None
+        self._probing: dict[str, Change] | None = None  # what a pass computes with instead of the adapters
         self._origins = WeakTensorKeyDictionary()  # of the outputs of cheap layers, as long as they live
         self._originals: dict[str, nn.Parameter] = {}  # weights as they were before `merge`
         self._merged_adapter: int | None = None
@@ -155,11 +169,9 @@ class AdapterStack(nn.Module):
         """The heads' weights `[n, classes, features]` and biases `[n, classes]`."""
         if self.head_target is None:
             return self._seen("head_weight", self.head_weight), self.head_bias
-        made, self._head_made = self._head_made, None
-        if made is not None and made[1] == self._head_state():
-            change = made[0]
-        else:
-            change = self._make([self.group_of[HEAD]])[HEAD]
+        # each change serves one backward pass
+        made = self._pass.changes if self._pass is not None and self._pass.head_state == self._head_state() else {}
+        change = made.pop(HEAD) if HEAD in made else self._make([self.group_of[HEAD]])[HEAD]
         assert self._head_base is not None
         whole = self._head_base + dense(self.head_target, change)
         if self.num_adapters == 1:
@@ -167,7 +179,9 @@ class AdapterStack(nn.Module):
         return whole[..., :-1], whole[..., -1]
 
     def _head_state(self) -> tuple[object, ...]:
-        """What the head's change depends on; another state makes it stale."""
+        """What an adapted head's change depends on."""
+        if self.head_target is None:
+            return ()
         versions = (parameter._version for parameter in self.groups[self.group_of[HEAD]].parameters())
         return torch.is_grad_enabled(), self.prefix, *self.bits.items(), *versions
 
@@ -264,7 +278,7 @@ class AdapterStack(nn.Module):
                 del layer.__dict__["forward"]
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._made, self._head_made = [], {}, None
+        self._hooks, self._pass = [], None
         self._backbone.clear()
 
     def _attached(self) -> nn.Module:
@@ -275,14 +289,19 @@ class AdapterStack(nn.Module):
     def _enter(self, module: nn.Module, args: tuple[object, ...]) -> None:
         if self.index is not None and (size := len(cast(Tensor, args[0]))) != len(self.index):
             raise NolaVisionError(f"the index names adapters for {len(self.index)} samples, but the batch has {size}")
-        if not self.merged:
-            self._made = self._probing or self._make()
-            self._head_made = (self._made[HEAD], self._head_state()) if HEAD in self._made else None
+        self._pass = None if self.merged else _Pass(self._probing or self._make(), self.index, self._head_state())
         self._in_forward = True
 
     def _leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        # the changes stay: activation checkpointing runs layers again in the backward pass and must meet the same ones
+        # the pass stays: activation checkpointing runs layers again in the backward pass, which begins at the features
         self._in_forward = False
+        if isinstance(output, Tensor) and output.requires_grad and not torch.compiler.is_compiling():
+            of_this = self._pass
+
+            def begin(gradient: Tensor) -> None:
+                self._pass = of_this
+
+            output.register_hook(begin)
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if torch.compiler.is_compiling():  # a compiler decides itself what to make again
@@ -298,13 +317,20 @@ class AdapterStack(nn.Module):
 
     def change(self, target: Target) -> Change:
         """The change that one target computes with now."""
-        recomputing = torch._C._current_graph_task_id() != -1
-        if self._in_forward or (recomputing and self._made):
-            return self._made[target.name]
+        if self._pass is not None and (self._in_forward or _in_backward()):
+            return self._pass.changes[target.name]
         # a part of the backbone was called by itself, `forward_features` for one: the last pass's changes are stale
-        self._made, self._head_made = {}, None
+        self._pass = None
         made: dict[str, Change] = self._make([self.group_of[target.name]])
         return made[target.name]
+
+    def adapter_of_each(self) -> Tensor:
+        """The adapter of each sample of the batch that is computed now, `[batch]`."""
+        repeated = self._pass is not None and _in_backward()
+        index = self._pass.index if repeated and self._pass is not None else self.index
+        if index is None:
+            raise NolaVisionError("this stack holds several adapters: say which by `with stack.route(index):`")
+        return index
 
     def _probe(self, backbone: nn.Module, probe: Tensor) -> None:
         """One pass with random A and B = 0: the features' gradient reaches each B whose change would move them."""
@@ -325,7 +351,7 @@ class AdapterStack(nn.Module):
                 reached = (features * direction).sum() + sum(0 * leaf.sum() for leaf in leaves)
                 gradients = torch.autograd.grad(reached, leaves)
         finally:
-            self._probing, self._made, self._head_made = None, {}, None
+            self._probing, self._pass = None, None
             for module, mode in modes.items():
                 module.training = mode
         idle = [t.name for t, g in zip(self.targets, gradients, strict=True) if not g.any()]
@@ -401,12 +427,21 @@ class AdapterStack(nn.Module):
     def unmerge(self) -> None:
         """Puts the original weights back."""
         for name, original in self._originals.items():
-            self._attached().get_submodule(name.removesuffix(".weight")).weight = original
+            layer = cast(Any, self._attached().get_submodule(name.removesuffix(".weight")))
+            # the backbone may have moved, or changed its dtype, since
+            dtype = None if is_quantised(original) else layer.weight.dtype
+            original.data = original.data.to(device=layer.weight.device, dtype=dtype)
+            layer.weight = original
         self._originals, self._merged_adapter = {}, None
 
     @property
     def merged(self) -> bool:
         return self._merged_adapter is not None
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs: a layer that computes then is repeated by activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _AdaptedForward:
@@ -425,6 +460,8 @@ class _AdaptedForward:
         stack, layer = self.stack, self.layer
         if stack.merged:
             return cast(Tensor, cast(Any, type(layer)).forward(layer, x))
+        if layer.weight.requires_grad:
+            raise NolaVisionError(f"the weight of {self.targets[0].name} is trained itself: freeze the backbone")
         changes = [stack.change(target) for target in self.targets]
         if isinstance(layer, nn.Linear) and all(isinstance(change, LowRank) for change in changes):
             a, b, scale = self._whole(cast(list[LowRank], changes), layer.out_features)
@@ -462,9 +499,7 @@ class _AdaptedForward:
 
     def _index(self, size: int) -> Tensor:
         """The adapter of each row of a module's input, which may see a multiple of the batch (Swin's windows)."""
-        index = self.stack.index
-        if index is None:
-            raise NolaVisionError("this stack holds several adapters: say which by `with stack.route(index):`")
+        index = self.stack.adapter_of_each()
         repeats, rest = divmod(size, len(index))
         if rest or not repeats:
             raise NolaVisionError(

@@ -132,4 +132,3 @@ def refuse_other_settings(manifest: Manifest, path: str | Path, **settings: Any)
             raise NolaVisionError(
                 f"the manifest {path} holds {name} {held}, but the config asks for {asked}: give --data.{name} {held}"
             )
-

@@ -32,10 +32,10 @@ def make_task(
 
     Args:
         backbone: the pretrained model.
-        method: what to train, one of NearestNeighbor, LinearProbe, FullFinetune, LoRA, NOLA.
+        method: what to train, a value of `nola_vision.methods`.
         class_names: the classes, in the order of the labels; the command line takes them from the data.
         run_seed: sets the head's start, LoRA's A, the order of the images and their augmentation.
-        basis_seed: sets NOLA's basis; `run_seed` if not given.
+        basis_seed: sets the basis; `run_seed` if not given.
         optimizer: an optimizer class; its learning rates are the method's.
         label_smoothing: of the training cross-entropy, from 0 to 1.
         warmup_epochs: epochs over which the learning rate rises linearly.
