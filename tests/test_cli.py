@@ -159,11 +159,13 @@ def test_a_sweep_without_its_data_says_so_once(capsys: pytest.CaptureFixture[str
 
 
 def test_report_tells_of_cells_without_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--config=quickstart.yaml", "--data.shots=75"]) == 2
+    Path("bad.yaml").write_text("methods: {bad: {class_path: NOLA, init_args: {targets: ['re:x']}}}")
+    sweep = ["sweep", "--splits=0", "--inits=0", "--methods=bad", "--config=quickstart.yaml", "--config=bad.yaml"]
+    assert main([*sweep, *QUICK]) == 1
     capsys.readouterr()
     assert main(["report", "runs"]) == 0
     printed = capsys.readouterr().out
-    assert "digits-75shot-quickstart: no completed final run; the last one ended with:" in printed
+    assert "digits-5shot-quickstart: no completed final run; the last one ended with:" in printed
     assert "method" not in printed
 
 
@@ -272,6 +274,10 @@ def test_a_corrupt_image_is_named(adapter: Path, tmp_path: Path, capsys: pytest.
     assert main(["predict", "--adapter", str(adapter), str(bad), "--out", "p.csv"]) == 2
     assert "ç/1.png" in capsys.readouterr().err
     assert not Path("p.csv").exists()
+    good = bad.with_name("0.png")
+    assert main(["predict", "--adapter", str(adapter), str(bad), str(good)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith(str(good)) and "1 of 2 images have no prediction" in printed.err
 
 
 def test_a_small_folder_from_run_to_prediction(

@@ -110,6 +110,9 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         (["--adapter", "n.safetensors", "--out", "b", "--bits", "1"], "bits is 1"),
         (["--adapter", "n.safetensors", "--out", "b"], "export takes"),
         (["--adapter", "n.safetensors", "--merged", "no/b"], "the folder of no/b does not exist"),
+        (["--adapter", "n.safetensors", "--out", "b", "--bits", "32"], "have no more than 32 bits"),
+        (["--adapter", "n.safetensors", "--out", "b", "--bits", "5.5"], "'5.5' is no whole number"),
+        (["--adapter", "n.safetensors", "--out", "n.safetensors", "--bits", "4"], "is the adapter itself"),
         (["--adapter", "gone", "--merged", "b"], "does not exist"),
     ):
         options[1] = str(tmp_path / options[1])
@@ -119,14 +122,24 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         assert expected in errors and "\n" not in errors and not (tmp_path / "b").exists()
 
 
+def as_printed(capsys: pytest.CaptureFixture[str]) -> torch.nn.Module:
+    """What the code that `export --merged` printed makes."""
+    needed, _, code = capsys.readouterr().out.partition(": ")[2].partition("; ")
+    assert needed == "import nola_vision"  # timm has no glyph ViT of its own
+    made: torch.nn.Module = eval(code, {"timm": timm})
+    return made
+
+
 def test_timm_alone_loads_a_merged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for method in (NOLA(targets=["mlp", "head"], num_basis=30), LoRA(targets=["qkv"])):
         model = shaken(method)
         model.save(tmp_path / "a.safetensors")
         out = tmp_path / "merged.safetensors"
         assert main(["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", str(out)]) == 0
-        loaded = eval(capsys.readouterr().out.partition(": ")[2], {"timm": timm}).eval()
+        loaded = as_printed(capsys).eval()
         assert (loaded(IMAGES) - model(IMAGES)).abs().max() / model(IMAGES).abs().max() < 1e-5
+    assert main(["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", f"{tmp_path}/m.pth"]) == 2
+    assert "let its name end in .safetensors" in capsys.readouterr().err and not (tmp_path / "m.pth").exists()
 
 
 def test_an_int8_adapter_is_merged_into_floats_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +149,7 @@ def test_an_int8_adapter_is_merged_into_floats_on_request(tmp_path: Path, capsys
     assert main(command) == 2
     assert "--dequantise" in capsys.readouterr().err and not (tmp_path / "m.safetensors").exists()
     assert main([*command, "--dequantise"]) == 0
-    loaded = eval(capsys.readouterr().out.partition(": ")[2], {"timm": timm}).eval()
+    loaded = as_printed(capsys).eval()
     assert (loaded(IMAGES) - model(IMAGES)).abs().max() / model(IMAGES).abs().max() < 1e-4
 
 
@@ -146,8 +159,7 @@ def test_a_merged_resnet_with_its_own_batch_norm(tmp_path: Path) -> None:
     images = torch.randn(4, 3, 64, 64)
     model.train()(images)  # moves the statistics
     model.eval()
-    write_merged(model, tmp_path / "m.safetensors")
-    plain = timm.create_model("resnet10t", num_classes=2, checkpoint_path=str(tmp_path / "m.safetensors")).eval()
+    plain = eval(write_merged(model, tmp_path / "m.safetensors"), {"timm": timm}).eval()
     assert (plain(images) - model(images)).abs().max() / model(images).abs().max() < 1e-4
     model.save(tmp_path / "a.safetensors")
     assert torch.equal(load_adapter(tmp_path / "a.safetensors")(images), model(images))

@@ -244,7 +244,9 @@ def test_learning_rates_of_head_and_adapter_are_apart(tmp_path: Path) -> None:
 def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
     failing = config("nola", data={"shots": 75})
     with pytest.raises(NolaVisionError, match="75"):
-        run.run(failing, tmp_path)
+        run.run(failing, tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # a mistake that shows before training leaves nothing
+    assert run.run(failing, tmp_path, keep_going=True).status == "failed"
     row = store.read_row(identity.run_folder(tmp_path, failing, "final") / "row.json")
     assert row.status == "failed" and "75" in row.error and row.test_accuracy is None
     blown = config("nola", model={"method": {"init_args": {"lr": 1e30}}}, trainer={"gradient_clip_val": None})

@@ -32,6 +32,10 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
     if unknown := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", message):
         group, _, option = unknown[1].lstrip("-").rpartition(".")
         return f"there is no option {unknown[1]}{_instead(option, settings.get(group, ()))}"
+    if inside and (needed := re.search(r"the following arguments are required: (\w+)", message)):
+        return f"{inside[1]} has no value for '{needed[1]}': give --{key}.{needed[1]}"
+    if nested := re.search(r"NestedArg\(key='([\w.]+)'", message):
+        return f"{key} takes no '.{nested[1]}': it is one value{_instead(nested[1], settings.get(key, ()))}"
     shown = re.search(r"(?:Given value|Got value): (.*)$", message)
     if keys and (missing := re.search(r"Expected a dot import path string: (\S+)", message)):
         classes = settings.get(key, ())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 from torch import Tensor
 
 from nola_vision.adapters.file import adapter_bytes, read_adapter
@@ -15,7 +16,7 @@ from nola_vision.adapters.quantise import check_bits
 from nola_vision.adapters.stack import is_nested, prefix_length
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
-from nola_vision.methods import PEFT, from_dict
+from nola_vision.methods import PEFT, from_dict, stored_bits
 from nola_vision.model import AdaptedModel, file_bits, largest
 
 _STEPS = 4096  # shares of the coefficients that a cut chooses from
@@ -34,13 +35,18 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
         The new file's size in bytes.
 
     Raises:
-        NolaVisionError: the file was not trained for cutting, or no cut is small enough.
+        NolaVisionError: the file was not trained for cutting, no cut is small enough, its numbers have no more bits
+            than are asked for, or it would be written over.
     """
     metadata, tensors = read_adapter(adapter)
     described = {key: value for key, value in metadata.items() if key not in ("packed", "digest")}
+    if Path(out).exists() and Path(out).samefile(adapter):
+        raise NolaVisionError(f"{out} is the adapter itself, and what is cut off cannot be had back: give another file")
     settings = metadata["method"]["init_args"]
     if bits is not None:
         check_bits("bits", bits)
+        if bits >= max(stored_bits(from_dict(metadata["method"]))):
+            raise NolaVisionError(f"the numbers of {adapter} have no more than {bits} bits: give fewer bits")
         if "head_bits" not in settings:
             name = metadata["method"]["class_path"]
             raise NolaVisionError(f"{adapter} was trained by {name}, whose numbers keep 32 bits: leave --bits out")
@@ -101,11 +107,13 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
         dequantise: write floats where the backbone holds integers.
 
     Returns:
-        The Python expression that loads it.
+        The Python code that loads it; a model that timm does not have itself needs this package.
 
     Raises:
         NolaVisionError: the model has no place for a head, or the file cannot be written.
     """
+    if Path(out).suffix != ".safetensors":
+        raise NolaVisionError(f"{out} would be taken for another format than it has: let its name end in .safetensors")
     spec, stack = model.card.backbone, model.stack
     if isinstance(model.card.method, PEFT):
         raise NolaVisionError("PEFT merges its own methods: in Python, model.backbone.merge_and_unload() does it")
@@ -122,6 +130,8 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
         stack.unmerge()
     state |= {f"{classifier}.weight": weight[0].detach().cpu(), f"{classifier}.bias": bias[0].detach().cpu()}
     write_file(out, safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
-    size = f", img_size={spec.img_size}" if spec.img_size is not None else ""
+    sized = spec.img_size is not None and model.backbone.pretrained_cfg.get("fixed_input_size")  # type: ignore[union-attr, operator]
+    size = f", img_size={spec.img_size}" if sized else ""
     tag = spec.tag.partition(".")[0]
-    return f"timm.create_model('{tag}', num_classes={len(weight[0])}{size}, checkpoint_path='{out}')"
+    own = "import nola_vision; " if timm.models.model_entrypoint(tag).__module__.startswith("nola_vision.") else ""
+    return f"{own}timm.create_model('{tag}', num_classes={len(weight[0])}{size}, checkpoint_path='{out}')"

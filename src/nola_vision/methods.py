@@ -347,6 +347,8 @@ def check(method: Method) -> None:
             check_bits(f"{setting} of {name}", bits)
     if not 0 <= (share := getattr(method, "quantise_from", 1.0)) <= 1:
         raise NolaVisionError(f"quantise_from of {name} is {share}: it is a share of the training, from 0 to 1")
+    if getattr(method, "quantise_from", 1.0) < 1 and min(stored_bits(method)) == 32:
+        raise NolaVisionError(f"quantise_from of {name} has no effect on 32-bit numbers: give bits (or head_bits) too")
     if isinstance(method, NOLA) and method.max_parameters is not None and method.max_bytes is not None:
         raise NolaVisionError("NOLA has both max_parameters and max_bytes: give one budget")
     if isinstance(method, NOLA) and (method.max_parameters or method.max_bytes) and method.num_basis_b is not None:

@@ -9,23 +9,40 @@ import torch
 
 from nola_vision.data.sources import FileSource
 from nola_vision.data.transforms import eval_transform
+from nola_vision.errors import NolaVisionError
 from nola_vision.model import AdaptedModel
 
 
 @torch.inference_mode()
-def predict(model: AdaptedModel, paths: Sequence[Path], batch_size: int = 64) -> Iterator[tuple[Path, str, float]]:
+def predict(
+    model: AdaptedModel, paths: Sequence[Path], batch_size: int = 64, unreadable: list[NolaVisionError] | None = None
+) -> Iterator[tuple[Path, str, float]]:
     """Yields (path, most probable class, its probability) for each image.
 
+    Args:
+        model: an adapted model.
+        paths: of the images.
+        batch_size: images at a time.
+        unreadable: takes what is wrong with an image that cannot be decoded, and the others go on.
+
     Raises:
-        NolaVisionError: an image cannot be decoded; its path is named.
+        NolaVisionError: an image cannot be decoded, and `unreadable` is not given; its path is named.
     """
     model.eval()
     transform = eval_transform(model.card.input)
     images = FileSource(paths, [0] * len(paths), ())
     device = next(model.stack.parameters()).device
     for first in range(0, len(paths), batch_size):
-        batch = [transform(images.image(i)) for i in range(first, min(first + batch_size, len(paths)))]
-        probabilities = model(torch.stack(batch).to(device)).float().softmax(dim=1)
-        best, index = probabilities.max(dim=1)
-        for offset, (p, i) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
-            yield paths[first + offset], model.card.class_names[i], p
+        batch: list[tuple[Path, torch.Tensor]] = []
+        for place, path in enumerate(paths[first : first + batch_size], first):
+            try:
+                batch.append((path, transform(images.image(place))))
+            except NolaVisionError as error:
+                if unreadable is None:
+                    raise
+                unreadable.append(error)
+        if batch:
+            probabilities = model(torch.stack([image for _, image in batch]).to(device)).float().softmax(dim=1)
+            best, index = probabilities.max(dim=1)
+            for (path, _), p, i in zip(batch, best.tolist(), index.tolist(), strict=True):
+                yield path, model.card.class_names[i], p

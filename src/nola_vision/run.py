@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from nola_vision.config import build, quiet
+from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, row
 from nola_vision.results.row import Row
@@ -81,7 +81,8 @@ def run(
         keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same.
 
     Raises:
-        NolaVisionError: after the row is written; so is any other error, and Ctrl-C.
+        NolaVisionError: a mistake that shows before training leaves nothing behind (with `keep_going` its row); any
+            other error, and Ctrl-C, are raised after the row is written.
     """
     folder = identity.run_folder(out, run_config, stage)
     if ckpt_path is not None and not identity.has_init(run_config):
@@ -90,17 +91,18 @@ def run(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise NolaVisionError(
-            f"the folder {folder} cannot be made ({error.strerror}): give another by --out"
-        ) from error
+        raise NolaVisionError(f"no folder can be made in {out} ({error.strerror}): give another by --out") from error
     if not os.access(folder, os.W_OK):
         raise NolaVisionError(f"the folder {folder} cannot be written to: give another by --out")
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     measured: dict[str, Any] = {}
     status: row.Status = "failed"
+    begun = keep_going
     try:
         with quiet():
-            _measure(run_config, folder, stage, ckpt_path, measured)
+            built = _prepared(run_config, folder, stage, ckpt_path)
+            begun = True
+            _measure(built, folder, stage, ckpt_path, measured)
         status = "completed"
     except (KeyboardInterrupt, SystemExit):
         status, measured["error"] = "interrupted", "interrupted before it ended"
@@ -113,6 +115,7 @@ def run(
         if not keep_going:
             raise
     finally:
+        learning_rate = run_config["model"]["method"]["init_args"].get("lr")
         finished = Row.of(
             run_config,
             stage,
@@ -121,12 +124,21 @@ def run(
             seconds_total=round(time.perf_counter() - clock, 3),
             versions=row.environment(),
             git=row.git_state(),
-            **{"threads": torch.get_num_threads(), **measured},
+            **{"threads": torch.get_num_threads(), "learning_rate": learning_rate, **measured},
         )
         # the other processes of a distributed run have the same numbers, and no later trial costs a completed row
-        if is_main_process() and (status == "completed" or find_completed(folder) is None):
+        if not begun:
+            _remove_empty(folder, Path(out))
+        elif is_main_process() and (status == "completed" or find_completed(folder) is None):
             write_row(folder, finished)
     return finished
+
+
+def _remove_empty(folder: Path, out: Path) -> None:
+    """Removes a run's folder, those around it and `out`, as far as nothing is in them."""
+    with suppress(OSError):
+        for place in (folder, *folder.parents[: len(folder.relative_to(out).parts)]):
+            place.rmdir()
 
 
 def is_main_process() -> bool:
@@ -134,24 +146,32 @@ def is_main_process() -> bool:
     return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
+def _prepared(run_config: identity.Config, folder: Path, stage: identity.Stage, ckpt_path: str | None) -> RunCLI:
+    """What a run is made of, with the training images open, and the checkpoint known to be this run's."""
+    built = build(run_config, folder)
+    if isinstance(built.model, Classifier):
+        built.model.run_hash = identity.run_hash(run_config, stage)
+        if ckpt_path is not None:
+            _refuse_other_run(checkpoint := read_checkpoint(ckpt_path), built.model.run_hash)
+            if checkpoint["epoch"] + 1 >= (built.trainer.max_epochs or math.inf) > 0:
+                raise NolaVisionError("there was nothing left to train: this run is at its end")
+    if built.trainer.world_size == 1:  # else one process of a machine downloads while the others wait, in `fit`
+        built.datamodule.prepare_data()
+        built.datamodule.setup("fit")
+    return built
+
+
 def _measure(
-    run_config: identity.Config, folder: Path, stage: identity.Stage, ckpt_path: str | None, measured: dict[str, Any]
+    built: RunCLI, folder: Path, stage: identity.Stage, ckpt_path: str | None, measured: dict[str, Any]
 ) -> None:
     """Fills in `measured` as the run goes on, so that a failed run keeps what was known."""
-    built = build(run_config, folder)
     trainer, task, data = built.trainer, built.model, built.datamodule
     device = trainer.strategy.root_device
     measured["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     _reset_peak_memory(device)
-    measured["learning_rate"] = run_config["model"]["method"]["init_args"].get("lr")
     measured |= {**_counts(task), "warnings": data.warnings}
 
     if isinstance(task, Classifier):
-        task.run_hash = identity.run_hash(run_config, stage)
-        if ckpt_path is not None:  # before anything of the old run is touched
-            _refuse_other_run(checkpoint := read_checkpoint(ckpt_path), task.run_hash)
-            if checkpoint["epoch"] + 1 >= (trainer.max_epochs or math.inf) > 0:
-                raise NolaVisionError("there was nothing left to train: this run is at its end")
         if is_main_process():
             _keep_old_log(folder)
         clock = time.perf_counter()
@@ -175,6 +195,9 @@ def _measure(
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
         measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
+        if sum(trainer.num_test_batches) < len(data.test_dataloader()):
+            part = f"tested on {sum(trainer.num_test_batches)} of {len(data.test_dataloader())} batches"
+            data.warnings.append(f"{part} (trainer.limit_test_batches): data.test_limit takes a part of every class")
     measured["peak_memory_mib"] = _peak_memory_mib(device)
     measured["data"] = data.describe()
 

@@ -67,7 +67,7 @@ def _matches(wanted: str, name: str, roles: set[str]) -> bool:
         try:
             return re.fullmatch(wanted[3:], name) is not None
         except re.error as error:
-            raise NolaVisionError(f"target '{wanted}' is no regular expression: {error}") from error
+            raise NolaVisionError(f"target '{wanted}' is no regular expression ({error}): mend its syntax") from error
     if wanted not in TARGETS:
         raise NolaVisionError(
             f"unknown target '{wanted}': use {', '.join(TARGETS)}, or re:PATTERN to match module names"

@@ -89,21 +89,25 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise NolaVisionError(f"{path} is truncated or no safetensors file, so it is no adapter: {error}") from error
+        raise NolaVisionError(
+            f"{path} is truncated or no safetensors file, so it is no adapter ({error}): get the file anew"
+        ) from error
     if METADATA_KEY not in metadata:
         raise NolaVisionError(f"{path} is a safetensors file, but no nola-vision adapter: it lacks that metadata")
     try:
         described = json.loads(metadata[METADATA_KEY])
         version = described["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise NolaVisionError(f"the metadata of {path} is damaged: get the file anew from where it was made") from error
+        raise NolaVisionError(f"the metadata of {path} is damaged: get the file anew") from error
     if version != FORMAT_VERSION:
         raise NolaVisionError(
             f"{path} has adapter format version {version} and this nola-vision reads version {FORMAT_VERSION}: "
             "use the release that wrote it, or train again"
         )
     if described.get("digest") != digest(described, tensors):
-        raise NolaVisionError(f"{path} was changed or damaged after it was written: its digest does not match it")
+        raise NolaVisionError(
+            f"{path} was changed or damaged after it was written (its digest does not match): get the file anew"
+        )
     try:
         tensors = _unpacked(described["packed"], tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nola_vision.cli.options import Options
+from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
 
 
@@ -15,8 +15,12 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--adapter", required=True, metavar="FILE", help="an adapter file that `fit` wrote")
     options.add_argument("--merged", metavar="OUT", help="write backbone, adapter and head as a timm checkpoint")
     options.add_argument("--out", metavar="OUT", help="write a shorter adapter file")
-    options.add_argument("--max-bytes", type=int, metavar="N", help="cut it to N bytes (trained with `nested: true`)")
-    options.add_argument("--bits", type=int, metavar="B", help="store its numbers with 2 to 8 bits, or 16")
+    options.add_argument(
+        "--max-bytes", type=whole_number, metavar="N", help="cut it to N bytes (trained with `nested: true`)"
+    )
+    options.add_argument(
+        "--bits", type=whole_number, metavar="B", help="store its numbers, the head's too, with 2 to 8 bits, or 16"
+    )
     options.add_argument("--weights", metavar="FILE", help="local file with the backbone's weights, to merge with")
     options.add_argument("--dequantise", action="store_true", help="write floats where the backbone holds int8")
     known = options.parse_args(arguments)

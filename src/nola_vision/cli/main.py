@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from nola_vision import __version__
 from nola_vision.errors import NolaVisionError
@@ -54,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except NolaVisionError as error:
         print(f"nola-vision: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        found = " and ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
+        print(f"nola-vision: {found} do not belong together: install both anew from one index", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = {"fit": ": --ckpt_path last goes on where it was", "sweep": ": the same command goes on where it was"}

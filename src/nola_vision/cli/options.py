@@ -36,6 +36,13 @@ class Options(argparse.ArgumentParser):
         raise NolaVisionError(f"{message} ({self.prog} --help lists the options)")
 
 
+def whole_number(text: str) -> int:
+    """The type of an option that takes a whole number from 0 up."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0 up")
+    return int(text)
+
+
 def config_options(verb: str, help: bool = False) -> Options:
     """A parser of the options that every verb with a config shares; other options are Lightning's."""
     parser = Options(verb, add_help=help)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nola_vision.cli.options import Options
+from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--adapter", required=True, metavar="FILE", help="an adapter file that `fit` wrote")
     options.add_argument("--weights", metavar="FILE", help="local file with the backbone's weights")
     options.add_argument("--out", metavar="FILE.csv", help="write image, class, probability there instead of printing")
-    options.add_argument("--batch_size", type=int, default=64)
+    options.add_argument("--batch_size", type=whole_number, default=64)
     options.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     options.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
     known = options.parse_args(arguments)
@@ -39,15 +39,22 @@ def main(arguments: Sequence[str], verb: str) -> int:
     try:
         model.to(known.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
-        raise NolaVisionError(f"the device {known.device} cannot be used here: give cpu, cuda or cuda:N") from error
-    rows = [(str(path), name, f"{p:.4f}") for path, name, p in predict(model, paths, known.batch_size)]
-    if known.out is None:
-        width = max(len(path) for path, _, _ in rows)
-        for path, name, probability in rows:
-            print(f"{path:{width}s}  {name}  {probability}")
-        return 0
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([("image", "class", "probability"), *rows])
-    write_file(known.out, text.getvalue().encode())
-    print(f"{len(rows)} predictions in {known.out}", file=sys.stderr)
+        reason = str(error).partition("\n")[0]
+        raise NolaVisionError(
+            f"the device {known.device} cannot be used here ({reason}): leave --device out"
+        ) from error
+    width = max(len(str(path)) for path in paths)
+    unreadable: list[NolaVisionError] = []
+    rows = [("image", "class", "probability")]
+    for path, name, probability in predict(model, paths, known.batch_size, unreadable):
+        rows.append((str(path), name, f"{probability:.4f}"))
+        if known.out is None:
+            print(f"{path!s:{width}s}  {name}  {probability:.4f}")
+    if known.out is not None and len(rows) > 1:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        write_file(known.out, text.getvalue().encode())
+        print(f"{len(rows) - 1} predictions in {known.out}", file=sys.stderr)
+    if unreadable:
+        raise NolaVisionError(f"{len(unreadable)} of {len(paths)} images have no prediction: {unreadable[0]}")
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nola_vision.errors import NolaVisionError
 
@@ -44,8 +44,9 @@ class ImageSource:
         try:
             return to_rgb(self._decode(index) if content is None else decoded(content))
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
+            reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
             raise NolaVisionError(
-                f"cannot decode the image {self.where(index)} ({error}): mend, replace or remove it"
+                f"cannot decode the image {self.where(index)} ({reason}): mend, replace or remove it"
             ) from error
 
     def where(self, index: int) -> str:

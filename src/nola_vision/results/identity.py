@@ -107,11 +107,14 @@ def has_init(run_config: Mapping[str, Any]) -> bool:
 def cell_name(run_config: Mapping[str, Any]) -> str:
     """Return `<backbone tag>-<dataset>-<shots>shot-<protocol>`, safe as a folder's name.
 
-    A local weight file adds its stem (`tag+stem`); the data set `folder` adds its folder's name (`folder.flowers`).
+    A local weight file adds its stem (`tag+stem`), weights that are not pretrained what they are (`tag+random`); the
+    data set `folder` adds its folder's name (`folder.flowers`).
     """
     backbone = str(need(run_config, "model", "backbone", "tag"))
     if file := run_config["model"]["backbone"].get("file"):
         backbone += f"+{PurePath(file).stem}"
+    if (base := run_config["model"]["backbone"].get("base", "pretrained")) != "pretrained":
+        backbone += f"+{base}"
     dataset = str(need(run_config, "data", "dataset"))
     if dataset == "folder":
         dataset += f".{_root_name(run_config)}"
