@@ -113,12 +113,18 @@ def test_the_configs_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     capsys.readouterr()
     copied = Path("vitl_cifar100_5shot.yaml")
     copied.write_text(copied.read_text().replace("shots: 5", "shots: 7"))
-    assert load_configs(["vitl_cifar100_5shot.yaml"])["data"]["shots"] == 7  # a local file wins
+    for name in ("vitl_cifar100_5shot.yaml", "vitl_cifar100_5shot"):  # a local file wins
+        assert load_configs([name])["data"]["shots"] == 7
+    assert main(["configs", "copy", "vitl_cifar100_5shot", "mine.yaml"]) == 0
+    assert capsys.readouterr().out == "mine.yaml: written\n"
     for words, expected in (
         (["copy", "vitl_cifar100_5shot.yaml"], "exists already"),
         (["show"], "needs the name"),
         (["list", "quickstart"], "takes no name"),
         (["show", "vitx_cifar100_5shot"], "did you mean"),
+        (["show", "vitl_cifar100_5shot_papr"], "did you mean vitl_cifar100_5shot_paper.yaml"),
+        (["show", "."], "is a folder"),
+        (["copy", "quickstart", "."], "is a folder"),
         (["copy", "quickstart.yaml", "no/where.yaml"], "cannot be written"),
         (["print"], "invalid choice"),
     ):

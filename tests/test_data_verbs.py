@@ -9,6 +9,7 @@ from PIL import Image
 import stand_ins
 from nola_vision.cli.main import main
 from nola_vision.config_files import compose, part_names
+from nola_vision.data.manifest import Manifest, content, write_manifest
 from nola_vision.results import store
 
 QUICK = [
@@ -49,7 +50,7 @@ def test_check_says_what_is_there(tree: Path, capsys: pytest.CaptureFixture, mon
     assert run("data", "check", "folder") == 1
     printed = capsys.readouterr().out
     for line in (
-        "test: 7 images in 3 classes, 2 (class 0 é) to 3 (class 2 é)",
+        "test: 7 images in 3 classes, 2 (class 0 é) to 3 (class 2 é):\n  class 0 é 2, class 1 é 2, class 2 é 3\n",
         "unreadable in train: 1",
         f"cannot decode the image {tree}/train/class 0 é/0.png",
         "twice in train: 1",
@@ -89,7 +90,10 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
         (["data", "manifest", "folder", "--root", moved, "--out", "x", "--shots", 99], "99 shots need"),
         (["data", "manifest", "digits", "--out", "no/x"], "cannot be written"),
         (["data", "check", "folder", "--root", moved, "--shots", 2], "takes no --shots"),
-        (["data", "check", "folder", "--root", "gone"], "cannot read the folder gone/train"),
+        (["data", "check", "folder", "--root", "gone"], "the data root gone does not exist"),
+        (["data", "manifest", "folder", "--root", moved, "--out", "x", "--split", -1], "no whole number from 0 up"),
+        (["data", "check", "folder", "--root", "m.json"], "the data root m.json is a file"),
+        (["data", "check", "cifar10", "--root", "gone"], "there is no such folder"),
         (["data", "check", "cifar1000"], "did you mean cifar100"),
         (["data", "check", "cub200"], "this data set needs a folder"),
     ):
@@ -104,7 +108,65 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
     assert f"{name} is another image" in capsys.readouterr().err
     (moved / name).unlink()
     assert run(*here, "--data.manifest=m.json", "--out=c") == 2
-    assert f"1 of the manifest's 9 images are not in the data set here, {name} for one" in capsys.readouterr().err
+    assert f"the data set here lacks 1 of the manifest's 9 images, {name} for one" in capsys.readouterr().err
+
+
+CHANGES = {
+    "another version": (lambda m: m.update(format_version=2), "has version 2"),
+    "another data set": (lambda m: m.update(dataset="cifar10"), "holds dataset cifar10"),
+    "another split": (lambda m: m.update(split_seed=1), "holds split_seed 1, but the config asks for 0"),
+    "a class more": (lambda m: m["class_names"].append("wasp"), "0 different images of 'wasp'"),
+    "a class's name": (
+        lambda m: m["class_names"].__setitem__(0, "wasp"),
+        "only the manifest has 'wasp'; only the data",
+    ),
+    "the classes' order": (lambda m: m["class_names"].reverse(), "their order differs"),
+    "a label": (
+        lambda m: [image.__setitem__(1, (image[1] + 1) % 3) for image in m["images"]],
+        "has another label here",
+    ),
+    "an image less": (lambda m: m["images"].pop(), "1 different images of 'class 2 é'"),
+    "an image twice": (lambda m: m["images"].__setitem__(0, m["images"][1]), "1 different images of 'class 0 é'"),
+    "no such image": (lambda m: m["images"][0].__setitem__(0, "train/x.png"), "lacks 1 of the manifest's 6 images"),
+    "a text for an image": (lambda m: m["images"].__setitem__(0, "train/x.png"), "is not what nola-vision writes"),
+    "a text for a number": (lambda m: m.update(shots="2"), "shots of Manifest is '2': it must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_manifest_that_was_changed_is_refused(name: str, tree: Path, capsys: pytest.CaptureFixture) -> None:
+    change, expected = CHANGES[name]
+    assert run("data", "manifest", "folder", "--root", tree, "--shots", 2, "--out", "m.json") == 0
+    written = json.loads(Path("m.json").read_text())
+    change(written)
+    Path("m.json").write_text(json.dumps(written))
+    fit = ["fit", "--config=quickstart.yaml", "--method=1nn", "--data.dataset=folder", f"--data.root={tree}", *QUICK]
+    capsys.readouterr()
+    assert run(*fit, "--data.shots=2", "--data.manifest=m.json") == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error and "\n" not in error and not Path("runs").exists()
+
+
+def test_images_of_a_manifest_are_not_validated_on(capsys: pytest.CaptureFixture) -> None:
+    """Another lab may have drawn with another rule."""
+    source = stand_ins.DATASETS["digits"].open(None, "train")
+    members = [[int(i) for i in (source.labels == label).nonzero()[0][[4, 9]]] for label in range(10)]  # of the pool
+    images = [(source.name(i), label, content(source, i)) for label, two in enumerate(members) for i in two]
+    write_manifest(Manifest("digits", 2, 0, source.class_names, tuple(images)), "m.json")
+    options = ["--config=quickstart.yaml", "--method=1nn", "--data.shots=2", *QUICK]
+    assert run("fit", *options, "--data.manifest=m.json") == 0
+    ((row,), _) = store.read_rows("runs")
+    assert row.data["draw"] == sum(members, []) and row.data["counts"]["validation"] == 177 - 20
+
+
+def test_a_sweep_of_a_manifest_is_of_its_split(capsys: pytest.CaptureFixture) -> None:
+    assert run("data", "manifest", "digits", "--shots", 2, "--split", 3, "--out", "m.json") == 0
+    sweep = ["sweep", "--config=quickstart.yaml", "--methods=1nn,linear", "--inits=0", "--data.shots=2", *QUICK]
+    assert run(*sweep, "--data.manifest=m.json", "--splits=0-1") == 2
+    assert "holds split 3 alone" in capsys.readouterr().err
+    assert run(*sweep, "--data.manifest=m.json") == 0
+    rows, _ = store.read_rows("runs")
+    assert {row.split for row in rows} == {3} and {row.stage for row in rows} == {"search", "final"}
 
 
 def test_a_manifest_of_images_without_files(capsys: pytest.CaptureFixture) -> None:

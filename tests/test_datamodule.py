@@ -176,7 +176,7 @@ def test_augmentation_differs_between_epochs_and_images(augmentation: str) -> No
     data = module(augmentation=augmentation, shots=1, batch_size=10)
     (first, labels), (second, others) = epoch_of(data, 0)[0], epoch_of(data, 1)[0]
     assert not torch.equal(first[labels.argsort()], second[others.argsort()])
-    data._train_set[2][:] = [data._train_set[2][0]] * 10  # ten times one image
+    data._kept[:] = [data._kept[0]] * 10  # ten times one image
     (images, _), *_ = epoch_of(data, 0)
     assert len({image.numpy().tobytes() for image in images}) > 5  # digits are small: some crops coincide
 
@@ -267,7 +267,8 @@ def test_describe_is_plain(small_tree: Path) -> None:
     described = module().describe()
     assert json.loads(json.dumps(described)) == described
     assert described["transform"] == {
-        "size": 10, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "crop_pct": 0.9
+        "size": 10, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "crop_pct": 0.9,
+        "crop_mode": "center",
     }  # fmt: skip
     assert described["draw"] == draw(Digits().open(None, "train").labels, 2, 0).tolist()
     everything = module(dataset="folder", root=str(small_tree), shots="all").describe()
@@ -285,9 +286,14 @@ def test_mistakes_are_said(small_tree: Path) -> None:
     with pytest.raises(NolaVisionError, match=r"cannot decode the image .*train/été/2\.png"):
         module(dataset="folder", root=str(small_tree), shots=4).setup("fit")
     with pytest.raises(NolaVisionError, match=r"no augmentation 'heavy': choose one of none, light, released"):
-        module(augmentation="heavy").train_dataloader()
-    with pytest.raises(NolaVisionError, match="flip has no effect with augmentation 'none'"):
-        module(augmentation="none", flip=True).train_dataloader()
+        module(augmentation="heavy")
+    for name, what in (("none", "flips nothing"), ("released", "always flips")):
+        with pytest.raises(NolaVisionError, match=f"'{name}' {what}: give --data.flip false"):
+            module(augmentation=name, flip=True)
+    with pytest.raises(NolaVisionError, match=r"needs a folder: pass --data.root"):
+        module(dataset="cifar10")
+    with pytest.raises(NolaVisionError, match="crop mode 'border'"):
+        eval_transform(InputConfig(8, (0, 0, 0), (1, 1, 1), "bicubic", 1.0, "border"))
     with pytest.raises(NolaVisionError, match="interpolation 'lanczos'"):
         eval_transform(InputConfig(8, (0, 0, 0), (1, 1, 1), "lanczos", 1.0))
 
@@ -301,14 +307,20 @@ def test_the_command_line_builds_it() -> None:
         assert (data.shots, data.backbone.tag, data.dataset) == (shots, "some_vit", "digits")
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @pytest.mark.parametrize(("width", "height"), [(53, 37), (29, 64), (31, 31)])
-def test_eval_transform_is_timms(width: int, height: int) -> None:
+def test_eval_transform_is_timms(width: int, height: int, crop_mode: str) -> None:
     from timm.data import create_transform
 
-    config = InputConfig(size=23, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
+    config = InputConfig(23, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", crop_pct=0.9, crop_mode=crop_mode)
     image = Image.fromarray(np.random.default_rng(0).integers(90, 160, (height, width, 3), dtype=np.uint8))
     theirs = create_transform(
-        config.size, mean=config.mean, std=config.std, interpolation=config.interpolation, crop_pct=config.crop_pct
+        config.size,
+        mean=config.mean,
+        std=config.std,
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+        crop_mode=crop_mode,
     )(image)
     ours = eval_transform(config)(image)
     # Pillow and torch round separately: at most one level apart, where no overshoot is cut off.

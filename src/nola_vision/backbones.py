@@ -58,7 +58,8 @@ class InputConfig:
     """What images must look like for a backbone: timm's data config.
 
     `size` is the image side in pixels, `mean` and `std` are per RGB channel on a 0-1 scale, `interpolation` is
-    timm's name ("bicubic"), `crop_pct` the share of the resized image that the centre crop keeps in evaluation.
+    timm's name ("bicubic"), `crop_pct` the share of the resized image that the centre crop keeps in evaluation,
+    `crop_mode` timm's way to resize before it ("center", "squash").
     """
 
     size: int
@@ -66,6 +67,7 @@ class InputConfig:
     std: tuple[float, float, float]
     interpolation: str
     crop_pct: float
+    crop_mode: str = "center"
 
 
 def input_config(spec: BackboneSpec) -> InputConfig:
@@ -83,6 +85,7 @@ def input_config(spec: BackboneSpec) -> InputConfig:
         std=tuple(config["std"]),
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
     )
 
 

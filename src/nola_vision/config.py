@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from nola_vision import backbones, methods
 from nola_vision.backbones import BackboneSpec
 from nola_vision.config_errors import explain
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.datasets import ROOT_VARIABLE, folder_listing, own_class_list
+from nola_vision.data.datasets import get_dataset, given_root
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
@@ -113,7 +113,8 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
     """
     if method := (config.get("model") or {}).get("method"):
         methods.from_dict(method)
-    seen = [*options, *(config.get("model") or {}).get("optimizer", {}).get("init_args", {})]
+    optimizer = (config.get("model") or {}).get("optimizer")
+    seen = [*options, *((optimizer.get("init_args") or {}) if isinstance(optimizer, Mapping) else {})]
     if any(word == "lr" or re.match(r"--model\.optimizer.*\.lr\b", word) for word in seen):
         raise NolaVisionError(
             "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
@@ -132,7 +133,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
         plain["data"].pop(linked, None)
     plain.pop("seed_everything", None)
     if plain["data"]["dataset"] == "folder":
-        plain["data"]["root"] = plain["data"]["root"] or os.environ.get(ROOT_VARIABLE)
+        plain["data"]["root"] = given_root(plain["data"]["root"])
     if plain["model"]["run_seed"] < 0 or plain["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")
     if plain["threads"] is not None and plain["threads"] < 1:
@@ -161,9 +162,8 @@ def _settings() -> dict[str, list[str]]:
 def _content(run_config: identity.Config) -> dict[str, str]:
     """Digests of what the config names by a path alone, so that two files of one name are two runs.
 
-    `weights` is SHA-256 over a local weights file, the packaged one included; `manifest` over a manifest; `classes`
-    over a user's own list of ImageNet-100's classes; `folder` over the relative paths and sizes of a `folder` data
-    set's files. What is missing is left to the run, which says so.
+    `weights` is SHA-256 over a local weights file, the packaged one included; `manifest` over a manifest; `data` over
+    what is a user's own in the data set. What is missing is left to the run, which says so.
     """
     found = {}
     backbone = run_config["model"]["backbone"]
@@ -172,12 +172,9 @@ def _content(run_config: identity.Config) -> dict[str, str]:
         if path is not None and Path(path).is_file():
             with open(path, "rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    root = run_config["data"]["root"]
-    if run_config["data"]["dataset"] == "imagenet100" and (root or os.environ.get(ROOT_VARIABLE)):
-        if classes := own_class_list(root):
-            found["classes"] = hashlib.sha256(classes.encode()).hexdigest()
-    if run_config["data"]["dataset"] == "folder" and (listing := folder_listing(run_config["data"]["root"])):
-        found["folder"] = hashlib.sha256(listing.encode()).hexdigest()
+    with suppress(NolaVisionError):
+        if content := get_dataset(run_config["data"]["dataset"]).own_content(run_config["data"]["root"]):
+            found["data"] = hashlib.sha256(content.encode()).hexdigest()
     return found
 
 

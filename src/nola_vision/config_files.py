@@ -37,20 +37,24 @@ def load_configs(names: Sequence[str]) -> Config:
 
 
 def load_config(name: str) -> Config:
-    """One config: a local file of that name wins over what ships; `.yaml` may be left out for the latter.
+    """One config: a local file of that name wins over what ships; `.yaml` may be left out.
 
     Raises:
         NolaVisionError: there is none, or it is no YAML mapping.
     """
-    if Path(name).is_file():
-        return _read(Path(name))
+    for path in (Path(name), Path(f"{name}.yaml")):
+        if path.is_file():
+            return _read(path)
+    if Path(name).is_dir():
+        raise NolaVisionError(f"the config {name} is a folder: name a file in it")
     bare = name.removesuffix(".yaml")
     if (path := SHIPPED / f"{bare}.yaml") in shipped_files():
         config = _read(path)
         return config | {"published": published(config["published"])} if "published" in config else config
     if cell := split_cell(bare):
         return compose(*cell)
-    known = [f"{known}.yaml" for known in (*(path.stem for path in shipped_files()), *cells())]
+    presets = [f"{cell}_{protocol}" for cell in cells() for protocol in part_names("protocols") if "shot_" in bare]
+    known = [f"{known}.yaml" for known in (*(path.stem for path in shipped_files()), *cells(), *presets)]
     close = difflib.get_close_matches(f"{bare}.yaml", known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "nola-vision configs list shows the shipped ones"
     raise NolaVisionError(f"there is no config '{name}', neither here nor shipped: {hint}")

@@ -7,10 +7,25 @@ from pathlib import Path
 
 import torch
 
+from nola_vision.data.datasets import image_files
 from nola_vision.data.sources import FileSource
 from nola_vision.data.transforms import eval_transform
 from nola_vision.errors import NolaVisionError
 from nola_vision.model import AdaptedModel
+
+
+def find_images(places: Sequence[str]) -> list[Path]:
+    """The image files that are named or lie beneath folders that are named, in the order given.
+
+    Raises:
+        NolaVisionError: a name is neither file nor folder, or a folder has no images.
+    """
+    found: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise NolaVisionError(f"{place} does not exist: name image files, or folders of them")
+        found += image_files(place) if place.is_dir() else [place]
+    return found
 
 
 @torch.inference_mode()

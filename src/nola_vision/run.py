@@ -110,7 +110,8 @@ def run(
     except Exception as error:
         expected = isinstance(error, NolaVisionError)
         measured["error"] = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {error}"
-        if not expected or error.__cause__ is not None:
+        begun |= not expected
+        if not expected or (begun and error.__cause__ is not None):
             (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
         if not keep_going:
             raise

@@ -59,9 +59,11 @@ class ResNet20(nn.Module):
 class Mlp(nn.Module):
     """784 inputs to 256 features `[batch, 256]` after ReLU."""
 
-    def __init__(self, num_classes: int = 0, in_chans: int = 3) -> None:
+    def __init__(self, num_classes: int = 0, in_chans: int = 3, img_size: int = 28) -> None:
         super().__init__()
         _refuse_head(num_classes)
+        if img_size != 28:
+            raise ValueError("it takes images of 28 pixels")
         self.num_classes, self.num_features = 0, 256
         self.fc1 = nn.Linear(784, 256)
 
@@ -74,16 +76,16 @@ def _refuse_head(num_classes: int) -> None:
         raise ValueError("this model has no head of its own: make it with num_classes=0")
 
 
-def _cfg(size: int, first: str) -> dict[str, Any]:
+def _cfg(size: int, first: str, fixed: bool) -> dict[str, Any]:
     return {
-        "input_size": (3, size, size), "fixed_input_size": False, "num_classes": 0, "pool_size": None,
+        "input_size": (3, size, size), "fixed_input_size": fixed, "num_classes": 0, "pool_size": None,
         "crop_pct": 1.0, "interpolation": "bilinear", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
         "first_conv": first, "classifier": None,
     }  # fmt: skip
 
 
 default_cfgs = generate_default_cfgs(
-    {"resnet20_cifar.untrained": _cfg(32, "conv1"), "mlp_784_256.untrained": _cfg(28, "fc1")}
+    {"resnet20_cifar.untrained": _cfg(32, "conv1", False), "mlp_784_256.untrained": _cfg(28, "fc1", True)}
 )
 
 

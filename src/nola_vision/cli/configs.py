@@ -34,11 +34,13 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.what == "show":
         print(text, end="")
         return 0
-    target = Path(known.file or f"{Path(known.name).name.removesuffix('.yaml')}.yaml")
+    name = Path(known.name).name.removesuffix(".yaml")
+    target = Path(known.file or f"{name}.yaml")
     if target.exists():
-        raise NolaVisionError(f"{target} exists already: give another file")
+        raise NolaVisionError(f"{target} {'is a folder' if target.is_dir() else 'exists already'}: give another file")
     write_file(target, text.encode())
-    print(f"{target}: a config of that name in this folder now wins over the shipped one")
+    won = ": it wins over the shipped one of its name, here" if target.name.removesuffix(".yaml") == name else ""
+    print(f"{target}: written{won}")
     return 0
 
 

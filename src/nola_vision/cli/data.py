@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from nola_vision.cli.options import Options
+from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
 
 SHOWN = 10  # lines of each kind of trouble
@@ -23,10 +23,17 @@ def main(arguments: Sequence[str], verb: str) -> int:
     )
     options.add_argument("what", choices=["check", "manifest"])
     options.add_argument("name", help="a data set, such as cifar100")
-    options.add_argument("--root", metavar="DIR", help="where it lies (default: the variable NOLA_VISION_DATA)")
-    options.add_argument("--download", action="store_true", help="check: fetch what is missing, where that is possible")
-    options.add_argument("--shots", type=int, help="manifest: images a class (default: 5)")
-    options.add_argument("--split", type=int, help="manifest: which draw, data.split_seed (default: 0)")
+    options.add_argument(
+        "--root", "--data.root", metavar="DIR", help="where it lies (default: the variable NOLA_VISION_DATA)"
+    )
+    options.add_argument(
+        "--download",
+        "--data.download",
+        action="store_true",
+        help="check: fetch what is missing, where that is possible",
+    )
+    options.add_argument("--shots", type=whole_number, help="manifest: images a class (default: 5)")
+    options.add_argument("--split", type=whole_number, help="manifest: which draw, data.split_seed (default: 0)")
     options.add_argument("--out", metavar="FILE", help="manifest: the file to write")
     known = options.parse_args(arguments)
     if known.what == "check":
@@ -42,30 +49,40 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
 
 def _check(name: str, root: str | None, download: bool) -> int:
-    from nola_vision.data.check import check_split, in_both
+    from nola_vision.data.check import SplitReport, check_split, in_both
     from nola_vision.data.datasets import get_dataset
-    from nola_vision.data.splits import SPLITS
+    from nola_vision.data.splits import SPLITS, Split
 
     entry, console = get_dataset(name), Console(highlight=False)
     console.print(f"{name}: {entry.expects}", markup=False, soft_wrap=True)
-    reports = {}
+    reports: dict[Split, SplitReport] = {}
+    missing: dict[Split, NolaVisionError] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         for split in SPLITS:
             task = bar.add_task(split, total=None)
-            reports[split] = check_split(entry, root, split, download, partial(_show, bar, task))
+            try:
+                reports[split] = check_split(entry, root, split, download, partial(_show, bar, task))
+            except NolaVisionError as error:
+                missing[split] = error
+    if not reports:
+        raise missing["train"]
     for split, report in reports.items():
         counts = report.counts
         fewest, most = min(counts, key=lambda c: counts[c]), max(counts, key=lambda c: counts[c])
         line = f"{split}: {sum(counts.values()):,} images in {len(counts)} classes"
         even = counts[fewest] == counts[most]
-        line += f", {counts[most]} each" if even else f", {counts[fewest]} ({fewest}) to {counts[most]} ({most})"
+        line += f", {counts[most]} each" if even else f", {counts[fewest]} ({fewest}) to {counts[most]} ({most}):"
         console.print(line, markup=False, soft_wrap=True)
+        if not even:
+            console.print("  " + ", ".join(f"{name} {count}" for name, count in counts.items()), markup=False)
         _listed(console, f"unreadable in {split}", report.unreadable)
         _listed(console, f"twice in {split}", report.repeated)
-    both = [f"{one} and {other}" for one, other in in_both(reports["train"], reports["test"])]
+    for split, reason in missing.items():
+        console.print(f"{split}: {reason}", markup=False, soft_wrap=True)
+    both = [] if missing else [f"{one} and {other}" for one, other in in_both(reports["train"], reports["test"])]
     _listed(console, "in train and in test", both)
-    bad = both or any(report.unreadable for report in reports.values())
+    bad = missing or both or any(report.unreadable for report in reports.values())
     console.print("not fit for use as it is: mend what is listed" if bad else "fit for use")
     return 1 if bad else 0
 
@@ -87,6 +104,8 @@ def _manifest(name: str, root: str | None, shots: int, split: int, out: Path) ->
     from nola_vision.data.datasets import get_dataset
     from nola_vision.data.manifest import make_manifest, write_manifest
 
+    if out.exists():
+        raise NolaVisionError(f"{out} {'is a folder' if out.is_dir() else 'exists already'}: give another file")
     source = get_dataset(name).open(root, "train")
     made = make_manifest(source, name, shots, split)
     write_manifest(made, out)

@@ -30,9 +30,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
     import torch
 
-    from nola_vision.data.datasets import find_images
     from nola_vision.model import load_adapter
-    from nola_vision.predict import predict
+    from nola_vision.predict import find_images, predict
 
     paths = find_images(known.images)
     model = load_adapter(known.adapter, known.weights)

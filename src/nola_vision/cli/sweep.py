@@ -21,18 +21,18 @@ from nola_vision.sweep import local, plan
 def main(arguments: Sequence[str], verb: str) -> int:
     options = config_options(verb, help=True)
     options.description = (
-        "Chooses each method's learning rate on validation images (split 0, init 0), then trains and tests every "
+        "Chooses each method's learning rate on validation images (one split, init 0), then trains and tests every "
         "split x init x method, and prints the table. Runs that have a row are skipped, so a sweep that was stopped "
         "goes on where it was. Any key of the config may follow as an option: --data.shots 10."
     )
-    options.add_argument("--splits", default="0-3", help="such as 0-3 or 0,2 (default: 0-3)")
+    options.add_argument("--splits", help="such as 0-3 or 0,2 (default: 0-3, or that of --data.manifest)")
     options.add_argument("--inits", default="0-2", help="such as 0-2 (default: 0-2)")
     options.add_argument("--methods", default="all", help="entries of the config's `methods`, or all (default)")
     known, rest = options.parse_known_args(arguments)
     refuse_strays(rest, options)
     if not known.config:
         raise NolaVisionError("a sweep needs a config: give --config quickstart.yaml, for one")
-    splits, inits = plan.parse_range(known.splits), plan.parse_range(known.inits)
+    splits, inits = plan.parse_range(known.splits or "0-3"), plan.parse_range(known.inits)
     raw = load_configs(known.config)
     methods = plan.parse_methods(known.methods, raw)
 
@@ -45,10 +45,16 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
     from nola_vision.config import has_validation_images, parse
+    from nola_vision.data.manifest import read_manifest
 
     # the sweep has a progress bar of its own, and starts a run anew rather than resume it
     own = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     config = plan.complete(raw, methods, lambda entry: parse(entry, [*own, *rest]))
+    if (path := config["data"]["manifest"]) is not None:
+        held = read_manifest(path).split_seed
+        if known.splits is not None and splits != [held]:
+            raise NolaVisionError(f"the manifest {path} holds split {held} alone: leave --splits out")
+        splits, config["data"]["split_seed"] = [held], held
     out, console = Path(known.out), Console(quiet=not run.is_main_process())
     if not has_validation_images(identity.resolve(config, methods[0])):  # what is missing is said before the first run
         console.print("classes too small for a validation pool, so every method keeps its own learning rate")

@@ -22,11 +22,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from nola_vision import backbones
 from nola_vision.backbones import BackboneSpec, InputConfig
-from nola_vision.data.datasets import get_dataset
+from nola_vision.data.datasets import data_root, get_dataset
 from nola_vision.data.kshot import Indices, classes_without_pool, draw, evenly_spaced, keyed_hash, validation_pool
-from nola_vision.data.manifest import find_images, read_manifest, refuse_other_settings
+from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
 from nola_vision.data.sources import ImageSource
-from nola_vision.data.transforms import Augmentation, Transform, eval_transform, train_transform
+from nola_vision.data.transforms import Augmentation, Transform, check_augmentation, eval_transform, train_transform
 from nola_vision.errors import NolaVisionError
 
 Kept = torch.Tensor | bytes  # uint8 pixels [3, h, w], or an image file's content
@@ -136,7 +136,7 @@ class KShotDataModule(L.LightningDataModule):
         test_limit: test on this many images only, evenly spaced over each class, for quick trials.
 
     Raises:
-        NolaVisionError: an unknown data set, or a number out of range.
+        NolaVisionError: an unknown data set, no folder for it, or a setting that is not possible.
     """
 
     def __init__(
@@ -166,7 +166,10 @@ class KShotDataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise NolaVisionError(f"{name} is {value}, but it must be at least {least}")
+        check_augmentation(augmentation, flip)
         self.entry = get_dataset(dataset)
+        if self.entry.needs_root:  # said before a backbone's weights are fetched
+            data_root(root)
         self.backbone, self.dataset, self.root, self.download = backbone, dataset, root, download
         self.shots, self.split_seed, self.run_seed = shots, split_seed, run_seed
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
@@ -206,13 +209,13 @@ class KShotDataModule(L.LightningDataModule):
                 f"test_limit is {self.test_limit}, but there are {self.num_classes} classes: give one for each"
             )
         if stage in ("fit", "validate"):
-            _ = self._train_set
+            _ = self._kept
         elif stage == "test":
             _ = self._test_set
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The k-shot set, shuffled and augmented."""
-        source, indices, kept = self._train_set
+        (source, indices), kept = self._train_set, self._kept
         subset = ImageSubset(source, indices, train_transform(self.input_config, self.augmentation, self.flip), kept)
         batch_size, rest = divmod(self.batch_size, self._processes)  # `batch_size` is that of one step, on all devices
         if rest:
@@ -238,7 +241,7 @@ class KShotDataModule(L.LightningDataModule):
 
     def reference_dataloader(self) -> DataLoader[Any]:
         """The k-shot set in order and not augmented: what nearest neighbour compares with."""
-        return self._loader(self._plain(*self._train_set), self.eval_batch_size)
+        return self._loader(self._plain(*self._train_set, self._kept), self.eval_batch_size)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a run's row and its adapter file; opens the training set if that has not been done.
@@ -247,7 +250,7 @@ class KShotDataModule(L.LightningDataModule):
             dataset, class_names, transform (size, mean, std, interpolation, crop_pct), counts (train, validation and,
             if the test set is open, test) and draw, the training images' indices (None where shots is "all").
         """
-        source, indices, _ = self._train_set
+        source, indices = self._train_set
         counts = {"train": len(indices), "validation": len(self._pool_indices(source))}
         if "_test_set" in self.__dict__:
             counts["test"] = len(self._test_set[1])
@@ -264,8 +267,8 @@ class KShotDataModule(L.LightningDataModule):
         }
 
     @cached_property
-    def _train_set(self) -> tuple[ImageSource, Indices, list[Kept]]:
-        """The opened training images, the draw and its images as they are kept."""
+    def _train_set(self) -> tuple[ImageSource, Indices]:
+        """The opened training images and the draw."""
         source = self.entry.open(self.root, "train", self.download)
         indices = self._draw(source)
         small = [source.class_names[label] for label in classes_without_pool(source.labels)]
@@ -273,8 +276,12 @@ class KShotDataModule(L.LightningDataModule):
             listed = ", ".join(map(repr, small[:5])) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
             skipped = ", so validation is skipped" if len(small) == self.num_classes else ""
             self._warn(f"too few images for a share in the validation pool (fewer than 20): {listed}{skipped}")
-        kept = self._plain(source, indices).keep(self.memory_limit_mib * 2**20)
-        return source, indices, kept
+        return source, indices
+
+    @cached_property
+    def _kept(self) -> list[Kept]:
+        """The drawn images as they are kept in memory."""
+        return self._plain(*self._train_set).keep(self.memory_limit_mib * 2**20)
 
     def _draw(self, source: ImageSource) -> Indices:
         if self.manifest is None:
@@ -282,14 +289,14 @@ class KShotDataModule(L.LightningDataModule):
         manifest = read_manifest(self.manifest)
         settings = {"dataset": self.dataset, "shots": self.shots, "split_seed": self.split_seed}
         refuse_other_settings(manifest, self.manifest, **settings)
-        return find_images(manifest, source)
+        return locate(manifest, source)
 
     @cached_property
     def _pool(self) -> ImageSubset:
         """The validation pool; what the k-shot set leaves of the memory limit keeps it decoded."""
-        source, _, kept = self._train_set
+        source = self._train_set[0]
         subset = self._plain(source, self._pool_indices(source), [])
-        used = sum(image.numel() for image in kept if isinstance(image, torch.Tensor))
+        used = sum(image.numel() for image in self._kept if isinstance(image, torch.Tensor))
         subset.keep(self.memory_limit_mib * 2**20 - used)
         return subset
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+import unicodedata
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -31,10 +31,12 @@ class DatasetEntry:
     Attributes:
         expects: the tree that it reads beneath its root, in words.
         downloads: whether it can be fetched.
+        needs_root: whether it lies in a folder that a person names.
     """
 
     expects: str
     downloads: bool = False
+    needs_root: bool = True
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         """The names by class index, without reading an image.
@@ -61,6 +63,14 @@ class DatasetEntry:
         """
         raise NotImplementedError
 
+    def own_content(self, root: str | None) -> str:
+        """What tells this data set from another of its name, where people make their own; empty if nothing does.
+
+        Args:
+            root: the folder the data lie in, as for `open`.
+        """
+        return ""
+
 
 class Digits(DatasetEntry):
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, bundled with it: no download, no root.
@@ -71,6 +81,7 @@ class Digits(DatasetEntry):
 
     TRAIN_IMAGES = 898
     expects = "bundled with scikit-learn, no root needed"
+    needs_root = False
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return tuple("0123456789")
@@ -95,18 +106,24 @@ class Folder(DatasetEntry):
     expects = "train/<class>/<image> and test/<class>/<image> (or val/) beneath the root"
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
-        return _class_folders(_root(root) / "train")
+        return tuple(_class_folders(data_root(root) / "train"))
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        train, test, val = (_root(root) / name for name in ("train", "test", "val"))
+        train, test, val = (data_root(root) / name for name in ("train", "test", "val"))
         test = val if val.exists() and not test.exists() else test
-        names, others = self.class_names(root), _class_folders(test)
-        if odd := sorted({*names} ^ {*others}):
-            listed = ", ".join(f"{name!r} is only in {train if name in names else test}" for name in odd[:5])
+        folders, others = _class_folders(train), _class_folders(test)
+        if odd := sorted(folders.keys() ^ others.keys()):
+            listed = ", ".join(f"{name!r} is only in {train if name in folders else test}" for name in odd[:5])
             raise NolaVisionError(f"{train} and {test} must have the same class folders, but {listed}: mend the names")
-        files = [_image_files((train if split == "train" else test) / name) for name in names]
-        labels = np.repeat(np.arange(len(names)), [len(paths) for paths in files])
-        return FileSource([path for paths in files for path in paths], labels, names, _root(root))
+        here = folders if split == "train" else others
+        files = [image_files(here[name]) for name in folders]
+        labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in files])
+        return FileSource([path for paths in files for path in paths], labels, tuple(folders), data_root(root))
+
+    def own_content(self, root: str | None) -> str:
+        """The relative path and size of every image, a line each."""
+        place = data_root(root)
+        return "\n".join(f"{path.relative_to(place).as_posix()} {path.stat().st_size}" for path in image_files(place))
 
 
 @dataclass(frozen=True)
@@ -128,7 +145,7 @@ class TorchvisionArray(DatasetEntry):
         return self.names
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        data = _torchvision(self.reader, _root(root), self, download, train=split == "train")
+        data = _torchvision(self.reader, data_root(root), self, download, train=split == "train")
         return ArraySource(self.reader.lower(), np.asarray(data.data), data.targets, self.names)
 
 
@@ -157,11 +174,11 @@ class TorchvisionFiles(DatasetEntry):
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
         data = self._read(root, split, download)
         paths = [Path(path) for path in getattr(data, self.files)]
-        return FileSource(paths, data._labels, tuple(data.classes), _root(root))
+        return FileSource(paths, data._labels, tuple(data.classes), data_root(root))
 
     def _read(self, root: str | None, split: Split, download: bool) -> Any:
         named = self.train if split == "train" else split
-        return _torchvision(self.reader, _root(root), self, download, split=named, **self.options)
+        return _torchvision(self.reader, data_root(root), self, download, split=named, **self.options)
 
 
 @dataclass(frozen=True)
@@ -187,11 +204,11 @@ class Listed(DatasetEntry):
         return tuple(folder[self.strip :] for folder in _listed_classes(self.name))
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        base = _root(root) / self.folder
+        base = data_root(root) / self.folder
         if download and not base.is_dir():
-            _torchvision(self.reader, _root(root), self, download)
+            _torchvision(self.reader, data_root(root), self, download)
         if not base.is_dir():
-            raise NolaVisionError(_missing(self.reader, self, _root(root), f"there is no folder {base}"))
+            raise NolaVisionError(_missing(self.reader, self, data_root(root), f"there is no folder {base}"))
         listed = read_list(self.name)[split]
         paths = [base / path for path in listed]
         if gone := [path for path in paths if not path.is_file()]:
@@ -199,7 +216,7 @@ class Listed(DatasetEntry):
                 f"{len(gone)} of {len(paths)} {split} images are missing, {gone[0]} for one: unpack the archive anew"
             )
         index = {folder: number for number, folder in enumerate(_listed_classes(self.name))}
-        return FileSource(paths, [index[class_of(path)] for path in listed], self.class_names(root), _root(root))
+        return FileSource(paths, [index[class_of(path)] for path in listed], self.class_names(root), data_root(root))
 
 
 @cache
@@ -222,23 +239,22 @@ class Cub200(DatasetEntry):
         labels = self._table(root, "image_class_labels.txt")
         in_train = self._table(root, "train_test_split.txt")
         flag = "1" if split == "train" else "0"
-        try:
-            chosen = [
-                (path, int(labels[number]) - 1)
-                for number, path in self._table(root, "images.txt").items()
-                if in_train[number] == flag
-            ]
-        except (KeyError, ValueError) as error:
-            raise NolaVisionError(
-                f"the lists of CUB-200-2011 in {_root(root)} do not fit one another ({error}): unpack the archive anew"
-            ) from error
-        images = self._base(root) / "images"
-        paths, numbers = [images / path for path, _ in chosen], [label for _, label in chosen]
-        return FileSource(paths, numbers, self.class_names(root), _root(root))
+        listed = self._table(root, "images.txt")
+        index = {number: label for label, number in enumerate(self._table(root, "classes.txt"))}
+        for number in listed:
+            if number not in in_train or labels.get(number) not in index:
+                raise NolaVisionError(
+                    f"the lists of CUB-200-2011 in {data_root(root)} do not fit one another, image {number} has no "
+                    "class or split: unpack the archive anew"
+                )
+        chosen = [number for number in listed if in_train[number] == flag]
+        paths = [self._base(root) / "images" / listed[number] for number in chosen]
+        return FileSource(paths, [index[labels[number]] for number in chosen], self.class_names(root), data_root(root))
 
     def _base(self, root: str | None) -> Path:
-        inner = _root(root) / "CUB_200_2011"
-        return _root(root) if (_root(root) / "images.txt").is_file() and not inner.is_dir() else inner
+        outer = data_root(root)
+        inner = outer / "CUB_200_2011"
+        return outer if (outer / "images.txt").is_file() and not inner.is_dir() else inner
 
     def _table(self, root: str | None, name: str) -> dict[str, str]:
         path = self._base(root) / name
@@ -246,7 +262,9 @@ class Cub200(DatasetEntry):
             lines = path.read_text(encoding="utf-8").splitlines()
             return dict(line.split(maxsplit=1) for line in lines if line.strip())
         except OSError as error:
-            raise NolaVisionError(_missing("CUB-200-2011", self, _root(root), f"{path}: {error.strerror}")) from error
+            raise NolaVisionError(
+                _missing("CUB-200-2011", self, data_root(root), f"{path}: {error.strerror}")
+            ) from error
         except ValueError as error:
             raise NolaVisionError(f"{path} is damaged ({error}): unpack the archive anew") from error
 
@@ -261,23 +279,32 @@ class ImageNet100(DatasetEntry):
     expects = "train/<wnid>/<image> and val/<wnid>/<image> of ImageNet beneath the root"
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
-        text = own_class_list(root) or (resources.files(__package__) / "lists" / self.LIST).read_text(encoding="utf-8")
-        return tuple(sorted(line.split()[0] for line in text.splitlines() if line.strip() and line[0] != "#"))
+        text = self.own_content(root) or (resources.files(__package__) / "lists" / self.LIST).read_text(
+            encoding="utf-8"
+        )
+        listed = [line.split()[0] for line in text.splitlines() if line.strip() and line[0] != "#"]
+        if len(set(listed)) != len(listed) or not listed:
+            again = next((name for name in listed if listed.count(name) > 1), None)
+            fault = f"has {again} twice" if again else "names no class"
+            raise NolaVisionError(f"{data_root(root) / self.LIST} {fault}: write one class (n01440764) a line")
+        return tuple(sorted(listed))
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        base, names = _root(root) / ("train" if split == "train" else "val"), self.class_names(root)
+        base, names = data_root(root) / ("train" if split == "train" else "val"), self.class_names(root)
         if gone := [name for name in names if not (base / name).is_dir()]:
             reason = f"{base} lacks {len(gone)} of the {len(names)} class folders, {gone[0]} for one"
-            raise NolaVisionError(_missing("ImageNet-100", self, _root(root), reason))
-        files = [_image_files(base / name) for name in names]
+            raise NolaVisionError(_missing("ImageNet-100", self, data_root(root), reason))
+        files = [image_files(base / name) for name in names]
         labels = np.repeat(np.arange(len(names)), [len(paths) for paths in files])
-        return FileSource([path for paths in files for path in paths], labels, names, _root(root))
+        return FileSource([path for paths in files for path in paths], labels, names, data_root(root))
 
-
-def own_class_list(root: str | None) -> str | None:
-    """A user's own list of ImageNet-100's classes, if there is one beneath the root."""
-    path = _root(root) / ImageNet100.LIST
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    def own_content(self, root: str | None) -> str:
+        """A user's own list of the classes, if there is one beneath the root."""
+        path = data_root(root) / self.LIST
+        try:
+            return path.read_text(encoding="utf-8") if path.is_file() else ""
+        except ValueError as error:
+            raise NolaVisionError(f"{path} is no UTF-8 text ({error}): write one class (n01440764) a line") from error
 
 
 def _torchvision(reader: str, base: Path, entry: DatasetEntry, download: bool, **options: Any) -> Any:
@@ -288,10 +315,13 @@ def _torchvision(reader: str, base: Path, entry: DatasetEntry, download: bool, *
         return getattr(datasets, reader)(base, download=download, **options)
     except Exception as error:  # missing, damaged or unreachable: each reader has its own ways to say so
         reason = str(error).partition(". You can")[0] or type(error).__name__
-        raise NolaVisionError(_missing(reader, entry, base, reason)) from error
+        raise NolaVisionError(_missing(reader, entry, base, reason, download)) from error
 
 
-def _missing(name: str, entry: DatasetEntry, base: Path, reason: str) -> str:
+def _missing(name: str, entry: DatasetEntry, base: Path, reason: str, download: bool = False) -> str:
+    if download:
+        return f"cannot fetch {name} into {base} ({reason}): try where there is a network, or put there {entry.expects}"
+    reason = reason if base.is_dir() else "there is no such folder"
     fetch = ", or pass --data.download true where there is a network" if entry.downloads else ""
     return f"cannot read {name} in {base} ({reason}): it must have {entry.expects}{fetch}"
 
@@ -315,68 +345,74 @@ def get_dataset(name: str) -> DatasetEntry:
     return DATASETS[name]
 
 
-def _root(root: str | None) -> Path:
-    """The folder given, else that of the environment."""
-    chosen = root or os.environ.get(ROOT_VARIABLE)
+def data_root(root: str | None) -> Path:
+    """The folder given, else that of the environment.
+
+    Raises:
+        NolaVisionError: there is neither, or it is no folder.
+    """
+    chosen = given_root(root)
     if not chosen:
         raise NolaVisionError(f"this data set needs a folder: pass --data.root FOLDER or set {ROOT_VARIABLE}")
-    return Path(chosen).expanduser()
+    path, whence = Path(chosen), f"--data.root{'' if root else f' (now from {ROOT_VARIABLE})'}"
+    if path.is_file():
+        raise NolaVisionError(f"the data root {path} is a file: give the folder of the data set by {whence}")
+    return path
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    """Sorted names of the folders in a folder."""
+def given_root(root: str | None) -> str | None:
+    """The folder given, else that of the environment, if there is one."""
+    chosen = root or os.environ.get(ROOT_VARIABLE)
+    return str(Path(chosen).expanduser()) if chosen else None
+
+
+def _composed(text: str) -> str:
+    """A name as most systems write it: some archives and file systems take accents apart (Unicode's NFD)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder, by their names in sorted order."""
+    if not folder.parent.is_dir():
+        raise NolaVisionError(f"the data root {folder.parent} does not exist: check --data.root")
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        inner = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        names = dict(sorted((_composed(entry.name), entry) for entry in inner))
+        if len(names) < len(inner):
+            raise NolaVisionError(f"two class folders of {folder} have one name in Unicode's two forms: rename one")
     except OSError as error:
         raise NolaVisionError(
             f"cannot read the folder {folder} ({error.strerror}): put images there as {folder / '<class>' / '<image>'}"
         ) from error
     if not names:
         raise NolaVisionError(f"{folder} has no class folders: put images there as {folder / '<class>' / '<image>'}")
-    return tuple(names)
+    return names
 
 
-def folder_listing(root: str | None) -> str:
-    """The relative path and size of every image of a `folder` data set, a line each; empty where there is none."""
-    place = Path(root).expanduser() if root else None
-    if place is None or not place.is_dir():
-        return ""
-    try:
-        files = _image_files(place)
-    except NolaVisionError:
-        return ""
-    return "\n".join(f"{path.relative_to(place).as_posix()} {path.stat().st_size}" for path in files)
+def image_files(folder: Path) -> list[Path]:
+    """Sorted image files beneath a folder.
 
-
-def _image_files(folder: Path) -> list[Path]:
-    """Sorted image files beneath a class's folder."""
+    Raises:
+        NolaVisionError: there are none, or a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise NolaVisionError(f"cannot read the folder {error.filename} ({error.strerror}): allow it to be read")
 
     paths = []
+    seen = {os.path.realpath(folder)}  # a link may lead back
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        places = {name: os.path.realpath(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, place in places.items() if place not in seen]
+        seen.update(places.values())
         paths += [Path(parent, name) for name in files if not name.startswith(".")]
-    images = sorted((path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES), key=Path.as_posix)
+    images = sorted(
+        (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: _composed(path.as_posix())
+    )
     if not images:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise NolaVisionError(f"{folder} has no images ({suffixes}): add some, or remove the folder")
     return images
-
-
-def find_images(places: Sequence[str]) -> list[Path]:
-    """The image files that are named or lie beneath folders that are named, in the order given.
-
-    Raises:
-        NolaVisionError: a name is neither file nor folder, or a folder has no images.
-    """
-    found: list[Path] = []
-    for place in map(Path, places):
-        if not place.exists():
-            raise NolaVisionError(f"{place} does not exist: name image files, or folders of them")
-        found += _image_files(place) if place.is_dir() else [place]
-    return found
 
 
 CIFAR10_NAMES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())

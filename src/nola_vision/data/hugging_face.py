@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 from PIL import Image
 
-from nola_vision.data.datasets import HUB_PREFIX, DatasetEntry
+from nola_vision.data.datasets import HUB_PREFIX, DatasetEntry, given_root
 from nola_vision.data.sources import ImageSource, decoded
 from nola_vision.data.splits import Split
 from nola_vision.errors import NolaVisionError
@@ -60,6 +60,7 @@ class HuggingFace(DatasetEntry):
     label: str = ""
     expects: str = "a data set of the Hugging Face Hub, cached beneath the root, or a local path in its name"
     downloads: bool = True
+    needs_root: bool = False
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return tuple(map(str, self._values(self._reader(root, "train", download))))
@@ -82,7 +83,7 @@ class HuggingFace(DatasetEntry):
 
     def _reader(self, root: str | None, split: Split, download: bool) -> Any:
         """timm's reader of a split."""
-        library = _library()
+        library, root = _library(), given_root(root)
         from timm.data.readers import create_reader
 
         try:

@@ -90,7 +90,7 @@ def draw(
         if shots != "all":
             free = sorted((keyed_hash("draw", split_seed, label, rank), index) for rank, index in free)
         ranked[label] = np.array([index for _, index in free], dtype=np.int64)
-    _check_counts({names[label]: len(indices) for label, indices in ranked.items()}, 1 if shots == "all" else shots)
+    _check_counts([(names[label], len(indices)) for label, indices in ranked.items()], 1 if shots == "all" else shots)
     if shots == "all":
         return np.sort(np.concatenate(list(ranked.values())))
     return np.concatenate([indices[:shots] for indices in ranked.values()])
@@ -129,14 +129,18 @@ def _by_class(labels: npt.ArrayLike) -> dict[int, Indices]:
     return dict(zip(classes.tolist(), members, strict=False))
 
 
-def _check_counts(counts: dict[str, int], needed: int) -> None:
-    """Refuses a draw that some class is too small for."""
-    short = [f"{name!r} has {count}" for name, count in counts.items() if count < needed]
+def _check_counts(counts: Sequence[tuple[str, int]], needed: int) -> None:
+    """Refuses a draw that some class, of (name, images), is too small for."""
+    short = [f"{name!r} has {count}" for name, count in counts if count < needed]
     if not short:
         return
     listed = ", ".join(short[:5]) + (f" and {len(short) - 5} more classes have too few" if len(short) > 5 else "")
-    most = min(counts.values())
-    mend = f"use {most} shots or fewer, or add images" if most else "add images, or remove the class"
+    most = min(count for _, count in counts)
+    mend = (
+        f"use {most} {'shots or fewer' if most > 1 else 'shot'}, or add images"
+        if most
+        else "add images, or remove the class"
+    )
     raise NolaVisionError(
         f"{needed} shots need that many images in every class outside the validation pool, but {listed}: {mend}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from nola_vision.data.kshot import Indices, draw
 from nola_vision.data.sources import ImageSource
 from nola_vision.errors import NolaVisionError
+from nola_vision.field_types import check_types
 from nola_vision.files import write_file
 
 FORMAT = "nola-vision k-shot manifest"
@@ -78,7 +80,8 @@ def read_manifest(path: str | Path) -> Manifest:
     """Reads a manifest.
 
     Raises:
-        NolaVisionError: there is no such file, or it is no manifest of this version.
+        NolaVisionError: there is no such file, it is no manifest of this version, or not of so many different images
+            of each class as it says.
     """
     try:
         loaded: Any = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -89,32 +92,56 @@ def read_manifest(path: str | Path) -> Manifest:
     if not isinstance(loaded, dict) or loaded.pop("format", None) != FORMAT:
         raise NolaVisionError(f"{path} is no k-shot manifest: nola-vision data manifest writes one")
     if (version := loaded.pop("format_version", None)) != FORMAT_VERSION:
-        raise NolaVisionError(f"the manifest {path} has version {version}, this nola-vision reads {FORMAT_VERSION}")
+        raise NolaVisionError(
+            f"the manifest {path} has version {version}, and this nola-vision reads {FORMAT_VERSION}: use the release "
+            "that wrote it"
+        )
     try:
         images = tuple((str(name), int(label), str(found)) for name, label, found in loaded.pop("images"))
-        return Manifest(**{**loaded, "class_names": tuple(loaded["class_names"]), "images": images})
-    except (KeyError, TypeError, ValueError) as error:
-        raise NolaVisionError(f"the manifest {path} is damaged ({error}): get it anew") from error
+        manifest = Manifest(**{**loaded, "class_names": tuple(loaded["class_names"]), "images": images})
+        check_types(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, NolaVisionError) as error:
+        raise NolaVisionError(f"the manifest {path} is not what nola-vision writes ({error}): get it anew") from error
+    different = Counter(label for label, _ in {(label, name) for name, label, _ in manifest.images})
+    faults = [
+        f"{different[label]} different images of {name!r}"
+        for label, name in enumerate(manifest.class_names)
+        if different[label] != manifest.shots
+    ]
+    if len(manifest.images) != manifest.shots * len(manifest.class_names):
+        faults.append(f"{len(manifest.images)} images of {len(manifest.class_names)} classes")
+    if faults:
+        raise NolaVisionError(f"the manifest {path} says {manifest.shots} shots, but has {faults[0]}: get it anew")
+    return manifest
 
 
-def find_images(manifest: Manifest, source: ImageSource) -> Indices:
+def locate(manifest: Manifest, source: ImageSource) -> Indices:
     """Where the images of a manifest are in a data set's training images.
 
     Raises:
         NolaVisionError: the classes differ, or an image is missing, or is another one here.
     """
     if manifest.class_names != source.class_names:
-        odd = sorted({*manifest.class_names} ^ {*source.class_names}) or ["their order"]
-        raise NolaVisionError(f"the manifest has other classes than the data set here: {', '.join(odd[:5])}")
+        only = {
+            "the manifest": sorted({*manifest.class_names} - {*source.class_names}),
+            "the data set here": sorted({*source.class_names} - {*manifest.class_names}),
+        }
+        odd = [f"only {where} has {', '.join(map(repr, names[:5]))}" for where, names in only.items() if names]
+        raise NolaVisionError(
+            f"the manifest has other classes than the data set here ({'; '.join(odd) or 'their order differs'}): give "
+            "the data set that it was made of by --data.root"
+        )
     places = {source.name(i): i for i in range(len(source))}
     missing = [name for name, _, _ in manifest.images if name not in places]
     if missing:
         raise NolaVisionError(
-            f"{len(missing)} of the manifest's {len(manifest.images)} images are not in the data set here, "
-            f"{missing[0]} for one: give the data set that it was made of by --data.root"
+            f"the data set here lacks {len(missing)} of the manifest's {len(manifest.images)} images, {missing[0]} for "
+            "one: give the data set that it was made of by --data.root"
         )
     for name, label, expected in manifest.images:
-        if source.labels[places[name]] != label or content(source, places[name]) != expected:
+        if source.labels[places[name]] != label:
+            raise NolaVisionError(f"{name} has another label here than in the manifest: get the manifest anew")
+        if content(source, places[name]) != expected:
             raise NolaVisionError(
                 f"{name} is another image than the manifest's: give the data set that it was made of by --data.root"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,7 +106,7 @@ class FileSource(ImageSource):
         return str(self._paths[index])
 
     def name(self, index: int) -> str:
-        return self._paths[index].relative_to(self._base).as_posix()
+        return unicodedata.normalize("NFC", self._paths[index].relative_to(self._base).as_posix())
 
     def encoded(self, index: int) -> bytes:
         try:

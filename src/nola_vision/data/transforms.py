@@ -18,7 +18,9 @@ Transform = Callable[[Any], torch.Tensor]
 
 
 def eval_transform(config: InputConfig) -> Transform:
-    """timm's evaluation transform: resize the shorter side to `floor(size / crop_pct)`, crop the centre, normalise.
+    """timm's evaluation transform: resize to `floor(size / crop_pct)`, crop the centre, normalise.
+
+    Resizing keeps the ratio of the sides, or makes a square of the image where the backbone's `crop_mode` is squash.
 
     Args:
         config: what the backbone takes.
@@ -27,10 +29,31 @@ def eval_transform(config: InputConfig) -> Transform:
         A function from a PIL image or a uint8 tensor `[3, h, w]` to a normalised float32 tensor `[3, size, size]`.
 
     Raises:
-        NolaVisionError: the interpolation is one that tensors cannot be resized with.
+        NolaVisionError: the interpolation is one that tensors cannot be resized with, or the crop mode is not known.
     """
-    resize = v2.Resize(math.floor(config.size / config.crop_pct), _interpolation(config), antialias=True)
+    if config.crop_mode not in ("center", "squash"):
+        raise NolaVisionError(
+            f"the backbone asks for crop mode {config.crop_mode!r}, which cannot be had here: choose another tag of it"
+        )
+    side = math.floor(config.size / config.crop_pct)
+    resize = v2.Resize(side if config.crop_mode == "center" else (side, side), _interpolation(config), antialias=True)
     return _compose(config, [resize, v2.CenterCrop(config.size)])
+
+
+def check_augmentation(augmentation: str, flip: bool) -> None:
+    """Refuses an unknown augmentation, and a flip that would have no effect.
+
+    Raises:
+        NolaVisionError: one of them.
+    """
+    if augmentation not in get_args(Augmentation):
+        names = ", ".join(get_args(Augmentation))
+        raise NolaVisionError(f"there is no augmentation {augmentation!r}: choose one of {names}")
+    if flip and augmentation != "light":
+        what = "flips nothing" if augmentation == "none" else "always flips"
+        raise NolaVisionError(
+            f"flip is a setting of augmentation 'light', and {augmentation!r} {what}: give --data.flip false"
+        )
 
 
 def train_transform(config: InputConfig, augmentation: str, flip: bool = False) -> Transform:
@@ -47,16 +70,8 @@ def train_transform(config: InputConfig, augmentation: str, flip: bool = False) 
 
     Returns:
         A function as of `eval_transform`.
-
-    Raises:
-        NolaVisionError: an unknown name, or `flip` with "none".
     """
-    if augmentation not in get_args(Augmentation):
-        names = ", ".join(get_args(Augmentation))
-        raise NolaVisionError(f"there is no augmentation {augmentation!r}: choose one of {names}")
     if augmentation == "none":
-        if flip:
-            raise NolaVisionError("flip has no effect with augmentation 'none': use 'light', or leave flip out")
         return eval_transform(config)
     size, interpolation = config.size, _interpolation(config)
     if augmentation == "light":

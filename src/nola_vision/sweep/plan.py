@@ -53,9 +53,15 @@ def final_specs(
 
 
 def search_specs(config: Mapping[str, Any], methods: Sequence[str]) -> list[RunSpec]:
-    """Plan the search runs: split 0 and init 0, each rate of every entry that has more than one to try."""
+    """Plan the search runs: each rate of every entry that has more than one to try.
+
+    They are of init 0 and split 0, or the one split of the config's manifest: whatever splits follow, every sweep of a
+    config chooses alike.
+    """
+    data = identity.need(config, "data")
+    split = data["split_seed"] if data.get("manifest") is not None else 0
     return [
-        _spec(config, method, 0, 0, "search", rate)
+        _spec(config, method, split, 0, "search", rate)
         for method in methods
         if len(_rates(config, method)) > 1
         for rate in _rates(config, method)
