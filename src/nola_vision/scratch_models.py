@@ -59,10 +59,10 @@ class ResNet20(nn.Module):
 class Mlp(nn.Module):
     """784 inputs to 256 features `[batch, 256]` after ReLU."""
 
-    def __init__(self, num_classes: int = 0, in_chans: int = 3, img_size: int = 28) -> None:
+    def __init__(self, num_classes: int = 0, in_chans: int = 3, img_size: int | tuple[int, int] = 28) -> None:
         super().__init__()
         _refuse_head(num_classes)
-        if img_size != 28:
+        if img_size not in (28, (28, 28)):  # timm gives both sides
             raise ValueError("it takes images of 28 pixels")
         self.num_classes, self.num_features = 0, 256
         self.fc1 = nn.Linear(784, 256)
