@@ -15,7 +15,7 @@ import stand_ins
 from nola_vision.data import datasets
 from nola_vision.data.datasets import DATASETS, get_dataset
 from nola_vision.data.kshot import draw
-from nola_vision.data.sources import FileSource
+from nola_vision.data.sources import FileSource, ImageSource
 from nola_vision.data.splits import class_of, read_list
 from nola_vision.errors import NolaVisionError
 
@@ -267,6 +267,23 @@ def test_unknown_names_get_a_hint() -> None:
         get_dataset("xyz")
 
 
+def classes_on_disk(name: str, root: Path, source: ImageSource) -> list[str]:
+    """Each image's class as its path or its annotation says it, or as the stand-in numbered the images of an array."""
+    if not isinstance(source, FileSource):
+        return [source.class_names[index % len(source.class_names)] for index in range(len(source))]
+    paths = [Path(source.name(index)) for index in range(len(source))]
+    match name:
+        case "fgvc_aircraft":
+            lists = (root / "fgvc-aircraft-2013b/data").glob("images_variant_*.txt")
+            variants = dict(line.split(" ", 1) for file in lists for line in file.read_text().splitlines())
+            return [variants[path.stem] for path in paths]
+        case "oxford_iiit_pet":
+            return [path.stem.rpartition("_")[0].replace("_", " ").title() for path in paths]
+        case "sun397":
+            return ["/".join(path.parts[2:-1]) for path in paths]
+    return [path.parent.name for path in paths]
+
+
 @pytest.mark.parametrize("name", stand_ins.SIZES)
 def test_every_data_set_is_read_in_its_own_format(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(stand_ins.make(name, tmp_path, monkeypatch))
@@ -280,6 +297,8 @@ def test_every_data_set_is_read_in_its_own_format(name: str, tmp_path: Path, mon
         assert source.class_names == names
         each = np.bincount(source.labels, minlength=classes)
         assert (each == count).all() if count is not None else each.min() > 0
+        if name != "digits":  # they have a test of their own
+            assert [names[label] for label in source.labels] == classes_on_disk(name, tmp_path, source)
         image = source.image(len(source) - 1)
         assert image.mode == "RGB" and min(image.size) >= 8
         assert not {source.name(index) for index in range(len(source))} & seen
