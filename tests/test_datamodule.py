@@ -343,6 +343,41 @@ def test_the_released_augmentation_blurs_by_the_drawn_sigma() -> None:
     assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
+def described(step: v2.Transform) -> tuple[type, dict[str, object], list[object]]:
+    """A step's class, its settings and the steps in it."""
+    settings = {key: value for key, value in vars(step).items() if not key.startswith("_") and key != "transforms"}
+    return type(step), settings, [described(inner) for inner in getattr(step, "transforms", [])]
+
+
+BICUBIC = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+LIGHT_CROP, FLIP = v2.RandomResizedCrop(10, scale=(0.6, 1.0), **BICUBIC), v2.RandomHorizontalFlip(0.5)
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "flip", "steps"),
+    [
+        ("none", False, [v2.Resize(11, **BICUBIC), v2.CenterCrop(10)]),
+        ("light", False, [LIGHT_CROP]),
+        ("light", True, [LIGHT_CROP, FLIP]),
+        (
+            "released",
+            False,
+            [
+                v2.RandomResizedCrop(10, scale=(0.2, 1.0), **BICUBIC),
+                v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)], p=0.8),
+                v2.RandomGrayscale(0.2),
+                v2.RandomApply([_GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+                FLIP,
+            ],
+        ),
+    ],
+)
+def test_each_augmentation_is_the_promised_steps(augmentation: str, flip: bool, steps: list[v2.Transform]) -> None:
+    end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(CONFIG.mean, CONFIG.std), v2.ToPureTensor()]
+    expected = v2.Compose([v2.ToImage(), *steps, *end])
+    assert described(train_transform(CONFIG, augmentation, flip)) == described(expected)  # type: ignore[arg-type]
+
+
 def test_only_flip_flips() -> None:
     """A picture dark on the left and bright on the right shows which transforms turn it round."""
     ramp = Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (60, 1, 3)))
