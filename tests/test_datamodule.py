@@ -134,14 +134,30 @@ def test_training_images_are_decoded_once(decoded: list[int]) -> None:
     assert decoded == []
 
 
-def test_memory_limit(decoded: list[int], small_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, reference = (module(dataset="folder", root=str(small_tree), shots=3) for _ in range(2))
-    data.memory_limit_mib = (9 * 12 * 3 * 2 + 400) / 2**20  # type: ignore[assignment]
-    data.setup("fit")
-    decoded.clear()
-    first = epoch_of(data, 0)
-    assert 0 < len(decoded) < 6
-    assert same(first, epoch_of(reference, 0))
+@pytest.mark.parametrize(
+    ("limit", "train", "pool"),
+    [  # an image takes 192 bytes decoded and 246 as a file; the pool has what the decoded training images leave
+        (0, "......", "........"),
+        (492, "ddff..", "........"),
+        (768, "ddddff", "........"),
+        (6 * 192 - 1, "dddddf", "........"),
+        (6 * 192 + 492, "dddddd", "ddff...."),
+        (6 * 192 + 7 * 192, "dddddd", "dddddddf"),
+        (10**9, "dddddd", "dddddddd"),
+    ],
+)
+def test_memory_limit(limit: int, train: str, pool: str, tmp_path: Path) -> None:
+    """Which images are kept decoded (d), which as files (f) and which not at all (.)."""
+    for index in range(80):
+        path = tmp_path / ("test", "train")[index % 2] / ("ant", "bee")[index // 2 % 2] / f"{index:02d}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 99, 0)).save(path)
+    data, reference = (module(dataset="folder", root=str(tmp_path), shots=3) for _ in range(2))
+    data.memory_limit_mib = limit / 2**20  # type: ignore[assignment]
+    for kept, expected in ((data._train_set[2], train), (data._pool._kept, pool)):
+        assert "".join("f" if isinstance(image, bytes) else "d" for image in kept) == expected.rstrip(".")
+    assert same(epoch_of(data, 0), epoch_of(reference, 0))
+    assert same(list(data.val_dataloader()), list(reference.val_dataloader()))
 
 
 @pytest.mark.parametrize("limit", [10**9, 9 * 12 * 3 * 2 + 400], ids=["decoded", "as files"])
