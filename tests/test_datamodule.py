@@ -125,6 +125,14 @@ def test_the_test_set_is_opened_by_the_test_stage_only(opened: list[str]) -> Non
     assert opened == ["train", "test", "test"]
 
 
+@pytest.mark.parametrize("download", [False, True])
+def test_data_are_prepared_once_and_only_when_asked(download: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(Digits, "open", lambda self, root, split, download=False: calls.append((root, split, download)))
+    module(root="here", download=download).prepare_data()
+    assert calls == [("here", "train", True)] * download
+
+
 def test_training_images_are_decoded_once(decoded: list[int]) -> None:
     data = module()
     data.setup("fit")
