@@ -201,15 +201,31 @@ def test_a_cell_of_every_backbone_runs_a_step(backbone: str, tmp_path: Path, mon
     assert row.status == "completed" and row.adapter_parameters == {"b": 49_152, "l": 98_304}[backbone[3]]
 
 
+@pytest.mark.parametrize("method", compose("vitb", "cifar10", 5)["methods"])
+def test_every_entry_of_a_cell_runs_a_step(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a ViT of three heads instead of twelve."""
+    root = stand_ins.make("cifar10", tmp_path / "data", monkeypatch)
+    backbone = {"tag": "vit_tiny_patch16_224.augreg_in21k", "base": "random", "img_size": 32}
+    small = [*(f"--model.backbone.{key}={value}" for key, value in backbone.items()), "--data.shots=1"]
+    assert run("fit", "--config=vitb_cifar10_5shot", f"--method={method}", f"--data.root={root}", *small, *QUICK) == 0
+    ((row,), _) = store.read_rows("runs")
+    assert row.status == "completed" and row.method == method and row.test_accuracy is not None
+    block = 4 * 192 + (192 + 1) * 3 * 192 + (192 + 1) * 192 + (192 + 1) * 768 + (768 + 1) * 192
+    whole = 12 * block + (16 * 16 * 3 + 1) * 192 + (1 + 5) * 192 + 2 * 192  # patches, class token, positions, last norm
+    parameters = {"full-ft": whole, "lora-r4": 12 * 4 * 4 * 192, "nola-mlp": 24 * 2048, "nola-qv": 24 * 2048}
+    assert row.adapter_parameters == parameters.get(method, 0) and (row.train_loss is None) is (method == "1nn")
+
+
 @pytest.mark.parametrize(
     ("config", "dataset", "method"),
-    [("resnet20_cifar10_scratch", "cifar10", name) for name in ("dense", "pranc", "lora", "nola")]
+    [("mlp_mnist_scratch", "mnist", name) for name in ("pranc", "nola")]
+    + [("resnet20_cifar10_scratch", "cifar10", name) for name in ("dense", "pranc", "lora", "nola")]
     + [("resnet18_imagenet100_scratch", "imagenet100", name) for name in ("dense", "hashednet", "lora", "nola")],
 )
 def test_a_network_from_scratch_runs_a_step(
     config: str, dataset: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of Tables 8 and 9 but PRANC's 100,000 vectors on a ResNet-18; at 32 pixels."""
+    """The toy, and all of Tables 8 and 9 but PRANC's 100,000 vectors on a ResNet-18; at 32 pixels."""
     root = stand_ins.make(dataset, tmp_path / "data", monkeypatch)
     options = [f"--method={method}", f"--data.root={root}", "--data.batch_size=8", "--data.num_workers=0"]
     small = ["--model.backbone.img_size=32"] if dataset == "imagenet100" else []

@@ -125,6 +125,14 @@ def test_the_test_set_is_opened_by_the_test_stage_only(opened: list[str]) -> Non
     assert opened == ["train", "test", "test"]
 
 
+@pytest.mark.parametrize("download", [False, True])
+def test_data_are_prepared_once_and_only_when_asked(download: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(Digits, "open", lambda self, root, split, download=False: calls.append((root, split, download)))
+    module(root="here", download=download).prepare_data()
+    assert calls == [("here", "train", True)] * download
+
+
 def test_training_images_are_decoded_once(decoded: list[int]) -> None:
     data = module()
     data.setup("fit")
@@ -134,14 +142,30 @@ def test_training_images_are_decoded_once(decoded: list[int]) -> None:
     assert decoded == []
 
 
-def test_memory_limit(decoded: list[int], small_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, reference = (module(dataset="folder", root=str(small_tree), shots=3) for _ in range(2))
-    data.memory_limit_mib = (9 * 12 * 3 * 2 + 400) / 2**20  # type: ignore[assignment]
-    data.setup("fit")
-    decoded.clear()
-    first = epoch_of(data, 0)
-    assert 0 < len(decoded) < 6
-    assert same(first, epoch_of(reference, 0))
+@pytest.mark.parametrize(
+    ("limit", "train", "pool"),
+    [  # an image takes 192 bytes decoded and 246 as a file; the pool has what the decoded training images leave
+        (0, "......", "........"),
+        (492, "ddff..", "........"),
+        (768, "ddddff", "........"),
+        (6 * 192 - 1, "dddddf", "........"),
+        (6 * 192 + 492, "dddddd", "ddff...."),
+        (6 * 192 + 7 * 192, "dddddd", "dddddddf"),
+        (10**9, "dddddd", "dddddddd"),
+    ],
+)
+def test_memory_limit(limit: int, train: str, pool: str, tmp_path: Path) -> None:
+    """Which images are kept decoded (d), which as files (f) and which not at all (.)."""
+    for index in range(80):
+        path = tmp_path / ("test", "train")[index % 2] / ("ant", "bee")[index // 2 % 2] / f"{index:02d}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 99, 0)).save(path)
+    data, reference = (module(dataset="folder", root=str(tmp_path), shots=3) for _ in range(2))
+    data.memory_limit_mib = limit / 2**20  # type: ignore[assignment]
+    for kept, expected in ((data._train_set[2], train), (data._pool._kept, pool)):
+        assert "".join("f" if isinstance(image, bytes) else "d" for image in kept) == expected.rstrip(".")
+    assert same(epoch_of(data, 0), epoch_of(reference, 0))
+    assert same(list(data.val_dataloader()), list(reference.val_dataloader()))
 
 
 @pytest.mark.parametrize("limit", [10**9, 9 * 12 * 3 * 2 + 400], ids=["decoded", "as files"])
@@ -353,6 +377,41 @@ def test_the_released_augmentation_blurs_by_the_drawn_sigma() -> None:
         torch.default_generator.manual_seed(5)
         ours = blur(pixels)
     assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+def described(step: v2.Transform) -> tuple[type, dict[str, object], list[object]]:
+    """A step's class, its settings and the steps in it."""
+    settings = {key: value for key, value in vars(step).items() if not key.startswith("_") and key != "transforms"}
+    return type(step), settings, [described(inner) for inner in getattr(step, "transforms", [])]
+
+
+BICUBIC = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+LIGHT_CROP, FLIP = v2.RandomResizedCrop(10, scale=(0.6, 1.0), **BICUBIC), v2.RandomHorizontalFlip(0.5)
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "flip", "steps"),
+    [
+        ("none", False, [v2.Resize(11, **BICUBIC), v2.CenterCrop(10)]),
+        ("light", False, [LIGHT_CROP]),
+        ("light", True, [LIGHT_CROP, FLIP]),
+        (
+            "released",
+            False,
+            [
+                v2.RandomResizedCrop(10, scale=(0.2, 1.0), **BICUBIC),
+                v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)], p=0.8),
+                v2.RandomGrayscale(0.2),
+                v2.RandomApply([_GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+                FLIP,
+            ],
+        ),
+    ],
+)
+def test_each_augmentation_is_the_promised_steps(augmentation: str, flip: bool, steps: list[v2.Transform]) -> None:
+    end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(CONFIG.mean, CONFIG.std), v2.ToPureTensor()]
+    expected = v2.Compose([v2.ToImage(), *steps, *end])
+    assert described(train_transform(CONFIG, augmentation, flip)) == described(expected)  # type: ignore[arg-type]
 
 
 def test_only_flip_flips() -> None:

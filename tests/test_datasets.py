@@ -13,9 +13,9 @@ from sklearn.datasets import load_digits
 
 import stand_ins
 from nola_vision.data import datasets
-from nola_vision.data.datasets import DATASETS, get_dataset
+from nola_vision.data.datasets import DATASETS, DatasetEntry, get_dataset
 from nola_vision.data.kshot import draw
-from nola_vision.data.sources import FileSource
+from nola_vision.data.sources import FileSource, ImageSource
 from nola_vision.data.splits import class_of, read_list
 from nola_vision.errors import NolaVisionError
 
@@ -267,6 +267,23 @@ def test_unknown_names_get_a_hint() -> None:
         get_dataset("xyz")
 
 
+def classes_on_disk(name: str, root: Path, source: ImageSource) -> list[str]:
+    """Each image's class as its path or its annotation says it, or as the stand-in numbered the images of an array."""
+    if not isinstance(source, FileSource):
+        return [source.class_names[index % len(source.class_names)] for index in range(len(source))]
+    paths = [Path(source.name(index)) for index in range(len(source))]
+    match name:
+        case "fgvc_aircraft":
+            lists = (root / "fgvc-aircraft-2013b/data").glob("images_variant_*.txt")
+            variants = dict(line.split(" ", 1) for file in lists for line in file.read_text().splitlines())
+            return [variants[path.stem] for path in paths]
+        case "oxford_iiit_pet":
+            return [path.stem.rpartition("_")[0].replace("_", " ").title() for path in paths]
+        case "sun397":
+            return ["/".join(path.parts[2:-1]) for path in paths]
+    return [path.parent.name for path in paths]
+
+
 @pytest.mark.parametrize("name", stand_ins.SIZES)
 def test_every_data_set_is_read_in_its_own_format(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(stand_ins.make(name, tmp_path, monkeypatch))
@@ -280,6 +297,8 @@ def test_every_data_set_is_read_in_its_own_format(name: str, tmp_path: Path, mon
         assert source.class_names == names
         each = np.bincount(source.labels, minlength=classes)
         assert (each == count).all() if count is not None else each.min() > 0
+        if name != "digits":  # they have a test of their own
+            assert [names[label] for label in source.labels] == classes_on_disk(name, tmp_path, source)
         image = source.image(len(source) - 1)
         assert image.mode == "RGB" and min(image.size) >= 8
         assert not {source.name(index) for index in range(len(source))} & seen
@@ -369,6 +388,53 @@ def test_a_hugging_face_data_set_in_a_local_folder(tmp_path: Path, monkeypatch: 
         get_dataset(f"hf:{tmp_path / 'nowhere'}").open(str(tmp_path / "cache"), "train")
     with pytest.raises(NolaVisionError, match=r"which of image, label is the label is not clear"):
         get_dataset(f"hf:{tmp_path / 'insects'}#species").open(str(tmp_path / "cache"), "train")
+
+
+def write_hub(folder: Path, feature: object = None, **labels: list[int | str | None]) -> DatasetEntry:
+    """A data set of Hugging Face's in a local folder, of these labels a split; the entry that opens it."""
+    library = pytest.importorskip("datasets")
+    folder.mkdir()
+    features = library.Features(image=library.Image(), kind=feature or library.Value("string"))
+    for split, values in labels.items():
+        columns = {"image": [Image.new("RGB", (5, 4))] * len(values), "kind": values}
+        library.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    files = "".join(f"  - split: {split}\n    path: {split}.parquet\n" for split in labels)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    return get_dataset(f"hf:{folder}#kind")
+
+
+def test_labels_of_hugging_face_may_be_words(tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    entry = write_hub(tmp_path / "words", train=["wasp", "ant", "wasp", "bee"], test=["bee", "bee", "ant"])
+    assert entry.class_names(cache) == ("ant", "bee", "wasp")
+    for split, labels in (("train", [2, 0, 2, 1]), ("test", [1, 1, 0])):
+        source = entry.open(cache, split)
+        assert source.class_names == ("ant", "bee", "wasp") and source.labels.tolist() == labels
+    entry = write_hub(tmp_path / "strange", train=["ant", "bee"], test=["bee", "moth"])
+    with pytest.raises(NolaVisionError, match="its training split has no label moth, its test split has"):
+        entry.open(cache, "test")
+
+
+def test_images_of_hugging_face_without_a_label_are_refused(tmp_path: Path) -> None:
+    library = pytest.importorskip("datasets")
+    numbered = library.ClassLabel(names=["wasp", "ant"])
+    for name, entry in (
+        ("words", write_hub(tmp_path / "words", train=["ant", "bee"], test=["ant", None])),
+        ("numbers", write_hub(tmp_path / "numbers", numbered, train=[1, 0, 1], test=[0, -1])),
+        ("gaps", write_hub(tmp_path / "gaps", numbered, train=[1, 0, 1], test=[None, 1])),
+    ):
+        with pytest.raises(NolaVisionError, match=rf"hf:.*{name} \(its test split has images without a label\)"):
+            entry.open(str(tmp_path / "cache"), "test")
+    train = entry.open(str(tmp_path / "cache"), "train")
+    assert train.class_names == ("wasp", "ant") and train.labels.tolist() == [1, 0, 1]
+
+
+def test_the_test_split_of_hugging_face_is_the_first_of_four_names(tmp_path: Path) -> None:
+    names = ["test", "validation", "valid", "val"]
+    for first in range(4):
+        splits = {name: ["ant"] * (1 + names.index(name)) for name in reversed(names[first:])}
+        entry = write_hub(tmp_path / names[first], train=["ant"], **splits)
+        assert len(entry.open(str(tmp_path / "cache"), "test")) == 1 + first
 
 
 def test_hugging_face_is_asked_over_the_network_only_when_allowed(

@@ -4,6 +4,7 @@ import copy
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +298,8 @@ def test_input_configs_are_timms_own() -> None:
     assert mae.mean == pytest.approx((0.485, 0.456, 0.406)) and augreg.mean == (0.5, 0.5, 0.5)
     assert (augreg.size, augreg.interpolation, augreg.crop_pct) == (224, "bicubic", 0.9)
     assert input_config(BackboneSpec("resnet18.a1_in1k", img_size=64)).size == 64
+    imagenets = input_config(BackboneSpec("vit_base_patch16_224.augreg_in21k_ft_in1k", normalisation="imagenet"))
+    assert imagenets == replace(augreg, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 class Harmful:

@@ -88,6 +88,28 @@ def test_run_seed_changes_the_start_and_not_the_set(rows: dict, tmp_path: Path) 
     assert split.data["draw"] != rows["1nn"].data["draw"]
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("photos/train/ant/1.png", {"data": {"dataset": "folder", "root": "photos"}}),
+        ("photos/imagenet100.txt", {"data": {"dataset": "imagenet100", "root": "photos"}}),
+        ("m.json", {"data": {"manifest": "m.json"}}),
+        ("w.safetensors", {"model": {"backbone": {"file": "w.safetensors"}}}),
+    ],
+)
+def test_what_a_config_names_by_a_path_is_in_the_hash(
+    file: str, changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+
+    def hash_with(content: str) -> str:
+        Path(file).write_text(content)
+        return identity.run_hash(config(**changes), "final")
+
+    assert hash_with("n1\n") == hash_with("n1\n") != hash_with("n1\nn2\n")
+
+
 def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def touched(*_: object) -> None:
         raise AssertionError("the test set was touched")
