@@ -182,6 +182,7 @@ FIT = ["fit", "--config=quickstart.yaml"]
 MISTAKES = {
     "no verb of that name": (["fitt"], "did you mean fit"),
     "config": (["fit", "--config", "quikstart.yaml"], "did you mean quickstart.yaml"),
+    "optimizer without settings": ([*FIT, "--config=null.yaml"], "model.optimizer"),
     "config that is no YAML": (["fit", "--config", "broken.yaml"], "broken.yaml cannot be read as YAML"),
     "config that is no mapping": (["fit", "--config", "list.yaml"], "no mapping"),
     "unknown key": (["fit", "--config", "quickstart.yaml", "--data.shts", "5"], "--data.shts"),
@@ -240,6 +241,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1,")
+    (tmp_path / "null.yaml").write_text("model: {optimizer: {class_path: SGD, init_args: null}}")
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "typo.yaml").write_text("data: {augmentatoin: light}")
     (tmp_path / "word.yaml").write_text("model: {method: NOLA}")

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from nola_vision.backbones import BackboneSpec, InputConfig
+from nola_vision.config import has_validation_images
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets import Digits
 from nola_vision.data.kshot import draw, validation_pool
@@ -162,7 +163,7 @@ def test_memory_limit(limit: int, train: str, pool: str, tmp_path: Path) -> None
         Image.new("RGB", (8, 8), (index, 99, 0)).save(path)
     data, reference = (module(dataset="folder", root=str(tmp_path), shots=3) for _ in range(2))
     data.memory_limit_mib = limit / 2**20  # type: ignore[assignment]
-    for kept, expected in ((data._train_set[2], train), (data._pool._kept, pool)):
+    for kept, expected in ((data._kept, train), (data._pool._kept, pool)):
         assert "".join("f" if isinstance(image, bytes) else "d" for image in kept) == expected.rstrip(".")
     assert same(epoch_of(data, 0), epoch_of(reference, 0))
     assert same(list(data.val_dataloader()), list(reference.val_dataloader()))
@@ -285,6 +286,11 @@ def test_test_limit_is_balanced_and_refused_before_training() -> None:
     assert np.bincount(labels).tolist() == [3] * 10
     with pytest.raises(NolaVisionError, match="test_limit is 9, but there are 10 classes"):
         module(test_limit=9).setup("fit")
+
+
+def test_that_there_is_a_pool_is_known_without_an_image(decoded: list[int]) -> None:
+    config = {"model": {"backbone": {"tag": "test_vit"}}, "data": {"dataset": "digits", "shots": "all"}}
+    assert has_validation_images(config) and decoded == []
 
 
 def test_describe_is_plain(small_tree: Path) -> None:

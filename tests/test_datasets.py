@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import struct
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,26 @@ def test_folder_order_is_not_the_file_systems(tree: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=True))
     monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in list(walk(*a, **k))[::-1]))
     assert [entry.open(str(tree), "train").where(index) for index in range(4)] == plain
+
+
+def test_names_in_unicodes_two_forms_are_one_name(tree: Path) -> None:
+    """Some archives and file systems take accents apart; order and names must not follow them."""
+    plain = DATASETS["folder"].open(str(tree), "train")
+    for split in ("train", "test"):
+        (tree / split / "naïve bée").rename(tree / split / unicodedata.normalize("NFD", "naïve bée"))
+        save(tree / split / "naîl/1.png")
+    other = DATASETS["folder"].open(str(tree), "train")
+    assert plain.class_names == ("ant", "naïve bée") and other.class_names == ("ant", "naîl", "naïve bée")
+    assert plain.name(3) == other.name(4) == "train/naïve bée/b.png"
+    (tree / "train/naïve bée").mkdir()
+    with pytest.raises(NolaVisionError, match="one name in Unicode's two forms"):
+        DATASETS["folder"].open(str(tree), "train")
+
+
+def test_a_link_that_leads_back_is_followed_once(tree: Path) -> None:
+    (tree / "train/ant/self").symlink_to(tree / "train/ant")
+    (tree / "train/naïve bée/elsewhere").symlink_to(tree / "test/ant")
+    assert DATASETS["folder"].open(str(tree), "train").labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_folder_takes_val_where_there_is_no_test(tree: Path) -> None:
@@ -474,6 +495,26 @@ def test_the_root_may_be_cubs_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
     root = stand_ins.make("cub200", tmp_path, monkeypatch)
     source = get_dataset("cub200").open(str(root / "CUB_200_2011"), "train")
     assert len(source) == 2400 and source.name(0).startswith("images/001.Some_Bird_0/") and source.image(0)
+
+
+def test_lists_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "imagenet100.txt"
+    for content, expected in (
+        (b"n1\nn2\nn1\n", "has n1 twice"),
+        (b"# nothing\n", "names no class"),
+        ("# à\nn1\n".encode("latin-1"), "is no UTF-8 text"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(NolaVisionError, match=expected):
+            get_dataset("imagenet100").class_names(str(tmp_path))
+    root = stand_ins.make("cub200", tmp_path, monkeypatch)
+    for name, line in (("image_class_labels.txt", "7 201\n"), ("train_test_split.txt", "")):
+        table = root / "CUB_200_2011" / name
+        whole = table.read_text().splitlines(keepends=True)
+        table.write_text("".join(whole[:6] + [line] + whole[7:]))
+        with pytest.raises(NolaVisionError, match="do not fit one another, image 7 has no class or split"):
+            get_dataset("cub200").open(str(root), "train")
+        table.write_text("".join(whole))
 
 
 def test_ten_thousand_classes_of_one_image(tmp_path: Path) -> None:

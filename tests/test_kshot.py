@@ -144,3 +144,8 @@ def test_evenly_spaced_is_balanced_and_spread() -> None:
     assert evenly_spaced(labels, 10**6).tolist() == list(range(111))
     with pytest.raises(NolaVisionError, match="2 images is too small for 3 classes"):
         evenly_spaced(labels, 2)
+
+
+def test_two_classes_of_one_name_are_counted_apart() -> None:
+    with pytest.raises(NolaVisionError, match="'crane' has 2: use 2 shots or fewer"):
+        draw([0, 0, 1, 1, 1], 3, 0, ["crane", "crane"])
