@@ -26,12 +26,13 @@ from nola_vision.results import identity, store
 from nola_vision.run import ADAPTER_FILE
 
 
-def fewer_bits(source: Path, out: Path) -> Iterator[str]:
-    """Writes the file with fewer bits for the coefficients; the head's matrix stays as it was."""
+def fewer_bits(source: Path, out: Path, head_bits: int = 32) -> Iterator[str]:
+    """Writes the file with fewer bits for the coefficients, and the head's matrix in `head_bits`."""
     metadata, tensors = read_adapter(source)
     described = {key: value for key, value in metadata.items() if key not in ("packed", "digest")}
     for bits in (32, 16, 8, 4, 3, 2):
-        out.write_bytes(adapter_bytes(described, tensors, {n: bits for n in tensors if n.startswith("adapter.")}))
+        widths = {name: bits for name in tensors if name.startswith("adapter.")} | {"head.weight": head_bits}
+        out.write_bytes(adapter_bytes(described, tensors, widths))
         yield f"{bits} bits"
 
 
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("runs")
     parser.add_argument("methods", nargs="+")
     parser.add_argument("--cut", action="store_true", help="cut files of nested runs instead of taking bits away")
+    parser.add_argument("--head-bits", type=int, default=32, help="bits a number of the head's matrix (not in a cut)")
     known = parser.parse_args()
     found: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
     batches = None
@@ -58,7 +60,7 @@ def main() -> None:
             if row.status != "completed" or row.stage != "final" or row.method not in known.methods:
                 continue
             source = identity.run_folder(known.runs, row.config, "final") / ADAPTER_FILE
-            for name in (cut if known.cut else fewer_bits)(source, out):
+            for name in cut(source, out) if known.cut else fewer_bits(source, out, known.head_bits):
                 model = load_adapter(out)
                 if batches is None:
                     batches = list(KShotDataModule(model.card.backbone).test_dataloader())

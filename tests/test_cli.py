@@ -119,9 +119,7 @@ def test_predict_writes_class_and_probability(
     assert capsys.readouterr().out.split() == ["single.png", rows[3]["class"], rows[3]["probability"]]
 
 
-def test_sweep_chooses_rates_runs_everything_once_and_resumes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sweep_chooses_rates_runs_everything_once_and_resumes(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ["sweep", "--config", "quickstart.yaml", "--splits=0-1", "--inits=0", "--methods=1nn,linear", *QUICK]
     assert main(sweep) == 0
     assert "linear" in capsys.readouterr().out
@@ -137,19 +135,33 @@ def test_sweep_chooses_rates_runs_everything_once_and_resumes(
     ]  # fmt: skip
     assert {row.learning_rate for row in final if row.method == "linear"} == {best.learning_rate}
 
-    done = []
-    execute = local.execute
-    monkeypatch.setattr(
-        local, "execute", lambda specs, out, run, note: execute(specs, out, lambda *a: done.append(a) or run(*a), note)
-    )
     (left,) = [folder for folder in Path("runs").rglob("linear/split1-*")]
     (left / "row.json").unlink()
     assert main(sweep) == 0
-    assert len(done) == 1 and done[0][0]["data"]["split_seed"] == 1  # only the run without a row
+    again = store.read_rows("runs")[0]
+    assert len(again) == len(rows)
+    anew = [row for row, before in zip(again, rows, strict=True) if row.started != before.started]
+    assert [(row.method, row.split) for row in anew] == [("linear", 1)]  # only the run without a row
     # a plain fit at the chosen rate is the same run
     rate = f"--model.method.lr={best.learning_rate}"
     assert main(["fit", "--config=quickstart.yaml", "--method=linear", rate, *QUICK]) == 0
     assert len(store.read_rows("runs")[0]) == len(rows)
+
+
+def test_a_dry_run_says_what_there_is_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["sweep", "--config=quickstart.yaml", "--splits=0-1", "--inits=0-1", "--methods=1nn,nola", *QUICK]
+    vary = ["--vary=rank=2,4", "--vary=num_basis=8", "--dry-run"]
+    assert main([*sweep, *vary, "--slots=2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1nn", "0", "2", "0", "-"] in lines and ["nola-rank4-num_basis8", "4", "4", "0", "-"] in lines
+    assert not Path("runs").exists()
+    fast = ["--methods=1nn", "--splits=0-2", "--config=quickstart.yaml", *QUICK]
+    assert main(["sweep", *fast, "--shard=2/2"]) == 0
+    assert [row.split for row in store.read_rows("runs")[0]] == [1]
+    capsys.readouterr()
+    assert main(["sweep", *fast, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 runs, 1 done; about 0 minutes left with 1 at a time" in printed
 
 
 def test_a_sweep_without_its_data_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +210,7 @@ MISTAKES = {
     "key of the backbone": ([*FIT, "--config=tagg.yaml"], "has no key 'backbone.tagg': did you mean tag"),
     "a split in a sweep": (["sweep", *FIT[1:], "--data.split_seed=3"], "--splits"),
     "a method's setting in a sweep": (["sweep", "--config=quickstart.yaml", "--model.method.rank=2"], "`methods`"),
-    "format": (["report", "empty", "--format=latex"], "choose from"),
+    "format": (["report", "empty", "--format=word"], "choose from"),
     "damaged checkpoint": ([*FIT, "--ckpt_path=one.png"], "one.png is damaged or no checkpoint"),
     "method": (["fit", "--config", "quickstart.yaml", "--method", "nolla"], "nola"),
     "method without config": (["fit", "--method", "nola"], "--config"),
@@ -220,6 +232,10 @@ MISTAKES = {
     "method class": (["fit", "--config", "quickstart.yaml", "--config", "magic.yaml"], "unknown method 'MAGIC'"),
     "method setting": ([*FIT, "--model.method.rnk=3"], "NOLA has no setting 'rnk': did you mean rank"),
     "no config": (["fit"], "--config"),
+    "sweep shard": (["sweep", *FIT[1:], "--shard=3/2"], "is no shard"),
+    "sweep slots": (["sweep", *FIT[1:], "--slots=0"], "at least 1"),
+    "sweep vary": (["sweep", *FIT[1:], "--vary=rank"], "--vary rank=1,4,16"),
+    "sweep vary of no method": (["sweep", *FIT[1:], "--vary=rnak=1,2"], "has a setting 'rnak'"),
     "sweep without config": (["sweep"], "--config"),
     "sweep range": (["sweep", "--config", "quickstart.yaml", "--splits", "3-1"], "3-1"),
     "sweep method": (["sweep", "--config", "quickstart.yaml", "--methods", "nola,lora"], "lora-r4"),
@@ -313,5 +329,5 @@ def test_interrupted_sweeps_end_with_status_130(monkeypatch: pytest.MonkeyPatch)
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nola_vision.run.run", interrupt)
+    monkeypatch.setattr(local, "execute", interrupt)
     assert main(["sweep", "--config=quickstart.yaml", "--methods=linear", *QUICK]) == 130

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console, RenderableType
 
 from nola_vision.results.published import published_figures
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import count_once, mean_std, summarise
-from nola_vision.results.tables import cell_table, frame, markdown_table, row_panel
+from nola_vision.results.statistics import count_once, mean_std, paired_difference, summarise, variance_parts
+from nola_vision.results.tables import cell_sheets, cell_table, frame, latex_table, markdown_table, row_panel
 
 CELL = "tag-digits-5shot-quickstart"
 
@@ -57,6 +62,94 @@ def test_mean_and_std_by_hand() -> None:
     assert mean_std(values) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=0)))
     assert mean_std(values)[1] != pytest.approx(np.std(values, ddof=1))
     assert mean_std([88.5]) == (88.5, 0.0)
+
+
+def test_variance_parts_by_hand() -> None:
+    # splits (1, 3) and (5, 7): means 2 and 6 around 4, so 4 between them, and 1 within each; in all 5
+    assert variance_parts({0: [1.0, 3.0], 1: [5.0, 7.0]}) == (2.0, 1.0)
+    assert variance_parts({0: [1.0], 1: [5.0]}) == (2.0, None)
+    uneven = {0: [61.3, 64.9, 66.0], 1: [70.2], 4: [66.6, 60.1]}
+    every = np.concatenate(list(uneven.values()))
+    between, within = variance_parts(uneven)
+    assert between**2 + (within or 0) ** 2 == pytest.approx(np.var(every), abs=1e-12)
+    within_each = np.average([np.var(group) for group in uneven.values()], weights=[3, 1, 2])
+    assert within == pytest.approx(math.sqrt(within_each), abs=1e-12)
+
+
+def grid(method: str, points: list[list[float | None]], **columns: Any) -> list[Row]:
+    """Rows of an entry whose accuracies are given in per cent, a list a split; None for a run that failed."""
+    return [
+        row(method, None if value is None else value / 100, split=split, init=init,
+            status="failed" if value is None else "completed", **columns)
+        for split, inits in enumerate(points)
+        for init, value in enumerate(inits)
+    ]  # fmt: skip
+
+
+def test_paired_differences_by_hand() -> None:
+    one = grid("nola", [[70, 72], [80, 82], [75, 71]])
+    other = grid("lora", [[71, 71], [78, None], [75, 75]])
+    found = paired_difference(one, other)
+    # by split: 71 - 71; of the init that both have 80 - 78; 73 - 75
+    assert found is not None and found.splits == 3 and found.mean == pytest.approx(0, abs=1e-9)
+    means = [np.mean(draw) for draw in itertools.product([0.0, 2.0, -2.0], repeat=3)]  # all 27 draws of three splits
+    low, high = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
+    assert found.low == pytest.approx(low, abs=0.7) and found.high == pytest.approx(high, abs=0.7)
+    interval = scipy.stats.bootstrap(
+        ([0.0, 2.0, -2.0],), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx(tuple(interval))
+    assert found == paired_difference(one[::-1], other[::-1])
+    assert (paired_difference(other, one) or found).mean == pytest.approx(0, abs=1e-9)
+
+
+def test_paired_differences_with_one_nn_and_of_what_does_not_meet() -> None:
+    neighbour = [row("1nn", 0.6, init=None), row("1nn", 0.7, init=None, split=1)]
+    found = paired_difference(grid("nola", [[70, 72], [69]]), neighbour)
+    assert found is not None and found.mean == pytest.approx((11 - 1) / 2)
+    assert paired_difference(neighbour, grid("nola", [[], [], [70]])) is None
+    single = paired_difference(grid("a", [[70, 72]]), grid("b", [[70, 71]]))
+    assert single is not None and (single.low, single.high) == (None, None) and single.mean == pytest.approx(0.5)
+
+
+def test_the_second_table_says_where_the_spread_comes_from() -> None:
+    rows = [*grid("nola", [[70, 72], [80, 82]]), *grid("lora", [[71, 71], [78, 78]], method_class="LoRA")]
+    results, comparison = cell_sheets(rows, CELL)
+    assert [[cell.text for cell in line] for line in comparison.lines] == [
+        ["lora", "3.5", "0.0", "-1.5 [-3.0, 0.0]", "2"],
+        ["nola", "5.0", "1.0", "-", "-"],
+    ]
+    assert comparison.columns[3] == "less nola [95 %]"
+    assert len(cell_sheets([row()], CELL)) == 1
+
+
+def test_the_papers_figure_stands_beside_with_its_doubts() -> None:
+    config = {
+        "model": {"backbone": {"tag": "vit_base_patch16_224.augreg_in21k_ft_in1k"}, "method": {"class_path": "NOLA"}},
+        "data": {"dataset": "cifar10", "shots": 5},
+    }
+    rows = [*grid("nola-qv", [[70, 72]], config=config), *grid("nola-mlp", [[70, 73]], config=config)]
+    comparison = cell_sheets(rows, CELL)[1]
+    assert {line[0].text: line[-1].text for line in comparison.lines}["nola-qv"] == "87.0 (0.9)"
+    assert any(note.startswith("published nola-qv: ") and "read as ViT-B" in note for note in comparison.notes)
+
+
+def test_latex_is_escaped_and_balanced() -> None:
+    text = latex_table([row("a_b & 50%", 0.801), row("c", 0.795)], CELL)
+    assert r"a\_b \& 50\%" in text and r"\textbf{80.1 (0.0)}" in text and r"\underline{79.5 (0.0)}" in text
+    assert text.count(r"\begin{") == text.count(r"\end{") == 4
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count(" & ") + 1 for line in lines} == {6, 5}
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (apt-get install texlive-latex-base)")
+def test_latex_compiles(tmp_path: Path) -> None:
+    body = latex_table([*ROWS, *grid("a_b & 50% {é} ~^#$", [[70, 72], [80, 82]])], CELL)
+    (tmp_path / "t.tex").write_text(rf"\documentclass{{article}}\begin{{document}}{body}\end{{document}}")
+    ended = subprocess.run(
+        ["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert ended.returncode == 0 and (tmp_path / "t.pdf").stat().st_size > 5000, ended.stdout[-2000:]
 
 
 def test_a_summary_is_over_completed_final_runs() -> None:
@@ -123,7 +216,7 @@ ROWS = [
 
 def test_markdown_table() -> None:
     best, close = "**80.1 (0.0)**", "<u>80.0 (0.5)</u>"
-    assert markdown_table(ROWS, CELL).splitlines() == [
+    assert markdown_table(ROWS, CELL).split("\n\n### ")[0].splitlines() == [
         f"### {CELL}",
         "",
         "| method | trainable | adapter file | top-1 % (std) | n | lr |",
@@ -159,8 +252,13 @@ def test_terminal_table_says_the_same() -> None:
 
 
 def test_terminal_table_marks_the_best_and_the_close() -> None:
-    cells = list(cell_table(ROWS, CELL).columns[3].cells)
-    assert [getattr(cell, "style", None) for cell in cells] == ["", "", "", "", "underline", "bold", ""]
+    marks = [line[3].mark for line in cell_sheets(ROWS, CELL)[0].lines]
+    assert marks == ["plain", "plain", "plain", "plain", "close", "best", "plain"]
+    console = Console(width=140, color_system="standard", force_terminal=True)
+    with console.capture() as capture:
+        console.print(cell_table(ROWS, CELL))
+    for style, text in ((1, "80.1"), (4, "80.0")):
+        assert re.search(rf"\x1b\[{style}m *{text} ", capture.get())
 
 
 def test_a_narrow_terminal_loses_no_digit() -> None:

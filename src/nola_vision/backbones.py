@@ -1,7 +1,8 @@
-"""timm backbones: from a tag or a local file to a frozen, headless model, its image format."""
+"""timm backbones: from a tag or a local file to a frozen, headless model and its image format."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import logging
@@ -23,6 +24,7 @@ from torch import nn
 
 import nola_vision.glyph_vit
 import nola_vision.scratch_models  # noqa: F401  both register models with timm
+from nola_vision import memo
 from nola_vision.adapters.basis import basis_key, uniform
 from nola_vision.adapters.file import add_tensor
 from nola_vision.errors import NolaVisionError
@@ -104,6 +106,11 @@ def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
     """
     spec = BackboneSpec(spec) if isinstance(spec, str) else spec
     check_types(spec)
+    key = (spec, None if spec.base == "pretrained" else seed)
+    return memo.once("backbone", key, lambda: _create(spec, seed), copy.deepcopy)
+
+
+def _create(spec: BackboneSpec, seed: int) -> nn.Module:
     if spec.img_size is not None and spec.img_size < 1:
         raise NolaVisionError(f"img_size is {spec.img_size}: it is the image's side in pixels")
     config = _pretrained_cfg(spec)

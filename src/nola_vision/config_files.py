@@ -129,6 +129,21 @@ def published(which: Mapping[str, Any]) -> list[Config]:
     return found
 
 
+def published_figures_of(tag: str | None, dataset: str | None, shots: int | str | None) -> list[Config]:
+    """What the paper prints for a backbone, a data set and a number of shots, as in `published`; empty if nothing."""
+    for path in shipped_files():
+        config = _read(path)
+        if "published" in config and (config["model"]["backbone"]["tag"], config["data"]["dataset"]) == (tag, dataset):
+            return published(config["published"]) if shots == config["data"]["shots"] else []
+    backbones = [
+        name for name in part_names("backbones") if _read_part("backbones", name)["model"]["backbone"]["tag"] == tag
+    ]
+    datasets = [name for name in part_names("datasets") if _read_part("datasets", name)["data"]["dataset"] == dataset]
+    if not backbones or not datasets or not isinstance(shots, int):
+        return []
+    return list(compose(backbones[0], datasets[0], shots)["published"])
+
+
 class _Plain(yaml.SafeDumper):
     """Writes equal lists out each time, without anchors."""
 

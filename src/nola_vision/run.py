@@ -7,13 +7,15 @@ import os
 import re
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from nola_vision.config import RunCLI, build, quiet
@@ -24,6 +26,7 @@ from nola_vision.results.store import find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
 
 ADAPTER_FILE = "adapter.safetensors"
+LOCK_FILE = ".lock"
 
 
 def checkpoint_path(given: str | None, folder: Path) -> str | None:
@@ -70,6 +73,7 @@ def run(
     stage: identity.Stage = "final",
     ckpt_path: str | None = None,
     keep_going: bool = False,
+    beat: Callable[[], None] | None = None,
 ) -> Row:
     """Trains, validates and (in the final stage) tests one run, and leaves its row whatever happens.
 
@@ -78,9 +82,12 @@ def run(
         out: the folder of all runs; this one's own folder in it is `identity.run_folder`.
         stage: `search` stops before the test set.
         ckpt_path: resume from this checkpoint of the run, or from `last`.
-        keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same.
+        keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same. One that another
+            process has completed meanwhile gives that one's row.
+        beat: called after every batch, to tell that the run goes on.
 
     Raises:
+        BusyError: another process is at this run.
         NolaVisionError: a mistake that shows before training leaves nothing behind (with `keep_going` its row); any
             other error, and Ctrl-C, are raised after the row is written.
     """
@@ -94,6 +101,45 @@ def run(
         raise NolaVisionError(f"no folder can be made in {out} ({error.strerror}): give another by --out") from error
     if not os.access(folder, os.W_OK):
         raise NolaVisionError(f"the folder {folder} cannot be written to: give another by --out")
+    with _claimed(folder):
+        if keep_going and (row := find_completed(folder)) is not None:
+            return row
+        return _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat)
+
+
+class BusyError(NolaVisionError):
+    """Another process is at the same run."""
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Keeps other processes from the run of a folder; the system lets go of it where this one dies.
+
+    The processes of one distributed run share the first one's claim.
+    """
+    if not is_main_process():
+        yield
+        return
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BusyError(f"another process is at the run in {folder}: wait for it, or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(
+    run_config: identity.Config,
+    folder: Path,
+    out: Path,
+    stage: identity.Stage,
+    ckpt_path: str | None,
+    keep_going: bool,
+    beat: Callable[[], None] | None,
+) -> Row:
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     measured: dict[str, Any] = {}
     status: row.Status = "failed"
@@ -102,6 +148,8 @@ def run(
         with quiet():
             built = _prepared(run_config, folder, stage, ckpt_path)
             begun = True
+            if beat is not None:
+                built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
             _measure(built, folder, stage, ckpt_path, measured)
         status = "completed"
     except (KeyboardInterrupt, SystemExit):
@@ -129,7 +177,7 @@ def run(
         )
         # the other processes of a distributed run have the same numbers, and no later trial costs a completed row
         if not begun:
-            _remove_empty(folder, Path(out))
+            _remove_empty(folder, out)
         elif is_main_process() and (status == "completed" or find_completed(folder) is None):
             write_row(folder, finished)
     return finished
@@ -138,8 +186,25 @@ def run(
 def _remove_empty(folder: Path, out: Path) -> None:
     """Removes a run's folder, those around it and `out`, as far as nothing is in them."""
     with suppress(OSError):
+        (folder / LOCK_FILE).unlink(missing_ok=True)
         for place in (folder, *folder.parents[: len(folder.relative_to(out).parts)]):
             place.rmdir()
+
+
+class _Heartbeat(L.Callback):
+    """Calls a function after every batch."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self._beat = beat
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._beat()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._beat()
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        self._beat()
 
 
 def is_main_process() -> bool:

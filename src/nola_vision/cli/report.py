@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -9,28 +10,54 @@ from rich.console import Console
 
 from nola_vision.cli.options import Options
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import write_file
 from nola_vision.results import store, tables
+from nola_vision.results.row import Row
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
     options = Options(verb, description="Prints a table for each cell of the rows.")
     options.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs")
-    options.add_argument("--format", choices=["table", "markdown", "csv"], default="table")
+    options.add_argument("--format", choices=["table", "markdown", "latex", "csv", "parquet"], default="table")
+    options.add_argument("--out", metavar="FILE", help="write there instead of printing; parquet needs it")
     known = options.parse_args(arguments)
+    if known.format == "parquet" and known.out is None:
+        raise NolaVisionError("parquet is no text to print: give --out FILE")
     rows, problems = store.read_rows(*known.folders)
     for path, problem in problems:
         print(f"{path}: {problem}", file=sys.stderr)
     if not rows:
         raise NolaVisionError(f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them")
-    if known.format == "csv":
-        print(tables.frame(rows).to_csv(index=False), end="")
-        return 0
-    tested, others = tables.tested_cells(rows)
-    for cell in tested:
-        if known.format == "markdown":
-            print(tables.markdown_table(rows, cell), end="\n\n")
-        else:
-            Console().print(tables.cell_table(rows, cell))
-    for cell, error in others.items():
-        print(f"{cell}: no completed final run" + (f"; the last one ended with: {error}" if error else ""))
+    content = _content(rows, known.format)
+    if known.out is not None:
+        write_file(known.out, content)
+        print(f"{known.out}: {len(rows)} rows of {len({row.cell for row in rows})} cells")
+    else:
+        sys.stdout.write(content.decode())
     return 0
+
+
+def _content(rows: list[Row], format: str) -> bytes:
+    """Every row, or the tables of every cell, in one of the formats."""
+    if format == "csv":
+        return bytes(tables.frame(rows).to_csv(index=False).encode())
+    if format == "parquet":
+        try:
+            return tables.frame(rows).to_parquet(index=False)
+        except ImportError as error:
+            raise NolaVisionError("Parquet needs pyarrow: pip install 'nola-vision[parquet]'") from error
+    tested, others = tables.tested_cells(rows)
+    console = Console(file=io.StringIO(), force_terminal=sys.stdout.isatty(), width=Console().width)
+    for cell in tested:
+        match format:
+            case "markdown":
+                console.file.write(tables.markdown_table(rows, cell) + "\n")
+            case "latex":
+                console.file.write(tables.latex_table(rows, cell) + "\n")
+            case _:
+                console.print(tables.cell_table(rows, cell))
+    for cell, reason in others.items():
+        told = f"{cell}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
+        console.file.write(f"{'% ' if format == 'latex' else ''}{told}\n")
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().encode()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-from nola_vision.cli.options import config_options, refuse_strays
+from nola_vision.cli.options import config_options, refuse_strays, whole_number
 from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
 from nola_vision.results.row import Row
-from nola_vision.sweep import local, plan
+from nola_vision.results.statistics import summarise
+from nola_vision.sweep import local, plan, protocol
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -28,11 +33,20 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--splits", help="such as 0-3 or 0,2 (default: 0-3, or that of --data.manifest)")
     options.add_argument("--inits", default="0-2", help="such as 0-2 (default: 0-2)")
     options.add_argument("--methods", default="all", help="entries of the config's `methods`, or all (default)")
+    options.add_argument("--slots", type=whole_number, help="runs at a time, one a GPU (default: the GPUs, or 1)")
+    options.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="each method's setting KEY")
+    options.add_argument("--shard", default="1/1", metavar="I/N", help="do one of N parts of the runs")
+    options.add_argument(
+        "--dry-run", action="store_true", help="print the plan, and how long it takes after first runs"
+    )
     known, rest = options.parse_known_args(arguments)
+    if known.slots == 0:
+        raise NolaVisionError("slots is 0: give at least 1, the number of runs at a time")
     refuse_strays(rest, options)
     if not known.config:
         raise NolaVisionError("a sweep needs a config: give --config quickstart.yaml, for one")
     splits, inits = plan.parse_range(known.splits or "0-3"), plan.parse_range(known.inits)
+    shard = plan.parse_shard(known.shard)
     raw = load_configs(known.config)
     methods = plan.parse_methods(known.methods, raw)
 
@@ -49,6 +63,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
     # the sweep has a progress bar of its own, and starts a run anew rather than resume it
     own = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    for key, values in map(_varied, known.vary):
+        raw, methods = plan.vary(raw, methods, key, values, _takes)
     config = plan.complete(raw, methods, lambda entry: parse(entry, [*own, *rest]))
     if (path := config["data"]["manifest"]) is not None:
         held = read_manifest(path).split_seed
@@ -59,22 +75,95 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if not has_validation_images(identity.resolve(config, methods[0])):  # what is missing is said before the first run
         console.print("classes too small for a validation pool, so every method keeps its own learning rate")
         config = plan.without_search(config)
-    count = len(plan.search_specs(config, methods)) + len(plan.final_specs(config, splits, inits, methods, {}))
+    slots, gpus = _slots(known.slots, config["trainer"])
+    cell = identity.cell_name(identity.resolve(config, methods[0]))
+    console.print(_outlook(plan.outlook(config, splits, inits, _rows(out / cell)), slots, shard))
+    if known.dry_run:
+        return 0
+    count = len(plan.search_specs(config, methods))
+    count += len(plan.final_specs(config, splits, inits, methods, {})[shard[0] - 1 :: shard[1]])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("sweep", total=count)
+        task = bar.add_task("", total=count)
+        ended: list[Row] = []
 
         def done(spec: plan.RunSpec, row: Row) -> None:
-            bar.advance(task)
+            ended.append(row)
+            bar.update(task, completed=len(ended), description=_state(ended, min(slots, count - len(ended))))
             bar.console.print(_line(spec, row), highlight=False, markup=False)
 
-        rows = local.sweep(config, splits, inits, out, partial(run.run, keep_going=True), done)
-    cell = rows[0].cell
+        def execute(specs: Sequence[plan.RunSpec]) -> list[Row]:
+            if slots:
+                return local.execute(specs, out, done, slots, gpus)
+            return local.execute_here(specs, out, done)
+
+        bar.update(task, description=_state([], slots))
+        rows = protocol.sweep(config, splits, inits, execute, shard)
     everything, problems = store.read_rows(out / cell)
     console.print(tables.cell_table(everything, cell))
     for path, problem in problems:
         print(f"{path}: {problem}", file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
+
+
+def _varied(text: str) -> tuple[str, list[Any]]:
+    """`rank=1,4` as a setting and its values."""
+    key, equals, values = text.partition("=")
+    if not key or not equals or not values:
+        raise NolaVisionError(f"--vary {text} is no setting with values: write it like --vary rank=1,4,16")
+    return key, [yaml.safe_load(value) for value in values.split(",")]
+
+
+def _takes(class_name: str, key: str) -> bool:
+    from nola_vision.methods import METHODS
+
+    return key in [field.name for field in dataclasses.fields(METHODS[class_name])] if class_name in METHODS else False
+
+
+def _slots(asked: int | None, trainer: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Runs at a time, and the GPUs they may have, as CUDA_VISIBLE_DEVICES names them.
+
+    No slot where a run takes several devices: Lightning starts its processes from this one.
+    """
+    import torch
+
+    if trainer["devices"] not in ("auto", "1", 1):
+        return 0, []
+    if trainer["accelerator"] not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return asked or 1, []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    return asked or len(gpus), gpus
+
+
+def _rows(folder: Path) -> list[Row]:
+    return store.read_rows(folder)[0] if folder.is_dir() else []
+
+
+def _outlook(lines: Sequence[plan.Outlook], slots: int, shard: tuple[int, int]) -> Table:
+    """The plan as a table: runs of each method, those that are done, and the time that the others take."""
+    table = Table("method", "search runs", "final runs", "done", "seconds a run", box=None)
+    for line in lines:
+        seconds = "-" if line.seconds is None else f"{line.seconds:.1f}"
+        table.add_row(line.method, str(line.search), str(line.final), str(line.done), seconds)
+    runs, done = sum(line.search + line.final for line in lines), sum(line.done for line in lines)
+    told = f"{runs} runs, {done} done"
+    if all(line.seconds is not None for line in lines):
+        left = sum((line.search + line.final - line.done) * (line.seconds or 0) for line in lines)
+        told += f"; about {left / max(1, slots) / 60:.0f} minutes left with {max(1, slots)} at a time"
+    table.caption = told + (f"; of the final runs this is shard {shard[0]} of {shard[1]}" if shard[1] > 1 else "")
+    return table
+
+
+def _state(ended: Sequence[Row], running: int) -> str:
+    """How a sweep goes: runs at work, failed ones, the best mean so far."""
+    parts = [f"{running} running"]
+    if failed := sum(row.status != "completed" for row in ended):
+        parts.append(f"{failed} failed")
+    best = max((s for s in summarise(ended) if s.mean is not None), key=lambda s: s.mean or 0, default=None)
+    if best is not None:
+        parts.append(f"best {best.label} {best.mean:.1f} % (n = {best.completed})")
+    return ", ".join(parts)
 
 
 def _line(spec: plan.RunSpec, row: Row) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import lightning as L
@@ -20,12 +20,13 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from nola_vision import backbones
+from nola_vision import backbones, memo
 from nola_vision.backbones import BackboneSpec, InputConfig
 from nola_vision.data.datasets import data_root, get_dataset
 from nola_vision.data.kshot import Indices, classes_without_pool, draw, evenly_spaced, keyed_hash, validation_pool
 from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
 from nola_vision.data.sources import ImageSource
+from nola_vision.data.splits import Split
 from nola_vision.data.transforms import Augmentation, Transform, check_augmentation, eval_transform, train_transform
 from nola_vision.errors import NolaVisionError
 
@@ -269,7 +270,7 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def _train_set(self) -> tuple[ImageSource, Indices]:
         """The opened training images and the draw."""
-        source = self.entry.open(self.root, "train", self.download)
+        source = self._open("train")
         indices = self._draw(source)
         small = [source.class_names[label] for label in classes_without_pool(source.labels)]
         if small:
@@ -281,7 +282,13 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def _kept(self) -> list[Kept]:
         """The drawn images as they are kept in memory."""
-        return self._plain(*self._train_set).keep(self.memory_limit_mib * 2**20)
+        limit = self.memory_limit_mib * 2**20
+        key = (self.dataset, self.root, self._train_set[1].tobytes(), limit)
+        return memo.once("training images", key, lambda: self._plain(*self._train_set).keep(limit))
+
+    def _open(self, split: Split) -> ImageSource:
+        open_it = partial(self.entry.open, self.root, split, self.download)
+        return memo.once(f"{split} source", (self.dataset, self.root), open_it)
 
     def _draw(self, source: ImageSource) -> Indices:
         if self.manifest is None:
@@ -325,7 +332,7 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def _test_set(self) -> tuple[ImageSource, Indices]:
         """The opened test images and which of them are used."""
-        source = self.entry.open(self.root, "test", self.download)
+        source = self._open("test")
         if self.test_limit is None:
             return source, np.arange(len(source), dtype=np.int64)
         return source, evenly_spaced(source.labels, self.test_limit)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torchvision import tv_tensors
+from torch import nn
 from torchvision.transforms import v2
 
 from nola_vision.backbones import InputConfig
+from nola_vision.data.augment import ColorJitter, GaussianBlur, PlanarFloat
 from nola_vision.errors import NolaVisionError
 
 Augmentation = Literal["none", "light", "released"]
@@ -62,6 +63,7 @@ def train_transform(config: InputConfig, augmentation: str, flip: bool = False) 
     - "none": the evaluation transform.
     - "light": a random crop of 60 to 100 % of the area, and with `flip` a horizontal flip of every second image.
     - "released": what the authors' released code does: a crop of 20 to 100 %, colour jitter, grey, blur and a flip.
+      Their code rounds to 8 bits after each step; here nothing is rounded after the crop.
 
     Args:
         config: what the backbone takes.
@@ -77,53 +79,20 @@ def train_transform(config: InputConfig, augmentation: str, flip: bool = False) 
     if augmentation == "light":
         crop = v2.RandomResizedCrop(size, scale=(0.6, 1.0), interpolation=interpolation, antialias=True)
         return _compose(config, [crop, v2.RandomHorizontalFlip(0.5)] if flip else [crop])
-    return _compose(
-        config,
-        [
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=interpolation, antialias=True),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
-            v2.RandomApply([_GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
-            v2.RandomHorizontalFlip(0.5),
-        ],
-    )
+    crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=interpolation, antialias=True)
+    recolour = [
+        v2.RandomApply([ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+        v2.RandomHorizontalFlip(0.5),
+    ]
+    return _compose(config, [crop], recolour)
 
 
-class _GaussianBlur(v2.GaussianBlur):
-    """torchvision's, by `separable_blur`: its own takes a 13 x 13 kernel's 169 products a pixel."""
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return tv_tensors.wrap(separable_blur(inpt, self.kernel_size[0], params["sigma"][0]), like=inpt)
-
-
-def separable_blur(pixels: torch.Tensor, size: int, sigma: float) -> torch.Tensor:
-    """A Gaussian blur with mirrored edges, along the rows and then along the columns, as sums of shifted images.
-
-    Args:
-        pixels: uint8 `[3, h, w]`, h and w more than half the kernel's size.
-        size: of the kernel, odd.
-        sigma: its standard deviation in pixels.
-
-    Returns:
-        uint8 `[3, h, w]`; within one level of torchvision's, which rounds another sum.
-    """
-    middle = size // 2
-    weights = torch.softmax(-0.5 * (torch.arange(-middle, middle + 1) / sigma) ** 2, dim=0).tolist()
-    blurred = torch.nn.functional.pad(pixels.float(), [middle] * 4, mode="reflect")
-    for dim in (-1, -2):
-        length = blurred.shape[dim] - 2 * middle
-        total = blurred.narrow(dim, middle, length) * weights[middle]
-        for step in range(1, middle + 1):
-            total.add_(blurred.narrow(dim, middle - step, length), alpha=weights[middle - step])
-            total.add_(blurred.narrow(dim, middle + step, length), alpha=weights[middle + step])
-        blurred = total
-    return blurred.round_().to(torch.uint8)
-
-
-def _compose(config: InputConfig, steps: list[torch.nn.Module]) -> Transform:
-    """Puts the common beginning (to a tensor) and end (to normalised float32) around the steps."""
-    end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std), v2.ToPureTensor()]
-    transform: Transform = v2.Compose([v2.ToImage(), *steps, *end])
+def _compose(config: InputConfig, on_bytes: list[nn.Module], on_floats: Sequence[nn.Module] = ()) -> Transform:
+    """Puts the common beginning (to a tensor), middle (to float32) and end (normalising) around the steps."""
+    end = v2.Normalize(config.mean, config.std)
+    transform: Transform = v2.Compose([v2.ToImage(), *on_bytes, PlanarFloat(), *on_floats, end])
     return transform
 
 

@@ -1,22 +1,22 @@
-"""What a person reads: a cell's table (terminal and Markdown), the panel at a run's end, and all rows as a frame."""
+"""What a person reads: a cell's tables (terminal, Markdown, LaTeX), a run's panel, and all rows as a frame."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from nola_vision.config_files import published_figures_of
 from nola_vision.results.identity import differing_settings
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import Summary, summarise
-
-COLUMNS = ("method", "trainable", "adapter file", "top-1 % (std)", "n", "lr")
+from nola_vision.results.statistics import Summary, paired_difference, summarise
 
 _ORDER = ("NearestNeighbor", "LinearProbe", "FullFinetune", "LoRA", "NOLA")
 _NOT_MEASURED = "-"
@@ -24,9 +24,28 @@ _NOT_MEASURED = "-"
 Mark = Literal["best", "close", "plain"]
 
 
-class _Line(NamedTuple):
-    cells: tuple[str, str, str, str, str, str]
-    mark: Mark
+class Cell(NamedTuple):
+    """One place of a table; the best is bold, and what is within a point of it underlined, as in the paper."""
+
+    text: str
+    mark: Mark = "plain"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table before it is set for a terminal or a file.
+
+    Args:
+        title: above it.
+        columns: their heads; the first names the lines, the others hold numbers.
+        lines: one cell a column.
+        notes: sentences beneath it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...]
 
 
 def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]:
@@ -39,36 +58,66 @@ def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]
     return tested, others
 
 
-def cell_table(rows: Iterable[Row], cell: str) -> Table:
-    """Return the table of one cell's final runs, for the terminal."""
-    lines, notes = _lines(rows, cell)
-    styles = {"best": "bold", "close": "underline", "plain": ""}
-    table = Table(title=Text(cell), caption=Text("\n".join(notes)), caption_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
-    for line in lines:
-        table.add_row(
-            *(
-                Text(text, style=styles[line.mark] if column == "top-1 % (std)" else "")
-                for column, text in zip(COLUMNS, line.cells, strict=True)
-            )
-        )
-    return table
+def cell_table(rows: Iterable[Row], cell: str) -> Group:
+    """The tables of one cell, for the terminal."""
+    return Group(*map(_rich, cell_sheets(rows, cell)))
 
 
 def markdown_table(rows: Iterable[Row], cell: str) -> str:
-    """Return the same table as Markdown."""
-    lines, notes = _lines(rows, cell)
+    """The same tables as Markdown."""
+    return "\n".join(map(_markdown, cell_sheets(rows, cell)))
+
+
+def latex_table(rows: Iterable[Row], cell: str) -> str:
+    """The same tables as LaTeX, which needs no package."""
+    return "\n".join(map(_latex, cell_sheets(rows, cell)))
+
+
+def _rich(sheet: Sheet) -> Table:
+    styles = {"best": "bold", "close": "underline", "plain": ""}
+    table = Table(title=Text(sheet.title), caption=Text("\n".join(sheet.notes)), caption_justify="left")
+    for place, column in enumerate(sheet.columns):
+        table.add_column(Text(column), justify="right" if place else "left", overflow="fold")
+    for line in sheet.lines:
+        table.add_row(*(Text(cell.text, style=styles[cell.mark]) for cell in line))
+    return table
+
+
+def _markdown(sheet: Sheet) -> str:
     styles = {"best": "**{}**", "close": "<u>{}</u>", "plain": "{}"}
-    text = [f"### {cell}", "", _markdown_row(COLUMNS), "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for line in lines:
-        text.append(
-            _markdown_row(
-                styles[line.mark].format(cell_text) if column == "top-1 % (std)" else cell_text
-                for column, cell_text in zip(COLUMNS, line.cells, strict=True)
-            )
-        )
-    return "\n".join([*text, "", *(f"- {note}" for note in notes)]) + "\n"
+    text = [f"### {sheet.title}", "", _markdown_row(sheet.columns)]
+    text.append(_markdown_row("---:" if place else "---" for place in range(len(sheet.columns))))
+    text += [_markdown_row(styles[cell.mark].format(cell.text) for cell in line) for line in sheet.lines]
+    return "\n".join([*text, "", *(f"- {note}" for note in sheet.notes)]) + "\n"
+
+
+def _latex(sheet: Sheet) -> str:
+    styles = {"best": r"\textbf{{{}}}", "close": r"\underline{{{}}}", "plain": "{}"}
+
+    def row(cells: Iterable[str]) -> str:
+        return "  " + " & ".join(cells) + r" \\"
+
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"  \centering",
+            rf"  \caption{{{_latex_text(sheet.title)}. {' '.join(_latex_text(f'{note}.') for note in sheet.notes)}}}",
+            rf"  \begin{{tabular}}{{l{'r' * (len(sheet.columns) - 1)}}}",
+            r"  \hline",
+            row(map(_latex_text, sheet.columns)),
+            r"  \hline",
+            *(row(styles[cell.mark].format(_latex_text(cell.text)) for cell in line) for line in sheet.lines),
+            r"  \hline",
+            r"  \end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _latex_text(text: str) -> str:
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(words.get(letter) or (f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
 
 
 def row_panel(row: Row) -> Panel:
@@ -103,50 +152,110 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
     return table.astype(dict.fromkeys(whole, "Int64"))
 
 
-def _lines(rows: Iterable[Row], cell: str) -> tuple[list[_Line], list[str]]:
-    """Return a cell's lines in the order of the methods, and the footnotes."""
+def cell_sheets(rows: Iterable[Row], cell: str) -> list[Sheet]:
+    """A cell's results, and where their spread comes from and how the entries differ, if there is more than one run."""
     rows = [row for row in rows if row.cell == cell]
     every = sorted(summarise(rows), key=_rank)
-    summaries = [item for item in every if item.completed or item.untested]
+    shown = [item for item in every if item.completed or item.untested]
+    results = Sheet(
+        title=cell,
+        columns=("method", "trainable", "adapter file", "top-1 % (std)", "n", "lr"),
+        lines=tuple(_results(item, mark) for item, mark in zip(shown, _marks(shown), strict=True)),
+        notes=(
+            "trainable: parameters without the head",
+            "std over runs, ddof 0; the best in bold, those within one point of it underlined",
+            *_cautions(rows, every, shown),
+        ),
+    )
+    measured = [item for item in shown if item.mean is not None]
+    return [results, _comparison(rows, measured)] if sum(item.completed for item in measured) > 1 else [results]
+
+
+def _marks(summaries: Sequence[Summary]) -> list[Mark]:
     # Compared as printed, in tenths of a point, so that a reader can check the marks.
-    tenths = {item: round(10 * float(_points(item.mean))) for item in summaries if item.mean is not None}
-    best = max(tenths.values(), default=0)
-    lines = []
+    tenths = [None if item.mean is None else round(10 * float(_points(item.mean))) for item in summaries]
+    best = max((one for one in tenths if one is not None), default=0)
+    return ["plain" if one is None or best - one > 10 else "close" if best - one else "best" for one in tenths]
+
+
+def _results(item: Summary, mark: Mark) -> tuple[Cell, ...]:
+    accuracy = _NOT_MEASURED if item.mean is None or item.std is None else f"{_points(item.mean)} ({_points(item.std)})"
+    rate = _NOT_MEASURED if item.learning_rate is None else f"{item.learning_rate:g}"
+    before = (item.label, _count(item.trainable_parameters), _bytes(item.adapter_file_bytes))
+    return (*map(Cell, before), Cell(accuracy, mark), Cell(str(item.completed)), Cell(rate))
+
+
+def _comparison(rows: Sequence[Row], summaries: Sequence[Summary]) -> Sheet:
+    """The parts of each entry's std, its difference from the best entry, and what the paper prints."""
+    runs = {item: [row for row in rows if (row.method, row.entry_hash) == _key(item)] for item in summaries}
+    best = max(summaries, key=lambda item: item.mean or 0)
+    data, backbone = (runs[best][0].config.get(key) or {} for key in ("data", "model"))
+    published = {
+        line["entry"]: line
+        for line in published_figures_of(
+            (backbone.get("backbone") or {}).get("tag"), data.get("dataset"), data.get("shots")
+        )
+    }
+    lines, notes = [], []
     for item in summaries:
-        distance = best - tenths[item] if item in tenths else None
-        mark: Mark = "plain" if distance is None or distance > 10 else "close" if distance else "best"
-        lines.append(_Line(_cells(item), mark))
-    notes = [
-        "trainable: parameters without the head",
-        "std over runs, ddof 0; the best in bold, those within one point of it underlined",
-    ]
+        difference = paired_difference(runs[item], runs[best]) if item != best else None
+        told = [_NOT_MEASURED, _NOT_MEASURED]
+        if difference is not None:
+            interval = "" if difference.low is None else f" [{difference.low:.1f}, {difference.high:.1f}]"
+            told = [f"{difference.mean:.1f}{interval}", str(difference.splits)]
+        figure = published.get(item.method)
+        if figure and "note" in figure:
+            notes.append(f"published {item.method}: {figure['note']}")
+        printed = _NOT_MEASURED
+        if figure:
+            printed = f"{figure['mean']:.1f}" + (f" ({figure['std']:.1f})" if "std" in figure else "")
+        parts = [_NOT_MEASURED if part is None else _points(part) for part in (item.split_std, item.init_std)]
+        lines.append(tuple(Cell(text) for text in (item.label, *parts, *told, *([printed] if published else []))))
+    return Sheet(
+        title="where the spread comes from, and paired differences",
+        columns=("method", "std by split", "std by init", f"less {best.label} [95 %]", "splits")
+        + (("paper, % (std)",) if published else ()),
+        lines=tuple(lines),
+        notes=(
+            "the squares of both parts add to the std's; the first holds a share of the second too",
+            "differences in points over the splits that both have, with a bootstrap interval over splits: too narrow "
+            "where they are few",
+            *notes,
+        ),
+    )
+
+
+def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Summary]) -> list[str]:
+    """What a reader of a cell's results must know besides."""
+    notes = []
     if mixed := differing_settings(r.config for r in rows if r.stage == "final" and r.status == "completed"):
         notes.append(f"these runs differ in more than their method, so compare with care: {', '.join(mixed)}")
-    if any(item.label != item.method for item in summaries):
+    if any(item.label != item.method for item in shown):
         notes.append(
             "(four digits): one method's name with several settings; the digits begin the `entry_hash` of its rows"
         )
-    if not summaries:
+    if not shown:
         notes.append("no final run has left a row yet")
-    for item in summaries:
+    for item in shown:
         counts = {"failed": item.failed, "interrupted": item.interrupted, "without a test accuracy": item.untested}
         if told := ", ".join(f"{n} {what}" for what, n in counts.items() if n):
             notes.append(f"{item.label}: {told}, not in its mean")
     without: dict[str, int] = {}
     for item in every:
-        if item not in summaries:
+        if item not in shown:
             without[item.method] = without.get(item.method, 0) + item.failed + item.interrupted
     if without:
         told = ", ".join(f"{method} {count}" for method, count in without.items())
         notes.append(f"failed or interrupted runs of settings that no run completed: {told}")
-    return lines, notes
+    most = max((item.completed for item in shown if item.init_std is not None), default=0)
+    for item in shown:
+        if item.init_std is not None and item.completed < most and not (item.failed or item.interrupted):
+            notes.append(f"{item.label}: {item.completed} runs where another has {most}")
+    return notes
 
 
-def _cells(item: Summary) -> tuple[str, str, str, str, str, str]:
-    accuracy = _NOT_MEASURED if item.mean is None or item.std is None else f"{_points(item.mean)} ({_points(item.std)})"
-    rate = _NOT_MEASURED if item.learning_rate is None else f"{item.learning_rate:g}"
-    parameters = _count(item.trainable_parameters)
-    return item.label, parameters, _bytes(item.adapter_file_bytes), accuracy, str(item.completed), rate
+def _key(item: Summary) -> tuple[str, str]:
+    return item.method, item.entry_hash
 
 
 def _rank(item: Summary) -> tuple[int, str, str]:

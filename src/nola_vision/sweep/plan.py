@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from nola_vision.errors import NolaVisionError
@@ -115,6 +116,74 @@ def complete(
     return {**first, "model": model, "methods": entries}
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What a sweep has to do for one entry; `seconds` is the mean of its completed runs, None before the first."""
+
+    method: str
+    search: int
+    final: int
+    done: int
+    seconds: float | None
+
+
+def outlook(
+    config: Mapping[str, Any], splits: Sequence[int], inits: Sequence[int], rows: Iterable[Row]
+) -> list[Outlook]:
+    """The runs of each entry, how many of them have been completed, and how long one takes, from the rows so far."""
+    completed = [row for row in count_once(rows) if row.status == "completed"]
+    hashes = {(row.method, row.run_hash) for row in completed}
+    lines = []
+    for method in identity.need(config, "methods"):
+        search = search_specs(config, [method])
+        try:
+            rates = choose_learning_rates(config, completed, [method])
+        except NolaVisionError:  # its search has not ended
+            rates = {}
+        final = final_specs(config, splits, inits, [method], rates)
+        seconds = [row.seconds_total for row in completed if row.method == method and row.seconds_total is not None]
+        done = sum((method, spec.run_hash) in hashes for spec in (*search, *(final if rates or not search else ())))
+        lines.append(Outlook(method, len(search), len(final), done, fmean(seconds) if seconds else None))
+    return lines
+
+
+def vary(
+    config: Mapping[str, Any],
+    methods: Sequence[str],
+    key: str,
+    values: Sequence[Any],
+    takes: Callable[[str, str], bool],
+) -> tuple[identity.Config, list[str]]:
+    """A config in which each entry that has a setting stands once for each of its values, named `nola-rank4`.
+
+    Args:
+        config: a config with `methods`.
+        methods: the entries to look at.
+        key: the setting of a method.
+        values: what it shall be.
+        takes: whether a class (its short name) has a setting.
+
+    Returns:
+        The config, and the names of its entries in place of `methods`; one without the setting stays as it is.
+
+    Raises:
+        NolaVisionError: none of the entries has the setting.
+    """
+    entries, names = dict(identity.need(config, "methods")), []
+    for name in methods:
+        settings = identity.entry(config, name)
+        if not takes(settings["class_path"].rpartition(".")[2], key):
+            names.append(name)
+            continue
+        for value in values:
+            varied = f"{name}-{key}{value}"
+            entries[varied] = {**settings, "init_args": {**(settings.get("init_args") or {}), key: value}}
+            names.append(varied)
+    if names == list(methods):
+        raise NolaVisionError(f"none of {', '.join(methods)} has a setting {key!r}: vary one of a method's settings")
+    return {**config, "methods": entries}, names
+
+
 def without_search(config: Mapping[str, Any]) -> identity.Config:
     """A config whose entries have no learning rates to try, so that each keeps its own."""
     entries = {name: {**settings, "learning_rates": None} for name, settings in config["methods"].items()}
@@ -135,6 +204,19 @@ def parse_range(text: str) -> list[int]:
             raise NolaVisionError(f"{text!r} is no range of numbers: write it like 0-3, 0,2,5 or 7")
         numbers |= dict.fromkeys(range(first, last + 1))
     return list(numbers)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read `2/5` as the second of five shards.
+
+    Raises:
+        NolaVisionError: anything else.
+    """
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    number, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise NolaVisionError(f"{text!r} is no shard: write it like 2/5, from 1/5 to 5/5")
+    return number, count
 
 
 def parse_methods(text: str, config: Mapping[str, Any]) -> list[str]:

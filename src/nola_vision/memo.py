@@ -1,0 +1,33 @@
+"""What a process that does many runs loads once: data sets, decoded images and backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_kept: dict[str, tuple[Hashable, object]] | None = None
+
+
+def keep() -> None:
+    """From now on, in this process, `once` keeps what it is given."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+def once(kind: str, key: Hashable, make: Callable[[], T], copy: Callable[[T], T] | None = None) -> T:
+    """What `make` gives; where this process keeps things, the last of each kind is kept and given again.
+
+    Args:
+        kind: of thing.
+        key: what the thing is made of.
+        make: makes it.
+        copy: makes another of it, where whoever gets it may change it.
+    """
+    if _kept is None:
+        return make()
+    if kind not in _kept or _kept[kind][0] != key:
+        _kept[kind] = (key, make())
+    made: T = _kept[kind][1]  # type: ignore[assignment]
+    return made if copy is None else copy(made)

@@ -1,0 +1,58 @@
+"""A process of the local engine: does runs as they are asked for, and tells that it is alive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+
+from nola_vision.results.row import Row
+
+ALIVE, BUSY = "alive", "busy"
+Answer = Row | str
+_BEAT_SECONDS = 1.0
+
+
+def serve(connection: Connection, gpu: str | None) -> None:
+    """Does each run that comes as (run config, folder, stage) and answers with its row, until the connection ends.
+
+    Meanwhile it answers `ALIVE` about once a second of progress, and `BUSY` where another process is at the run. It
+    ends with the process that it answers to, a batch after that has died.
+
+    Args:
+        connection: to the engine.
+        gpu: which GPU it shall see; None for all there are.
+    """
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    from nola_vision import memo, run
+
+    memo.keep()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    last = 0.0
+
+    def beat() -> None:
+        nonlocal last
+        if time.monotonic() - last > _BEAT_SECONDS:
+            last = time.monotonic()
+            try:
+                connection.send(ALIVE)
+            except OSError:
+                os._exit(1)
+
+    while True:
+        try:
+            config, out, stage = connection.recv()
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
+        try:
+            answer: Answer = run.run(config, out, stage, keep_going=True, beat=beat)
+        except run.BusyError:
+            answer = BUSY
+        except KeyboardInterrupt:
+            return
+        try:
+            connection.send(answer)
+        except OSError:
+            return

@@ -1,0 +1,39 @@
+"""A worker of the local engine that trains nothing: what goes wrong with a run is written in a file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from nola_vision.results import identity
+from nola_vision.results.row import Row
+from nola_vision.results.store import write_row
+from nola_vision.sweep.worker import ALIVE, BUSY
+
+
+def serve(connection: Connection, gpu: str | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    while True:
+        try:
+            config, out, stage = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        script = Path(out) / f"split{config['data']['split_seed']}.txt"
+        event, _, rest = (script.read_text() if script.exists() else "").partition(" ")
+        script.write_text(rest)
+        connection.send(ALIVE)
+        if event == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "hang":
+            time.sleep(1000)
+        if event == "busy":
+            connection.send(BUSY)
+            continue
+        row = Row.of(config, stage, "failed" if event == "fail" else "completed", device=f"{os.getpid()} {gpu}")
+        folder = identity.run_folder(out, config, stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_row(folder, row)
+        connection.send(row)

@@ -1,0 +1,131 @@
+"""The local engine: slots, deaths, hangs and company change nothing in the rows."""
+
+import multiprocessing
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import light_worker
+from nola_vision.config import parse
+from nola_vision.config_files import load_configs
+from nola_vision.results import store
+from nola_vision.results.row import DETERMINISTIC, Row
+from nola_vision.sweep import local, plan
+from nola_vision.sweep.plan import RunSpec
+
+OPTIONS = ["--threads=1", "--trainer.max_steps=20", "--data.test_limit=50", "--trainer.enable_checkpointing=false"]
+
+
+def specs() -> list[RunSpec]:
+    quiet = [*OPTIONS, "--trainer.enable_progress_bar=false"]
+    raw, names = load_configs(["quickstart.yaml"]), ["1nn", "linear"]
+    config = plan.complete(raw, names, lambda entry: parse(entry, quiet))
+    return plan.final_specs(config, [0, 1], [0], names, {})
+
+
+def results(out: Path) -> dict[tuple[str, str], dict[str, object]]:
+    """What must not depend on how a sweep went: each run's status and deterministic columns."""
+    rows, problems = store.read_rows(out)
+    assert not problems
+    kept = {(r.method, r.run_hash): {"status": r.status} | {k: asdict(r)[k] for k in DETERMINISTIC} for r in rows}
+    assert len(kept) == len(rows)
+    return kept
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, object]]:
+    out = tmp_path_factory.mktemp("undisturbed")
+    local.execute_here(specs(), out, lambda *_: None)
+    found = results(out)
+    assert len(found) == 4 and {columns["status"] for columns in found.values()} == {"completed"}
+    return found
+
+
+def test_slots_change_nothing(undisturbed: dict[object, object], tmp_path: Path) -> None:
+    noted: list[Row] = []
+    rows = local.execute(specs(), tmp_path, lambda _, row: noted.append(row), slots=2)
+    assert results(tmp_path) == undisturbed
+    assert [row.run_hash for row in rows] == [spec.run_hash for spec in specs()]
+    assert sorted(r.run_hash for r in noted) == sorted(r.run_hash for r in rows)
+    again = local.execute(specs(), tmp_path, lambda *_: None)
+    assert [row.started for row in again] == [row.started for row in rows]  # each has a row: nothing is done
+
+
+def light(count: int) -> list[RunSpec]:
+    config = {
+        "model": {"backbone": {"tag": "b"}, "run_seed": 0, "method": {"class_path": "NOLA"}},
+        "data": {"dataset": "digits", "shots": 5}, "protocol": "p", "methods": {"nola": {"class_path": "NOLA"}},
+    }  # fmt: skip
+    return plan.final_specs(config, range(count), [0], ["nola"], {})
+
+
+def test_trouble_costs_its_own_run_only(tmp_path: Path) -> None:
+    """Of eight runs one's process dies once, one's twice, one's hangs, one is elsewhere for a while, one fails."""
+    for split, script in {1: "die", 2: "die die", 3: "hang", 4: "busy busy", 5: "fail"}.items():
+        (tmp_path / f"split{split}.txt").write_text(f"{script} ")
+    noted: list[Row] = []
+    rows = local.execute(
+        light(8), tmp_path, lambda _, row: noted.append(row), slots=2, gpus=["7", "9"], hang_seconds=3,
+        work=light_worker.serve,
+    )  # fmt: skip
+    assert [row.split for row in rows] == list(range(8))
+    assert [row.split for row in rows if row.status == "failed"] == [2, 5]
+    assert rows[2].error == "its process ended (SIGKILL, as when memory runs out), 2 times"
+    assert {row.run_hash: row for row in store.read_rows(tmp_path)[0]} == {row.run_hash: row for row in rows}
+    assert sorted(row.split for row in noted) == list(range(8))
+    told = [row.device.split() for row in rows if row.device]
+    assert {gpu for _, gpu in told} == {"7", "9"}
+    assert len({process for process, _ in told}) < len(told)  # a process does many runs
+    # once more: what failed is tried again, and nothing else
+    again = local.execute(light(8), tmp_path, lambda *_: None, work=light_worker.serve)
+    assert {row.status for row in again} == {"completed"}
+    assert [one == other for one, other in zip(rows, again, strict=True)].count(False) == 2
+
+
+def test_ctrl_c_ends_the_processes(tmp_path: Path) -> None:
+    (tmp_path / "split0.txt").write_text("hang ")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        local.execute(light(4)[::-1], tmp_path, stop, slots=2, work=light_worker.serve)
+    assert not multiprocessing.active_children()
+    assert len(store.read_rows(tmp_path)[0]) < 4
+
+
+def begun(out: Path) -> bool:
+    return bool(list(out.rglob("metrics.csv")))
+
+
+def sweep(out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config", "quickstart.yaml", "--splits=0-1"]
+    own = ["--inits=0", "--methods=1nn,linear", f"--out={out}", *OPTIONS, "--slots=1"]
+    return subprocess.Popen(
+        [*command, *own, "--config=rates.yaml"], cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "rates.yaml").write_text("methods: {linear: {learning_rates: null}}")
+    return tmp_path / "runs"
+
+
+def test_a_killed_sweep_goes_on_to_the_same_rows_and_two_share_the_work(
+    undisturbed: dict[object, object], out: Path
+) -> None:
+    first = sweep(out)
+    while not begun(out) and first.poll() is None:
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    for one in [sweep(out), sweep(out)]:  # the first one's worker may still be at its run
+        printed, _ = one.communicate(timeout=300)
+        assert one.returncode == 0, printed
+    assert results(out) == undisturbed
