@@ -136,6 +136,12 @@ def test_what_would_never_move_is_refused() -> None:
         adapt(BackboneSpec("resnet20_cifar.untrained", base="zero", file="x.pth"), NOLA(targets=["conv"]), TEN)
 
 
+def test_a_basis_that_no_memory_holds_is_refused() -> None:
+    vit_b = BackboneSpec("vit_base_patch16_224.augreg_in21k_ft_in1k", base="zero")
+    with pytest.raises(NolaVisionError, match="1024 vectors would hold 54 GiB: use storage streamed"):
+        adapt(vit_b, PRANC(targets=["mlp"]), TEN)
+
+
 def test_budgets(tmp_path: Path) -> None:
     glyphs = BackboneSpec("vit_glyph_patch4_32.glyphs")
     model = adapt(glyphs, NOLA(targets=["mlp", "head"], max_parameters=1000), TEN)

@@ -26,6 +26,8 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types
 from nola_vision.targets import find_targets
 
+_MOST_CACHED = 16 * 2**30  # bytes of a cached basis: more than a machine with one GPU has to spare
+
 
 @dataclass(frozen=True)
 class Method:
@@ -290,6 +292,12 @@ def _groups(
                 for name, members in shapes.items()
             }
         case PRANC(num_basis=k, c=c, storage=storage, memory_mib=memory):
+            held = k * sum(target.size for target in targets)
+            if storage == "cached" and held > _MOST_CACHED:
+                raise NolaVisionError(
+                    f"PRANC's basis of {k} vectors would hold {held / 2**30:,.0f} GiB: use storage streamed, or less "
+                    "num_basis"
+                )
             parts = {"model": targets} if method.scope == "model" else {name: [t] for name, t in single.items()}
             return {
                 name: PrancGroup(members, n, k, c, basis_seed, draws, scratch, storage, memory)
