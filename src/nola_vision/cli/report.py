@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs")
     options.add_argument("--format", choices=["table", "markdown", "latex", "csv", "parquet"], default="table")
     options.add_argument("--out", metavar="FILE", help="write there instead of printing; parquet needs it")
+    options.add_argument("--plots", metavar="DIR", help="write pictures there too (needs matplotlib)")
     known = options.parse_args(arguments)
     if known.format == "parquet" and known.out is None:
         raise NolaVisionError("parquet is no text to print: give --out FILE")
@@ -28,6 +30,11 @@ def main(arguments: Sequence[str], verb: str) -> int:
         print(f"{path}: {problem}", file=sys.stderr)
     if not rows:
         raise NolaVisionError(f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them")
+    if known.plots is not None:
+        from nola_vision.results.plots import write_plots  # matplotlib is an extra
+
+        for path in write_plots(rows, tables.tested_cells(rows)[0], known.folders, Path(known.plots)):
+            print(path, file=sys.stderr)
     content = _content(rows, known.format)
     if known.out is not None:
         write_file(known.out, content)

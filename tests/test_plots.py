@@ -1,0 +1,63 @@
+"""Pictures from rows: what is drawn is what the rows say."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nola_vision.cli.main import main
+from nola_vision.results import identity, store
+from nola_vision.results.plots import accuracy_over, learning_curves
+from test_tables import CELL, grid, row
+
+ROWS = [
+    *grid("nola", [[70, 72], [80, 82]], adapter_file_bytes=900, adapter_parameters=640),
+    *grid("lora", [[71, 71], [78, 78]], method_class="LoRA", adapter_file_bytes=5000, adapter_parameters=3000),
+    row("1nn", 0.6, init=None, method_class="NearestNeighbor"),
+    row("nola", 0.1, cell="another", split=7, adapter_file_bytes=1),
+]
+
+
+@pytest.mark.parametrize(
+    ("size", "costs"), [("adapter_file_bytes", [5000, 900]), ("trainable_parameters", [3000, 640])]
+)
+def test_accuracy_over_cost(size, costs: list[int]) -> None:
+    (axes,) = accuracy_over(ROWS, CELL, size).axes
+    points = [tuple(container.lines[0].get_xydata()[0]) for container in axes.containers]
+    assert points == [(costs[0], pytest.approx(74.5)), (costs[1], pytest.approx(76))]
+    spreads = [container.lines[2][0].get_segments()[0][:, 1].tolist() for container in axes.containers]
+    assert spreads == [pytest.approx([71, 78]), pytest.approx([76 - 26**0.5, 76 + 26**0.5])]
+    assert [text.get_text().partition(" (")[0] for text in axes.texts] == ["1nn", "lora", "nola"]
+    assert axes.get_xscale() == "log"
+
+
+def test_learning_curves_are_the_mean_over_runs(tmp_path: Path) -> None:
+    logs = {}
+    for number, one in enumerate(r for r in ROWS if r.method == "nola" and r.cell == CELL):
+        logs[one.run_hash] = tmp_path / f"{number}.csv"
+        logs[one.run_hash].write_text(
+            "epoch,step,train_loss,val_loss\n" + f"0,0,{2 + number},\n0,1,{4 + number},\n0,1,,9\n1,2,{number},\n"
+        )
+    (axes,) = learning_curves(ROWS, CELL, logs).axes
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [[1, 4.5], [2, 1.5]] and line.get_label() == "nola (4)"
+
+
+def test_report_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "model": {"backbone": {"tag": "b"}, "run_seed": 0, "method": {"class_path": "NOLA"}},
+        "data": {"dataset": "digits", "shots": 5, "split_seed": 0}, "protocol": "p", "method": "nola",
+    }  # fmt: skip
+    one = replace(ROWS[0], config=config, cell=identity.cell_name(config))
+    folder = identity.run_folder(tmp_path / "runs", config, "final")
+    folder.mkdir(parents=True)
+    store.write_row(folder, one)
+    (folder / "metrics.csv").write_text("epoch,step,train_loss\n0,0,2\n1,1,1\n")
+    assert main(["report", str(tmp_path / "runs"), "--plots", str(tmp_path / "p")]) == 0
+    names = [
+        f"{one.cell}-{name}.png" for name in ("accuracy-over-bytes", "accuracy-over-parameters", "learning-curves")
+    ]
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == names
+    (tmp_path / "file").touch()
+    assert main(["report", str(tmp_path / "runs"), "--plots", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
