@@ -11,11 +11,12 @@ from pathlib import Path
 from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.store import write_row
-from nola_vision.sweep.worker import ALIVE, BUSY
+from nola_vision.sweep.worker import ALIVE, BUSY, READY
 
 
 def serve(connection: Connection, gpu: str | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    connection.send(READY)
     while True:
         try:
             config, out, stage = connection.recv()
@@ -25,6 +26,11 @@ def serve(connection: Connection, gpu: str | None) -> None:
         event, _, rest = (script.read_text() if script.exists() else "").partition(" ")
         script.write_text(rest)
         connection.send(ALIVE)
+        if event == "quit":  # after its row, before its word of it
+            folder = identity.run_folder(out, config, stage)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_row(folder, Row.of(config, stage, "completed"))
+            os._exit(3)
         if event == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if event == "hang":

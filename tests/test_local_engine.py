@@ -4,7 +4,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +47,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
 
 def test_slots_change_nothing(undisturbed: dict[object, object], tmp_path: Path) -> None:
     noted: list[Row] = []
-    rows = local.execute(specs(), tmp_path, lambda _, row: noted.append(row), slots=2)
+    wanted = specs()
+    wanted[-1].config["data"]["num_workers"] = 1  # no setting of the result; its process starts one of its own
+    rows = local.execute(wanted, tmp_path, lambda _, row: noted.append(row), slots=2)
     assert results(tmp_path) == undisturbed
     assert [row.run_hash for row in rows] == [spec.run_hash for spec in specs()]
     assert sorted(r.run_hash for r in noted) == sorted(r.run_hash for r in rows)
@@ -64,8 +66,9 @@ def light(count: int) -> list[RunSpec]:
 
 
 def test_trouble_costs_its_own_run_only(tmp_path: Path) -> None:
-    """Of eight runs one's process dies once, one's twice, one's hangs, one is elsewhere for a while, one fails."""
-    for split, script in {1: "die", 2: "die die", 3: "hang", 4: "busy busy", 5: "fail"}.items():
+    """One's process dies once, one's twice, one's hangs, one's dies after its row; one is elsewhere, one fails."""
+    scripts = {0: "die quit", 1: "die", 2: "die die", 3: "hang", 4: "busy busy", 5: "fail"}
+    for split, script in scripts.items():
         (tmp_path / f"split{split}.txt").write_text(f"{script} ")
     noted: list[Row] = []
     rows = local.execute(
@@ -84,6 +87,14 @@ def test_trouble_costs_its_own_run_only(tmp_path: Path) -> None:
     again = local.execute(light(8), tmp_path, lambda *_: None, work=light_worker.serve)
     assert {row.status for row in again} == {"completed"}
     assert [one == other for one, other in zip(rows, again, strict=True)].count(False) == 2
+
+
+def test_one_run_under_two_names_is_two(tmp_path: Path) -> None:
+    specs = [replace(spec, method=name) for spec in light(1) for name in ("a", "b")]
+    specs = [replace(spec, config={**spec.config, "method": spec.method}) for spec in specs]
+    assert specs[0].run_hash == specs[1].run_hash
+    rows = local.execute(specs, tmp_path, lambda *_: None, work=light_worker.serve)
+    assert [row.method for row in rows] == ["a", "b"]
 
 
 def test_ctrl_c_ends_the_processes(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from nola_vision.results.row import Row
 from nola_vision.sweep.plan import (
     choose_learning_rates,
     final_specs,
+    outlook,
     parse_methods,
     parse_range,
+    part,
     search_specs,
+    vary,
 )
 
 RATES = [0.005, 0.001, 0.0005]
@@ -190,3 +193,30 @@ def test_methods() -> None:
     for text in ("", "nola,", "nola,lorra"):
         with pytest.raises(NolaVisionError, match="has no method"):
             parse_methods(text, CONFIG)
+
+
+def test_vary_and_shards() -> None:
+    config, names = vary(CONFIG, ["nn1", "lora", "nola"], "rank", [1, 4], lambda kind, key: kind != "NearestNeighbor")
+    assert names == ["nn1", "lora-rank1", "lora-rank4", "nola-rank1", "nola-rank4"]
+    assert config["methods"]["nola-rank4"]["init_args"]["rank"] == 4
+    assert config["methods"]["nola-rank4"]["learning_rates"] == CONFIG["methods"]["nola"]["learning_rates"]
+    specs = final_specs(config, [0, 1], [0], names, {})
+    assert [spec.method for spec in specs[:3]] == ["nn1", "lora-rank1", "lora-rank4"]
+    assert sorted(s.run_hash for i in (1, 2, 3) for s in part(specs, (i, 3))) == sorted(s.run_hash for s in specs)
+    rates, names = vary(CONFIG, ["nola"], "lr", [0.1, 0.2], lambda *_: True)
+    assert not search_specs(rates, names)
+    listed, names = vary(CONFIG, ["nola"], "targets", [["qkv", "mlp"]], lambda *_: True)
+    assert names == ["nola-targetsqkv+mlp"] and listed["methods"][names[0]]["init_args"]["targets"] == ["qkv", "mlp"]
+    with pytest.raises(NolaVisionError, match="has a method 'nola-c1' already"):
+        vary(CONFIG, ["nola"], "c", [1, 1], lambda *_: True)
+
+
+def test_the_outlook_counts_what_is_done() -> None:
+    rows = searched("nola", [0.5, 0.6, None])
+    rows[2] = dataclasses.replace(rows[2], status="failed")
+    final = final_specs(CONFIG, [0, 1], [0], ["nola"], {"nola": 0.001})
+    rows.append(Row.of(final[0].config, "final", "completed", seconds_total=4.0))
+    (line,) = [line for line in outlook(CONFIG, [0, 1], [0], rows) if line.method == "nola"]
+    assert (line.search, line.final, line.done, line.seconds) == (3, 2, 3, 4.0)
+    (line,) = [line for line in outlook(CONFIG, [0, 1], [0], rows, (2, 2)) if line.method == "nola"]
+    assert line.final == 1

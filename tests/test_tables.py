@@ -16,6 +16,8 @@ import pytest
 import scipy.stats
 from rich.console import Console, RenderableType
 
+from nola_vision.config_files import load_config
+from nola_vision.results import identity
 from nola_vision.results.published import published_figures
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import count_once, mean_std, paired_difference, summarise, variance_parts
@@ -124,14 +126,19 @@ def test_the_second_table_says_where_the_spread_comes_from() -> None:
 
 
 def test_the_papers_figure_stands_beside_with_its_doubts() -> None:
-    config = {
-        "model": {"backbone": {"tag": "vit_base_patch16_224.augreg_in21k_ft_in1k"}, "method": {"class_path": "NOLA"}},
-        "data": {"dataset": "cifar10", "shots": 5},
-    }
-    rows = [*grid("nola-qv", [[70, 72]], config=config), *grid("nola-mlp", [[70, 73]], config=config)]
-    comparison = cell_sheets(rows, CELL)[1]
-    assert {line[0].text: line[-1].text for line in comparison.lines}["nola-qv"] == "87.0 (0.9)"
+    shipped = load_config("vitb_cifar10_5shot")
+
+    def rows(name: str, called: str = "", **changes: Any) -> list[Row]:
+        config = identity.resolve(shipped, name)
+        config["model"]["backbone"] |= {"base": "pretrained", **changes}
+        return grid(called or name, [[70, 72]], config=config, method_class=identity.method_class(config))
+
+    comparison = cell_sheets([*rows("nola-qv"), *rows("nola-mlp"), *rows("lora-r4", "mine")], CELL)[1]
+    printed = {line[0].text: line[-1].text for line in comparison.lines}
+    assert printed["nola-qv"] == "87.0 (0.9)" and printed["mine"] == "-"
     assert any(note.startswith("published nola-qv: ") and "read as ViT-B" in note for note in comparison.notes)
+    for others in (rows("nola-mlp", base="random"), rows("lora-r4", "nola-mlp"), rows("nola-mlp", tag="vit_tiny")):
+        assert "paper" not in cell_sheets(others, CELL)[1].columns[-1]
 
 
 def test_latex_is_escaped_and_balanced() -> None:

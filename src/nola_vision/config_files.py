@@ -11,6 +11,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +130,20 @@ def published(which: Mapping[str, Any]) -> list[Config]:
     return found
 
 
-def published_figures_of(tag: str | None, dataset: str | None, shots: int | str | None) -> list[Config]:
-    """What the paper prints for a backbone, a data set and a number of shots, as in `published`; empty if nothing."""
+@cache
+def published_config(tag: str | None, dataset: str | None, shots: int | str | None) -> Config | None:
+    """The shipped config of a backbone, a data set and shots that the paper has figures of; None if there is none."""
     for path in shipped_files():
         config = _read(path)
-        if "published" in config and (config["model"]["backbone"]["tag"], config["data"]["dataset"]) == (tag, dataset):
-            return published(config["published"]) if shots == config["data"]["shots"] else []
-    backbones = [
-        name for name in part_names("backbones") if _read_part("backbones", name)["model"]["backbone"]["tag"] == tag
-    ]
-    datasets = [name for name in part_names("datasets") if _read_part("datasets", name)["data"]["dataset"] == dataset]
+        place = config.get("model", {}).get("backbone", {}).get("tag"), config.get("data", {}).get("dataset")
+        if "published" in config and place == (tag, dataset) and config["data"]["shots"] == shots:
+            return load_config(path.stem)
+    backbones = [n for n in part_names("backbones") if _read_part("backbones", n)["model"]["backbone"]["tag"] == tag]
+    datasets = [n for n in part_names("datasets") if _read_part("datasets", n)["data"]["dataset"] == dataset]
     if not backbones or not datasets or not isinstance(shots, int):
-        return []
-    return list(compose(backbones[0], datasets[0], shots)["published"])
+        return None
+    config = compose(backbones[0], datasets[0], shots)
+    return config if config["published"] else None
 
 
 class _Plain(yaml.SafeDumper):

@@ -26,7 +26,8 @@ def check_types(value: Any) -> None:
         except TypeCheckError:
             wrong = True
         if wrong:
-            raise NolaVisionError(f"{name} of {type(value).__name__} is {held!r}: it must be {_in_words(hint)}")
+            own = " (Python's own, not NumPy's)" if type(held).__module__ == "numpy" else ""
+            raise NolaVisionError(f"{name} of {type(value).__name__} is {held!r}: it must be {_in_words(hint)}{own}")
 
 
 def _in_words(hint: Any) -> str:

@@ -24,6 +24,7 @@ from nola_vision.results import identity, row
 from nola_vision.results.row import Row
 from nola_vision.results.store import find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
+from nola_vision.tasks.nearest import NearestNeighborClassifier
 
 ADAPTER_FILE = "adapter.safetensors"
 LOCK_FILE = ".lock"
@@ -120,9 +121,13 @@ def _claimed(folder: Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    lock = FileLock(folder / LOCK_FILE)
+    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # one that outlived its process would stay for ever
     try:
         lock.acquire(blocking=False)
+    except OSError as error:
+        raise NolaVisionError(
+            f"{folder} cannot be locked ({error.strerror or error}): give an --out on a file system that has locks"
+        ) from error
     except Timeout:
         raise BusyError(f"another process is at the run in {folder}: wait for it, or end it") from None
     try:
@@ -149,6 +154,8 @@ def _run(
             built = _prepared(run_config, folder, stage, ckpt_path)
             begun = True
             if beat is not None:
+                if isinstance(built.model, NearestNeighborClassifier):
+                    built.model.beat = beat
                 built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
             _measure(built, folder, stage, ckpt_path, measured)
         status = "completed"
@@ -214,6 +221,8 @@ def is_main_process() -> bool:
 
 def _prepared(run_config: identity.Config, folder: Path, stage: identity.Stage, ckpt_path: str | None) -> RunCLI:
     """What a run is made of, with the training images open, and the checkpoint known to be this run's."""
+    if run_config["model"].get("compile"):
+        torch.compiler.reset()  # it counts the models that a process compiled before, and gives up after eight
     built = build(run_config, folder)
     if isinstance(built.model, Classifier):
         built.model.run_hash = identity.run_hash(run_config, stage)

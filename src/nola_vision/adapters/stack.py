@@ -258,7 +258,11 @@ class AdapterStack(nn.Module):
         self._hooks = [
             backbone.register_forward_pre_hook(self._enter),
             backbone.register_forward_hook(self._leave, always_call=True),
-            *(m.register_forward_hook(self._remember) for m in backbone.modules() if _can_make_again(m)),
+            *(
+                m.register_forward_hook(self._remember)
+                for m in backbone.modules()
+                if self.targets and _can_make_again(m)
+            ),
         ]
         if probe is not None and self.targets:
             try:

@@ -77,11 +77,11 @@ def main(arguments: Sequence[str], verb: str) -> int:
         config = plan.without_search(config)
     slots, gpus = _slots(known.slots, config["trainer"])
     cell = identity.cell_name(identity.resolve(config, methods[0]))
-    console.print(_outlook(plan.outlook(config, splits, inits, _rows(out / cell)), slots, shard))
+    console.print(_outlook(plan.outlook(config, splits, inits, _rows(out / cell), shard), slots, shard))
     if known.dry_run:
         return 0
     count = len(plan.search_specs(config, methods))
-    count += len(plan.final_specs(config, splits, inits, methods, {})[shard[0] - 1 :: shard[1]])
+    count += len(plan.part(plan.final_specs(config, splits, inits, methods, {}), shard))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=count)
@@ -111,7 +111,10 @@ def _varied(text: str) -> tuple[str, list[Any]]:
     key, equals, values = text.partition("=")
     if not key or not equals or not values:
         raise NolaVisionError(f"--vary {text} is no setting with values: write it like --vary rank=1,4,16")
-    return key, [yaml.safe_load(value) for value in values.split(",")]
+    try:
+        return key, list(yaml.safe_load(f"[{values}]"))
+    except yaml.YAMLError as error:
+        raise NolaVisionError(f"the values of --vary {text} are no YAML: write them like rank=1,4,16") from error
 
 
 def _takes(class_name: str, key: str) -> bool:

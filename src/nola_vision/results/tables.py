@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from nola_vision.config_files import published_figures_of
+from nola_vision.config_files import published_config
 from nola_vision.results.identity import differing_settings
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import Summary, paired_difference, summarise
@@ -189,26 +189,20 @@ def _comparison(rows: Sequence[Row], summaries: Sequence[Summary]) -> Sheet:
     """The parts of each entry's std, its difference from the best entry, and what the paper prints."""
     runs = {item: [row for row in rows if (row.method, row.entry_hash) == _key(item)] for item in summaries}
     best = max(summaries, key=lambda item: item.mean or 0)
-    data, backbone = (runs[best][0].config.get(key) or {} for key in ("data", "model"))
-    published = {
-        line["entry"]: line
-        for line in published_figures_of(
-            (backbone.get("backbone") or {}).get("tag"), data.get("dataset"), data.get("shots")
-        )
-    }
+    published = {item: figure for item in summaries if (figure := _published(runs[item][0]))}
     lines, notes = [], []
     for item in summaries:
         difference = paired_difference(runs[item], runs[best]) if item != best else None
         told = [_NOT_MEASURED, _NOT_MEASURED]
         if difference is not None:
-            interval = "" if difference.low is None else f" [{difference.low:.1f}, {difference.high:.1f}]"
-            told = [f"{difference.mean:.1f}{interval}", str(difference.splits)]
-        figure = published.get(item.method)
-        if figure and "note" in figure:
-            notes.append(f"published {item.method}: {figure['note']}")
+            interval = ""
+            if difference.low is not None and difference.high is not None:
+                interval = f" [{_points(difference.low)}, {_points(difference.high)}]"
+            told = [f"{_points(difference.mean)}{interval}", str(difference.splits)]
         printed = _NOT_MEASURED
-        if figure:
+        if figure := published.get(item):
             printed = f"{figure['mean']:.1f}" + (f" ({figure['std']:.1f})" if "std" in figure else "")
+            notes += [f"published {item.method}: {figure['note']}"] if "note" in figure else []
         parts = [_NOT_MEASURED if part is None else _points(part) for part in (item.split_std, item.init_std)]
         lines.append(tuple(Cell(text) for text in (item.label, *parts, *told, *([printed] if published else []))))
     return Sheet(
@@ -220,9 +214,26 @@ def _comparison(rows: Sequence[Row], summaries: Sequence[Summary]) -> Sheet:
             "the squares of both parts add to the std's; the first holds a share of the second too",
             "differences in points over the splits that both have, with a bootstrap interval over splits: too narrow "
             "where they are few",
+            *(["paper: its own protocol, splits and whole test set"] if published else []),
             *notes,
         ),
     )
+
+
+def _published(row: Row) -> Mapping[str, Any] | None:
+    """What the paper prints for a run's entry: of the same name, class and settings, on the same pretrained weights."""
+    model, data = row.config.get("model") or {}, row.config.get("data") or {}
+    backbone, method = model.get("backbone") or {}, model.get("method") or {}
+    shipped = published_config(backbone.get("tag"), data.get("dataset"), data.get("shots"))
+    entry = shipped["methods"].get(row.method) if shipped else None
+    if not shipped or not entry or backbone.get("base") != (shipped["model"]["backbone"].get("base") or "pretrained"):
+        return None
+    asked = {key: value for key, value in (entry.get("init_args") or {}).items() if key not in ("lr", "c", "start")}
+    held = method.get("init_args") or {}
+    if row.method_class != entry["class_path"] or any(held.get(key) != value for key, value in asked.items()):
+        return None
+    figures = [line for line in shipped["published"] if line["entry"] == row.method]
+    return figures[0] if figures else None
 
 
 def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Summary]) -> list[str]:
@@ -268,7 +279,7 @@ def _count(number: int | None) -> str:
 
 
 def _points(per_cent: float) -> str:
-    return f"{per_cent:.1f}"
+    return f"{round(per_cent, 1) + 0.0:.1f}"  # no minus before a zero
 
 
 def _percent(fraction: float | None) -> str:

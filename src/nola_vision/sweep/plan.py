@@ -128,23 +128,37 @@ class Outlook:
 
 
 def outlook(
-    config: Mapping[str, Any], splits: Sequence[int], inits: Sequence[int], rows: Iterable[Row]
+    config: Mapping[str, Any],
+    splits: Sequence[int],
+    inits: Sequence[int],
+    rows: Iterable[Row],
+    shard: tuple[int, int] = (1, 1),
 ) -> list[Outlook]:
     """The runs of each entry, how many of them have been completed, and how long one takes, from the rows so far."""
-    completed = [row for row in count_once(rows) if row.status == "completed"]
+    rows = count_once(rows)
+    completed = [row for row in rows if row.status == "completed"]
     hashes = {(row.method, row.run_hash) for row in completed}
+    methods = list(identity.need(config, "methods"))
+    mine = {(s.method, s.split, s.init) for s in part(final_specs(config, splits, inits, methods, {}), shard)}
     lines = []
     for method in identity.need(config, "methods"):
         search = search_specs(config, [method])
         try:
-            rates = choose_learning_rates(config, completed, [method])
+            rates = choose_learning_rates(config, rows, [method])
         except NolaVisionError:  # its search has not ended
             rates = {}
-        final = final_specs(config, splits, inits, [method], rates)
+        every = final_specs(config, splits, inits, [method], rates)
+        final = [spec for spec in every if (spec.method, spec.split, spec.init) in mine]
         seconds = [row.seconds_total for row in completed if row.method == method and row.seconds_total is not None]
         done = sum((method, spec.run_hash) in hashes for spec in (*search, *(final if rates or not search else ())))
         lines.append(Outlook(method, len(search), len(final), done, fmean(seconds) if seconds else None))
     return lines
+
+
+def part(specs: Sequence[RunSpec], shard: tuple[int, int]) -> Sequence[RunSpec]:
+    """Shard (i, n) of some specs: the i-th, the (i + n)-th, ..."""
+    number, count = shard
+    return specs[number - 1 :: count]
 
 
 def vary(
@@ -176,8 +190,14 @@ def vary(
             names.append(name)
             continue
         for value in values:
-            varied = f"{name}-{key}{value}"
+            shown = "+".join(map(str, value)) if isinstance(value, list) else value
+            if (varied := f"{name}-{key}{shown}") in entries:
+                raise NolaVisionError(
+                    f"the config has a method {varied!r} already: give each value once, and vary once"
+                )
             entries[varied] = {**settings, "init_args": {**(settings.get("init_args") or {}), key: value}}
+            if key == "lr":  # it is what the search would choose
+                entries[varied]["learning_rates"] = None
             names.append(varied)
     if names == list(methods):
         raise NolaVisionError(f"none of {', '.join(methods)} has a setting {key!r}: vary one of a method's settings")

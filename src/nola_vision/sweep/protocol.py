@@ -26,8 +26,7 @@ def sweep(
         splits: the values of `data.split_seed`.
         inits: the values of `model.run_seed`.
         execute: an engine: it does every run that has no row of a completed run yet, and returns a row for each.
-        shard: (i, n): only the i-th, the (i + n)-th, ... of the final runs. All shards search; where they share a
-            folder, they share that work.
+        shard: only this part of the final runs. All shards search; where they share a folder, they share that work.
 
     Returns:
         The rows of the final runs.
@@ -35,5 +34,4 @@ def sweep(
     methods = list(config["methods"])
     found = execute(plan.search_specs(config, methods))
     rates = plan.choose_learning_rates(config, found, methods)
-    number, count = shard
-    return execute(plan.final_specs(config, splits, inits, methods, rates)[number - 1 :: count])
+    return execute(plan.part(plan.final_specs(config, splits, inits, methods, rates), shard))

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 
 from nola_vision.results.row import Row
 
-ALIVE, BUSY = "alive", "busy"
+READY, ALIVE, BUSY = "ready", "alive", "busy"
 Answer = Row | str
 _BEAT_SECONDS = 1.0
 
@@ -17,8 +17,8 @@ _BEAT_SECONDS = 1.0
 def serve(connection: Connection, gpu: str | None) -> None:
     """Does each run that comes as (run config, folder, stage) and answers with its row, until the connection ends.
 
-    Meanwhile it answers `ALIVE` about once a second of progress, and `BUSY` where another process is at the run. It
-    ends with the process that it answers to, a batch after that has died.
+    It says `READY` once it has imported what it needs, `ALIVE` about once a second of progress, and answers `BUSY`
+    where another process is at the run. Its run is interrupted where the process that it answers to has died.
 
     Args:
         connection: to the engine.
@@ -30,6 +30,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
 
     memo.keep()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    connection.send(READY)
     last = 0.0
 
     def beat() -> None:
@@ -39,7 +40,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
             try:
                 connection.send(ALIVE)
             except OSError:
-                os._exit(1)
+                raise KeyboardInterrupt from None
 
     while True:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -31,6 +31,7 @@ class NearestNeighborClassifier(L.LightningModule):
             to_int8(self.backbone)
         self.accuracy = accuracies(len(class_names))
         self._reference: tuple[Tensor, Tensor] | None = None
+        self.beat: Callable[[], None] = lambda: None  # called after each batch of training images
 
     def forward(self, images: Tensor) -> Tensor:
         """Unit features `[batch, features]`."""
@@ -42,6 +43,7 @@ class NearestNeighborClassifier(L.LightningModule):
         for images, labels in self.trainer.datamodule.reference_dataloader():  # type: ignore[attr-defined]
             with precision.forward_context():
                 batches.append((self(precision.convert_input(images.to(self.device))), labels.to(self.device)))
+            self.beat()
         self._reference = (torch.cat([f for f, _ in batches]), torch.cat([y for _, y in batches]))
 
     on_validation_start = on_test_start = _remember
