@@ -1,13 +1,17 @@
 """Pictures from rows: what is drawn is what the rows say."""
 
+import re
+from collections import Counter
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from nola_vision.cli.main import main
-from nola_vision.results import identity, store
-from nola_vision.results.plots import accuracy_over, learning_curves
+from nola_vision.results import store
+from nola_vision.results.page import html_page
+from nola_vision.results.plots import accuracy_over, find_logs, learning_curves
 from test_tables import CELL, grid, row
 
 ROWS = [
@@ -44,15 +48,12 @@ def test_learning_curves_are_the_mean_over_runs(tmp_path: Path) -> None:
 
 
 def test_report_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = {
-        "model": {"backbone": {"tag": "b"}, "run_seed": 0, "method": {"class_path": "NOLA"}},
-        "data": {"dataset": "digits", "shots": 5, "split_seed": 0}, "protocol": "p", "method": "nola",
-    }  # fmt: skip
-    one = replace(ROWS[0], config=config, cell=identity.cell_name(config))
-    folder = identity.run_folder(tmp_path / "runs", config, "final")
+    one = replace(ROWS[0], run_hash="abc")
+    folder = tmp_path / "runs" / CELL / "nola" / "split0-init0-abc"
     folder.mkdir(parents=True)
     store.write_row(folder, one)
     (folder / "metrics.csv").write_text("epoch,step,train_loss\n0,0,2\n1,1,1\n")
+    assert find_logs([tmp_path / "runs"]) == {"abc": folder / "metrics.csv"}
     assert main(["report", str(tmp_path / "runs"), "--plots", str(tmp_path / "p")]) == 0
     names = [
         f"{one.cell}-{name}.png" for name in ("accuracy-over-bytes", "accuracy-over-parameters", "learning-curves")
@@ -61,3 +62,27 @@ def test_report_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "file").touch()
     assert main(["report", str(tmp_path / "runs"), "--plots", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
+    page = html_page([*ROWS, row("<b>lora & co</b>", 0.9, cell="another")], [tmp_path])
+    parser = Tags()
+    parser.feed(page)
+    assert parser.found["h1"] == 3 and parser.found["img"] == 6 and parser.found["table"] == 2 * 2 + 1
+    assert "<b>" not in page and "&lt;b&gt;lora &amp; co&lt;/b&gt;" in page
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in parser.sources)
+    assert not re.search(r"<(script|link)|https?://", page)
+    assert "76.0 (5.1)" in page and page.count("<tr") >= len(ROWS)
+
+
+class Tags(HTMLParser):
+    """Counts a page's tags, and notes what it loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found[tag] += 1
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]

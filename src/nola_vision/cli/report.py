@@ -22,6 +22,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--format", choices=["table", "markdown", "latex", "csv", "parquet"], default="table")
     options.add_argument("--out", metavar="FILE", help="write there instead of printing; parquet needs it")
     options.add_argument("--plots", metavar="DIR", help="write pictures there too (needs matplotlib)")
+    options.add_argument("--html", metavar="FILE", help="write one page with all of it (needs matplotlib)")
     known = options.parse_args(arguments)
     if known.format == "parquet" and known.out is None:
         raise NolaVisionError("parquet is no text to print: give --out FILE")
@@ -35,6 +36,11 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
         for path in write_plots(rows, tables.tested_cells(rows)[0], known.folders, Path(known.plots)):
             print(path, file=sys.stderr)
+    if known.html is not None:
+        from nola_vision.results.page import html_page
+
+        write_file(known.html, html_page(rows, known.folders).encode())
+        print(known.html, file=sys.stderr)
     content = _content(rows, known.format)
     if known.out is not None:
         write_file(known.out, content)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import count_once, summarise
 
@@ -81,15 +80,19 @@ def learning_curves(rows: Iterable[Row], cell: str, logs: Mapping[str, Path]) ->
     return figure
 
 
-def find_logs(rows: Iterable[Row], folders: Sequence[str | Path]) -> dict[str, Path]:
-    """The logs of runs by `Row.run_hash`, where one of the folders of runs has them."""
-    found = {}
-    for row in rows:
-        for folder in folders:
-            log = identity.run_folder(folder, row.config, row.stage) / "metrics.csv"
-            if log.is_file():
-                found[row.run_hash] = log
-    return found
+def find_logs(folders: Sequence[str | Path]) -> dict[str, Path]:
+    """The logs that lie beneath some folders, by the hash that a run's folder ends in."""
+    logs = (log for folder in folders for log in Path(folder).rglob("metrics.csv"))
+    return {log.parent.name.rpartition("-")[2]: log for log in logs}
+
+
+def pictures(rows: Sequence[Row], cell: str, logs: Mapping[str, Path]) -> dict[str, Figure]:
+    """Every picture of a cell, by what it shows."""
+    return {
+        "accuracy-over-parameters": accuracy_over(rows, cell, "trainable_parameters"),
+        "accuracy-over-bytes": accuracy_over(rows, cell, "adapter_file_bytes"),
+        "learning-curves": learning_curves(rows, cell, logs),
+    }
 
 
 def write_plots(rows: Sequence[Row], cells: Iterable[str], folders: Sequence[str | Path], out: Path) -> list[Path]:
@@ -102,14 +105,9 @@ def write_plots(rows: Sequence[Row], cells: Iterable[str], folders: Sequence[str
         NolaVisionError: matplotlib is not installed, or the folder cannot be written to.
     """
     written = []
-    logs = find_logs(rows, folders)
+    logs = find_logs(folders)
     for cell in cells:
-        pictures = {
-            "accuracy-over-parameters": accuracy_over(rows, cell, "trainable_parameters"),
-            "accuracy-over-bytes": accuracy_over(rows, cell, "adapter_file_bytes"),
-            "learning-curves": learning_curves(rows, cell, logs),
-        }
-        for name, figure in pictures.items():
+        for name, figure in pictures(rows, cell, logs).items():
             path = out / f"{cell}-{name}.png"
             try:
                 out.mkdir(parents=True, exist_ok=True)
