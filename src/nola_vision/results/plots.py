@@ -14,6 +14,7 @@ from nola_vision.results.row import Row
 from nola_vision.results.statistics import count_once, summarise
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Size = Literal["trainable_parameters", "adapter_file_bytes"]
@@ -26,8 +27,7 @@ _AXES: dict[Size, str] = {
 def accuracy_over(rows: Iterable[Row], cell: str, size: Size) -> Figure:
     """Mean and std (ddof 0) of each entry's test accuracy over what it costs; a line where it costs nothing."""
     summaries = [item for item in summarise(rows) if item.cell == cell and item.mean is not None]
-    figure = _figure(7, 3.6)
-    axes = figure.subplots()
+    figure, axes = _axes()
     free = "no file" if size == "adapter_file_bytes" else "none trained"
     for item in summaries:
         cost = getattr(item, size)
@@ -64,8 +64,7 @@ def learning_curves(rows: Iterable[Row], cell: str, logs: Mapping[str, Path]) ->
             log = pd.read_csv(logs[row.run_hash])
             if "train_loss" in log:
                 curves[row.method].append(log.dropna(subset="train_loss").groupby("epoch")["train_loss"].mean())
-    figure = _figure(7, 3.6)
-    axes = figure.subplots()
+    figure, axes = _axes()
     for method, runs in sorted(curves.items()):
         together = pd.concat(runs, axis=1)
         (line,) = axes.plot(together.index + 1, together.mean(axis=1), label=f"{method} ({len(runs)})")
@@ -118,9 +117,14 @@ def write_plots(rows: Sequence[Row], cells: Iterable[str], folders: Sequence[str
     return written
 
 
-def _figure(width: float, height: float) -> Figure:
+def _axes() -> tuple[Figure, Axes]:
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise NolaVisionError("plots need matplotlib: pip install 'nola-vision[plots]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    strong, pale = colormaps["tab20"].colors[::2], colormaps["tab20"].colors[1::2]  # type: ignore[attr-defined]
+    axes.set_prop_cycle(color=[*strong, *pale])
+    return figure, axes
