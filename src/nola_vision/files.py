@@ -21,6 +21,12 @@ def write_file(path: str | Path, content: bytes) -> None:
         raise NolaVisionError(f"{path} cannot be written ({error.strerror}): give another path") from error
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises NolaVisionError where something has that name already: what a person wrote there would be lost."""
+    if path.exists():
+        raise NolaVisionError(f"{path} {'is a folder' if path.is_dir() else 'exists already'}: give another file")
+
+
 def write_whole(path: str | Path, content: bytes) -> None:
     """Writes a file by way of a temporary one beside it: a reader, or a crash, meets the old content or the new.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nola_vision.adapters.quantise import FLOAT_BITS, dequantise, pack, quantise, rows_of, unpack
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_whole
+from nola_vision.files import write_file
 
 FORMAT = "nola-vision adapter"
 FORMAT_VERSION = 1
@@ -44,10 +44,7 @@ def write_adapter(
         NolaVisionError: the folder is missing or cannot be written.
     """
     content = adapter_bytes(metadata, tensors, bits)
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise NolaVisionError(f"the adapter file {path} cannot be written: {error.strerror or error}") from error
+    write_file(path, content)
     return len(content)
 
 

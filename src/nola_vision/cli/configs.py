@@ -11,7 +11,7 @@ from rich.table import Table
 from nola_vision import config_files
 from nola_vision.cli.options import Options
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_file
+from nola_vision.files import refuse_existing, write_file
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -36,8 +36,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         return 0
     name = Path(known.name).name.removesuffix(".yaml")
     target = Path(known.file or f"{name}.yaml")
-    if target.exists():
-        raise NolaVisionError(f"{target} {'is a folder' if target.is_dir() else 'exists already'}: give another file")
+    refuse_existing(target)
     write_file(target, text.encode())
     won = ": it wins over the shipped one of its name, here" if target.name.removesuffix(".yaml") == name else ""
     print(f"{target}: written{won}")

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import refuse_existing
 
 SHOWN = 10  # lines of each kind of trouble
 
@@ -104,8 +105,7 @@ def _manifest(name: str, root: str | None, shots: int, split: int, out: Path) ->
     from nola_vision.data.datasets import get_dataset
     from nola_vision.data.manifest import make_manifest, write_manifest
 
-    if out.exists():
-        raise NolaVisionError(f"{out} {'is a folder' if out.is_dir() else 'exists already'}: give another file")
+    refuse_existing(out)
     source = get_dataset(name).open(root, "train")
     made = make_manifest(source, name, shots, split)
     write_manifest(made, out)

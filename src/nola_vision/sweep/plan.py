@@ -141,7 +141,7 @@ def outlook(
     methods = list(identity.need(config, "methods"))
     mine = {(s.method, s.split, s.init) for s in part(final_specs(config, splits, inits, methods, {}), shard)}
     lines = []
-    for method in identity.need(config, "methods"):
+    for method in methods:
         search = search_specs(config, [method])
         try:
             rates = choose_learning_rates(config, rows, [method])
