@@ -9,6 +9,8 @@ within a round. Turn the machine's other work off first.
     scratch  one training step of ResNet-20 on CIFAR shapes: NOLA's and PRANC's, with Table 8's counts
     input    images a second of the input side on one core, 500-pixel JPEG files at 224 pixels with the `released`
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
+    sweep    60 runs of the quick start by `nola-vision sweep`: its wall time, as a multiple of the runs' own training
+             and test time divided by the slots (one sweep; rounds do not apply)
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, adapt
 from nola_vision.adapters.basis import Basis, basis_key, basis_words
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.methods import Method, make_stack
+from nola_vision.results.store import read_rows
 
 Step = Callable[[], Any]
 
@@ -319,11 +322,29 @@ def input_side(rounds: int) -> None:
     print(f"n = {rounds} rounds of an epoch of {images} images each, one thread")
 
 
+def sweep(slots: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "no-search.yaml").write_text(
+            "methods: {linear: {learning_rates: null}, full-ft: {learning_rates: null}, lora-r4: {learning_rates: null}, "
+            "nola: {learning_rates: null}}"
+        )
+        command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config=quickstart.yaml"]
+        command += ["--config=no-search.yaml", "--methods=linear,full-ft,lora-r4,nola", "--splits=0-4", "--inits=0-2"]
+        clock = time.perf_counter()
+        subprocess.run([*command, f"--slots={slots}", "--threads=1"], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+        wall = time.perf_counter() - clock
+        rows = [row for row in read_rows(Path(scratch) / "runs")[0] if row.status == "completed"]
+    own = [(row.seconds_fit or 0) + (row.seconds_test or 0) for row in rows]
+    print(f"{len(rows)} runs, {slots} slots: {wall:.1f} s; the runs' own {sum(own):.1f} s by {slots}: {sum(own) / slots:.1f} s")
+    print(f"ratio {wall * slots / sum(own):.3f}; a run {statistics.median(own):.1f} s ({min(own):.1f} to {max(own):.1f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "basis", "scratch", "input", "peak"])
+    parser.add_argument("what", choices=["step", "basis", "scratch", "input", "sweep", "peak"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rank", type=int, default=4, help="NOLA's rank in scratch")
+    parser.add_argument("--slots", type=int, default=2, help="of the sweep")
     parser.add_argument("--name", help="of the contender whose peak is measured (for the script's own use)")
     known = parser.parse_args()
     if known.what == "step":
@@ -334,6 +355,8 @@ def main() -> None:
         scratch(known.rounds, known.rank)
     elif known.what == "input":
         input_side(known.rounds)
+    elif known.what == "sweep":
+        sweep(known.slots)
     else:
         print_peak(known.name)
 

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, row
 from nola_vision.results.row import Row
-from nola_vision.results.store import find_completed, write_row
+from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
 
 ADAPTER_FILE = "adapter.safetensors"
-LOCK_FILE = ".lock"
 
 
 def checkpoint_path(given: str | None, folder: Path) -> str | None:
@@ -96,44 +93,11 @@ def run(
     if ckpt_path is not None and not identity.has_init(run_config):
         raise NolaVisionError(f"{run_config['method']} trains nothing, so it has no checkpoint: leave --ckpt_path out")
     ckpt_path = checkpoint_path(ckpt_path, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NolaVisionError(f"no folder can be made in {out} ({error.strerror}): give another by --out") from error
-    if not os.access(folder, os.W_OK):
-        raise NolaVisionError(f"the folder {folder} cannot be written to: give another by --out")
-    with _claimed(folder):
+    # the processes of a distributed run share the first one's claim
+    with claim(folder) if is_main_process() else nullcontext():
         if keep_going and (row := find_completed(folder)) is not None:
             return row
         return _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat)
-
-
-class BusyError(NolaVisionError):
-    """Another process is at the same run."""
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Keeps other processes from the run of a folder; the system lets go of it where this one dies.
-
-    The processes of one distributed run share the first one's claim.
-    """
-    if not is_main_process():
-        yield
-        return
-    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # one that outlived its process would stay for ever
-    try:
-        lock.acquire(blocking=False)
-    except OSError as error:
-        raise NolaVisionError(
-            f"{folder} cannot be locked ({error.strerror or error}): give an --out on a file system that has locks"
-        ) from error
-    except Timeout:
-        raise BusyError(f"another process is at the run in {folder}: wait for it, or end it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _run(

@@ -35,6 +35,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--methods", default="all", help="entries of the config's `methods`, or all (default)")
     options.add_argument("--slots", type=whole_number, help="runs at a time, one a GPU (default: the GPUs, or 1)")
     options.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="each method's setting KEY")
+    options.add_argument("--engine", choices=["local", "ray"], default="local", help="where runs are done")
+    options.add_argument("--address", default="auto", help="of the Ray cluster (default: the one of this machine)")
+    options.add_argument("--gpus-per-run", type=float, metavar="G", help="on Ray, a fraction too (default: 1 or none)")
     options.add_argument("--shard", default="1/1", metavar="I/N", help="do one of N parts of the runs")
     options.add_argument(
         "--dry-run", action="store_true", help="print the plan, and how long it takes after first runs"
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.slots == 0:
         raise NolaVisionError("slots is 0: give at least 1, the number of runs at a time")
     refuse_strays(rest, options)
+    if known.engine == "local" and (known.address != "auto" or known.gpus_per_run is not None):
+        raise NolaVisionError("--address and --gpus-per-run are for --engine ray: give that too")
     if not known.config:
         raise NolaVisionError("a sweep needs a config: give --config quickstart.yaml, for one")
     splits, inits = plan.parse_range(known.splits or "0-3"), plan.parse_range(known.inits)
@@ -75,9 +80,12 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if not has_validation_images(identity.resolve(config, methods[0])):  # what is missing is said before the first run
         console.print("classes too small for a validation pool, so every method keeps its own learning rate")
         config = plan.without_search(config)
-    slots, gpus = _slots(known.slots, config["trainer"])
+    on_ray = known.engine == "ray"
+    if on_ray and not _one_device(config["trainer"]):
+        raise NolaVisionError("on Ray each run has one device: leave --trainer.devices out")
+    slots, gpus = (known.slots, []) if on_ray else _slots(known.slots, config["trainer"])
     cell = identity.cell_name(identity.resolve(config, methods[0]))
-    console.print(_outlook(plan.outlook(config, splits, inits, _rows(out / cell), shard), slots, shard))
+    console.print(_outlook(plan.outlook(config, splits, inits, _rows(out / cell), shard), slots or 1, shard))
     if known.dry_run:
         return 0
     count = len(plan.search_specs(config, methods))
@@ -86,18 +94,27 @@ def main(arguments: Sequence[str], verb: str) -> int:
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=count)
         ended: list[Row] = []
+        running: set[tuple[str, str]] = set()
 
-        def done(spec: plan.RunSpec, row: Row) -> None:
-            ended.append(row)
-            bar.update(task, completed=len(ended), description=_state(ended, min(slots, count - len(ended))))
-            bar.console.print(_line(spec, row), highlight=False, markup=False)
+        def note(spec: plan.RunSpec, row: Row | None) -> None:
+            if row is None:
+                running.add((spec.method, spec.run_hash))
+            else:
+                running.discard((spec.method, spec.run_hash))
+                ended.append(row)
+                bar.console.print(_line(spec, row), highlight=False, markup=False)
+            bar.update(task, completed=len(ended), description=_state(ended, len(running)))
 
         def execute(specs: Sequence[plan.RunSpec]) -> list[Row]:
-            if slots:
-                return local.execute(specs, out, done, slots, gpus)
-            return local.execute_here(specs, out, done)
+            if on_ray:
+                from nola_vision.sweep import ray_cluster
 
-        bar.update(task, description=_state([], slots))
+                return ray_cluster.execute(specs, out, note, known.address, slots, known.gpus_per_run)
+            if slots:
+                return local.execute(specs, out, note, slots, gpus)
+            return local.execute_here(specs, out, note)
+
+        bar.update(task, description=_state([], 0))
         rows = protocol.sweep(config, splits, inits, execute, shard)
     everything, problems = store.read_rows(out / cell)
     console.print(tables.cell_table(everything, cell))
@@ -130,13 +147,17 @@ def _slots(asked: int | None, trainer: Mapping[str, Any]) -> tuple[int, list[str
     """
     import torch
 
-    if trainer["devices"] not in ("auto", "1", 1):
+    if not _one_device(trainer):
         return 0, []
     if trainer["accelerator"] not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return asked or 1, []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
     return asked or len(gpus), gpus
+
+
+def _one_device(trainer: Mapping[str, Any]) -> bool:
+    return trainer["devices"] in ("auto", "1", 1)
 
 
 def _rows(folder: Path) -> list[Row]:

@@ -1,15 +1,53 @@
-"""Rows on disk: one `row.json` in each run's folder, written whole or not at all."""
+"""Rows on disk: one `row.json` in each run's folder, written whole or not at all, by one process at a time."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
 from nola_vision.results.row import Row
 
 ROW_FILE = "row.json"
+LOCK_FILE = ".lock"
+
+
+class BusyError(NolaVisionError):
+    """Another process is at the same run."""
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keeps other processes from the run of a folder; the system lets go of it where this one dies.
+
+    Raises:
+        BusyError: another process has it.
+        NolaVisionError: the folder cannot be made, written to or locked.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NolaVisionError(f"no folder {folder} can be made ({error.strerror}): give another by --out") from error
+    if not os.access(folder, os.W_OK):
+        raise NolaVisionError(f"the folder {folder} cannot be written to: give another by --out")
+    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # one that outlived its process would stay for ever
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:  # an OSError too
+        raise BusyError(f"another process is at the run in {folder}: wait for it, or end it") from None
+    except OSError as error:
+        raise NolaVisionError(
+            f"{folder} cannot be locked ({error.strerror or error}): give an --out on a file system that has locks"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_row(folder: str | Path, row: Row) -> Path:

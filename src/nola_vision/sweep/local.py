@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,21 +13,16 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from nola_vision.results import identity
 from nola_vision.results.row import Row
-from nola_vision.results.store import find_completed, write_row
+from nola_vision.results.store import BusyError
 from nola_vision.sweep.plan import RunSpec
-from nola_vision.sweep.worker import ALIVE, BUSY, Answer, serve
+from nola_vision.sweep.queue import Note, RunQueue
+from nola_vision.sweep.worker import ALIVE, READY, Answer, serve
 
-TRIES = 2
+HANG_SECONDS = 1800.0
+FIRST_BATCH = 4  # times that, before the first batch
 _POLL_SECONDS = 0.5
-_ELSEWHERE_SECONDS = 2.0  # between two looks at a run that another process is at
 _END_SECONDS = 20.0  # for a worker to leave the row of a run that is interrupted
-
-Note = Callable[[RunSpec, Row], None]
-Key = tuple[str, str]  # method's name and run hash: equal settings under two names are two runs
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -97,7 +90,7 @@ def execute(
     note: Note,
     slots: int = 1,
     gpus: Sequence[str] = (),
-    hang_seconds: float = 1800.0,
+    hang_seconds: float = HANG_SECONDS,
     work: Callable[[Connection, str | None], None] = serve,
 ) -> list[Row]:
     """Does every run that has no row of a completed run yet; several sweeps may share the folder.
@@ -105,7 +98,7 @@ def execute(
     Args:
         specs: the runs.
         out: the folder of all runs.
-        note: called with each spec and its row, an old one or a new one.
+        note: as in `RunQueue`.
         slots: processes at a time.
         gpus: a GPU for each slot (as in CUDA_VISIBLE_DEVICES); none for the CPU.
         hang_seconds: a run that ends no batch for so long is taken for hung; four times that before its first batch,
@@ -117,99 +110,65 @@ def execute(
         hung twice, and the next one starts; Ctrl-C ends the sweep.
     """
     places = [_Slot(work, gpus[number % len(gpus)] if gpus else None) for number in range(slots)]
-    waiting = deque(specs)
-    later: list[tuple[float, RunSpec]] = []  # runs that another process is at, and when to look again
-    tries: Counter[Key] = Counter()
-    rows: dict[Key, Row] = {}
-    told: set[Path] = set()
-
-    def settle(spec: RunSpec, row: Row) -> None:
-        rows[_key(spec)] = row
-        note(spec, row)
-
-    def lost(slot: _Slot, why: str) -> None:
-        spec = slot.spec
-        _end([slot], 0)
-        if spec is None:
-            return
-        folder = identity.run_folder(out, spec.config, spec.stage)
-        tries[_key(spec)] += 1
-        if (row := find_completed(folder)) is not None:  # it died after its last word, or another sweep was at it too
-            settle(spec, row)
-        elif tries[_key(spec)] < TRIES:
-            waiting.appendleft(spec)
-        else:
-            row = Row.of(spec.config, spec.stage, "failed", error=f"{why}, {TRIES} times")
-            folder.mkdir(parents=True, exist_ok=True)
-            write_row(folder, row)
-            settle(spec, row)
-
+    queue = RunQueue(specs, out, note)
     try:
-        while waiting or later or any(slot.spec for slot in places):
-            now = time.monotonic()
-            waiting.extend(spec for due, spec in later if due <= now)
-            later = [(due, spec) for due, spec in later if due > now]
+        while not queue.ended:
             for slot in places:
-                while slot.spec is None and waiting:
-                    spec = waiting.popleft()
-                    if (row := find_completed(identity.run_folder(out, spec.config, spec.stage))) is not None:
-                        settle(spec, row)
-                    else:
-                        slot.give(spec, out)
-            busy = [slot for slot in places if slot.spec and slot.connection and slot.process]
-            ready = wait([slot.connection for slot in busy if slot.connection], _POLL_SECONDS) if busy else []
-            if not busy and later:
-                time.sleep(_POLL_SECONDS)
-            for slot in busy:
-                assert slot.connection is not None and slot.process is not None and slot.spec is not None
-                if slot.connection in ready:
-                    try:
-                        answer: Answer = slot.connection.recv()
-                    except (EOFError, OSError):
-                        slot.process.join(_END_SECONDS)
-                        lost(slot, f"its process ended ({_how(slot.process.exitcode)})")
-                        continue
-                    slot.heard = time.monotonic()
-                    if isinstance(answer, Row):
-                        spec, slot.spec = slot.spec, None
-                        settle(spec, answer)
-                    elif answer == BUSY:
-                        folder = identity.run_folder(out, slot.spec.config, slot.spec.stage)
-                        if folder not in told:
-                            told.add(folder)
-                            _log.warning("another process is at the run in %s: its row is waited for", folder)
-                        later.append((time.monotonic() + _ELSEWHERE_SECONDS, slot.spec))
-                        slot.spec = None
-                    else:
-                        slot.ready, slot.begun = True, answer == ALIVE
-                elif time.monotonic() - slot.heard > hang_seconds * (1 if slot.begun else 4):
-                    lost(slot, f"it ended no batch for {time.monotonic() - slot.heard:.0f} seconds")
+                if slot.spec is None and (spec := queue.take()) is not None:
+                    slot.give(spec, out)
+            busy = {slot.connection: slot for slot in places if slot.spec and slot.connection}
+            answered = wait(list(busy), 0 if queue.ended else _POLL_SECONDS)
+            for connection, slot in busy.items():
+                if connection in answered:
+                    _hear(slot, queue)
+                elif (silent := time.monotonic() - slot.heard) > hang_seconds * (1 if slot.begun else FIRST_BATCH):
+                    _lose(slot, queue, f"it ended no batch for {silent:.0f} seconds")
     finally:
         _end(places, _END_SECONDS)
-    return [rows[_key(spec)] for spec in specs]
+    return queue.rows()
+
+
+def _hear(slot: _Slot, queue: RunQueue) -> None:
+    """Takes a process's word, or its end."""
+    assert slot.connection is not None and slot.process is not None and slot.spec is not None
+    try:
+        answer: Answer = slot.connection.recv()
+    except (EOFError, OSError):
+        slot.process.join(_END_SECONDS)
+        _lose(slot, queue, f"its process ended ({_how(slot.process.exitcode)})")
+        return
+    slot.heard = time.monotonic()
+    if answer in (READY, ALIVE):
+        slot.ready, slot.begun = True, answer == ALIVE
+        return
+    spec, slot.spec = slot.spec, None
+    if isinstance(answer, Row):
+        queue.settle(spec, answer)
+    else:
+        queue.postpone(spec)
+
+
+def _lose(slot: _Slot, queue: RunQueue, why: str) -> None:
+    spec = slot.spec
+    _end([slot], 0)
+    if spec is not None:
+        queue.lose(spec, why)
 
 
 def execute_here(specs: Sequence[RunSpec], out: Path, note: Note) -> list[Row]:
     """Does the runs one after another in this process: those on several devices, which start processes themselves."""
-    from nola_vision.run import BusyError, run
+    from nola_vision.run import run
 
-    rows: dict[Key, Row] = {}
-    waiting = deque(specs)
-    while waiting:
-        spec = waiting.popleft()
-        row = find_completed(identity.run_folder(out, spec.config, spec.stage))
-        try:
-            rows[_key(spec)] = row or run(spec.config, out, spec.stage, keep_going=True)
-        except BusyError:
-            waiting.append(spec)
-            time.sleep(_ELSEWHERE_SECONDS)
+    queue = RunQueue(specs, out, note)
+    while not queue.ended:
+        if (spec := queue.take()) is None:
+            time.sleep(_POLL_SECONDS)
             continue
-        note(spec, rows[_key(spec)])
-    return [rows[_key(spec)] for spec in specs]
-
-
-def _key(spec: RunSpec) -> Key:
-    return spec.method, spec.run_hash
+        try:
+            queue.settle(spec, run(spec.config, out, spec.stage, keep_going=True))
+        except BusyError:
+            queue.postpone(spec)
+    return queue.rows()
 
 
 def _how(exit_code: int | None) -> str:

@@ -8,6 +8,7 @@ import time
 from multiprocessing.connection import Connection
 
 from nola_vision.results.row import Row
+from nola_vision.results.store import BusyError
 
 READY, ALIVE, BUSY = "ready", "alive", "busy"
 Answer = Row | str
@@ -49,7 +50,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
             return
         try:
             answer: Answer = run.run(config, out, stage, keep_going=True, beat=beat)
-        except run.BusyError:
+        except BusyError:
             answer = BUSY
         except KeyboardInterrupt:
             return

@@ -1,0 +1,123 @@
+"""The Ray engine on a real cluster of two nodes: lost nodes and processes change nothing in the rows."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import identity, store
+from nola_vision.results.row import Row
+from nola_vision.sweep import local, ray_cluster
+from nola_vision.sweep.plan import RunSpec
+from test_local_engine import light, results, specs
+
+# Ray reads them once, when it is imported
+os.environ.update(
+    RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a-token-of-the-tests-that-is-long-enough", RAY_USAGE_STATS_ENABLED="0"
+)
+pytest.importorskip("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no node has it
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    """A head and a second node, one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+def test_its_rows_are_the_local_engines(cluster, tmp_path: Path) -> None:
+    local.execute_here(specs(), tmp_path / "here", lambda *_: None)
+    noted: list[tuple[str, bool]] = []
+    rows = ray_cluster.execute(
+        specs(), tmp_path / "ray", lambda spec, row: noted.append((spec.run_hash, row is not None)), cluster.address
+    )
+    assert results(tmp_path / "ray") == results(tmp_path / "here")
+    assert [row.run_hash for row in rows] == [spec.run_hash for spec in specs()]
+    assert sorted(noted) == sorted((row.run_hash, ended) for row in rows for ended in (False, True))
+    for kept in ("metrics.csv", "adapter.safetensors"):
+        folders = [sorted(p.parent.name for p in (tmp_path / out).rglob(kept)) for out in ("here", "ray")]
+        assert folders[0] == folders[1] != []
+    again = ray_cluster.execute(specs(), tmp_path / "ray", lambda *_: None, cluster.address)
+    assert [row.started for row in again] == [row.started for row in rows]
+
+
+def scripted(config, stage, cwd: str, hang_seconds: float, versions: dict[str, str]) -> dict[str, bytes]:
+    """Work that trains nothing: what goes wrong with a run is written in a file."""
+    os.chdir(cwd)
+    script = Path(f"split{config['data']['split_seed']}.txt")
+    event, _, rest = (script.read_text() if script.exists() else "").partition(" ")
+    script.write_text(rest)
+    if event == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "raise":
+        raise ImportError("No module\n\nnamed 'torch'")
+    while event == "wait" and not Path("node-lost").exists():
+        Path(f"{script}-waits").touch()
+        time.sleep(0.1)
+    return {"row.json": Row.of(config, stage, "completed", device=str(os.getpid())).to_json().encode(), "log": b"1"}
+
+
+def test_trouble_costs_its_own_run_only(cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One's process dies once, one's twice, one is elsewhere at first."""
+    monkeypatch.chdir(tmp_path)
+    for split, events in {0: "die ", 1: "die die "}.items():
+        Path(f"split{split}.txt").write_text(events)
+    wanted = light(5)
+    elsewhere = store.claim(identity.run_folder("runs", wanted[3].config, "final"))
+    elsewhere.__enter__()
+
+    def note(spec: RunSpec, row: Row | None) -> None:
+        if spec.split == 4 and row is not None:
+            elsewhere.__exit__(None, None, None)
+
+    rows = ray_cluster.execute(wanted, Path("runs"), note, cluster.address, work=scripted)
+    assert [row.split for row in rows] == list(range(5))
+    assert {row.split: row.error for row in rows if row.status == "failed"} == {
+        1: "its process on the cluster died, or ended no batch for long (WorkerCrashedError), 2 times",
+    }
+    assert {row.run_hash: row for row in store.read_rows("runs")[0]} == {row.run_hash: row for row in rows}
+    assert len(list(Path("runs").rglob("log"))) == 4
+
+
+def test_a_node_that_can_do_no_run_ends_the_sweep(cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("split1.txt").write_text("raise ")
+    with pytest.raises(NolaVisionError, match=r"cannot do runs \(named 'torch'\)"):
+        ray_cluster.execute(light(3), Path("runs"), lambda *_: None, cluster.address, slots=1, work=scripted)
+    assert [row.split for row in store.read_rows("runs")[0]] == [0]
+    with pytest.raises(NolaVisionError, match="has torch .* and the driver 1.0"):
+        ray_cluster._work({}, "final", ".", 1.0, {**ray_cluster._versions(), "torch": "1.0"})
+
+
+def test_no_cluster_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(NolaVisionError, match="no Ray cluster answers at 'nowhere:1'"):
+        ray_cluster.execute([], tmp_path, lambda *_: None, "nowhere:1")
+
+
+def test_a_lost_node_is_no_fault_of_its_runs(cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in range(2):
+        Path(f"split{split}.txt").write_text("wait ")
+
+    def lose() -> None:
+        while not all(Path(f"split{split}.txt-waits").exists() for split in range(2)):
+            time.sleep(0.1)
+        cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+        Path("node-lost").touch()
+
+    losing = threading.Thread(target=lose)
+    losing.start()
+    rows = ray_cluster.execute(light(4), Path("runs"), lambda *_: None, cluster.address, work=scripted)
+    losing.join()
+    assert [row.status for row in rows] == ["completed"] * 4
+    cluster.add_node(num_cpus=1)
