@@ -324,19 +324,18 @@ def input_side(rounds: int) -> None:
 
 def sweep(slots: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "no-search.yaml").write_text(
-            "methods: {linear: {learning_rates: null}, full-ft: {learning_rates: null}, lora-r4: {learning_rates: null}, "
-            "nola: {learning_rates: null}}"
-        )
-        command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config=quickstart.yaml"]
-        command += ["--config=no-search.yaml", "--methods=linear,full-ft,lora-r4,nola", "--splits=0-4", "--inits=0-2"]
+        methods = ["linear", "full-ft", "lora-r4", "nola"]
+        no_search = "".join(f"  {name}: {{learning_rates: null}}\n" for name in methods)
+        (Path(scratch) / "no-search.yaml").write_text(f"methods:\n{no_search}")
+        command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config=quickstart.yaml", "--threads=1"]
+        command += ["--config=no-search.yaml", f"--methods={','.join(methods)}", "--splits=0-4", "--inits=0-2"]
         clock = time.perf_counter()
-        subprocess.run([*command, f"--slots={slots}", "--threads=1"], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, f"--slots={slots}"], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
         wall = time.perf_counter() - clock
         rows = [row for row in read_rows(Path(scratch) / "runs")[0] if row.status == "completed"]
     own = [(row.seconds_fit or 0) + (row.seconds_test or 0) for row in rows]
-    print(f"{len(rows)} runs, {slots} slots: {wall:.1f} s; the runs' own {sum(own):.1f} s by {slots}: {sum(own) / slots:.1f} s")
-    print(f"ratio {wall * slots / sum(own):.3f}; a run {statistics.median(own):.1f} s ({min(own):.1f} to {max(own):.1f})")
+    print(f"{len(rows)} runs of {statistics.median(own):.1f} s ({min(own):.1f} to {max(own):.1f}), {slots} slots")
+    print(f"{wall:.1f} s against {sum(own) / slots:.1f} s: ratio {wall * slots / sum(own):.3f}")
 
 
 def main() -> None:
