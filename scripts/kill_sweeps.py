@@ -1,7 +1,8 @@
 """Kills sweeps at random moments and compares what they end with: `python scripts/kill_sweeps.py [--times 20]`.
 
-One sweep of the quick start (one epoch, two slots) runs undisturbed. Then, for each seed, another one goes on
-until it has been killed: its driver, or a worker of it, by SIGKILL, after a random time. Started again with the same
+One sweep of the quick start (one epoch) runs undisturbed with two slots, one with one slot and one on Ray, on a cluster
+of two nodes that this script starts on this machine: their rows must be equal. Then, for each seed, another sweep goes
+on to a random moment, when its driver, a worker, or a Ray node is ended by SIGKILL. Started again with the same
 command, it must end with the same rows: the same set, the same deterministic columns, none twice, none torn.
 """
 
@@ -17,23 +18,40 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from nola_vision.results import store
 from nola_vision.results.row import DETERMINISTIC
 
 SWEEP = [
     sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config", "quickstart.yaml", "--splits=0-1", "--inits=0",
-    "--methods=1nn,linear,nola", "--slots=2", "--threads=1", "--trainer.max_epochs=1", "--data.test_limit=100",
+    "--methods=1nn,linear,nola", "--threads=1", "--trainer.max_epochs=1", "--data.test_limit=100",
 ]  # fmt: skip
+VICTIMS = [("local", "driver"), ("local", "worker"), ("ray", "driver"), ("ray", "worker"), ("ray", "node")]
+LOCAL = ["--slots=2"]
 
 
-def start(out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*SWEEP, f"--out={out}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(out: Path, engine: list[str]) -> subprocess.Popen[bytes]:
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    return subprocess.Popen([*SWEEP, *engine, f"--out={out}"], **quiet)
 
 
-def workers(driver: int) -> list[int]:
-    listed = Path(f"/proc/{driver}/task/{driver}/children").read_text().split()
-    return [pid for pid in map(int, listed) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def workers(driver: int, engine: str) -> list[int]:
+    """The processes that are at runs: the driver's children, or those that Ray has named after what they do."""
+    found = []
+    for place in Path("/proc").iterdir():
+        try:
+            command = (place / "cmdline").read_bytes()
+            if engine == "ray":
+                at_work = command.startswith(b"ray::_work")
+            else:
+                parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+                at_work = b"spawn_main" in command and parent == driver
+        except (OSError, ValueError):  # no process, or one that has ended
+            continue
+        if at_work:
+            found.append(int(place.name))
+    return sorted(found)
 
 
 def results(out: Path) -> dict[tuple[str, str, str], dict[str, object]]:
@@ -49,42 +67,66 @@ def results(out: Path) -> dict[tuple[str, str, str], dict[str, object]]:
     return found
 
 
-def disturb(out: Path, seed: int, longest: float) -> str:
+def disturb(out: Path, seed: int, longest: float, cluster: Any) -> str:
     """Kills one sweep once, and starts it again to its end; says what was killed, and when."""
     chance = random.Random(seed)
-    victim, moment = chance.choice(["driver", "worker"]), chance.uniform(0.1, 0.9) * longest
-    sweep = start(out)
+    engine, victim = VICTIMS[seed % len(VICTIMS)]
+    moment = chance.uniform(0.1, 0.9) * longest
+    options = LOCAL if engine == "local" else on_ray(cluster)
+    sweep = start(out, options)
     time.sleep(moment)
-    told = "nothing: it had ended"
+    told = f"nothing ({engine} {victim}): it had ended"
     if sweep.poll() is None:
-        at_work = workers(sweep.pid)
-        pid = chance.choice(at_work) if victim == "worker" and at_work else sweep.pid
-        os.kill(pid, signal.SIGKILL)
-        told = f"{'driver' if pid == sweep.pid else 'worker'} after {moment:.1f} s"
-    sweep.wait()
-    again = start(out)
-    again.wait()
-    return told + (f", then exit status {again.returncode}" if again.returncode else "")
+        at_work = workers(sweep.pid, engine)
+        if victim == "node":
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+        elif victim == "worker" and at_work:
+            os.kill(chance.choice(at_work), signal.SIGKILL)
+        else:
+            victim = "driver"
+            sweep.kill()
+        told = f"{engine} {victim} after {moment:.1f} s"
+    first = sweep.wait()
+    rows = len(list(out.rglob(store.ROW_FILE)))
+    again = start(out, options).wait()
+    return f"{told}: exit status {first} with {rows} rows, then {again}"
+
+
+def on_ray(cluster: Any) -> list[str]:
+    return ["--engine=ray", f"--address={cluster.address}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20)
     known = parser.parse_args()
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32, RAY_USAGE_STATS_ENABLED="0")
+    from ray.cluster_utils import Cluster  # Ray reads them when it is imported
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    wrong = 0
     with tempfile.TemporaryDirectory() as scratch:
-        began = time.monotonic()
-        start(Path(scratch) / "undisturbed").wait()
-        longest = time.monotonic() - began
-        expected = results(Path(scratch) / "undisturbed")
-        print(f"undisturbed: {len(expected)} rows in {longest:.0f} s")
-        wrong = 0
+        expected, longest = None, 0.0
+        for name, engine in {"two slots": LOCAL, "one slot": ["--slots=1"], "ray": on_ray(cluster)}.items():
+            began = time.monotonic()
+            start(Path(scratch) / name, engine).wait()
+            seconds = time.monotonic() - began
+            found = results(Path(scratch) / name)
+            if expected is None:
+                expected, longest = found, seconds
+            wrong += found != expected
+            same = "the same rows" if found == expected else "OTHER ROWS"
+            print(f"undisturbed, {name}: {len(found)} rows in {seconds:.0f} s, {same}", flush=True)
         for seed in range(known.times):
             out = Path(scratch) / str(seed)
-            told = disturb(out, seed, longest)
+            told = disturb(out, seed, longest, cluster)
             same = results(out) == expected
             wrong += not same
-            print(f"seed {seed}: killed {told}: {'the same rows' if same else 'OTHER ROWS'}", flush=True)
-    print(f"{known.times - wrong} of {known.times} ended with the rows of the undisturbed sweep")
+            print(f"seed {seed}: {told}: {'the same rows' if same else 'OTHER ROWS'}", flush=True)
+    cluster.shutdown()
+    print(f"{'all' if not wrong else 'NOT all'} of {known.times} ended with the rows of the undisturbed sweep")
     sys.exit(wrong > 0)
 
 

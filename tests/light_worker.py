@@ -8,6 +8,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.store import write_row
@@ -35,6 +36,9 @@ def serve(connection: Connection, gpu: str | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if event == "hang":
             time.sleep(1000)
+        if event == "full":
+            connection.send(NolaVisionError("the row cannot be written"))
+            continue
         if event == "busy":
             connection.send(BUSY)
             continue

@@ -12,6 +12,7 @@ import pytest
 import light_worker
 from nola_vision.config import parse
 from nola_vision.config_files import load_configs
+from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store
 from nola_vision.results.row import DETERMINISTIC, Row
 from nola_vision.sweep import local, plan
@@ -105,6 +106,14 @@ def test_one_run_under_two_names_is_two(tmp_path: Path) -> None:
     assert specs[0].run_hash == specs[1].run_hash
     rows = local.execute(specs, tmp_path, lambda *_: None, work=light_worker.serve)
     assert [row.method for row in rows] == ["a", "b"]
+
+
+def test_a_row_that_cannot_be_written_ends_the_sweep(tmp_path: Path) -> None:
+    (tmp_path / "split1.txt").write_text("full ")
+    with pytest.raises(NolaVisionError, match="the row cannot be written"):
+        local.execute(light(4), tmp_path, lambda *_: None, work=light_worker.serve)
+    assert [row.split for row in store.read_rows(tmp_path)[0]] == [0]
+    assert not multiprocessing.active_children()
 
 
 def test_ctrl_c_ends_the_processes(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nola_vision.cli.main import main
 from nola_vision.results import store
+from nola_vision.results.confusion import confusion_csv
 from nola_vision.results.page import html_page
-from nola_vision.results.plots import accuracy_over, find_logs, learning_curves
+from nola_vision.results.plots import accuracy_over, class_differences_plot, confusion_plot, learning_curves
 from test_tables import CELL, grid, row
 
 ROWS = [
@@ -31,20 +33,45 @@ def test_accuracy_over_cost(size, costs: list[int]) -> None:
     assert points == [(costs[0], pytest.approx(74.5)), (costs[1], pytest.approx(76))]
     spreads = [container.lines[2][0].get_segments()[0][:, 1].tolist() for container in axes.containers]
     assert spreads == [pytest.approx([71, 78]), pytest.approx([76 - 26**0.5, 76 + 26**0.5])]
-    assert [text.get_text().partition(" (")[0] for text in axes.texts] == ["1nn", "lora", "nola"]
+    (legend,) = axes.figure.legends
+    assert {text.get_text().partition(" (")[0] for text in legend.get_texts()} == {"1nn", "lora", "nola"}
     assert axes.get_xscale() == "log"
 
 
 def test_learning_curves_are_the_mean_over_runs(tmp_path: Path) -> None:
-    logs = {}
+    folders = {}
     for number, one in enumerate(r for r in ROWS if r.method == "nola" and r.cell == CELL):
-        logs[one.run_hash] = tmp_path / f"{number}.csv"
-        logs[one.run_hash].write_text(
+        folders[one.run_hash] = tmp_path / str(number)
+        folders[one.run_hash].mkdir()
+        (folders[one.run_hash] / "metrics.csv").write_text(
             "epoch,step,train_loss,val_loss\n" + f"0,0,{2 + number},\n0,1,{4 + number},\n0,1,,9\n1,2,{number},\n"
         )
-    (axes,) = learning_curves(ROWS, CELL, logs).axes
+    (axes,) = learning_curves(ROWS, CELL, folders).axes
     (line,) = axes.lines
     assert line.get_xydata().tolist() == [[1, 4.5], [2, 1.5]] and line.get_label() == "nola (4)"
+
+
+def test_confusions_by_class(tmp_path: Path) -> None:
+    """Two runs of nola, one of lora: nola is right for 3 of 4 cats and 2 of 4 dogs, lora for all cats and no dog."""
+    counts = {"nola": [[[2, 0], [1, 1]], [[1, 1], [1, 1]]], "lora": [[[2, 0], [2, 0]]]}
+    folders = {}
+    for method, matrices in counts.items():
+        for one, matrix in zip((r for r in ROWS if r.method == method and r.cell == CELL), matrices, strict=False):
+            folders[one.run_hash] = tmp_path / one.run_hash
+            folders[one.run_hash].mkdir()
+            text = confusion_csv(np.array(matrix), ["cat, tabby", "dog"])
+            (folders[one.run_hash] / "confusion.csv").write_text(text)
+    figure = class_differences_plot(ROWS, CELL, folders)
+    assert figure is not None
+    axes = figure.axes[0]
+    assert axes.images[0].get_array().tolist() == [[25, -50]]  # nola has the better mean in ROWS
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["cat, tabby", "dog"]
+    assert [text.get_text() for text in axes.texts] == ["+25.0", "-50.0"]
+    matrices = confusion_plot(ROWS, CELL, folders)
+    assert matrices is not None
+    shares = {axes.get_title(): axes.images[0].get_array().tolist() for axes in matrices.axes[:2]}
+    assert shares == {"lora": [[100, 0], [100, 0]], "nola": [[75, 25], [50, 50]]}
+    assert class_differences_plot(ROWS, "another", folders) is None and confusion_plot(ROWS, "another", folders) is None
 
 
 def test_report_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +80,7 @@ def test_report_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     folder.mkdir(parents=True)
     store.write_row(folder, one)
     (folder / "metrics.csv").write_text("epoch,step,train_loss\n0,0,2\n1,1,1\n")
-    assert find_logs([tmp_path / "runs"]) == {"abc": folder / "metrics.csv"}
+    assert store.find_run_folders([tmp_path / "runs"]) == {"abc": folder}
     assert main(["report", str(tmp_path / "runs"), "--plots", str(tmp_path / "p")]) == 0
     names = [
         f"{one.cell}-{name}.png" for name in ("accuracy-over-bytes", "accuracy-over-parameters", "learning-curves")

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -19,6 +20,7 @@ from nola_vision.config import build, parse
 from nola_vision.config_files import load_configs, overlay
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store
+from nola_vision.results.confusion import read_confusion
 from nola_vision.results.row import DETERMINISTIC
 
 SHORT = {
@@ -55,6 +57,14 @@ def test_every_method_runs_to_a_row(rows: dict) -> None:
     assert rows["lora-r4"].adapter_parameters == 6 * 4 * (160 + 480)
     assert rows["nola"].adapter_parameters == 18 * 2 * rows["nola"].config["model"]["method"]["init_args"]["num_basis"]
     assert rows["nola"].adapter_parameters <= rows["lora-r4"].adapter_parameters / 2
+
+
+def test_every_tested_run_leaves_its_confusions(rows: dict) -> None:
+    for name in ("1nn", "nola"):
+        row = rows[name]
+        counts = read_confusion(identity.run_folder(rows["out"], config(name), "final") / "confusion.csv")
+        assert list(counts.index) == list(counts.columns) == [str(digit) for digit in range(10)], name
+        assert np.trace(counts) / counts.to_numpy().sum() == pytest.approx(row.test_accuracy, abs=1e-6)
 
 
 def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:

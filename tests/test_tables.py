@@ -223,7 +223,8 @@ ROWS = [
 
 def test_markdown_table() -> None:
     best, close = "**80.1 (0.0)**", "<u>80.0 (0.5)</u>"
-    assert markdown_table(ROWS, CELL).split("\n\n### ")[0].splitlines() == [
+    lines = markdown_table(ROWS, CELL).split("\n\n### ")[0].splitlines()
+    assert [line for line in lines if "have no row" not in line] == [
         f"### {CELL}",
         "",
         "| method | trainable | adapter file | top-1 % (std) | n | lr |",
@@ -238,7 +239,28 @@ def test_markdown_table() -> None:
         "",
         "- trainable: parameters without the head",
         "- std over runs, ddof 0; the best in bold, those within one point of it underlined",
-        "- lora: 1 failed, 1 interrupted, not in its mean",
+        "- lora: 1 failed, 1 interrupted, not in its mean; the last failure: unknown",
+    ]
+
+
+def test_what_is_not_in_a_mean_is_said_beneath() -> None:
+    failed = {"accuracy": None, "status": "failed"}
+    rows = [
+        *grid("a", [[70, 72], [80, 82]]),
+        *grid("b", [[70, 72]]),
+        row("b", split=1, init=0, started="1", error="it ran out of memory", **failed),
+        row("b", split=1, init=1, started="2", error="the loss is" + " no number" * 30, **failed),
+        *grid("c", [[70], [80]]),
+        row("1nn", init=None),
+        row("late", split=1, init=0, error="no room", **failed),
+        row("late", split=1, init=0, entry_hash="f" * 10, accuracy=None, status="interrupted"),
+    ]
+    assert list(cell_sheets(rows, CELL)[0].notes[2:]) == [
+        "b: 2 failed, not in its mean; the last failure: the loss is" + " no number" * 18 + " [...]",
+        "late: none of its runs (1) was completed; the last failure: no room",
+        "late: none of its runs (1) was completed",
+        "1nn: 1 of 2 runs have no row (splits x inits of the others)",
+        "c: 2 of 4 runs have no row (splits x inits of the others)",
     ]
 
 

@@ -18,9 +18,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import write_whole
 from nola_vision.results import identity, row
+from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
+from nola_vision.tasks.accuracy import confusion
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
 
@@ -234,6 +237,9 @@ def _measure(
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
         measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
+        counts = confusion(task.accuracy)
+        if counts is not None and trainer.is_global_zero:
+            write_whole(folder / CONFUSION_FILE, confusion_csv(counts.numpy(), data.class_names).encode())
         if sum(trainer.num_test_batches) < len(data.test_dataloader()):
             part = f"tested on {sum(trainer.num_test_batches)} of {len(data.test_dataloader())} batches"
             data.warnings.append(f"{part} (trainer.limit_test_batches): data.test_limit takes a part of every class")

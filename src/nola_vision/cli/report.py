@@ -27,8 +27,6 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.format == "parquet" and known.out is None:
         raise NolaVisionError("parquet is no text to print: give --out FILE")
     rows, problems = store.read_rows(*known.folders)
-    for path, problem in problems:
-        print(f"{path}: {problem}", file=sys.stderr)
     if not rows:
         raise NolaVisionError(f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them")
     if known.plots is not None:
@@ -39,9 +37,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.html is not None:
         from nola_vision.results.page import html_page
 
-        write_file(known.html, html_page(rows, known.folders).encode())
+        write_file(known.html, html_page(rows, known.folders, [problem for _, problem in problems]).encode())
         print(known.html, file=sys.stderr)
-    content = _content(rows, known.format)
+    content = _content(rows, known.format, [problem for _, problem in problems])
     if known.out is not None:
         write_file(known.out, content)
         print(f"{known.out}: {len(rows)} rows of {len({row.cell for row in rows})} cells")
@@ -50,8 +48,11 @@ def main(arguments: Sequence[str], verb: str) -> int:
     return 0
 
 
-def _content(rows: list[Row], format: str) -> bytes:
-    """Every row, or the tables of every cell, in one of the formats."""
+def _content(rows: list[Row], format: str, problems: list[str]) -> bytes:
+    """Every row, or the tables of every cell with what is wrong beneath, in one of the formats."""
+    if format in ("csv", "parquet"):
+        for problem in problems:
+            print(problem, file=sys.stderr)
     if format == "csv":
         return bytes(tables.frame(rows).to_csv(index=False).encode())
     if format == "parquet":
@@ -71,6 +72,8 @@ def _content(rows: list[Row], format: str) -> bytes:
                 console.print(tables.cell_table(rows, cell))
     for cell, reason in others.items():
         told = f"{cell}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
-        console.file.write(f"{'% ' if format == 'latex' else ''}{told}\n")
+        problems = [*problems, told]
+    for problem in problems:
+        console.file.write(f"{'% ' if format == 'latex' else ''}{problem}\n")
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().encode()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nola_vision.results import plots, tables
 from nola_vision.results.row import Row
+from nola_vision.results.store import find_run_folders
 from nola_vision.results.tables import Sheet
 
 if TYPE_CHECKING:
@@ -25,26 +26,30 @@ ul { color: #555; } img { max-width: 48%; } .rows { overflow-x: auto; font-size:
 """
 
 
-def html_page(rows: Sequence[Row], folders: Sequence[str | Path]) -> str:
+def html_page(rows: Sequence[Row], folders: Sequence[str | Path], problems: Sequence[str] = ()) -> str:
     """The page; it loads nothing from anywhere.
 
     Args:
         rows: of any runs.
-        folders: of the runs, for their logs.
+        folders: that the runs are beneath, for their logs and confusion matrices.
+        problems: what is wrong with files that are no rows.
 
     Raises:
         NolaVisionError: matplotlib is not installed.
     """
     tested, others = tables.tested_cells(rows)
-    logs = plots.find_logs(folders)
+    of_runs = find_run_folders(folders)
     parts = [f"<!doctype html><meta charset=utf-8><title>nola-vision</title><style>{_STYLE}</style>"]
     for cell in tested:
         parts.append(f"<h1>{escape(cell)}</h1>")
         parts += [_table(sheet) for sheet in tables.cell_sheets(rows, cell)]
-        parts += [_picture(figure, name) for name, figure in plots.pictures(rows, cell, logs).items()]
+        parts += [_picture(figure, name) for name, figure in plots.pictures(rows, cell, of_runs).items()]
     if others:
         said = (f"{escape(cell)}: {escape(reason or 'no reason left')}" for cell, reason in others.items())
         parts.append(f"<h1>Without a completed final run</h1><ul>{''.join(f'<li>{line}' for line in said)}</ul>")
+    if problems:
+        told = "".join(f"<li>{escape(problem)}" for problem in problems)
+        parts.append(f"<h1>Files that could not be read</h1><ul>{told}</ul>")
     every = tables.frame(rows).to_html(index=False, na_rep="", border=0)
     parts.append(
         f"<h1>Every row</h1><details><summary>{len(rows)} rows</summary><div class=rows>{every}</div></details>"

@@ -135,16 +135,21 @@ def count_once(rows: Iterable[Row]) -> list[Row]:
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
     """Summarise the final runs, one summary for each (cell, method, entry hash), in that order."""
-    entries: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    return [summary for summary, _ in entries(rows)]
+
+
+def entries(rows: Iterable[Row]) -> list[tuple[Summary, list[Row]]]:
+    """The entries that final runs are of, in the order of (cell, method, entry hash), each with its runs."""
+    found: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in count_once(rows):
         if row.stage == "final":
-            entries[row.cell, row.method, row.entry_hash].append(row)
+            found[row.cell, row.method, row.entry_hash].append(row)
     spellings: dict[tuple[str, str], int] = defaultdict(int)
-    for cell, method, _ in entries:
+    for cell, method, _ in found:
         spellings[cell, method] += 1
     return [
-        _summary(runs, label=f"{method} ({digest[:4]})" if spellings[cell, method] > 1 else method)
-        for (cell, method, digest), runs in sorted(entries.items())
+        (_summary(runs, label=f"{method} ({digest[:4]})" if spellings[cell, method] > 1 else method), runs)
+        for (cell, method, digest), runs in sorted(found.items())
     ]
 
 

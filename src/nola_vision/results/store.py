@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,6 +115,12 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
         except NolaVisionError as error:
             problems.append((path, str(error)))
     return rows, problems
+
+
+def find_run_folders(folders: Sequence[str | Path]) -> dict[str, Path]:
+    """The folders of runs that lie beneath some folders, by the hash that their names end in."""
+    rows = (path for folder in folders for path in Path(folder).rglob(ROW_FILE))
+    return {path.parent.name.rpartition("-")[2]: path.parent for path in rows}
 
 
 def find_completed(folder: str | Path) -> Row | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
@@ -187,7 +188,7 @@ def _results(item: Summary, mark: Mark) -> tuple[Cell, ...]:
 
 def _comparison(rows: Sequence[Row], summaries: Sequence[Summary]) -> Sheet:
     """The parts of each entry's std, its difference from the best entry, and what the paper prints."""
-    runs = {item: [row for row in rows if (row.method, row.entry_hash) == _key(item)] for item in summaries}
+    runs = {item: [row for row in rows if _of(row, item)] for item in summaries}
     best = max(summaries, key=lambda item: item.mean or 0)
     published = {item: figure for item in summaries if (figure := _published(runs[item][0]))}
     lines, notes = [], []
@@ -250,23 +251,30 @@ def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Sum
     for item in shown:
         counts = {"failed": item.failed, "interrupted": item.interrupted, "without a test accuracy": item.untested}
         if told := ", ".join(f"{n} {what}" for what, n in counts.items() if n):
-            notes.append(f"{item.label}: {told}, not in its mean")
-    without: dict[str, int] = {}
+            notes.append(f"{item.label}: {told}, not in its mean{_last_error(rows, item)}")
     for item in every:
-        if item not in shown:
-            without[item.method] = without.get(item.method, 0) + item.failed + item.interrupted
-    if without:
-        told = ", ".join(f"{method} {count}" for method, count in without.items())
-        notes.append(f"failed or interrupted runs of settings that no run completed: {told}")
-    most = max((item.completed for item in shown if item.init_std is not None), default=0)
-    for item in shown:
-        if item.init_std is not None and item.completed < most and not (item.failed or item.interrupted):
-            notes.append(f"{item.label}: {item.completed} runs where another has {most}")
+        if item not in shown and (ended := item.failed + item.interrupted):
+            notes.append(f"{item.method}: none of its runs ({ended}) was completed{_last_error(rows, item)}")
+    places = {item: {(row.split, row.init) for row in rows if _of(row, item)} for item in shown}
+    every_place = set().union(*places.values())
+    for item, found in places.items():
+        expected = {place for place in every_place if place[1] is not None}
+        if any(init is None for _, init in found):  # 1-NN
+            expected = {(split, None) for split, _ in every_place}
+        if missing := len(expected - found):
+            notes.append(f"{item.label}: {missing} of {len(expected)} runs have no row (splits x inits of the others)")
     return notes
 
 
-def _key(item: Summary) -> tuple[str, str]:
-    return item.method, item.entry_hash
+def _last_error(rows: Sequence[Row], item: Summary) -> str:
+    """What the last failed run of an entry said, as the end of a sentence."""
+    failed = sorted((row for row in rows if _of(row, item) and row.status == "failed"), key=lambda row: row.started)
+    return f"; the last failure: {textwrap.shorten(failed[-1].error or 'unknown', 200)}" if failed else ""
+
+
+def _of(row: Row, item: Summary) -> bool:
+    """Whether a final run is of an entry."""
+    return row.stage == "final" and (row.method, row.entry_hash) == (item.method, item.entry_hash)
 
 
 def _rank(item: Summary) -> tuple[int, str, str]:

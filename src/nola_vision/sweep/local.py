@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from nola_vision.errors import NolaVisionError
 from nola_vision.results.row import Row
 from nola_vision.results.store import BusyError
 from nola_vision.sweep.plan import RunSpec
@@ -108,6 +109,9 @@ def execute(
     Returns:
         One row a spec, in their order. A run that failed leaves a row that says so, as does one whose process died or
         hung twice, and the next one starts; Ctrl-C ends the sweep.
+
+    Raises:
+        NolaVisionError: a row cannot be written.
     """
     places = [_Slot(work, gpus[number % len(gpus)] if gpus else None) for number in range(slots)]
     queue = RunQueue(specs, out, note)
@@ -138,6 +142,9 @@ def _hear(slot: _Slot, queue: RunQueue) -> None:
         _lose(slot, queue, f"its process ended ({_how(slot.process.exitcode)})")
         return
     slot.heard = time.monotonic()
+    if isinstance(answer, NolaVisionError):  # the next run's row would meet the same
+        slot.spec = None
+        raise answer
     if answer in (READY, ALIVE):
         slot.ready, slot.begun = True, answer == ALIVE
         return

@@ -7,11 +7,12 @@ import signal
 import time
 from multiprocessing.connection import Connection
 
+from nola_vision.errors import NolaVisionError
 from nola_vision.results.row import Row
 from nola_vision.results.store import BusyError
 
 READY, ALIVE, BUSY = "ready", "alive", "busy"
-Answer = Row | str
+Answer = Row | str | NolaVisionError
 _BEAT_SECONDS = 1.0
 
 
@@ -19,7 +20,8 @@ def serve(connection: Connection, gpu: str | None) -> None:
     """Does each run that comes as (run config, folder, stage) and answers with its row, until the connection ends.
 
     It says `READY` once it has imported what it needs, `ALIVE` about once a second of progress, and answers `BUSY`
-    where another process is at the run. Its run is interrupted where the process that it answers to has died.
+    where another process is at the run, or with the error where a run cannot leave a row (no room on the disk). Its
+    run is interrupted where the process that it answers to has died.
 
     Args:
         connection: to the engine.
@@ -52,6 +54,8 @@ def serve(connection: Connection, gpu: str | None) -> None:
             answer: Answer = run.run(config, out, stage, keep_going=True, beat=beat)
         except BusyError:
             answer = BUSY
+        except NolaVisionError as error:
+            answer = NolaVisionError(str(error))  # alone: its cause may not travel
         except KeyboardInterrupt:
             return
         try:

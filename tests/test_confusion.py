@@ -1,0 +1,39 @@
+"""A run's confusion matrix, as text and back, and what is worked out from it."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nola_vision.errors import NolaVisionError
+from nola_vision.results.confusion import class_accuracy, class_differences, confusion_csv, read_confusion
+
+
+def test_the_text_keeps_order_names_and_counts(tmp_path: Path) -> None:
+    """Names that look like numbers or like nothing, and a class that no image is of or taken for."""
+    names = ["10", "9", "nan", 'a "b", c', ""]
+    counts = np.random.default_rng(0).integers(0, 3, (5, 5))
+    counts[2] = counts[:, 2] = 0
+    path = tmp_path / "confusion.csv"
+    path.write_text(confusion_csv(counts, names), encoding="utf-8")
+    read = read_confusion(path)
+    assert list(read.index) == list(read.columns) == names
+    assert (read.to_numpy() == counts).all()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "true,predicted\na,a\n", "true,predicted,count\na,a,many\n", "true,predicted,count\na,a,1\na,a,2\n"]
+)
+def test_other_texts_are_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "confusion.csv").write_text(text)
+    with pytest.raises(NolaVisionError, match="holds no confusion matrix: delete it"):
+        read_confusion(tmp_path / "confusion.csv")
+
+
+def test_class_accuracies_by_hand() -> None:
+    a = pd.DataFrame([[3, 1, 0], [0, 0, 0], [1, 1, 2]], index=list("xyz"), columns=list("xyz"))
+    b = pd.DataFrame([[4, 0, 0], [0, 0, 0], [0, 3, 1]], index=list("xyz"), columns=list("xyz"))
+    assert class_accuracy(a).tolist() == pytest.approx([75, np.nan, 50], nan_ok=True)
+    table = class_differences({"a": a, "b": b}, than="a")
+    assert list(table.index) == ["b"] and table.loc["b"].tolist() == pytest.approx([25, np.nan, -25], nan_ok=True)
