@@ -9,8 +9,8 @@ within a round. Turn the machine's other work off first.
     scratch  one training step of ResNet-20 on CIFAR shapes: NOLA's and PRANC's, with Table 8's counts
     input    images a second of the input side on one core, 500-pixel JPEG files at 224 pixels with the `released`
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
-    sweep    the quick start's 68 runs by `nola-vision sweep`: its wall time, as a multiple of the runs' own training and
-             test time divided by the slots (one sweep into an empty folder --out; rounds do not apply)
+    sweep    the 68 runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the runs' own training
+             and test time divided by the slots (one sweep into an empty folder --out; rounds do not apply)
 """
 
 from __future__ import annotations
