@@ -29,6 +29,7 @@ SWEEP = [
 ]  # fmt: skip
 VICTIMS = [("local", "driver"), ("local", "worker"), ("ray", "driver"), ("ray", "worker"), ("ray", "node")]
 LOCAL = ["--slots=2"]
+TOKEN = "of-the-cluster-that-kill-sweeps-starts"
 
 
 def start(out: Path, engine: list[str]) -> subprocess.Popen[bytes]:
@@ -43,7 +44,7 @@ def workers(driver: int, engine: str) -> list[int]:
         try:
             command = (place / "cmdline").read_bytes()
             if engine == "ray":
-                at_work = command.startswith(b"ray::_work")
+                at_work = command.startswith(b"ray::_work") and TOKEN.encode() in (place / "environ").read_bytes()
             else:
                 parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
                 at_work = b"spawn_main" in command and parent == driver
@@ -101,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20)
     known = parser.parse_args()
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32, RAY_USAGE_STATS_ENABLED="0")
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, RAY_USAGE_STATS_ENABLED="0")
     from ray.cluster_utils import Cluster  # Ray reads them when it is imported
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
