@@ -324,6 +324,8 @@ def input_side(rounds: int) -> None:
 
 def sweep(slots: int, out: Path) -> None:
     command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config=quickstart.yaml", f"--out={out}"]
+    if out.exists():
+        sys.exit(f"{out} is there already, and runs that are done would cost no time: give another --out")
     clock = time.perf_counter()
     subprocess.run([*command, f"--slots={slots}", "--threads=1"], check=True)
     wall = time.perf_counter() - clock

@@ -57,15 +57,15 @@ def workers(driver: int, engine: str) -> list[int]:
 
 def results(out: Path) -> dict[tuple[str, str, str], dict[str, object]]:
     rows, problems = store.read_rows(out)
-    assert not problems, problems
+    if problems:
+        return {}  # equal to nothing
     found = {
         (row.stage, row.method, row.run_hash): {
             "status": row.status, "learning_rate": row.learning_rate, **{k: asdict(row)[k] for k in DETERMINISTIC}
         }
         for row in rows
     }  # fmt: skip
-    assert len(found) == len(rows), "a row is there twice"
-    return found
+    return found if len(found) == len(rows) else {}
 
 
 def disturb(out: Path, seed: int, longest: float, cluster: Any) -> str:
@@ -107,7 +107,7 @@ def main() -> None:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
-    wrong = 0
+    wrong = missed = 0
     with tempfile.TemporaryDirectory() as scratch:
         expected, longest = None, 0.0
         for name, engine in {"two slots": LOCAL, "one slot": ["--slots=1"], "ray": on_ray(cluster)}.items():
@@ -125,9 +125,10 @@ def main() -> None:
             told = disturb(out, seed, longest, cluster)
             same = results(out) == expected
             wrong += not same
+            missed += told.startswith("nothing")
             print(f"seed {seed}: {told}: {'the same rows' if same else 'OTHER ROWS'}", flush=True)
     cluster.shutdown()
-    print(f"{'all' if not wrong else 'NOT all'} of {known.times} ended with the rows of the undisturbed sweep")
+    print(f"{known.times - missed} sweeps killed; {wrong} ended with other rows than the undisturbed one")
     sys.exit(wrong > 0)
 
 

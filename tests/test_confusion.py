@@ -20,6 +20,8 @@ def test_the_text_keeps_order_names_and_counts(tmp_path: Path) -> None:
     read = read_confusion(path)
     assert list(read.index) == list(read.columns) == names
     assert (read.to_numpy() == counts).all()
+    path.write_text(confusion_csv(counts, ["crane", "owl", "crane", "a", "b"]), encoding="utf-8")
+    assert list(read_confusion(path).index) == ["crane (0)", "owl", "crane (2)", "a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -35,5 +37,6 @@ def test_class_accuracies_by_hand() -> None:
     a = pd.DataFrame([[3, 1, 0], [0, 0, 0], [1, 1, 2]], index=list("xyz"), columns=list("xyz"))
     b = pd.DataFrame([[4, 0, 0], [0, 0, 0], [0, 3, 1]], index=list("xyz"), columns=list("xyz"))
     assert class_accuracy(a).tolist() == pytest.approx([75, np.nan, 50], nan_ok=True)
-    table = class_differences({"a": a, "b": b}, than="a")
-    assert list(table.index) == ["b"] and table.loc["b"].tolist() == pytest.approx([25, np.nan, -25], nan_ok=True)
+    found = class_differences({"a": {0: a, 1: b, 2: a}, "b": {0: b, 2: b, 3: a}, "c": {3: a}}, than="a")
+    assert list(found) == ["b"] and found["b"][0] == 2
+    assert found["b"][1].tolist() == pytest.approx([25, np.nan, -25], nan_ok=True)

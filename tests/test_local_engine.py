@@ -1,9 +1,12 @@
 """The local engine: slots, deaths, hangs and company change nothing in the rows."""
 
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,7 +43,7 @@ def results(out: Path) -> dict[tuple[str, str], dict[str, object]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, object]]:
     out = tmp_path_factory.mktemp("undisturbed")
-    local.execute_here(specs(), out, lambda *_: None)
+    local.execute(specs(), out, lambda *_: None)
     found = results(out)
     assert len(found) == 4 and {columns["status"] for columns in found.values()} == {"completed"}
     return found
@@ -116,29 +119,16 @@ def test_a_row_that_cannot_be_written_ends_the_sweep(tmp_path: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_ctrl_c_ends_the_processes(tmp_path: Path) -> None:
-    (tmp_path / "split0.txt").write_text("hang ")
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        local.execute(light(4)[::-1], tmp_path, stop, slots=2, work=light_worker.serve)
-    assert not multiprocessing.active_children()
-    assert len(store.read_rows(tmp_path)[0]) < 4
-
-
 def begun(out: Path) -> bool:
     return bool(list(out.rglob("metrics.csv")))
 
 
-def sweep(out: Path) -> subprocess.Popen[str]:
+def sweep(out: Path, *own: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config", "quickstart.yaml", "--splits=0-1"]
-    own = ["--inits=0", "--methods=1nn,linear", f"--out={out}", *OPTIONS, "--slots=1"]
+    command += ["--inits=0", "--methods=1nn,linear", f"--out={out}", *OPTIONS, "--config=rates.yaml", *own]
     return subprocess.Popen(
-        [*command, *own, "--config=rates.yaml"], cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
+        command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 @pytest.fixture
@@ -159,3 +149,67 @@ def test_a_killed_sweep_goes_on_to_the_same_rows_and_two_share_the_work(
         printed, _ = one.communicate(timeout=300)
         assert one.returncode == 0, printed
     assert results(out) == undisturbed
+
+
+def test_ctrl_c_leaves_a_row_and_no_process(out: Path) -> None:
+    """The terminal tells every process of the sweep at once."""
+    going = sweep(out, "--slots=2", "--trainer.max_steps=100000", "--trainer.max_epochs=100000")
+    while not begun(out) and going.poll() is None:
+        time.sleep(0.05)
+    os.killpg(going.pid, signal.SIGINT)
+    printed, _ = going.communicate(timeout=60)
+    assert going.returncode == 130 and "Traceback" not in printed, printed
+    statuses = {row.method: row.status for row in store.read_rows(out)[0]}
+    assert statuses["linear"] == "interrupted" and set(statuses.values()) <= {"interrupted", "completed"}
+    deadline = time.monotonic() + 10
+    while alive(going.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(going.pid)
+
+
+def alive(group: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, group_of = stat.read_text().rpartition(")")[2].split()[:3]
+            found += [stat.parent.name] if int(group_of) == group and state != "Z" else []
+    return found
+
+
+def test_two_sweeps_of_runs_on_two_devices_share_the_work(undisturbed: dict[tuple[str, str], dict], out: Path) -> None:
+    """All processes of a run are at the same run, although rank 0 alone sees that another sweep is at it."""
+    devices = ["--trainer.devices=2", "--trainer.strategy=ddp", "--methods=linear"]
+    for one in [sweep(out, *devices), sweep(out, *devices)]:
+        printed, _ = one.communicate(timeout=300)
+        assert one.returncode == 0, printed
+    found = results(out)
+    alone = {key: columns for key, columns in undisturbed.items() if key[0] == "linear"}
+    assert found.keys() == alone.keys()
+    for key, columns in found.items():
+        assert columns["train_loss"] == pytest.approx(alone[key]["train_loss"], rel=1e-4)
+        assert columns["test_accuracy"] == alone[key]["test_accuracy"]
+
+
+def test_an_entry_that_cannot_be_trained_costs_the_others_nothing(out: Path) -> None:
+    """All search runs of linear end in NaN; a failure of this sweep's time is not tried again by another one."""
+    (out.parent / "rates.yaml").write_text("methods: {linear: {learning_rates: [1.e+38, 2.e+38]}}")
+    both = [sweep(out), sweep(out)]
+    for one in both:
+        printed, _ = one.communicate(timeout=300)
+        assert one.returncode == 1, printed
+        assert "linear: search runs only; the last failure" in " ".join(printed.replace("\u2502", " ").split())
+    rows = store.read_rows(out)[0]
+    assert sorted((row.method, row.stage, row.status) for row in rows) == [
+        *[("1nn", "final", "completed")] * 2, *[("linear", "search", "failed")] * 2
+    ]  # fmt: skip
+
+
+def test_a_row_file_of_garbage_is_named_before_the_first_run(out: Path) -> None:
+    folder = out / "vit_glyph_patch4_32.glyphs-digits-5shot-quickstart" / "linear" / "split9-init0-0123456789"
+    folder.mkdir(parents=True)
+    (folder / "row.json").write_text("{garbage")
+    ended = sweep(out)
+    printed, _ = ended.communicate(timeout=100)
+    assert ended.returncode == 2 and "split9-init0-0123456789/row.json is not JSON: delete it" in printed
+    assert len(list(out.rglob("row.json"))) == 1

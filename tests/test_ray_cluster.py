@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nola_vision.cli.main import main
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store
 from nola_vision.results.row import Row
@@ -36,7 +37,7 @@ def cluster() -> Iterator[object]:
 
 
 def test_its_rows_are_the_local_engines(cluster, tmp_path: Path) -> None:
-    local.execute_here(specs(), tmp_path / "here", lambda *_: None)
+    local.execute(specs(), tmp_path / "here", lambda *_: None)
     noted: list[tuple[str, bool]] = []
     rows = ray_cluster.execute(
         specs(), tmp_path / "ray", lambda spec, row: noted.append((spec.run_hash, row is not None)), cluster.address
@@ -97,6 +98,56 @@ def test_a_node_that_can_do_no_run_ends_the_sweep(cluster, tmp_path: Path, monke
     assert [row.split for row in store.read_rows("runs")[0]] == [0]
     with pytest.raises(NolaVisionError, match="has torch .* and the driver 1.0"):
         ray_cluster._work({}, "final", ".", 1.0, {**ray_cluster._versions(), "torch": "1.0"})
+
+
+def test_a_process_that_hangs_ends_itself(cluster, tmp_path: Path) -> None:
+    (row,) = ray_cluster.execute(specs()[:1], tmp_path, lambda *_: None, cluster.address, hang_seconds=0.01)
+    assert row.status == "failed" and row.error and "ended no batch for long (WorkerCrashedError), 2 times" in row.error
+    assert store.read_rows(tmp_path)[0] == [row] and row.started and row.versions
+
+
+def test_an_end_of_the_driver_leaves_rows_of_what_was_going_on(
+    cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("split1.txt").write_text("wait ")
+
+    def stop(spec: RunSpec, row: Row | None) -> None:
+        if row is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ray_cluster.execute(light(2), Path("runs"), stop, cluster.address, work=scripted)
+    assert {row.split: row.status for row in store.read_rows("runs")[0]} == {0: "completed", 1: "interrupted"}
+    with store.claim(identity.run_folder("runs", light(2)[1].config, "final")):
+        pass  # nobody holds it
+
+
+def test_room() -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 3.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+    assert ray_cluster._room(nodes, {"CPU": 2, "GPU": 0}) == 5
+    assert ray_cluster._room(nodes, {"CPU": 1, "GPU": 0.1}) == 8
+    assert ray_cluster._room(nodes, {"CPU": 0.1, "GPU": 0.1}) == 10
+    assert ray_cluster._room(nodes, {"CPU": 16, "GPU": 0}) == 0
+
+
+def test_the_command_line(cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["sweep", "--config=quickstart.yaml", "--methods=1nn", "--splits=0", f"--out={tmp_path}", "--threads=1"]
+    asked += ["--data.test_limit=50", "--engine=ray"]
+    assert main([*asked, f"--address={cluster.address}"]) == 0
+    assert [row.status for row in store.read_rows(tmp_path)[0]] == ["completed"]
+    for wrong, said in {
+        "--gpus-per-run=2": "from 0 to 1 GPUs, not 2",
+        "--gpus-per-run=nan": "from 0 to 1 GPUs, not nan",
+        "--trainer.devices=2": "on Ray each run has one device",
+        "--engine=local": "--address and --gpus-per-run are for --engine ray",
+    }.items():
+        assert main([*asked, f"--address={cluster.address}", wrong]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_no_cluster_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -256,7 +256,7 @@ def test_what_is_not_in_a_mean_is_said_beneath() -> None:
         row("late", split=1, init=0, entry_hash="f" * 10, accuracy=None, status="interrupted"),
     ]
     assert list(cell_sheets(rows, CELL)[0].notes[2:]) == [
-        "b: 2 failed, not in its mean; the last failure: the loss is" + " no number" * 18 + " [...]",
+        "b: 2 failed, not in its mean; the last failure: the loss is" + " no number" * 18 + " no [...]",
         "late: none of its runs (1) was completed; the last failure: no room",
         "late: none of its runs (1) was completed",
         "1nn: 1 of 2 runs have no row (splits x inits of the others)",

@@ -28,6 +28,7 @@ def once(kind: str, key: Hashable, make: Callable[[], T], copy: Callable[[T], T]
     if _kept is None:
         return make()
     if kind not in _kept or _kept[kind][0] != key:
+        _kept.pop(kind, None)  # not both at a time
         _kept[kind] = (key, make())
     made: T = _kept[kind][1]  # type: ignore[assignment]
     return made if copy is None else copy(made)

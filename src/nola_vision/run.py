@@ -23,7 +23,6 @@ from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
-from nola_vision.tasks.accuracy import confusion
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
 
@@ -131,7 +130,7 @@ def _run(
         raise KeyboardInterrupt from None
     except Exception as error:
         expected = isinstance(error, NolaVisionError)
-        measured["error"] = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {error}"
+        measured["error"] = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
         begun |= not expected
         if not expected or (begun and error.__cause__ is not None):
             (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
@@ -237,9 +236,9 @@ def _measure(
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
         measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
-        counts = confusion(task.accuracy)
-        if counts is not None and trainer.is_global_zero:
-            write_whole(folder / CONFUSION_FILE, confusion_csv(counts.numpy(), data.class_names).encode())
+        if task.confusions is not None and trainer.is_global_zero:
+            counted = confusion_csv(task.confusions.numpy(), data.class_names)
+            write_whole(folder / CONFUSION_FILE, counted.encode())
         if sum(trainer.num_test_batches) < len(data.test_dataloader()):
             part = f"tested on {sum(trainer.num_test_batches)} of {len(data.test_dataloader())} batches"
             data.warnings.append(f"{part} (trainer.limit_test_batches): data.test_limit takes a part of every class")

@@ -39,7 +39,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
         write_file(known.html, html_page(rows, known.folders, [problem for _, problem in problems]).encode())
         print(known.html, file=sys.stderr)
-    content = _content(rows, known.format, [problem for _, problem in problems])
+    coloured = known.out is None and sys.stdout.isatty()
+    content = _content(rows, known.format, [problem for _, problem in problems], coloured)
     if known.out is not None:
         write_file(known.out, content)
         print(f"{known.out}: {len(rows)} rows of {len({row.cell for row in rows})} cells")
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     return 0
 
 
-def _content(rows: list[Row], format: str, problems: list[str]) -> bytes:
+def _content(rows: list[Row], format: str, problems: list[str], coloured: bool) -> bytes:
     """Every row, or the tables of every cell with what is wrong beneath, in one of the formats."""
     if format in ("csv", "parquet"):
         for problem in problems:
@@ -61,7 +62,7 @@ def _content(rows: list[Row], format: str, problems: list[str]) -> bytes:
         except ImportError as error:
             raise NolaVisionError("Parquet needs pyarrow: pip install 'nola-vision[parquet]'") from error
     tested, others = tables.tested_cells(rows)
-    console = Console(file=io.StringIO(), force_terminal=sys.stdout.isatty(), width=Console().width)
+    console = Console(file=io.StringIO(), force_terminal=coloured, width=Console().width)
     for cell in tested:
         match format:
             case "markdown":

@@ -20,7 +20,7 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import summarise
-from nola_vision.sweep import local, plan, protocol
+from nola_vision.sweep import apart, local, plan, protocol
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
                 f"{option} is the sweep's own to set: use the config's `methods`, --methods, --inits or --splits"
             )
 
-    from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
+    # Lightning takes seconds to import; a mistake above should not wait for it
     from nola_vision.config import has_validation_images, parse
     from nola_vision.data.manifest import read_manifest
 
@@ -76,16 +76,19 @@ def main(arguments: Sequence[str], verb: str) -> int:
         if known.splits is not None and splits != [held]:
             raise NolaVisionError(f"the manifest {path} holds split {held} alone: leave --splits out")
         splits, config["data"]["split_seed"] = [held], held
-    out, console = Path(known.out), Console(quiet=not run.is_main_process())
+    out, console = Path(known.out), Console()
     if not has_validation_images(identity.resolve(config, methods[0])):  # what is missing is said before the first run
         console.print("classes too small for a validation pool, so every method keeps its own learning rate")
         config = plan.without_search(config)
+    if config["trainer"]["num_nodes"] != 1:
+        raise NolaVisionError("a sweep's run takes one machine: leave --trainer.num_nodes to `nola-vision fit`")
     on_ray = known.engine == "ray"
     if on_ray and not _one_device(config["trainer"]):
         raise NolaVisionError("on Ray each run has one device: leave --trainer.devices out")
     slots, gpus = (known.slots, []) if on_ray else _slots(known.slots, config["trainer"])
     cell = identity.cell_name(identity.resolve(config, methods[0]))
-    console.print(_outlook(plan.outlook(config, splits, inits, _rows(out / cell), shard), slots or 1, shard))
+    at_a_time = slots if on_ray else slots or 1
+    console.print(_outlook(plan.outlook(config, splits, inits, _rows(out / cell), shard), at_a_time, shard))
     if known.dry_run:
         return 0
     count = len(plan.search_specs(config, methods))
@@ -112,7 +115,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
                 return ray_cluster.execute(specs, out, note, known.address, slots, known.gpus_per_run)
             if slots:
                 return local.execute(specs, out, note, slots, gpus)
-            return local.execute_here(specs, out, note)
+            return apart.execute(specs, out, note)
 
         bar.update(task, description=_state([], 0))
         rows = protocol.sweep(config, splits, inits, execute, shard)
@@ -161,11 +164,18 @@ def _one_device(trainer: Mapping[str, Any]) -> bool:
 
 
 def _rows(folder: Path) -> list[Row]:
-    return store.read_rows(folder)[0] if folder.is_dir() else []
+    """The rows of a cell so far; a file that is none is named before the first run, not when that run is reached."""
+    rows, problems = store.read_rows(folder) if folder.is_dir() else ([], [])
+    if problems:
+        raise NolaVisionError("; ".join(problem for _, problem in problems[:5]))
+    return rows
 
 
-def _outlook(lines: Sequence[plan.Outlook], slots: int, shard: tuple[int, int]) -> Table:
-    """The plan as a table: runs of each method, those that are done, and the time that the others take."""
+def _outlook(lines: Sequence[plan.Outlook], slots: int | None, shard: tuple[int, int]) -> Table:
+    """The plan as a table: runs of each method, those that are done, and the time that the others take.
+
+    `slots` is None where it takes as many at a time as a cluster has room for.
+    """
     table = Table("method", "search runs", "final runs", "done", "seconds a run", box=None)
     for line in lines:
         seconds = "-" if line.seconds is None else f"{line.seconds:.1f}"
@@ -174,7 +184,8 @@ def _outlook(lines: Sequence[plan.Outlook], slots: int, shard: tuple[int, int]) 
     told = f"{runs} runs, {done} done"
     if all(line.seconds is not None for line in lines):
         left = sum((line.search + line.final - line.done) * (line.seconds or 0) for line in lines)
-        told += f"; about {left / max(1, slots) / 60:.0f} minutes left with {max(1, slots)} at a time"
+        at_a_time = f"with {slots} at a time" if slots else "one after another"
+        told += f"; about {left / (slots or 1) / 60:.0f} minutes left {at_a_time}"
     table.caption = told + (f"; of the final runs this is shard {shard[0]} of {shard[1]}" if shard[1] > 1 else "")
     return table
 

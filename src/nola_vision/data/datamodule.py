@@ -302,10 +302,12 @@ class KShotDataModule(L.LightningDataModule):
     def _pool(self) -> ImageSubset:
         """The validation pool; what the k-shot set leaves of the memory limit keeps it decoded."""
         source = self._train_set[0]
-        subset = self._plain(source, self._pool_indices(source), [])
+        indices = self._pool_indices(source)
         used = sum(image.numel() for image in self._kept if isinstance(image, torch.Tensor))
-        subset.keep(self.memory_limit_mib * 2**20 - used)
-        return subset
+        limit = self.memory_limit_mib * 2**20 - used
+        key = (self.dataset, self.root, indices.tobytes())
+        kept = memo.once("validation images", key, lambda: self._plain(source, indices).keep(limit))
+        return self._plain(source, indices, kept)
 
     def _pool_indices(self, source: ImageSource) -> Indices:
         return np.setdiff1d(validation_pool(source.labels), self._train_set[1])  # a manifest may hold some of the pool

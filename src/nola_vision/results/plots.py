@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -40,17 +41,16 @@ def accuracy_over(rows: Iterable[Row], cell: str, size: Size) -> Figure:
         cost = getattr(item, size)
         assert item.mean is not None
         if cost:
-            axes.errorbar(cost, item.mean, yerr=item.std, fmt="o", capsize=3, label=item.label)
+            axes.errorbar(cost, item.mean, yerr=item.std, fmt="o", capsize=3, label=f"{item.label} ({item.completed})")
         else:
             across = axes.get_yaxis_transform()  # from the left to the right, whatever the costs
-            axes.plot([0, 1], [item.mean] * 2, "--", transform=across, label=f"{item.label} ({free})")
+            axes.plot([0, 1], [item.mean] * 2, "--", transform=across, label=f"{item.label} ({item.completed}), {free}")
     if any(getattr(item, size) for item in summaries):
         axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.set_xlabel(_AXES[size])
     axes.set_ylabel("top-1 accuracy, %")
-    runs = max((item.completed for item in summaries), default=0)
-    axes.set_title(f"{cell}: mean and std of {runs} runs", fontsize=9)
+    axes.set_title(f"{cell}: mean and std over runs", fontsize=9)
     axes.grid(alpha=0.3)
     _legend(figure)
     return figure
@@ -68,7 +68,9 @@ def learning_curves(rows: Iterable[Row], cell: str, folders: Mapping[str, Path])
     for summary, runs in entries(rows):
         completed = [run for run in runs if run.status == "completed" and run.cell == cell and run.run_hash in folders]
         for run in completed:
-            if (log := folders[run.run_hash] / "metrics.csv").exists() and "train_loss" in (steps := pd.read_csv(log)):
+            logs = sorted(folders[run.run_hash].glob("metrics*.csv"))  # one for each time it was resumed, and the last
+            steps = pd.concat([pd.read_csv(log) for log in logs if log.stat().st_size] or [pd.DataFrame()])
+            if "train_loss" in steps:
                 steps = steps.dropna(subset="train_loss")
                 curves[summary.label].append(steps.groupby("epoch")["train_loss"].mean())
     figure, axes = _axes()
@@ -86,7 +88,7 @@ def learning_curves(rows: Iterable[Row], cell: str, folders: Mapping[str, Path])
 
 
 def class_differences_plot(rows: Iterable[Row], cell: str, folders: Mapping[str, Path]) -> Figure | None:
-    """By how many points each entry is above the best one, class by class; None where fewer than two have confusions.
+    """By how many points each entry is above the best one, class by class; None where no two share a split.
 
     Of many classes those are drawn in which the entries differ most.
     """
@@ -96,7 +98,10 @@ def class_differences_plot(rows: Iterable[Row], cell: str, folders: Mapping[str,
     if len(confusions) < 2:
         return None
     best = max(confusions, key=lambda label: means.get(label, 0.0))
-    points = class_differences(confusions, best).rename(columns=str)
+    differences = class_differences(confusions, best)
+    if not differences:
+        return None
+    points = pd.DataFrame({f"{label} ({n} splits)": series for label, (n, series) in differences.items()}).T
     spread = points.abs().max().sort_values(ascending=False)
     shown = points[[name for name in points if name in set(spread.index[:_MOST_CLASSES])]]
     figure, axes = _axes(height=1.8 + 0.35 * len(shown))
@@ -116,7 +121,8 @@ def class_differences_plot(rows: Iterable[Row], cell: str, folders: Mapping[str,
 
 def confusion_plot(rows: Iterable[Row], cell: str, folders: Mapping[str, Path]) -> Figure | None:
     """Each entry's confusion matrix, in per cent of a true class's images; None where no run has one."""
-    confusions = entry_confusions(rows, cell, folders)
+    by_split = entry_confusions(rows, cell, folders)
+    confusions = {label: reduce(pd.DataFrame.add, of_splits.values()) for label, of_splits in by_split.items()}
     if not confusions:
         return None
     columns = min(3, len(confusions))

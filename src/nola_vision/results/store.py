@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -118,9 +118,15 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
 
 
 def find_run_folders(folders: Sequence[str | Path]) -> dict[str, Path]:
-    """The folders of runs that lie beneath some folders, by the hash that their names end in."""
-    rows = (path for folder in folders for path in Path(folder).rglob(ROW_FILE))
-    return {path.parent.name.rpartition("-")[2]: path.parent for path in rows}
+    """The folders of runs beneath some folders, by run hash; of a run in several, that of the row that counts."""
+    found: dict[str, tuple[bool, str, Path]] = {}
+    for path in (path for folder in folders for path in sorted(Path(folder).rglob(ROW_FILE))):
+        with suppress(NolaVisionError):  # `read_rows` names it
+            row = read_row(path)
+            other = found.get(row.run_hash)
+            if other is None or (row.status == "completed", row.started) >= other[:2]:
+                found[row.run_hash] = row.status == "completed", row.started, path.parent
+    return {run_hash: folder for run_hash, (_, _, folder) in found.items()}
 
 
 def find_completed(folder: str | Path) -> Row | None:

@@ -150,6 +150,9 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
         flat.append(line)
     whole = [item.name for item in fields(Row) if item.type in ("int", "int | None")]
     table = pd.DataFrame(flat, columns=None if flat else [item.name for item in fields(Row)])
+    for name in table:  # a setting may be "auto" in one row and 1 in another
+        if pd.api.types.is_object_dtype(table[name]) and table[name].dropna().map(type).nunique() > 1:
+            table[name] = table[name].map(str, na_action="ignore")
     return table.astype(dict.fromkeys(whole, "Int64"))
 
 
@@ -169,7 +172,8 @@ def cell_sheets(rows: Iterable[Row], cell: str) -> list[Sheet]:
         ),
     )
     measured = [item for item in shown if item.mean is not None]
-    return [results, _comparison(rows, measured)] if sum(item.completed for item in measured) > 1 else [results]
+    several = sum(item.completed for item in measured) > 1
+    return [results, _comparison(rows, measured)] if several or any(map(_published, rows)) and measured else [results]
 
 
 def _marks(summaries: Sequence[Summary]) -> list[Mark]:
@@ -255,6 +259,10 @@ def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Sum
     for item in every:
         if item not in shown and (ended := item.failed + item.interrupted):
             notes.append(f"{item.method}: none of its runs ({ended}) was completed{_last_error(rows, item)}")
+    final = {item.method for item in every}
+    for method in sorted({row.method for row in rows} - final):
+        errors = [row.error for row in rows if row.method == method and row.error]
+        notes.append(f"{method}: search runs only" + (f"; the last failure: {_short(errors[-1])}" if errors else ""))
     places = {item: {(row.split, row.init) for row in rows if _of(row, item)} for item in shown}
     every_place = set().union(*places.values())
     for item, found in places.items():
@@ -269,7 +277,11 @@ def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Sum
 def _last_error(rows: Sequence[Row], item: Summary) -> str:
     """What the last failed run of an entry said, as the end of a sentence."""
     failed = sorted((row for row in rows if _of(row, item) and row.status == "failed"), key=lambda row: row.started)
-    return f"; the last failure: {textwrap.shorten(failed[-1].error or 'unknown', 200)}" if failed else ""
+    return f"; the last failure: {_short(failed[-1].error or 'unknown')}" if failed else ""
+
+
+def _short(error: str) -> str:
+    return textwrap.shorten(error, 200)
 
 
 def _of(row: Row, item: Summary) -> bool:

@@ -15,13 +15,10 @@ from pathlib import Path
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.results.row import Row
-from nola_vision.results.store import BusyError
 from nola_vision.sweep.plan import RunSpec
-from nola_vision.sweep.queue import Note, RunQueue
+from nola_vision.sweep.queue import FIRST_BATCH, HANG_SECONDS, Note, RunQueue
 from nola_vision.sweep.worker import ALIVE, READY, Answer, serve
 
-HANG_SECONDS = 1800.0
-FIRST_BATCH = 4  # times that, before the first batch
 _POLL_SECONDS = 0.5
 _END_SECONDS = 20.0  # for a worker to leave the row of a run that is interrupted
 
@@ -46,9 +43,11 @@ class _Slot:
             target=self.work, args=(theirs, self.gpu)
         )  # not as a daemon: it may have loaders
         heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C in its imports would print a traceback
-        self.process.start()
-        signal.signal(signal.SIGINT, heed)
-        theirs.close()
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, heed)
+            theirs.close()
         self.ready = False
 
     def give(self, spec: RunSpec, out: Path) -> None:
@@ -68,17 +67,16 @@ class _Slot:
 def _end(slots: Sequence[_Slot], patience: float) -> None:
     """Ends processes: gently, and by force where that takes longer than `patience` seconds in all."""
     for slot in slots:
-        if slot.process is not None and slot.process.pid is not None and slot.spec is not None and slot.ready:
+        if slot.process is not None and slot.process.pid is not None and slot.spec is not None:
             with suppress(ProcessLookupError):
-                os.kill(slot.process.pid, signal.SIGINT)
+                os.kill(slot.process.pid, signal.SIGINT if slot.ready else signal.SIGKILL)
         if slot.connection is not None:
             slot.connection.close()  # an idle one ends by that
     deadline = time.monotonic() + patience
     for slot in slots:
         if slot.process is None:
             continue
-        if slot.ready or slot.spec is None:
-            slot.process.join(max(0.0, deadline - time.monotonic()))
+        slot.process.join(max(0.0, deadline - time.monotonic()))
         if slot.process.is_alive():
             slot.process.kill()
             slot.process.join()
@@ -160,22 +158,6 @@ def _lose(slot: _Slot, queue: RunQueue, why: str) -> None:
     _end([slot], 0)
     if spec is not None:
         queue.lose(spec, why)
-
-
-def execute_here(specs: Sequence[RunSpec], out: Path, note: Note) -> list[Row]:
-    """Does the runs one after another in this process: those on several devices, which start processes themselves."""
-    from nola_vision.run import run
-
-    queue = RunQueue(specs, out, note)
-    while not queue.ended:
-        if (spec := queue.take()) is None:
-            time.sleep(_POLL_SECONDS)
-            continue
-        try:
-            queue.settle(spec, run(spec.config, out, spec.stage, keep_going=True))
-        except BusyError:
-            queue.postpone(spec)
-    return queue.rows()
 
 
 def _how(exit_code: int | None) -> str:

@@ -96,6 +96,13 @@ def choose_learning_rates(
     return chosen
 
 
+def search_failed(config: Mapping[str, Any], rows: Iterable[Row], method: str) -> bool:
+    """Whether each search run of an entry, one at least, has a row that says that it failed."""
+    failed = {row.run_hash for row in count_once(rows) if (row.method, row.status) == (method, "failed")}
+    specs = search_specs(config, [method])
+    return bool(specs) and all(spec.run_hash in failed for spec in specs)
+
+
 def complete(
     raw: Mapping[str, Any], methods: Sequence[str], parse: Callable[[identity.Config], identity.Config]
 ) -> identity.Config:

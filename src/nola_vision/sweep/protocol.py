@@ -29,9 +29,12 @@ def sweep(
         shard: only this part of the final runs. All shards search; where they share a folder, they share that work.
 
     Returns:
-        The rows of the final runs.
+        The rows of the final runs; of an entry whose search runs all failed, which has no final run, those instead.
     """
     methods = list(config["methods"])
     found = execute(plan.search_specs(config, methods))
-    rates = plan.choose_learning_rates(config, found, methods)
-    return execute(plan.part(plan.final_specs(config, splits, inits, methods, rates), shard))
+    failed = [method for method in methods if plan.search_failed(config, found, method)]
+    kept = [method for method in methods if method not in failed]
+    rates = plan.choose_learning_rates(config, found, kept)
+    rows = execute(plan.part(plan.final_specs(config, splits, inits, kept, rates), shard))
+    return [*(row for row in found if row.method in failed), *rows]

@@ -6,14 +6,17 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
-from nola_vision.results import identity
+from nola_vision.results import identity, row
 from nola_vision.results.row import Row
-from nola_vision.results.store import find_completed, write_row
+from nola_vision.results.store import ROW_FILE, BusyError, claim, find_row, write_row
 from nola_vision.sweep.plan import RunSpec
 
 TRIES = 2
+HANG_SECONDS = 1800.0
+FIRST_BATCH = 4  # times that, before the first batch
 _ELSEWHERE_SECONDS = 2.0  # between two looks at a run that another process is at
 
 Note = Callable[[RunSpec, Row | None], None]
@@ -35,6 +38,7 @@ class RunQueue:
 
     def __init__(self, specs: Sequence[RunSpec], out: Path, note: Note) -> None:
         self._specs, self._out, self._note = specs, out, note
+        self._began = time.time()
         self._waiting = deque(specs)
         self._later: list[tuple[float, RunSpec]] = []  # when to look again
         self._tries: Counter[tuple[Key, int]] = Counter()
@@ -55,21 +59,21 @@ class RunQueue:
         return identity.run_folder(self._out, spec.config, spec.stage)
 
     def take(self) -> RunSpec | None:
-        """The next run to start, None where there is none now; one that has a completed row is settled by the way."""
+        """The next run to start, None where there is none now; one that has its row is settled by the way."""
         now = time.monotonic()
         self._waiting.extend(spec for due, spec in self._later if due <= now)
         self._later = [(due, spec) for due, spec in self._later if due > now]
         while self._waiting:
             spec = self._waiting.popleft()
-            if not self._settled(spec):
+            if not self.settled(spec):
                 self._note(spec, None)
                 return spec
         return None
 
-    def settle(self, spec: RunSpec, row: Row) -> None:
+    def settle(self, spec: RunSpec, ended: Row) -> None:
         """A run has ended, and its row is in its folder."""
-        self._rows[_key(spec)] = row
-        self._note(spec, row)
+        self._rows[_key(spec)] = ended
+        self._note(spec, ended)
 
     def postpone(self, spec: RunSpec) -> None:
         """Another process is at a run: it is looked at again later."""
@@ -80,22 +84,36 @@ class RunQueue:
 
     def lose(self, spec: RunSpec, why: str, tries: int = TRIES) -> None:
         """What was doing a run is gone. It is tried again, and fails after so many tries of this kind."""
-        if self._settled(spec):  # lost after its row, or another sweep was at it too
-            return
         self._tries[_key(spec), tries] += 1
         if self._tries[_key(spec), tries] < tries:
             self._waiting.appendleft(spec)
             return
-        row = Row.of(spec.config, spec.stage, "failed", error=f"{why}, {tries} times")
-        self.folder(spec).mkdir(parents=True, exist_ok=True)
-        write_row(self.folder(spec), row)
-        self.settle(spec, row)
+        try:
+            with claim(self.folder(spec)):
+                if not self.settled(spec):  # lost after its row, or another sweep was at it too
+                    lost = row_of_a_lost_run(spec, "failed", f"{why}, {tries} times")
+                    write_row(self.folder(spec), lost)
+                    self.settle(spec, lost)
+        except BusyError:
+            self.postpone(spec)
 
-    def _settled(self, spec: RunSpec) -> bool:
-        row = find_completed(self.folder(spec))
-        if row is not None:
-            self.settle(spec, row)
-        return row is not None
+    def settled(self, spec: RunSpec) -> bool:
+        """Whether a run has a row to stay: a completed one, or one of a failure since this queue began."""
+        left = find_row(self.folder(spec))
+        if left is None:
+            return False
+        if left.status == "completed" or (
+            left.status == "failed" and (self.folder(spec) / ROW_FILE).stat().st_mtime > self._began
+        ):
+            self.settle(spec, left)
+            return True
+        return False
+
+
+def row_of_a_lost_run(spec: RunSpec, status: row.Status, error: str) -> Row:
+    """The row of a run whose process cannot write it."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Row.of(spec.config, spec.stage, status, error=error, started=now, versions=row.environment())
 
 
 def _key(spec: RunSpec) -> Key:

@@ -19,10 +19,9 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
 from nola_vision.results import identity
 from nola_vision.results.row import Row
-from nola_vision.results.store import LOCK_FILE, ROW_FILE, BusyError, claim, find_completed, read_row, write_row
-from nola_vision.sweep.local import FIRST_BATCH, HANG_SECONDS
+from nola_vision.results.store import LOCK_FILE, ROW_FILE, BusyError, claim, read_row, write_row
 from nola_vision.sweep.plan import RunSpec
-from nola_vision.sweep.queue import Note, RunQueue
+from nola_vision.sweep.queue import FIRST_BATCH, HANG_SECONDS, Note, RunQueue, row_of_a_lost_run
 
 NODE_TRIES = 5  # a node's loss is no fault of the runs that were on it
 _POLL_SECONDS = 0.5
@@ -55,13 +54,15 @@ def execute(
         note: as in `RunQueue`.
         address: of the cluster, as `ray.init` takes it; `auto` finds the one of this machine.
         slots: runs at a time; as many as there is room for unless said otherwise.
-        gpus: that a run takes, a fraction too; one where the cluster has any, unless said otherwise.
+        gpus: that a run takes, from 0 to 1; one where the cluster has any, unless said otherwise.
         hang_seconds: as in `local.execute`.
         work: what is done on a node; returns the files of a run's folder.
 
     Raises:
         NolaVisionError: Ray is not installed, there is no cluster to be reached, or a node of it can do no run.
     """
+    if gpus is not None and not 0 <= gpus <= 1:
+        raise NolaVisionError(f"a run takes from 0 to 1 GPUs, not {gpus:g}: give a fraction for several runs on one")
     ray = _connected(address)
     queue = RunQueue(specs, out, note)
     running: dict[Any, tuple[RunSpec, ExitStack]] = {}
@@ -78,7 +79,8 @@ def execute(
                 asked = " and ".join(f"{count:g} {name}" for name, count in needs.items() if count)
                 _log.warning("no node of the cluster has %s, as a run takes: one is waited for", asked)
                 waited = True
-            while len(running) < min(room, slots or room) and (spec := queue.take()) is not None:
+            most = room + 1  # one that waits tells a cluster that can grow to do so
+            while len(running) < min(most, slots or most) and (spec := queue.take()) is not None:
                 if (held := _claimed(queue, spec)) is not None:
                     running[do.remote(spec.config, spec.stage, os.getcwd(), hang_seconds, _versions())] = spec, held
             if not running:
@@ -87,13 +89,13 @@ def execute(
             for ended in ray.wait(list(running), timeout=_POLL_SECONDS)[0]:
                 spec, held = running.pop(ended)
                 with held:
-                    _receive(ray, ended, spec, queue)
+                    _receive(ray, ended, spec, held, queue)
     finally:
         for left, (spec, held) in running.items():
             with held, suppress(Exception):
                 ray.cancel(left, force=True)
-                row = Row.of(spec.config, spec.stage, "interrupted", error="interrupted before it ended")
-                write_row(queue.folder(spec), row)
+                lost = row_of_a_lost_run(spec, "interrupted", "interrupted before it ended")
+                write_row(queue.folder(spec), lost)
         ray.shutdown()
     return queue.rows()
 
@@ -126,22 +128,21 @@ def _room(nodes: Sequence[Mapping[str, Any]], needs: Mapping[str, float]) -> int
 
 
 def _claimed(queue: RunQueue, spec: RunSpec) -> ExitStack | None:
-    """The claim on a run's folder; None where another process has it, or has completed the run meanwhile."""
+    """The claim on a run's folder; None where another process has it, or has done the run meanwhile."""
     held = ExitStack()
     try:
         held.enter_context(claim(queue.folder(spec)))
     except BusyError:
         queue.postpone(spec)
         return None
-    if (row := find_completed(queue.folder(spec))) is not None:
+    if queue.settled(spec):
         held.close()
-        queue.settle(spec, row)
         return None
     return held
 
 
-def _receive(ray: Any, ended: Any, spec: RunSpec, queue: RunQueue) -> None:
-    """Writes the files of a run to its folder, the row last; or hears how it was lost."""
+def _receive(ray: Any, ended: Any, spec: RunSpec, held: ExitStack, queue: RunQueue) -> None:
+    """Writes the files of a run to its folder, the row last; or hears how it was lost, and gives up the claim."""
     folder = queue.folder(spec)
     try:
         files: Files = ray.get(ended)
@@ -151,9 +152,11 @@ def _receive(ray: Any, ended: Any, spec: RunSpec, queue: RunQueue) -> None:
             f"a node of the cluster cannot do runs ({said[-1]}): every node needs nola-vision and what the config names"
         ) from error
     except (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError):
+        held.close()
         queue.lose(spec, "its node was lost", NODE_TRIES)
         return
     except ray.exceptions.RayError as error:
+        held.close()
         queue.lose(spec, f"its process on the cluster died, or ended no batch for long ({type(error).__name__})")
         return
     for name in sorted(files, key=lambda name: name == ROW_FILE):
@@ -190,6 +193,11 @@ def _work(
             raise NolaVisionError(
                 f"the node {socket.gethostname()} has {name} {own} and the driver {versions[name]}: give them the same"
             )
+    faulthandler.dump_traceback_later(FIRST_BATCH * hang_seconds, exit=True)
+    import ray
+
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves it alone where a task was given none
     from nola_vision import memo
     from nola_vision.run import run
 
@@ -204,11 +212,11 @@ def _work(
             last = time.monotonic()
             faulthandler.dump_traceback_later(hang_seconds, exit=True)
 
-    faulthandler.dump_traceback_later(FIRST_BATCH * hang_seconds, exit=True)
     try:
         with TemporaryDirectory(prefix="nola-vision-") as out:
             run(config, out, stage, keep_going=True, beat=beat)
             folder = identity.run_folder(out, config, stage)
-            return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK_FILE}
+            files = [path for path in folder.iterdir() if path.is_file() and path.name != LOCK_FILE]
+            return {path.name: path.read_bytes() for path in files}
     finally:
         faulthandler.cancel_dump_traceback_later()

@@ -32,8 +32,16 @@ def serve(connection: Connection, gpu: str | None) -> None:
     from nola_vision import memo, run
 
     memo.keep()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    connection.send(READY)
+
+    def interrupt_once(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes from the terminal and from the engine
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt_once)
+    try:
+        connection.send(READY)
+    except OSError:
+        return
     last = 0.0
 
     def beat() -> None:

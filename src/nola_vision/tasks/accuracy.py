@@ -31,6 +31,9 @@ def log_accuracy(
     task.log(f"{stage}_accuracy", metric, on_epoch=True, batch_size=len(labels), prog_bar=True)
 
 
-def confusion(metrics: nn.ModuleDict) -> Tensor | None:
-    """Tested images `[true, predicted]` so far, of all processes; None where the classes are too many to keep it."""
+def count_confusions(metrics: nn.ModuleDict) -> Tensor | None:
+    """Tested images `[true, predicted]` of all processes, at a test's end, while these can still talk to each other.
+
+    None where the classes are too many to keep it.
+    """
     return cast(Metric, metrics["confusion"]).compute().cpu() if "confusion" in metrics else None

@@ -20,7 +20,7 @@ from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import PEFT, FullFinetune, Method
 from nola_vision.model import adapt, backbone_tensors
-from nola_vision.tasks.accuracy import accuracies, log_accuracy
+from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
 
 
 class Classifier(L.LightningModule):
@@ -58,6 +58,7 @@ class Classifier(L.LightningModule):
         self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
         self.accuracy = accuracies(len(class_names))
+        self.confusions: Tensor | None = None
         # a metric weights each process by its images, where `sync_dist` would average the processes
         self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
@@ -105,6 +106,9 @@ class Classifier(L.LightningModule):
         metric(F.cross_entropy(logits, labels), weight=len(labels))
         self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
         log_accuracy(self, self.accuracy, stage, logits, labels)
+
+    def on_test_epoch_end(self) -> None:
+        self.confusions = count_confusions(self.accuracy)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nola_vision.backbones import BackboneSpec, create_backbone, to_int8
-from nola_vision.tasks.accuracy import accuracies, log_accuracy
+from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
 
 
 class NearestNeighborClassifier(L.LightningModule):
@@ -30,6 +30,7 @@ class NearestNeighborClassifier(L.LightningModule):
         if backbone.int8:
             to_int8(self.backbone)
         self.accuracy = accuracies(len(class_names))
+        self.confusions: Tensor | None = None
         self._reference: tuple[Tensor, Tensor] | None = None
         self.beat: Callable[[], None] = lambda: None  # called after each batch of training images
 
@@ -60,6 +61,9 @@ class NearestNeighborClassifier(L.LightningModule):
         features, known = self._reference
         nearest = (self(images) @ features.t()).argmax(dim=1)
         log_accuracy(self, self.accuracy, stage, known[nearest], labels)
+
+    def on_test_epoch_end(self) -> None:
+        self.confusions = count_confusions(self.accuracy)
 
     def configure_optimizers(self) -> Any:
         return None
