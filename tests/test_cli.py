@@ -155,6 +155,12 @@ def test_a_dry_run_says_what_there_is_to_do(capsys: pytest.CaptureFixture[str]) 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["1nn", "0", "2", "0", "-"] in lines and ["nola-rank4-num_basis8", "4", "4", "0", "-"] in lines
     assert not Path("runs").exists()
+    assert main([*sweep, "--vary=data.shots=1,2", "--vary=trainer.max_epochs=3,4", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("nola-shots2-max_epochs") == 2 and "1nn-shots1-max_epochs4" in printed
+    assert main([*sweep, "--vary=data.split_seed=1,2"]) == 2 and main([*sweep, "--vary=data.shot=1,2"]) == 2
+    errors = capsys.readouterr().err
+    assert "--data.split_seed is the sweep's own to set" in errors and "shot" in errors.splitlines()[-1]
     fast = ["--methods=1nn", "--splits=0-2", "--config=quickstart.yaml", *QUICK]
     assert main(["sweep", *fast, "--shard=2/2"]) == 0
     assert [row.split for row in store.read_rows("runs")[0]] == [1]

@@ -17,7 +17,9 @@ from nola_vision.sweep.plan import (
     parse_methods,
     parse_range,
     part,
+    rename,
     search_specs,
+    suffix,
     vary,
 )
 
@@ -193,6 +195,12 @@ def test_methods() -> None:
     for text in ("", "nola,", "nola,lorra"):
         with pytest.raises(NolaVisionError, match="has no method"):
             parse_methods(text, CONFIG)
+
+
+def test_entries_under_another_name() -> None:
+    config, names = rename(CONFIG, ["nola"], suffix("data.shots", 10))
+    assert names == ["nola-shots10"] and config["methods"]["nola-shots10"] == CONFIG["methods"]["nola"]
+    assert suffix("targets", ["qkv", "mlp"]) == "-targetsqkv+mlp"
 
 
 def test_vary_and_shards() -> None:

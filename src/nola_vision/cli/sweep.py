@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import itertools
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,7 +37,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--inits", default="0-2", help="such as 0-2 (default: 0-2)")
     options.add_argument("--methods", default="all", help="entries of the config's `methods`, or all (default)")
     options.add_argument("--slots", type=whole_number, help="runs at a time, one a GPU (default: the GPUs, or 1)")
-    options.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="each method's setting KEY")
+    vary = "a method's setting (rank), or the config's (data.shots)"
+    options.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help=vary)
     options.add_argument("--engine", choices=["local", "ray"], default="local", help="where runs are done")
     options.add_argument("--address", default="auto", help="of the Ray cluster (default: the one of this machine)")
     options.add_argument("--gpus-per-run", type=float, metavar="G", help="on Ray, a fraction too (default: 1 or none)")
@@ -55,22 +59,43 @@ def main(arguments: Sequence[str], verb: str) -> int:
     raw = load_configs(known.config)
     methods = plan.parse_methods(known.methods, raw)
 
+    varied = [_varied(text) for text in known.vary]
+    of_config = [[(key, value) for value in values] for key, values in varied if "." in key]
     taken = ("--method", "--model.method", "--model.run_seed", "--data.split_seed")
-    for option in (word.partition("=")[0] for word in rest):
+    for option in [word.partition("=")[0] for word in rest] + [f"--{key}" for key, _ in varied if "." in key]:
         if option in taken or option.startswith("--model.method."):
             raise NolaVisionError(
                 f"{option} is the sweep's own to set: use the config's `methods`, --methods, --inits or --splits"
             )
 
-    # Lightning takes seconds to import; a mistake above should not wait for it
+    for key, values in varied:
+        if "." not in key:
+            raw, methods = plan.vary(raw, methods, key, values, _takes)
+    # the sweep has a progress bar of its own, and starts a run anew rather than resume it
+    own = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    status = 0
+    for settings in itertools.product(*of_config):
+        named, names = plan.rename(raw, methods, "".join(plan.suffix(*setting) for setting in settings))
+        changed = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings]
+        status = max(status, _sweep(known, named, names, [*own, *rest, *changed], splits, inits, shard))
+    return status
+
+
+def _sweep(
+    known: argparse.Namespace,
+    raw: identity.Config,
+    methods: Sequence[str],
+    settings: Sequence[str],
+    splits: Sequence[int],
+    inits: Sequence[int],
+    shard: tuple[int, int],
+) -> int:
+    """One sweep: the plan, the runs, the table; returns the exit status."""
+    # Lightning takes seconds to import; a mistake before this should not wait for it
     from nola_vision.config import has_validation_images, parse
     from nola_vision.data.manifest import read_manifest
 
-    # the sweep has a progress bar of its own, and starts a run anew rather than resume it
-    own = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
-    for key, values in map(_varied, known.vary):
-        raw, methods = plan.vary(raw, methods, key, values, _takes)
-    config = plan.complete(raw, methods, lambda entry: parse(entry, [*own, *rest]))
+    config = plan.complete(raw, methods, lambda entry: parse(entry, list(settings)))
     if (path := config["data"]["manifest"]) is not None:
         held = read_manifest(path).split_seed
         if known.splits is not None and splits != [held]:

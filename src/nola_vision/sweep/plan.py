@@ -197,8 +197,7 @@ def vary(
             names.append(name)
             continue
         for value in values:
-            shown = "+".join(map(str, value)) if isinstance(value, list) else value
-            if (varied := f"{name}-{key}{shown}") in entries:
+            if (varied := name + suffix(key, value)) in entries:
                 raise NolaVisionError(
                     f"the config has a method {varied!r} already: give each value once, and vary once"
                 )
@@ -209,6 +208,19 @@ def vary(
     if names == list(methods):
         raise NolaVisionError(f"none of {', '.join(methods)} has a setting {key!r}: vary one of a method's settings")
     return {**config, "methods": entries}, names
+
+
+def suffix(key: str, value: Any) -> str:
+    """What a varied setting adds to an entry's name: `-rank4`, `-shots10` of data.shots."""
+    shown = "+".join(map(str, value)) if isinstance(value, list) else value
+    return f"-{key.rpartition('.')[2]}{shown}"
+
+
+def rename(config: Mapping[str, Any], methods: Sequence[str], suffix: str) -> tuple[identity.Config, list[str]]:
+    """A config in which some entries stand under another name too, and those names."""
+    names = [name + suffix for name in methods]
+    entries = {name + suffix: identity.entry(config, name) for name in methods}
+    return {**config, "methods": {**identity.need(config, "methods"), **entries}}, names
 
 
 def without_search(config: Mapping[str, Any]) -> identity.Config:
