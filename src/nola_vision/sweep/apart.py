@@ -7,10 +7,12 @@ all processes of a run must meet the same run there.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +21,7 @@ from nola_vision.results.row import Row
 from nola_vision.results.store import ROW_FILE, BusyError, read_row
 from nola_vision.sweep.plan import RunSpec
 from nola_vision.sweep.queue import Note, RunQueue
+from nola_vision.sweep.worker import heed_one_interrupt
 
 _BUSY, _NO_ROW = 75, 2  # exit statuses
 _END_SECONDS = 60.0  # for a run that is interrupted to leave its row
@@ -47,8 +50,11 @@ def execute(specs: Sequence[RunSpec], out: Path, note: Note) -> list[Row]:
             process = subprocess.Popen([sys.executable, "-m", __spec__.name, str(config), str(out), spec.stage])
             try:
                 status = process.wait()
-            except KeyboardInterrupt:  # the terminal has told the run too
-                process.wait(_END_SECONDS)
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_SECONDS)
+                process.kill()
                 raise
             if status == 0:
                 queue.settle(spec, read_row(queue.folder(spec) / ROW_FILE))
@@ -64,6 +70,7 @@ def execute(specs: Sequence[RunSpec], out: Path, note: Note) -> list[Row]:
 def main() -> int:
     from nola_vision.run import run
 
+    heed_one_interrupt()
     config, out, stage = sys.argv[1:]
     try:
         run(json.loads(Path(config).read_text(encoding="utf-8")), out, stage, keep_going=True)  # type: ignore[arg-type]

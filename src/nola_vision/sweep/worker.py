@@ -16,6 +16,16 @@ Answer = Row | str | NolaVisionError
 _BEAT_SECONDS = 1.0
 
 
+def heed_one_interrupt() -> None:
+    """From now on the first SIGINT interrupts this process, and no other: the terminal and the engine send one each."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
 def serve(connection: Connection, gpu: str | None) -> None:
     """Does each run that comes as (run config, folder, stage) and answers with its row, until the connection ends.
 
@@ -32,12 +42,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
     from nola_vision import memo, run
 
     memo.keep()
-
-    def interrupt_once(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes from the terminal and from the engine
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt_once)
+    heed_one_interrupt()
     try:
         connection.send(READY)
     except OSError:
