@@ -64,7 +64,7 @@ def write_row(folder: str | Path, row: Row) -> Path:
         write_whole(path, row.to_json().encode())
     except OSError as error:
         raise NolaVisionError(
-            f"the row cannot be written to {folder} ({error.strerror}): make room there, or give a folder one can write to"
+            f"the row cannot be written to {folder} ({error.strerror}): make room, or give a folder one can write to"
         ) from error
     return path
 
