@@ -28,7 +28,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
         raise NolaVisionError("parquet is no text to print: give --out FILE")
     rows, problems = store.read_rows(*known.folders)
     if not rows:
-        raise NolaVisionError(f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them")
+        none = f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them"
+        raise NolaVisionError("; ".join([none, *(problem for _, problem in problems[:5])]))
     if known.plots is not None:
         from nola_vision.results.plots import write_plots  # matplotlib is an extra
 

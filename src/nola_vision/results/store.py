@@ -140,6 +140,6 @@ def find_row(folder: str | Path) -> Row | None:
     try:
         return read_row(Path(folder) / ROW_FILE)
     except NolaVisionError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
             return None
         raise
