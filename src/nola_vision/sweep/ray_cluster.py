@@ -54,7 +54,8 @@ def execute(
         note: as in `RunQueue`.
         address: of the cluster, as `ray.init` takes it; `auto` finds the one of this machine.
         slots: runs at a time; as many as there is room for unless said otherwise.
-        gpus: that a run takes, from 0 to 1; one where the cluster has any, unless said otherwise.
+        gpus: that a run takes, from 0 to 1; one where the cluster has any and the runs' accelerator is not the CPU,
+            unless said otherwise.
         hang_seconds: as in `local.execute`.
         work: what is done on a node; returns the files of a run's folder.
 
@@ -67,7 +68,8 @@ def execute(
     queue = RunQueue(specs, out, note)
     running: dict[Any, tuple[RunSpec, ExitStack]] = {}
     try:
-        own_gpus = gpus if gpus is not None else min(1.0, ray.cluster_resources().get("GPU", 0))
+        on_cpu = all((spec.config.get("trainer") or {}).get("accelerator") == "cpu" for spec in specs)
+        own_gpus = gpus if gpus is not None else 0.0 if on_cpu else min(1.0, ray.cluster_resources().get("GPU", 0))
         needs = {"CPU": max([spec.config.get("threads") or 1 for spec in specs], default=1), "GPU": own_gpus}
         # a process that has had a GPU holds its memory until it ends; options() would not take max_calls
         once = {"max_calls": 1} if own_gpus else {}
