@@ -127,8 +127,9 @@ def sweep(out: Path, *own: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config", "quickstart.yaml", "--splits=0-1"]
     command += ["--inits=0", "--methods=1nn,linear", f"--out={out}", *OPTIONS, "--config=rates.yaml", *own]
     return subprocess.Popen(
-        command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -158,7 +159,11 @@ def test_ctrl_c_leaves_a_row_and_no_process(engine: list[str], out: Path) -> Non
     while not begun(out) and going.poll() is None:
         time.sleep(0.05)
     os.killpg(going.pid, signal.SIGINT)
-    printed, _ = going.communicate(timeout=60)
+    try:
+        printed, _ = going.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(going.pid, signal.SIGKILL)
+        raise
     assert going.returncode == 130 and "Traceback" not in printed, printed
     rows = store.read_rows(out)[0]
     assert 1 <= len(rows) <= 2 and {row.status for row in rows} == {"interrupted"}
