@@ -189,6 +189,11 @@ def test_bad_ranges(text: str) -> None:
         parse_range(text)
 
 
+def test_a_range_that_is_a_slip_takes_no_memory() -> None:
+    with pytest.raises(NolaVisionError, match="more than 10,000 numbers"):
+        parse_range("0-99999999999")
+
+
 def test_methods() -> None:
     assert parse_methods("all", CONFIG) == ["nn1", "linear", "full", "lora", "nola"]
     assert parse_methods("nola, lora,nola", CONFIG) == ["nola", "lora"]

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         raise NolaVisionError("--address and --gpus-per-run are for --engine ray: give that too")
     if not known.config:
         raise NolaVisionError("a sweep needs a config: give --config quickstart.yaml, for one")
-    splits, inits = plan.parse_range(known.splits or "0-3"), plan.parse_range(known.inits)
+    splits, inits = plan.parse_range("0-3" if known.splits is None else known.splits), plan.parse_range(known.inits)
     shard = plan.parse_shard(known.shard)
     raw = load_configs(known.config)
     methods = plan.parse_methods(known.methods, raw)

@@ -211,7 +211,7 @@ def _comparison(rows: Sequence[Row], summaries: Sequence[Summary]) -> Sheet:
         parts = [_NOT_MEASURED if part is None else _points(part) for part in (item.split_std, item.init_std)]
         lines.append(tuple(Cell(text) for text in (item.label, *parts, *told, *([printed] if published else []))))
     return Sheet(
-        title="where the spread comes from, and paired differences",
+        title=f"{summaries[0].cell}: where the spread comes from, and paired differences",
         columns=("method", "std by split", "std by init", f"less {best.label} [95 %]", "splits")
         + (("paper, % (std)",) if published else ()),
         lines=tuple(lines),

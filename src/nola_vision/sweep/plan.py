@@ -14,6 +14,8 @@ from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import count_once
 
+_MOST_NUMBERS = 10_000  # in a range: more are a slip of the hand
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -241,6 +243,8 @@ def parse_range(text: str) -> list[int]:
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
             raise NolaVisionError(f"{text!r} is no range of numbers: write it like 0-3, 0,2,5 or 7")
+        if last - first >= _MOST_NUMBERS:
+            raise NolaVisionError(f"{text!r} is more than {_MOST_NUMBERS:,} numbers: give a shorter range")
         numbers |= dict.fromkeys(range(first, last + 1))
     return list(numbers)
 
