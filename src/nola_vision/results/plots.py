@@ -45,9 +45,10 @@ def accuracy_over(rows: Iterable[Row], cell: str, size: Size) -> Figure:
         else:
             across = axes.get_yaxis_transform()  # from the left to the right, whatever the costs
             axes.plot([0, 1], [item.mean] * 2, "--", transform=across, label=f"{item.label} ({item.completed}), {free}")
-    if any(getattr(item, size) for item in summaries):
-        axes.set_xscale("log")
+    axes.set_xscale("log")
     axes.margins(x=0.15)
+    if not any(getattr(item, size) for item in summaries):
+        axes.set_xlim(1, 10)  # lines alone ask for no range
     axes.set_xlabel(_AXES[size])
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_title(f"{cell}: mean and std over runs", fontsize=9)
