@@ -126,9 +126,9 @@ def _sweep(
 
         def note(spec: plan.RunSpec, row: Row | None) -> None:
             if row is None:
-                running.add((spec.method, spec.run_hash))
+                running.add(spec.key)
             else:
-                running.discard((spec.method, spec.run_hash))
+                running.discard(spec.key)
                 ended.append(row)
                 bar.console.print(_line(spec, row), highlight=False, markup=False)
             bar.update(task, completed=len(ended), description=_state(ended, len(running)))

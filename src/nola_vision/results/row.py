@@ -90,6 +90,11 @@ class Row:
     warnings: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def precedence(self) -> tuple[bool, str]:
+        """Of several rows of one run, the one where this is largest counts: the newest completed one."""
+        return self.status == "completed", self.started
+
     @classmethod
     def of(cls, run_config: identity.Config, stage: identity.Stage, status: Status, **measured: Any) -> Row:
         """Make the row of a run from its config, which gives every column that says which run it is.

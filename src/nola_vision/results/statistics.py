@@ -128,7 +128,7 @@ def _by_place(rows: Iterable[Row]) -> dict[int, dict[int | None, float]]:
 def count_once(rows: Iterable[Row]) -> list[Row]:
     """Keep one row of each run, the newest completed one: the same run in two folders counts once."""
     kept: dict[tuple[str, str, str], Row] = {}
-    for row in sorted(rows, key=lambda row: (row.status == "completed", row.started)):
+    for row in sorted(rows, key=lambda row: row.precedence):
         kept[row.cell, row.method, row.run_hash] = row
     return list(kept.values())
 

@@ -119,14 +119,13 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
 
 def find_run_folders(folders: Sequence[str | Path]) -> dict[str, Path]:
     """The folders of runs beneath some folders, by run hash; of a run in several, that of the row that counts."""
-    found: dict[str, tuple[bool, str, Path]] = {}
+    found: dict[str, tuple[tuple[bool, str], Path]] = {}
     for path in (path for folder in folders for path in sorted(Path(folder).rglob(ROW_FILE))):
         with suppress(NolaVisionError):  # `read_rows` names it
             row = read_row(path)
-            other = found.get(row.run_hash)
-            if other is None or (row.status == "completed", row.started) >= other[:2]:
-                found[row.run_hash] = row.status == "completed", row.started, path.parent
-    return {run_hash: folder for run_hash, (_, _, folder) in found.items()}
+            if row.run_hash not in found or row.precedence >= found[row.run_hash][0]:
+                found[row.run_hash] = row.precedence, path.parent
+    return {run_hash: folder for run_hash, (_, folder) in found.items()}
 
 
 def find_completed(folder: str | Path) -> Row | None:

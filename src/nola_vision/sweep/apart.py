@@ -20,12 +20,11 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.results.row import Row
 from nola_vision.results.store import ROW_FILE, BusyError, read_row
 from nola_vision.sweep.plan import RunSpec
-from nola_vision.sweep.queue import Note, RunQueue
+from nola_vision.sweep.queue import POLL_SECONDS, Note, RunQueue
 from nola_vision.sweep.worker import heed_one_interrupt
 
 _BUSY, _NO_ROW = 75, 2  # exit statuses
 _END_SECONDS = 60.0  # for a run that is interrupted to leave its row
-_POLL_SECONDS = 0.5
 
 
 def execute(specs: Sequence[RunSpec], out: Path, note: Note) -> list[Row]:
@@ -44,7 +43,7 @@ def execute(specs: Sequence[RunSpec], out: Path, note: Note) -> list[Row]:
         config = Path(scratch) / "run.json"
         while not queue.ended:
             if (spec := queue.take()) is None:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
                 continue
             config.write_text(json.dumps(spec.config), encoding="utf-8")
             process = subprocess.Popen([sys.executable, "-m", __spec__.name, str(config), str(out), spec.stage])

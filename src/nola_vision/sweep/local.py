@@ -16,10 +16,9 @@ from pathlib import Path
 from nola_vision.errors import NolaVisionError
 from nola_vision.results.row import Row
 from nola_vision.sweep.plan import RunSpec
-from nola_vision.sweep.queue import FIRST_BATCH, HANG_SECONDS, Note, RunQueue
+from nola_vision.sweep.queue import FIRST_BATCH, HANG_SECONDS, POLL_SECONDS, Note, RunQueue
 from nola_vision.sweep.worker import ALIVE, READY, Answer, serve
 
-_POLL_SECONDS = 0.5
 _END_SECONDS = 20.0  # for a worker to leave the row of a run that is interrupted
 
 
@@ -39,9 +38,7 @@ class _Slot:
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process has no use of a GPU
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=self.work, args=(theirs, self.gpu)
-        )  # not as a daemon: it may have loaders
+        self.process = context.Process(target=self.work, args=(theirs, self.gpu))  # no daemon: it may have loaders
         heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C in its imports would print a traceback
         try:
             self.process.start()
@@ -119,7 +116,7 @@ def execute(
                 if slot.spec is None and (spec := queue.take()) is not None:
                     slot.give(spec, out)
             busy = {slot.connection: slot for slot in places if slot.spec and slot.connection}
-            answered = wait(list(busy), 0 if queue.ended else _POLL_SECONDS)
+            answered = wait(list(busy), 0 if queue.ended else POLL_SECONDS)
             for connection, slot in busy.items():
                 if connection in answered:
                     _hear(slot, queue)

@@ -29,6 +29,11 @@ class RunSpec:
     config: identity.Config
     run_hash: str
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Which run it is: equal settings under two names are two runs."""
+        return self.method, self.run_hash
+
 
 def final_specs(
     config: Mapping[str, Any],

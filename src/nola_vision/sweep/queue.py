@@ -17,10 +17,10 @@ from nola_vision.sweep.plan import RunSpec
 TRIES = 2
 HANG_SECONDS = 1800.0
 FIRST_BATCH = 4  # times that, before the first batch
+POLL_SECONDS = 0.5  # of an engine's loop
 _ELSEWHERE_SECONDS = 2.0  # between two looks at a run that another process is at
 
 Note = Callable[[RunSpec, Row | None], None]
-Key = tuple[str, str]  # method's name and run hash: equal settings under two names are two runs
 
 _log = logging.getLogger(__name__)
 
@@ -41,18 +41,18 @@ class RunQueue:
         self._began = time.time()
         self._waiting = deque(specs)
         self._later: list[tuple[float, RunSpec]] = []  # when to look again
-        self._tries: Counter[tuple[Key, int]] = Counter()
-        self._rows: dict[Key, Row] = {}
-        self._told: set[Key] = set()
+        self._tries: Counter[tuple[tuple[str, str], int]] = Counter()
+        self._rows: dict[tuple[str, str], Row] = {}
+        self._told: set[tuple[str, str]] = set()
 
     @property
     def ended(self) -> bool:
         """Whether every run has its row."""
-        return len(self._rows) == len({_key(spec) for spec in self._specs})
+        return len(self._rows) == len({spec.key for spec in self._specs})
 
     def rows(self) -> list[Row]:
         """One row a spec, in their order."""
-        return [self._rows[_key(spec)] for spec in self._specs]
+        return [self._rows[spec.key] for spec in self._specs]
 
     def folder(self, spec: RunSpec) -> Path:
         """Of a run."""
@@ -72,20 +72,20 @@ class RunQueue:
 
     def settle(self, spec: RunSpec, ended: Row) -> None:
         """A run has ended, and its row is in its folder."""
-        self._rows[_key(spec)] = ended
+        self._rows[spec.key] = ended
         self._note(spec, ended)
 
     def postpone(self, spec: RunSpec) -> None:
         """Another process is at a run: it is looked at again later."""
-        if _key(spec) not in self._told:
-            self._told.add(_key(spec))
+        if spec.key not in self._told:
+            self._told.add(spec.key)
             _log.warning("another process is at the run in %s: its row is waited for", self.folder(spec))
         self._later.append((time.monotonic() + _ELSEWHERE_SECONDS, spec))
 
     def lose(self, spec: RunSpec, why: str, tries: int = TRIES) -> None:
         """What was doing a run is gone. It is tried again, and fails after so many tries of this kind."""
-        self._tries[_key(spec), tries] += 1
-        if self._tries[_key(spec), tries] < tries:
+        self._tries[spec.key, tries] += 1
+        if self._tries[spec.key, tries] < tries:
             self._waiting.appendleft(spec)
             return
         try:
@@ -114,7 +114,3 @@ def row_of_a_lost_run(spec: RunSpec, status: row.Status, error: str) -> Row:
     """The row of a run whose process cannot write it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Row.of(spec.config, spec.stage, status, error=error, started=now, versions=row.environment())
-
-
-def _key(spec: RunSpec) -> Key:
-    return spec.method, spec.run_hash

@@ -21,10 +21,9 @@ from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, ROW_FILE, BusyError, claim, read_row, write_row
 from nola_vision.sweep.plan import RunSpec
-from nola_vision.sweep.queue import FIRST_BATCH, HANG_SECONDS, Note, RunQueue, row_of_a_lost_run
+from nola_vision.sweep.queue import FIRST_BATCH, HANG_SECONDS, POLL_SECONDS, Note, RunQueue, row_of_a_lost_run
 
 NODE_TRIES = 5  # a node's loss is no fault of the runs that were on it
-_POLL_SECONDS = 0.5
 _REACH_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
@@ -86,9 +85,9 @@ def execute(
                 if (held := _claimed(queue, spec)) is not None:
                     running[do.remote(spec.config, spec.stage, os.getcwd(), hang_seconds, _versions())] = spec, held
             if not running:
-                time.sleep(0 if queue.ended else _POLL_SECONDS)
+                time.sleep(0 if queue.ended else POLL_SECONDS)
                 continue
-            for ended in ray.wait(list(running), timeout=_POLL_SECONDS)[0]:
+            for ended in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
                 spec, held = running.pop(ended)
                 with held:
                     _receive(ray, ended, spec, held, queue)
