@@ -6,6 +6,7 @@ within a round. Turn the machine's other work off first.
     step     one training step of a ViT-B/16 (random weights) at 224 pixels, as a multiple of the frozen backbone's own
              forward and backward (a free leaf added before block 0)
     basis    entries of a basis made a second, as a multiple of torch.rand's float32
+    route    one forward pass of a ViT-B/16 at 224 pixels, batch 8, of two adapters of n = 2, 100 and 1,000
     scratch  one training step of ResNet-20 on CIFAR shapes: NOLA's and PRANC's, with Table 8's counts
     input    images a second of the input side on one core, 500-pixel JPEG files at 224 pixels with the `released`
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
@@ -38,6 +39,7 @@ from torchvision.transforms import v2
 
 from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, adapt
 from nola_vision.adapters.basis import Basis, basis_key, basis_words
+from nola_vision.adapters.stack import AdapterStack
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.methods import Method, make_stack
 from nola_vision.results.store import read_rows
@@ -160,6 +162,25 @@ def print_peak(name: str) -> None:
         contender.step()
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     print(int(found[1]) / 1024 if found else "nan")
+
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+
+def route(rounds: int) -> None:
+    images, index = torch.randn(8, 3, 224, 224), torch.arange(8) % 2
+    contenders: dict[str, Step] = {}
+    for count in (2, 100, 1000):
+        backbone = vit()
+        stack = make_stack(backbone, STEP_METHODS["NOLA-MLP shared cached"], 10, num_adapters=count)
+        stack.attach(backbone)
+
+        def forward(stack: AdapterStack = stack, last: int = count - 2) -> None:
+            with torch.inference_mode(), stack.route(index + last):
+                stack(images)
+
+        contenders[f"n = {count}"] = forward
+    table(interleave(contenders, rounds), "n = 2")
 
 
 # --- making a basis --------------------------------------------------------------------------------------------------
@@ -336,7 +357,7 @@ def sweep(slots: int, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "basis", "scratch", "input", "sweep", "peak"])
+    parser.add_argument("what", choices=["step", "route", "basis", "scratch", "input", "sweep", "peak"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rank", type=int, default=4, help="NOLA's rank in scratch")
     parser.add_argument("--slots", type=int, default=2, help="of the sweep")
@@ -345,6 +366,8 @@ def main() -> None:
     known = parser.parse_args()
     if known.what == "step":
         step(known.rounds)
+    elif known.what == "route":
+        route(known.rounds)
     elif known.what == "basis":
         basis(known.rounds)
     elif known.what == "scratch":

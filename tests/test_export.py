@@ -51,10 +51,10 @@ def test_a_cut_file_is_the_prefix(method: NOLA | PRANC, tmp_path: Path) -> None:
             first = whole[..., : kept[name].shape[-1]]
             assert torch.equal(kept[name], first) if method.bits > 8 else torch.allclose(kept[name], first, atol=0.06)
         name = next(name for name in kept if name.endswith(("coefficients_a", "coefficients")))
-        model.stack.prefix = kept[name].shape[-1] / model.trained_tensors()[name].shape[-1]
+        share = kept[name].shape[-1] / model.trained_tensors()[name].shape[-1]
         if method.bits > 8 and getattr(method, "num_basis_b", None) is None:
-            assert torch.allclose(cut(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
-        model.stack.prefix = 1.0
+            with model.stack.using(prefix=share):
+                assert torch.allclose(cut(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
 
 
 def test_fewer_bits_without_training(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -77,9 +78,11 @@ class AdaptedModel(nn.Module):
         # of the weights as they were loaded: a run may cast them, round them to int8, or train them; a fully
         # fine-tuned model has none, since its file holds every weight and so fits any of the shape
         self.fingerprint = fingerprint
+        self._stored_bits: dict[str, int] = {}  # by parameter name, see `compute_with_stored_bits`
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.stack.logits(self.backbone(images))
+        with self.stack.using(bits=self._stored_bits) if self._stored_bits else nullcontext():
+            return self.stack.logits(self.backbone(images))
 
     def train(self, mode: bool = True) -> Self:
         """As usual, but a batch norm whose weights are frozen keeps its running statistics."""
@@ -89,12 +92,12 @@ class AdaptedModel(nn.Module):
                 norm.training = False
         return self
 
-    def trained_tensors(self) -> dict[str, Tensor]:
-        """What training changed, by its name in the adapter file."""
+    def trained_tensors(self, adapter: int = 0) -> dict[str, Tensor]:
+        """What training changed, by its name in the adapter file, of one adapter."""
         backbone = {
             f"backbone.{name}": tensor for name, tensor in backbone_tensors(self.backbone, self.card.method).items()
         }
-        return stack_tensors(self.stack) | backbone
+        return stack_tensors(self.stack, adapter) | backbone
 
     @property
     def bits(self) -> dict[str, int]:
@@ -105,7 +108,7 @@ class AdaptedModel(nn.Module):
         """Makes the forward pass see the numbers as a file would hold them; gradients go straight through."""
         named = {"head.weight": "head_weight"}
         bits = {named.get(name, name.replace("adapter.", "groups.", 1)): width for name, width in self.bits.items()}
-        self.stack.bits = {name: width for name, width in bits.items() if width != 32} if on else {}
+        self._stored_bits = {name: width for name, width in bits.items() if width != 32} if on else {}
 
     @torch.no_grad()
     def round_to_stored_bits(self) -> None:
@@ -130,25 +133,34 @@ class AdaptedModel(nn.Module):
         """What the adapter file says besides its tensors."""
         return file_metadata(self.card, self.stack, self.fingerprint)
 
-    def save(self, path: str | Path) -> int:
+    def save(self, path: str | Path, adapter: int | None = None) -> int:
         """Writes the adapter file and returns its size in bytes.
 
+        Args:
+            path: the file.
+            adapter: which adapter, where the stack holds several.
+
         Raises:
-            NolaVisionError: the path cannot be written, the adapter is merged into the backbone, or it holds a number
-                that is not finite.
+            NolaVisionError: the path cannot be written, the adapter is merged into the backbone or not named, or a
+                value is not finite.
         """
+        count = self.stack.num_adapters
+        if count > 1 and adapter is None:
+            raise NolaVisionError(f"the model holds {count} adapters and a file contains one: choose it by `adapter=`")
+        if not 0 <= (adapter := adapter or 0) < count:
+            raise NolaVisionError(f"there is no adapter {adapter} to save: the model holds {count}, from 0 on")
         if self.stack.merged:
             raise NolaVisionError("a merged adapter cannot be saved: unmerge() it first")
         if broken := self.not_finite():
             raise NolaVisionError(f"{broken} is not finite: try a smaller learning rate or scale")
-        return write_adapter(path, self.metadata(), self.trained_tensors(), self.bits)
+        return write_adapter(path, self.metadata(), self.trained_tensors(adapter), self.bits)
 
 
-def stack_tensors(stack: AdapterStack) -> dict[str, Tensor]:
-    """The stack's trained tensors by their names in the adapter file, without n in front."""
-    tensors = {f"adapter.{name}": parameter[0] for name, parameter in stack.groups.named_parameters()}
+def stack_tensors(stack: AdapterStack, adapter: int = 0) -> dict[str, Tensor]:
+    """The trained tensors of one adapter of a stack by their names in the adapter file."""
+    tensors = {f"adapter.{name}": parameter[adapter] for name, parameter in stack.groups.named_parameters()}
     if stack.head_target is None:
-        tensors |= {"head.weight": stack.head_weight[0], "head.bias": stack.head_bias[0]}
+        tensors |= {"head.weight": stack.head_weight[adapter], "head.bias": stack.head_bias[adapter]}
     return tensors
 
 

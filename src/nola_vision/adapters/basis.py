@@ -18,7 +18,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -203,6 +203,12 @@ class Basis:
         self.device = device
         self._kept = None if self._kept is None else self._kept.to(device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # a pickled basis is made again from its keys
+
+    def __deepcopy__(self, memo: object) -> Basis:
+        return replace(self)  # the bytes never change, so copies share them
+
     def cached(self) -> Tensor:
         """All bytes, `[keys, k, size]`, made at the first use."""
         if self._kept is None:
@@ -286,9 +292,10 @@ def combine(coefficients: Tensor, basis: Basis) -> Tensor:
         basis: for all layers alike, or one a layer.
 
     Returns:
-        `[..., layers, size]` in the dtype of the coefficients.
+        `[..., layers, size]` in the dtype of the coefficients; in float32 for those of 16 bits, whose sums overflow.
     """
-    combined: Tensor = _Combine.apply(coefficients, basis)
+    exact = coefficients.float() if coefficients.element_size() < 4 else coefficients
+    combined: Tensor = _Combine.apply(exact, basis)
     return combined
 
 

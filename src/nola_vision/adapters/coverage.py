@@ -37,6 +37,5 @@ def coverage(
     else:
         group = PrancGroup([target], samples, parameters, 1.0, basis_seed, draws, from_scratch=True)
     trained = {name: p.detach().double() for name, p in group.named_parameters()}
-    (change,) = group.changes(trained)
-    sampled = dense(target, change).flatten(1)
+    sampled = dense(target, group.changes(trained, [target])[target.name]).flatten(1)
     return int(torch.linalg.matrix_rank(sampled - sampled.mean(0))) / side**2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,6 @@ class HashedGroup(nn.Module):
         self._bucket, self._sign = self._bucket.to(self.buckets.device), self._sign.to(self.buckets.device)
         return self
 
-    def changes(self, trained: Mapping[str, Tensor]) -> list[Change]:
+    def changes(self, trained: Mapping[str, Tensor], wanted: Container[Target]) -> dict[str, Change]:
         (target,) = self.targets
-        return [Dense(target.layout(trained["buckets"][:, self._bucket] * self._sign))]
+        return {target.name: Dense(target.layout(trained["buckets"][:, self._bucket] * self._sign))}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from nola_vision.adapters.target import Change, LowRank, Target
+from nola_vision.adapters.target import Change, Target, low_rank_changes
 
 
 class LoraGroup(nn.Module):
@@ -48,6 +48,5 @@ class LoraGroup(nn.Module):
             drawn = torch.rand(shape_a, generator=generator)
             self.a, self.b = nn.Parameter((2 * drawn - 1) / math.sqrt(m)), nn.Parameter(torch.zeros(shape_b))
 
-    def changes(self, trained: Mapping[str, Tensor]) -> list[Change]:
-        pairs = zip(trained["a"].unbind(1), trained["b"].unbind(1), strict=True)
-        return [LowRank(a, b, self.scale) for a, b in pairs]
+    def changes(self, trained: Mapping[str, Tensor], wanted: Container[Target]) -> dict[str, Change]:
+        return low_rank_changes(self.targets, trained["a"], trained["b"], self.scale, wanted)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nola_vision.adapters.basis import Basis, Storage, basis_bytes, basis_key, combine, decode
-from nola_vision.adapters.target import Change, LowRank, Target
+from nola_vision.adapters.target import Change, Target, low_rank_changes
 
 Scope = Literal["shared", "per_layer"]
 Start = Literal["a0", "released", "random"]
@@ -100,6 +100,5 @@ class NolaGroup(nn.Module):
         a = a.view(*a.shape[:-1], self.rank, self.inputs).transpose(-1, -2) / math.sqrt(self.inputs)
         return a, b.view(*b.shape[:-1], self.rank, self.outputs) / math.sqrt(self.outputs)
 
-    def changes(self, trained: Mapping[str, Tensor]) -> list[Change]:
-        a, b = self.factors(trained)
-        return [LowRank(*pair, self.scale) for pair in zip(a.unbind(1), b.unbind(1), strict=True)]
+    def changes(self, trained: Mapping[str, Tensor], wanted: Container[Target]) -> dict[str, Change]:
+        return low_rank_changes(self.targets, *self.factors(trained), self.scale, wanted)

@@ -9,17 +9,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm)  # next to a linear layer
 
-class Origin(NamedTuple):
-    """How a layer's input was made: `module(input)`, with nothing random and nothing trained in it.
 
-    The backward pass makes it again instead of holding it: an activation or a layer norm holds its own input anyway.
-    `version` is the made tensor's: one that was written to since is not what the module makes.
+class Producer(NamedTuple):
+    """The op that produced a layer's input, so that the backward pass can recompute it: `module(input)`.
+
+    Nothing in it is random or trained. An activation or a layer norm keeps its own input anyway. Invalid if the
+    produced tensor was modified in place since: `version` is the one it was produced with.
     """
 
     module: nn.Module
     input: Tensor
     version: int
+
+
+def can_recompute(module: nn.Module) -> bool:
+    """Whether a layer's output is a cheap function of its input alone: torch's or timm's own layer, not in place."""
+    known = isinstance(module, _CHEAP) and type(module).__module__.partition(".")[0] in ("torch", "timm")
+    return known and not getattr(module, "inplace", False)
+
+
+def record_producer(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """A forward hook that notes on a layer's output how to recompute it."""
+    if torch.compiler.is_compiling():  # a compiler decides itself what to recompute
+        return
+    alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks  # other hooks may change the output
+    if alone and len(args) == 1 and output.requires_grad:
+        output._nola_vision_producer = Producer(module, args[0], output._version)  # type: ignore[attr-defined]
+
+
+def producer(x: Tensor) -> Producer | None:
+    """What produced a layer's input, if the backward pass can recompute it."""
+    found: Producer | None = None if torch.compiler.is_compiling() else getattr(x, "_nola_vision_producer", None)
+    return found if found is not None and found.version == x._version else None
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -34,7 +57,7 @@ class _MergedLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: float,
-        origin: Origin | None,
+        made_by: Producer | None,
     ) -> Tensor:
         xa = None
         if len(_rows(x)) < len(a):
@@ -43,8 +66,8 @@ class _MergedLinear(torch.autograd.Function):
             _rows(y).addmm_(_rows(xa), b, alpha=scale)
         else:
             y = F.linear(x, torch.addmm(weight, b.t(), a.t(), alpha=scale), bias)
-        ctx.save_for_backward(x if origin is None else origin.input, weight, a, b, xa)
-        ctx.scale, ctx.remake = scale, None if origin is None else origin.module
+        ctx.save_for_backward(x if made_by is None else made_by.input, weight, a, b, xa)
+        ctx.scale, ctx.recompute = scale, None if made_by is None else made_by.module
         # F.linear may give a view of its product, and autograd refuses to write to a Function's view (an in-place ReLU)
         out: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         return out
@@ -60,7 +83,7 @@ class _MergedLinear(torch.autograd.Function):
                 dx = (_rows(dy) @ weight).addmm_(_rows(g), a.t()).view(*dy.shape[:-1], len(a))
             else:
                 dx = dy @ torch.addmm(weight, b.t(), a.t(), alpha=ctx.scale)
-        x = x if ctx.remake is None else type(ctx.remake).forward(ctx.remake, x)
+        x = x if ctx.recompute is None else type(ctx.recompute).forward(ctx.recompute, x)
         da = _summed_product(g, x).t()
         db = _summed_product(_thin(x, a) if xa is None else xa, dy).mul_(ctx.scale)
         dbias = _rows(dy).sum(0) if ctx.needs_input_grad[2] else None
@@ -99,7 +122,7 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def merged_linear(
-    x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: float, origin: Origin | None = None
+    x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: float, made_by: Producer | None = None
 ) -> Tensor:
     """The merged path: the layer with `W + scale (A B)'`, backward through the factors only.
 
@@ -111,28 +134,40 @@ def merged_linear(
         x: the layer's input.
         layer: a frozen linear layer.
         a, b, scale: its change.
-        origin: what x was made by, if the backward pass shall make it again instead of holding it.
+        made_by: what produced x, if the backward pass is to recompute it instead of keeping it.
     """
-    out: Tensor = _MergedLinear.apply(x, layer.weight, layer.bias, a, b, scale, origin)
+    out: Tensor = _MergedLinear.apply(x, layer.weight, layer.bias, a, b, scale, made_by)
     return out
 
 
 def additive_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The additive path: `x W' + bias + scale (x A) B`.
+    """The additive path: `x W' + bias + (x scale A) B`.
 
     With A `[batch, m, r]` and B `[batch, r, o]` every sample of x, whose first dimension is then the batch or a
     multiple of it in batch-major order, goes through its own factors.
     """
     y = F.linear(x, layer.weight, layer.bias)
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    # scaled before the products: unscaled ones may be too large for float16
+    a, b = (scale * a).to(x.dtype), b.to(x.dtype)
     if a.dim() == 2:
-        return y + scale * ((x @ a) @ b)
+        return y + (x @ a) @ b
     routed = x.reshape(a.shape[0], -1, x.shape[-1])
-    return y + scale * ((routed @ a) @ b).view_as(y)
+    return y + ((routed @ a) @ b).view_as(y)
+
+
+def computes_plainly(layer: nn.Module) -> bool:
+    """Whether a layer computes as torch's own class does; others standardise the weight, or pad as TensorFlow does."""
+    return type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
 
 
 def dense_change(x: Tensor, layer: nn.Linear | nn.Conv2d, change: Tensor) -> Tensor:
-    """The layer with its weight plus a change of the weight's shape; beside it, where the sum would be rounded."""
+    """The layer with its weight plus a change of the weight's shape.
+
+    Where 16 bits would round the sum, a layer that is linear in its weight computes the change's part next to its own,
+    and any other computes in the change's precision.
+    """
+    if not computes_plainly(layer):
+        return _own_forward(x, layer, change)
     if merges_exactly(x, layer.weight):
         return _with_weight(x, layer, layer.weight + change.to(layer.weight.dtype), layer.bias)
     return _with_weight(x, layer, layer.weight, layer.bias) + _with_weight(x, layer, change.to(x.dtype), None)
@@ -143,3 +178,16 @@ def _with_weight(x: Tensor, layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: 
         return F.linear(x, weight, bias)
     out: Tensor = layer._conv_forward(x, weight, bias)
     return out
+
+
+def _own_forward(x: Tensor, layer: nn.Linear | nn.Conv2d, change: Tensor) -> Tensor:
+    """The forward of the layer's class, on a stand-in that shares all with the layer but the weight."""
+    weight = layer.weight + change
+    parameters = {name: None if p is None else p.to(weight.dtype) for name, p in layer._parameters.items()}
+    stand_in = type(layer).__new__(type(layer))
+    stand_in.__dict__.update(layer.__dict__)
+    del stand_in.__dict__["forward"]
+    stand_in.__dict__["_parameters"] = {**parameters, "weight": weight}
+    if torch.is_autocast_enabled(x.device.type):
+        return stand_in.forward(x)
+    return stand_in.forward(x.to(weight.dtype)).to(x.dtype)

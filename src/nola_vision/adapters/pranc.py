@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,9 @@ class PrancGroup(nn.Module):
             basis.to(self.coefficients.device)
         return self
 
-    def changes(self, trained: Mapping[str, Tensor]) -> list[Change]:
-        coefficients = trained["coefficients"]
-        return [
-            Dense(target.layout(scale * combine(coefficients, basis)))
+    def changes(self, trained: Mapping[str, Tensor], wanted: Container[Target]) -> dict[str, Change]:
+        return {
+            target.name: Dense(target.layout(scale * combine(trained["coefficients"], basis)))
             for target, scale, basis in zip(self.targets, self.scales, self.bases, strict=True)
-        ]
+            if target in wanted
+        }

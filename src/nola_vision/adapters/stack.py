@@ -1,24 +1,27 @@
-"""The adapter stack: everything that is trained, in one object beside an untouched backbone."""
+"""The adapter stack: everything that is trained, in one object next to an untouched backbone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from nola_vision.adapters import context
+from nola_vision.adapters.context import Pass, Route, Settings
 from nola_vision.adapters.paths import (
-    Origin,
     additive_linear,
+    can_recompute,
+    computes_plainly,
     dense_change,
     is_quantised,
     merged_linear,
     merges_exactly,
+    producer,
+    record_producer,
 )
 from nola_vision.adapters.quantise import rounded_straight_through
 from nola_vision.adapters.target import HEAD, Change, Dense, Group, LowRank, Target, dense
@@ -35,40 +38,23 @@ def prefix_length(count: int, share: float) -> int:
     return max(1, round(share * count))
 
 
-_CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm)  # beside a linear layer
-
-
-def _can_make_again(module: nn.Module) -> bool:
-    """Whether a layer's output is a cheap function of its input alone: torch's or timm's own layer, not in place."""
-    known = isinstance(module, _CHEAP) and type(module).__module__.partition(".")[0] in ("torch", "timm")
-    return known and not getattr(module, "inplace", False)
-
-
 def _first(change: Change) -> Change:
     """The change of the only adapter."""
     return LowRank(change.a[0], change.b[0], change.scale) if isinstance(change, LowRank) else Dense(change.value[0])
 
 
-@dataclass
-class _Pass:
-    """What one forward pass computes with, also where activation checkpointing repeats its layers in the backward pass.
-
-    Args:
-        changes: by target name; the head's until it is used.
-        index: `[batch]`, the adapter of each sample.
-        head_state: what the head's change was made of; another state makes it stale.
-    """
-
-    changes: dict[str, Change]
-    index: Tensor | None
-    head_state: tuple[object, ...] = ()
+_NOT_ROUTED = "this stack holds several adapters: choose one for each sample by `with stack.route(index):`"
 
 
 class AdapterStack(nn.Module):
-    """n adapters for one backbone: the trainable numbers of each group of targets, and the heads.
+    """n adapters for one backbone: the trainable parameters of each group of targets, and the heads.
 
     The stack holds no part of the backbone. `attach` makes the backbone's target layers compute with the changed weight
     until `detach`; the backbone's parameters, names and state dict stay as timm made them.
+
+    Several threads may compute with one attached stack at a time, each with its own `route` and `using`, as long as
+    none of them attaches, merges or steps an optimizer. Parameters are float32 (or float64) whatever the precision of
+    the backbone: a cast of the stack to 16 bits leaves them as they are.
 
     The head is a plain trained matrix and bias, or, where a group has the target `HEAD`, a fixed matrix
     `[classes, features + 1]` (the bias is its last column) with that group's change.
@@ -108,15 +94,8 @@ class AdapterStack(nn.Module):
             )
             self.head_bias = nn.Parameter((2 * torch.rand(num_adapters, num_classes, generator=generator) - 1) * bound)
 
-        self.index: Tensor | None = None  # [batch]: the adapter of each sample, set by `route`
-        self.bits: dict[str, int] = {}  # by parameter name: train and evaluate with what a file of so many bits holds
-        self.prefix: float = 1.0  # the share of the coefficients that is used, the first ones
         self._backbone: list[nn.Module] = []  # in a list, so that it is no submodule
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._pass: _Pass | None = None  # the one that runs, ran last, or whose backward pass runs
-        self._in_forward = False
-        self._probing: dict[str, Change] | None = None  # what a pass computes with instead of the adapters
-        self._origins = WeakTensorKeyDictionary()  # of the outputs of cheap layers, as long as they live
         self._originals: dict[str, nn.Parameter] = {}  # weights as they were before `merge`
         self._merged_adapter: int | None = None
 
@@ -130,7 +109,12 @@ class AdapterStack(nn.Module):
         return self._group(group).targets
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        def precise(tensor: Tensor) -> Tensor:
+            """16 bits would round most steps of an optimizer away, and overflow in sums."""
+            moved = cast(Tensor, fn(tensor))
+            return moved if moved.dtype not in (torch.float16, torch.bfloat16) else tensor.to(moved.device)
+
+        super()._apply(precise, recurse)  # type: ignore[no-untyped-call]
         if self._head_base is not None:
             self._head_base = self._head_base.to(next(self.parameters()))
         return self
@@ -145,45 +129,50 @@ class AdapterStack(nn.Module):
             return [self.head_weight, self.head_bias]
         return list(self.groups[HEAD].parameters()) if HEAD in self.groups else []
 
-    def _seen(self, name: str, parameter: Tensor) -> Tensor:
-        """A trained tensor as the model computes with it: rounded to a file's bits, cut to a prefix."""
-        if bits := self.bits.get(name):
-            parameter = rounded_straight_through(parameter, bits)
-        if self.prefix < 1 and is_nested(name):
-            parameter = parameter[..., : prefix_length(parameter.shape[-1], self.prefix)]
-        return parameter
+    def _values(self, name: str, parameter: Tensor, settings: Settings, adapters: Tensor | None) -> Tensor:
+        """A parameter as a pass computes with it: of some adapters, rounded to a file's bits, cut to a prefix."""
+        value = parameter if adapters is None else parameter[adapters]
+        if bits := settings.bits.get(name):
+            value = rounded_straight_through(value, bits)
+        if settings.prefix < 1 and is_nested(name):
+            value = value[..., : prefix_length(value.shape[-1], settings.prefix)]
+        return value
+
+    def _serving(self, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
+        """The adapters that passes of these settings compute with (None for the only one), and as `Pass.place`."""
+        if self._merged_adapter is not None:
+            return torch.tensor([self._merged_adapter], device=next(self.parameters()).device), None
+        if self.num_adapters == 1:
+            return None, None
+        if (route := settings.route) is None:
+            raise NolaVisionError(_NOT_ROUTED)
+        return route.adapters, route.place if len(route.adapters) > 1 else None
 
     def logits(self, features: Tensor) -> Tensor:
         """Features `[batch, features]` to logits `[batch, classes]`, each sample by its own adapter's head."""
-        weight, bias = self.head()
-        if self.index is None:
-            if self.num_adapters > 1 and self._merged_adapter is None:
-                raise NolaVisionError("this stack holds several adapters: say which by `with stack.route(index):`")
-            adapter = self._merged_adapter or 0
-            return F.linear(features, weight[adapter], bias[adapter])
-        return torch.baddbmm(
-            bias[self.index].unsqueeze(1), features.unsqueeze(1), weight[self.index].transpose(1, 2)
-        ).squeeze(1)
+        settings = context.settings(self)
+        adapters, place = self._serving(settings)
+        weight, bias = self._heads(settings, adapters)
+        features = features.to(weight.dtype)
+        if place is None:
+            return F.linear(features, weight[0], bias[0])
+        _check_batch(place, features)
+        return torch.baddbmm(bias[place].unsqueeze(1), features.unsqueeze(1), weight[place].transpose(1, 2)).squeeze(1)
 
     def head(self) -> tuple[Tensor, Tensor]:
         """The heads' weights `[n, classes, features]` and biases `[n, classes]`."""
+        every = None if self.num_adapters == 1 else torch.arange(self.num_adapters)
+        return self._heads(context.settings(self), every)
+
+    def _heads(self, settings: Settings, adapters: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.head_target is None:
-            return self._seen("head_weight", self.head_weight), self.head_bias
-        # each change serves one backward pass
-        made = self._pass.changes if self._pass is not None and self._pass.head_state == self._head_state() else {}
-        change = made.pop(HEAD) if HEAD in made else self._make([self.group_of[HEAD]])[HEAD]
+            bias = self.head_bias if adapters is None else self.head_bias[adapters]
+            return self._values("head_weight", self.head_weight, settings, adapters), bias
+        change = self._changes([self.head_target], settings, adapters)[HEAD]
         assert self._head_base is not None
         whole = self._head_base + dense(self.head_target, change)
-        if self.num_adapters == 1:
-            whole = whole.unsqueeze(0)
+        whole = whole.view(-1, *whole.shape[-2:])
         return whole[..., :-1], whole[..., -1]
-
-    def _head_state(self) -> tuple[object, ...]:
-        """What an adapted head's change depends on."""
-        if self.head_target is None:
-            return ()
-        versions = (parameter._version for parameter in self.groups[self.group_of[HEAD]].parameters())
-        return torch.is_grad_enabled(), self.prefix, *self.bits.items(), *versions
 
     def forward(self, images: Tensor) -> Tensor:
         """Images through the attached backbone and the head: logits `[batch, classes]`."""
@@ -191,33 +180,24 @@ class AdapterStack(nn.Module):
 
     @torch.no_grad()
     def changes(self, adapter: int = 0) -> dict[str, Tensor]:
-        """The change of every target by `Target.name`, in at least float32 and in the weight's layout."""
-        made = self._make(exactly=True)
-        return {t.name: self._one(dense(t, made[t.name]), adapter) for t in self.targets}
-
-    def _one(self, value: Tensor, adapter: int) -> Tensor:
-        return value if self.num_adapters == 1 else value[adapter]
+        """The change of every target by `Target.name`, in the weight's layout."""
+        adapters = None if self.num_adapters == 1 else torch.tensor([adapter])
+        made = self._changes(self.targets, context.settings(self), adapters)
+        return {target.name: dense(target, made[target.name]) for target in self.targets}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _make(self, groups: Sequence[str] | None = None, exactly: bool = False) -> dict[str, Change]:
-        """The changes of every target by name; without n in front where there is one adapter.
-
-        Args:
-            groups: only these.
-            exactly: in float32 where the trained numbers have 16 bits.
-        """
+    def _changes(self, targets: Sequence[Target], settings: Settings, adapters: Tensor | None) -> dict[str, Change]:
+        """The changes of some targets by name, the adapters `[d, ...]` in front; without d where there is one."""
         made: dict[str, Change] = {}
-        for name in self.groups if groups is None else groups:
-            module = self.groups[name]
-            trained = {n: self._seen(f"groups.{name}.{n}", p) for n, p in module.named_parameters()}
-            if exactly:
-                trained = {n: p if p.dtype == torch.float64 else p.float() for n, p in trained.items()}
+        for name in dict.fromkeys(self.group_of[target.name] for target in targets):
+            trained = {
+                own: self._values(f"groups.{name}.{own}", parameter, settings, adapters)
+                for own, parameter in self.groups[name].named_parameters()
+            }
             # 16-bit autocast would round the factors' own product
             with torch.autocast(next(iter(trained.values())).device.type, enabled=False):
-                changes = self._group(name).changes(trained)
-            for target, change in zip(self._group(name).targets, changes, strict=True):
-                made[target.name] = _first(change) if self.num_adapters == 1 else change
-        return made
+                made |= self._group(name).changes(trained, targets)
+        return made if adapters is not None and len(adapters) > 1 else {n: _first(c) for n, c in made.items()}
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -241,10 +221,10 @@ class AdapterStack(nn.Module):
         for name, found in parts.items():
             layer = backbone.get_submodule(name)
             plain = nn.Linear if found[0].kind == "linear" else nn.Conv2d
-            if not isinstance(layer, plain) or type(layer).forward is not plain.forward:
+            if not isinstance(layer, plain):
                 raise NolaVisionError(
-                    f"target {name} is a {type(layer).__name__}, which computes in its own way, so it cannot be "
-                    "adapted: leave it out of `targets`"
+                    f"target {name} is a {type(layer).__name__} where a {plain.__name__} is expected: make the stack "
+                    "for this backbone"
                 )
             if "forward" in layer.__dict__:
                 raise NolaVisionError(f"{name} has an adapter attached already: detach that stack first")
@@ -255,15 +235,10 @@ class AdapterStack(nn.Module):
             layer = backbone.get_submodule(name)
             # an instance attribute shadows the class's forward and leaves the state dict alone
             layer.__dict__["forward"] = _AdaptedForward(self, cast(Any, layer), found)
-        self._hooks = [
-            backbone.register_forward_pre_hook(self._enter),
-            backbone.register_forward_hook(self._leave, always_call=True),
-            *(
-                m.register_forward_hook(self._remember)
-                for m in backbone.modules()
-                if self.targets and _can_make_again(m)
-            ),
-        ]
+        if self.targets:
+            backbone.__dict__["forward"] = _PassForward(self, backbone)
+            modules = (module for module in backbone.modules() if can_recompute(module))
+            self._hooks = [module.register_forward_hook(record_producer) for module in modules]
         if probe is not None and self.targets:
             try:
                 self._probe(backbone, probe)
@@ -278,11 +253,13 @@ class AdapterStack(nn.Module):
         backbone = self._attached()
         for layer in backbone.modules():
             forward = layer.__dict__.get("forward")
-            if isinstance(forward, _AdaptedForward) and forward.stack is self:
+            if isinstance(forward, _AdaptedForward | _PassForward) and forward.stack is self:
                 del layer.__dict__["forward"]
+                if isinstance(forward, _PassForward) and forward.shadowed:
+                    layer.__dict__["forward"] = forward.inner
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._pass = [], None
+        self._hooks = []
         self._backbone.clear()
 
     def _attached(self) -> nn.Module:
@@ -290,51 +267,12 @@ class AdapterStack(nn.Module):
             raise NolaVisionError("this adapter stack is not attached to a backbone: call attach(backbone) first")
         return self._backbone[0]
 
-    def _enter(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        if self.index is not None and (size := len(cast(Tensor, args[0]))) != len(self.index):
-            raise NolaVisionError(f"the index names adapters for {len(self.index)} samples, but the batch has {size}")
-        self._pass = None if self.merged else _Pass(self._probing or self._make(), self.index, self._head_state())
-        self._in_forward = True
-
-    def _leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        # the pass stays: activation checkpointing runs layers again in the backward pass, which begins at the features
-        self._in_forward = False
-        if isinstance(output, Tensor) and output.requires_grad and not torch.compiler.is_compiling():
-            of_this = self._pass
-
-            def begin(gradient: Tensor) -> None:
-                self._pass = of_this
-
-            output.register_hook(begin)
-
-    def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if torch.compiler.is_compiling():  # a compiler decides itself what to make again
-            return
-        alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks  # others may change what is made
-        if alone and len(args) == 1 and output.requires_grad:
-            self._origins[output] = Origin(module, args[0], output._version)
-
-    def origin(self, x: Tensor) -> Origin | None:
-        """What made a layer's input, if the backward pass can make it again."""
-        found = None if torch.compiler.is_compiling() else cast(Origin | None, self._origins.get(x))
-        return found if found is not None and found.version == x._version else None
-
-    def change(self, target: Target) -> Change:
-        """The change that one target computes with now."""
-        if self._pass is not None and (self._in_forward or _in_backward()):
-            return self._pass.changes[target.name]
-        # a part of the backbone was called by itself, `forward_features` for one: the last pass's changes are stale
-        self._pass = None
-        made: dict[str, Change] = self._make([self.group_of[target.name]])
-        return made[target.name]
-
-    def adapter_of_each(self) -> Tensor:
-        """The adapter of each sample of the batch that is computed now, `[batch]`."""
-        repeated = self._pass is not None and _in_backward()
-        index = self._pass.index if repeated and self._pass is not None else self.index
-        if index is None:
-            raise NolaVisionError("this stack holds several adapters: say which by `with stack.route(index):`")
-        return index
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def make_pass(self, targets: Sequence[Target]) -> Pass:
+        """A new pass over some targets, of the adapters that this thread routes to."""
+        settings = context.settings(self)
+        adapters, place = self._serving(settings)
+        return Pass(self._changes(targets, settings, adapters), place)
 
     def _probe(self, backbone: nn.Module, probe: Tensor) -> None:
         """One pass with random A and B = 0: the features' gradient reaches each B whose change would move them."""
@@ -347,15 +285,13 @@ class AdapterStack(nn.Module):
             made[target.name] = LowRank(a, leaves[-1], 1.0)
         modes = {module: module.training for module in backbone.modules()}
         backbone.eval()
-        self._probing = made
         try:
-            with torch.enable_grad():
-                features = backbone(probe)
+            with torch.enable_grad(), context.running(self, Pass(made, None)):
+                features = cast(_PassForward, backbone.forward).inner(probe)
                 direction = torch.randn(features.shape, generator=generator).to(features)
                 reached = (features * direction).sum() + sum(0 * leaf.sum() for leaf in leaves)
                 gradients = torch.autograd.grad(reached, leaves)
         finally:
-            self._probing, self._pass = None, None
             for module, mode in modes.items():
                 module.training = mode
         idle = [t.name for t, g in zip(self.targets, gradients, strict=True) if not g.any()]
@@ -370,10 +306,16 @@ class AdapterStack(nn.Module):
 
     @contextmanager
     def route(self, index: Tensor) -> Iterator[None]:
-        """Sends each sample of a batch to one adapter.
+        """Sends each sample of a batch to one adapter, in this thread; an inner `route` replaces an outer one.
+
+        The changes are computed for the distinct adapters of the index alone, so a pass costs the same whatever n is.
 
         Args:
-            index: `[batch]` integers from 0 to n - 1.
+            index: `[batch]` integers from 0 to n - 1, on any device.
+
+        Raises:
+            NolaVisionError: the stack holds one adapter, an adapter is merged, a batch norm is in training mode, or the
+                index is not a vector of such integers.
         """
         if self.num_adapters == 1:
             raise NolaVisionError("this stack holds one adapter, so there is nothing to route: it needs more")
@@ -385,11 +327,44 @@ class AdapterStack(nn.Module):
                 "batch statistics would mix the samples of different adapters: put the backbone's batch norm in eval "
                 "mode"
             )
-        self.index = index
-        try:
+        self._check_index(index)
+        with torch.inference_mode(False):  # a later pass may need gradients
+            adapters, place = index.to(next(self.parameters()).device, torch.int64).unique(return_inverse=True)
+        with context.using(self, route=Route(adapters, place)):
             yield
-        finally:
-            self.index = None
+
+    def _check_index(self, index: object) -> None:
+        if not isinstance(index, Tensor):
+            raise NolaVisionError(f"the index is a {type(index).__name__}: give a tensor, one adapter for each sample")
+        whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
+        if not whole or index.dim() != 1 or index.device.type == "meta":
+            raise NolaVisionError(
+                f"the index is {index.dtype} {list(index.shape)} on {index.device}: give a vector of integers, one "
+                "adapter for each sample"
+            )
+        wrong = index[(index < 0) | (index >= self.num_adapters)]
+        if len(wrong):
+            raise NolaVisionError(
+                f"the index names adapter {int(wrong[0])}, but the stack holds {self.num_adapters}: use 0 to "
+                f"{self.num_adapters - 1}"
+            )
+
+    def using(
+        self, *, prefix: float | None = None, bits: Mapping[str, int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Makes this thread's passes compute with what a shorter file would contain; gradients go straight through.
+
+        Args:
+            prefix: the share of the coefficients that is used, the first ones, above 0 and at most 1.
+            bits: stored bits by parameter name.
+
+        Raises:
+            NolaVisionError: the share is out of range.
+        """
+        if prefix is not None and not 0 < prefix <= 1:
+            raise NolaVisionError(f"prefix is {prefix}: it is a share of the coefficients, above 0 and at most 1")
+        changes = {"prefix": prefix, "bits": bits}
+        return context.using(self, **{name: value for name, value in changes.items() if value is not None})
 
     @torch.no_grad()
     def merge(self, adapter: int = 0, dequantise: bool = False) -> None:
@@ -443,22 +418,37 @@ class AdapterStack(nn.Module):
         return self._merged_adapter is not None
 
 
-def _in_backward() -> bool:
-    """Whether autograd runs: a layer that computes then is repeated by activation checkpointing."""
-    return torch._C._current_graph_task_id() != -1
+def _check_batch(place: Tensor, batch: Tensor) -> None:
+    if len(batch) != len(place):
+        raise NolaVisionError(f"the index names adapters for {len(place)} samples, but the batch has {len(batch)}")
+
+
+class _PassForward:
+    """The forward of an attached backbone: makes the changes of a pass, then computes as the backbone does."""
+
+    def __init__(self, stack: AdapterStack, backbone: nn.Module) -> None:
+        self.stack, self.inner, self.shadowed = stack, backbone.forward, "forward" in backbone.__dict__
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        stack = self.stack
+        if stack.merged:
+            return self.inner(*args, **options)
+        current = stack.make_pass(stack.targets)
+        if current.place is not None and args:
+            _check_batch(current.place, args[0])
+        with context.running(stack, current):
+            features = self.inner(*args, **options)
+        if isinstance(features, Tensor) and features.requires_grad:
+            context.begin_backward_at(features, stack, current)
+        return features
 
 
 class _AdaptedForward:
-    """The forward pass of one attached layer."""
+    """The forward of one attached layer."""
 
     def __init__(self, stack: AdapterStack, layer: nn.Linear | nn.Conv2d, targets: Sequence[Target]) -> None:
         self.stack, self.layer, self.targets = stack, layer, tuple(targets)
-
-    def __deepcopy__(self, memo: object) -> _AdaptedForward:
-        raise NolaVisionError("a backbone with an adapter attached cannot be copied: detach() the adapter first")
-
-    def __reduce__(self) -> str:
-        raise NolaVisionError("a backbone with an adapter attached cannot be pickled: detach() the adapter first")
 
     def __call__(self, x: Tensor) -> Tensor:
         stack, layer = self.stack, self.layer
@@ -466,22 +456,26 @@ class _AdaptedForward:
             return cast(Tensor, cast(Any, type(layer)).forward(layer, x))
         if layer.weight.requires_grad:
             raise NolaVisionError(f"the weight of {self.targets[0].name} is trained itself: freeze the backbone")
-        changes = [stack.change(target) for target in self.targets]
-        if isinstance(layer, nn.Linear) and all(isinstance(change, LowRank) for change in changes):
-            a, b, scale = self._whole(cast(list[LowRank], changes), layer.out_features)
-            if a.dim() == 3:
-                index = self._index(x.shape[0])
-                return additive_linear(x, layer, a[index], b[index], scale)
+        # without a pass a part of the backbone is called by itself, such as `forward_features`
+        current = context.current_pass(stack) or stack.make_pass(self.targets)
+        changes, place = [current.changes[target.name] for target in self.targets], current.place
+        plain_linear = isinstance(layer, nn.Linear) and computes_plainly(layer)
+        if plain_linear and all(isinstance(change, LowRank) for change in changes):
+            a, b, scale = self._whole(cast(list[LowRank], changes), layer.weight.shape[0])
+            linear = cast(nn.Linear, layer)
+            if place is not None:
+                rows = _rows_of(place, len(x))
+                return additive_linear(x, linear, a[rows], b[rows], scale)
             if merges_exactly(x, layer.weight):
-                return merged_linear(x, layer, a, b, scale, stack.origin(x))
-            return additive_linear(x, layer, a, b, scale)
+                return merged_linear(x, linear, a, b, scale, producer(x))
+            return additive_linear(x, linear, a, b, scale)
         value = self._dense(changes, layer.weight.shape[0])
-        if value.dim() == layer.weight.dim():
+        if place is None:
             return dense_change(x, layer, value)
         # once for each distinct adapter of the batch
-        index = self._index(x.shape[0])
-        order = torch.cat([(index == i).nonzero().flatten() for i in index.unique()])
-        return torch.cat([dense_change(x[index == i], layer, value[i]) for i in index.unique()])[order.argsort()]
+        members = [(_rows_of(place, len(x)) == i).nonzero().flatten() for i in range(len(value))]
+        parts = [dense_change(x[rows], layer, value[i]) for i, rows in enumerate(members)]
+        return torch.cat(parts)[torch.cat(members).argsort()]
 
     def _dense(self, changes: Sequence[Change], out_features: int) -> Tensor:
         """The layer's parts as one change of its whole weight."""
@@ -501,13 +495,13 @@ class _AdaptedForward:
         padded = [F.pad(c.b, (first, out_features - last)) for c, (first, last) in zip(changes, rows, strict=True)]
         return LowRank(torch.cat([c.a for c in changes], dim=-1), torch.cat(padded, dim=-2), changes[0].scale)
 
-    def _index(self, size: int) -> Tensor:
-        """The adapter of each row of a module's input, which may see a multiple of the batch (Swin's windows)."""
-        index = self.stack.adapter_of_each()
-        repeats, rest = divmod(size, len(index))
-        if rest or not repeats:
-            raise NolaVisionError(
-                f"a layer sees {size} rows where the batch has {len(index)} samples, so samples cannot be told apart: "
-                "route one adapter at a time"
-            )
-        return index.repeat_interleave(repeats)
+
+def _rows_of(place: Tensor, rows: int) -> Tensor:
+    """The adapter of each row of a module's input, which may see a multiple of the batch (Swin's windows)."""
+    repeats, rest = divmod(rows, len(place))
+    if rest or not repeats:
+        raise NolaVisionError(
+            f"a layer sees {rows} rows where the batch has {len(place)} samples, so samples cannot be told apart: "
+            "route one adapter at a time"
+        )
+    return place.repeat_interleave(repeats)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -102,17 +102,25 @@ def dense(target: Target, change: Change) -> Tensor:
 
 
 class Group(Protocol):
-    """What a method says: how the trained numbers of some targets, an `nn.Module`'s parameters, become changes.
+    """What a method states: how the trainable parameters of some targets, those of an `nn.Module`, become changes.
 
-    Every parameter is `[n, ...]`; `trained` holds them by name, as they are or as they would be read back from a file
-    (quantised, cut to a prefix).
+    Every parameter is `[n, ...]`. `trained` maps their names to the values of some of the n adapters, as they are or as
+    they would be read back from a file (quantised, cut to a prefix).
     """
 
     targets: tuple[Target, ...]
 
-    def changes(self, trained: Mapping[str, Tensor]) -> list[Change]:
-        """One change a target, each tensor with n in front."""
+    def changes(self, trained: Mapping[str, Tensor], wanted: Container[Target]) -> dict[str, Change]:
+        """The change of each of the group's targets that is wanted, by its name; the adapters come first."""
         ...
+
+
+def low_rank_changes(
+    targets: Sequence[Target], a: Tensor, b: Tensor, scale: float, wanted: Container[Target]
+) -> dict[str, Change]:
+    """The changes of targets whose factors are stacked: A `[n, targets, m, r]`, B `[n, targets, r, o]`."""
+    pairs = zip(targets, a.unbind(1), b.unbind(1), strict=True)
+    return {target.name: LowRank(one, other, scale) for target, one, other in pairs if target in wanted}
 
 
 def near_square(size: int) -> tuple[int, int]:

@@ -74,10 +74,9 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        if getattr(self.method, "nested", False):
-            self.model.stack.prefix = _prefix(self.run_seed, self.global_step)
-        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        self.model.stack.prefix = 1.0
+        nested = getattr(self.method, "nested", False)
+        with self.model.stack.using(prefix=_prefix(self.run_seed, self.global_step) if nested else None):
+            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss

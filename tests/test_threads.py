@@ -1,0 +1,152 @@
+"""One model in several threads, and copies of it: what a pass computes with belongs to that pass."""
+
+import copy
+import io
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from nola_vision import NOLA, LoRA, adapt, load_adapter
+from nola_vision.errors import NolaVisionError
+from nola_vision.methods import HashedNet, Method, make_stack
+from test_stack import IMAGES, METHODS, attached, shake, vit
+
+PASSES, THREADS = 1000, 8
+
+
+def predicted(stack: nn.Module, images: Tensor, index: list[int]) -> list[Tensor]:
+    with torch.inference_mode(), stack.route(torch.tensor(index)):
+        return [stack(images)]
+
+
+def trained(stack: nn.Module, images: Tensor, index: list[int], prefix: float = 1.0) -> list[Tensor]:
+    """Logits and gradients. `torch.autograd.grad` leaves `.grad`, which the threads share, alone."""
+    with stack.using(prefix=prefix), stack.route(torch.tensor(index)):
+        logits = stack(images)
+    return [logits.detach(), *torch.autograd.grad(logits.square().sum(), list(stack.parameters()))]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "method",
+    [
+        NOLA(targets=["qkv", "mlp"], rank=2, num_basis=9),
+        NOLA(targets=["mlp", "head"], rank=2, num_basis=6),
+        HashedNet(targets=["mlp"], max_parameters=50),
+    ],
+    ids=["nola", "head", "hashed"],
+)
+def test_threads_that_route_predict_and_train_get_what_they_get_alone(method: Method, checkpointing: bool) -> None:
+    backbone = vit(embed_dim=24, num_heads=2)
+    stack = attached(backbone, method, num_adapters=5)
+    shake(stack)
+    backbone.set_grad_checkpointing(checkpointing)
+    generator = torch.Generator().manual_seed(0)
+    jobs: list[Callable[[], list[Tensor]]] = []
+    for kind in itertools.islice(itertools.cycle([predicted, trained, partial(trained, prefix=0.5)]), 24):
+        index = torch.randint(5, (3,), generator=generator).tolist()
+        jobs.append(partial(kind, stack, torch.randn(IMAGES.shape, generator=generator), index))
+    alone = [job() for job in jobs]
+    start = threading.Barrier(THREADS)
+
+    def work(thread: int) -> int:
+        start.wait()
+        wrong = 0
+        for place in range(thread, PASSES // 6, THREADS):  # of six cases
+            made = jobs[place % len(jobs)]()
+            wrong += not all(map(torch.equal, made, alone[place % len(jobs)]))
+        return wrong
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        assert sum(pool.map(work, range(THREADS))) == 0
+
+
+def test_one_backward_over_passes_of_two_threads_is_right_or_refused() -> None:
+    backbone = vit()
+    stack = attached(backbone, METHODS[0])
+    shake(stack)
+
+    def losses() -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(lambda: stack(2 * IMAGES)).result()
+        return stack(IMAGES).square().sum() + other.square().sum()
+
+    expected = torch.autograd.grad(stack(IMAGES).square().sum() + stack(2 * IMAGES).square().sum(), stack.parameters())
+    for one, other in zip(torch.autograd.grad(losses(), stack.parameters()), expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    backbone.set_grad_checkpointing(True)
+    with pytest.raises(NolaVisionError, match="covers forward passes of several threads"):
+        losses().backward()
+
+
+def perturbed(method: Method) -> nn.Module:
+    model = adapt("vit_glyph_patch4_32.glyphs", method, ["a", "b"]).eval()
+    shake(model.stack)
+    return model
+
+
+@pytest.mark.parametrize("attached_too", [True, False])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_computes_alike_and_apart(how: str, attached_too: bool) -> None:
+    model, images = perturbed(NOLA(targets=["qv", "mlp"], rank=2, num_basis=5)), torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    if not attached_too:
+        model.stack.detach()
+    if how == "deepcopy":
+        made = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        assert file.tell() < 10 * 2**20  # the backbone of 7.5 MB, and no basis
+        file.seek(0)
+        made = torch.load(file, weights_only=False)
+    if not attached_too:
+        made.stack.attach(made.backbone)
+        model.stack.attach(model.backbone)
+    assert torch.equal(made(images), expected)
+    shake(made.stack)
+    assert torch.equal(model(images), expected) and not torch.allclose(made(images), expected)
+    made(images).sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    made.stack.merge()
+    made.stack.detach()
+    assert torch.equal(model(images), expected)
+
+
+def test_a_file_of_one_adapter_of_several(tmp_path: Path) -> None:
+    """Never the first in silence."""
+    model = adapt("vit_glyph_patch4_32.glyphs", LoRA(targets=["qkv"], rank=2), ["a", "b"]).eval()
+    model.stack.detach()
+    model.stack = make_stack(model.backbone, model.card.method, 2, num_adapters=3)
+    model.stack.attach(model.backbone)
+    shake(model.stack)
+    with pytest.raises(NolaVisionError, match="the model holds 3 adapters and a file contains one: choose it by"):
+        model.save(tmp_path / "a.safetensors")
+    with pytest.raises(NolaVisionError, match="there is no adapter 3 to save"):
+        model.save(tmp_path / "a.safetensors", adapter=3)
+    model.save(tmp_path / "a.safetensors", adapter=1)
+    with model.stack.route(torch.tensor([1, 1, 1])):
+        expected = model(IMAGES)
+    assert torch.equal(load_adapter(tmp_path / "a.safetensors")(IMAGES), expected)
+
+
+def test_an_averaged_model_is_the_mean_of_its_models() -> None:
+    model, images = perturbed(LoRA(targets=["qkv"], rank=2)), torch.randn(2, 3, 32, 32)
+    averaged = AveragedModel(model)
+    first = [parameter.clone() for parameter in model.stack.parameters()]
+    averaged.update_parameters(model)
+    shake(model.stack)
+    averaged.update_parameters(model)
+    second = [parameter.clone() for parameter in model.stack.parameters()]
+    with torch.no_grad():
+        for parameter, one, other in zip(model.stack.parameters(), first, second, strict=True):
+            parameter.copy_((one + other) / 2)
+    assert torch.allclose(averaged(images), model(images), atol=1e-5)
