@@ -1,4 +1,4 @@
-"""Text that came from file names and other people's files, made safe to print, to store and to open in a spreadsheet."""
+"""Text from file names and from other people's files, made safe to print, to store and to open in a spreadsheet."""
 
 from __future__ import annotations
 
