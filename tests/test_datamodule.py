@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from nola_vision.backbones import BackboneSpec, InputConfig
 from nola_vision.config import has_validation_images
+from nola_vision.data import sources
 from nola_vision.data.augment import ColorJitter, GaussianBlur, PlanarFloat
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets import Digits
@@ -173,8 +174,8 @@ def test_memory_limit(limit: int, train: str, pool: str, tmp_path: Path) -> None
 def test_a_second_epoch_opens_no_file(limit: int, small_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = module(dataset="folder", root=str(small_tree), shots=3)
     data.memory_limit_mib = limit / 2**20  # type: ignore[assignment]
-    read, original = [], Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self) or original(self))
+    read, original = [], sources.read_file
+    monkeypatch.setattr(sources, "read_file", lambda path, most: read.append(path) or original(path, most))
     first = epoch_of(data, 0)
     assert {path.parent.name for path in read} == {"été", "an ant"}
     read.clear()

@@ -331,9 +331,7 @@ class ImageNet100(DatasetEntry):
             content.decode()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise NolaVisionError(
-                f"{path} is not UTF-8 text ({reason}): write one class (n01440764) per line"
-            ) from error
+            raise NolaVisionError(f"{path} cannot be read ({reason}): write one class (n01440764) per line") from error
         return content
 
     def other_files(self, root: str | None, split: Split) -> Counter[str]:

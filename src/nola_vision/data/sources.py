@@ -17,7 +17,7 @@ from nola_vision.text import name_text, printable
 
 # What Pillow decodes itself. Others are left out on purpose: EPS starts Ghostscript, HDF5 and GRIB only name a plug-in.
 FORMATS = (
-    "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
+    "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
 MOST_BYTES = 2**29  # of an image's file
 
@@ -130,15 +130,21 @@ class FileSource(ImageSource):
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The suffixes of files that are read as images, in lower case; those of `FORMATS` that this Pillow can decode."""
-    return frozenset(
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN
-    )
+    """The suffixes of files that are read as images, in lower case: those of `FORMATS` that this Pillow can decode."""
+    kinds = {*_formats(), "MPO"}  # which Pillow opens as a JPEG
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
 def decoded(content: bytes) -> Image.Image:
     """The image of an image file's content, upright."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
         image.load()
         return ImageOps.exif_transpose(image)
 
