@@ -20,7 +20,7 @@ import numpy as np
 from nola_vision.data.sources import MOST_BYTES, ArraySource, FileSource, ImageSource, image_suffixes
 from nola_vision.data.splits import Split, class_of, read_list
 from nola_vision.errors import NolaVisionError
-from nola_vision.local_files import read_file, remembered, sha256
+from nola_vision.local_files import file_digests, read_file
 from nola_vision.text import name_text
 
 MOST_LIST_BYTES = 2**26  # of a text file that lists images or classes
@@ -390,7 +390,7 @@ def open_split(entry: DatasetEntry, root: str | None, split: Split, download: bo
     """
     source = entry.open(root, split, download)
     if len(source.class_names) < 2:
-        raise NolaVisionError(f"there is only one class, {', '.join(source.class_names)}: give images of two or more")
+        raise NolaVisionError(f"there is one class only, {', '.join(source.class_names)}: give images of two or more")
     return source
 
 
@@ -472,7 +472,7 @@ def _other_suffixes(files: Iterable[Path]) -> Counter[str]:
 
 def content_list(base: Path, paths: list[Path]) -> bytes:
     """The name under `base` and the SHA-256 of each file, one per line; a file that cannot be read has none."""
-    digests = remembered("sha256", base, paths, lambda path: sha256(path, MOST_BYTES))
+    digests = file_digests(base, paths, MOST_BYTES)
     names = [name_text(path.relative_to(base).as_posix()) for path in paths]
     return "".join(f"{name}\0{found or ''}\n" for name, found in zip(names, digests, strict=True)).encode()
 

@@ -162,7 +162,7 @@ _LABELS = ("string", "large_string", "int", "uint", "bool")
 
 def _without_image(data: Any, column: str) -> list[int]:
     """The rows that have neither an image's content nor its path."""
-    import pyarrow.compute as compute
+    import pyarrow.compute as compute  # type: ignore[import-untyped]
 
     images = data.data.column(column)
     parts = [compute.is_null(compute.struct_field(images, name)) for name in ("bytes", "path")]

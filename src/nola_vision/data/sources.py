@@ -53,7 +53,11 @@ class ImageSource:
         try:
             return to_rgb(self._decode(index) if content is None else decoded(content))
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
-            reason = "not an image, or of an unsupported format" if isinstance(error, UnidentifiedImageError) else error
+            reason = str(error)
+            if isinstance(error, UnidentifiedImageError):
+                reason = "not an image, or of an unsupported format"
+            elif isinstance(error, OSError) and error.strerror:
+                reason = error.strerror
             raise NolaVisionError(
                 f"cannot decode the image {self.where(index)} ({reason}): fix, replace or remove it"
             ) from error
