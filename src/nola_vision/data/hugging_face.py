@@ -40,8 +40,10 @@ class HubSource(ImageSource):
 
     def encoded(self, index: int) -> bytes:
         stored = self._column[index]
+        content: bytes = stored["bytes"] or b""
         try:
-            content: bytes = stored["bytes"] or read_file(stored["path"], MOST_BYTES)
+            if not content and stored["path"]:
+                content = read_file(stored["path"], MOST_BYTES)
         except OSError as error:
             raise NolaVisionError(
                 f"cannot read the image {self.where(index)} ({error.strerror}): fix, replace or remove it"
@@ -82,7 +84,7 @@ class HuggingFace(DatasetEntry):
         numbered = isinstance(data.features[label], _library().ClassLabel)
         labels = data[label][:]  # a list; going through the column takes 400 times as long
         if None in labels or (numbered and -1 in labels):
-            raise self._refusal(f"its {split} split has images without a label")
+            raise self._refusal(f"its {split} split has images without a label", "remove these rows")
         if numbered or split == "train":
             values = self._values(data, label)
         else:
@@ -90,12 +92,15 @@ class HuggingFace(DatasetEntry):
         if not numbered:
             index = {value: label for label, value in enumerate(values)}
             if strange := sorted({str(value) for value in labels if value not in index}):
-                raise self._refusal(f"its training split has no label {strange[0]}, its test split has")
+                cause = f"its training split has no label {strange[0]}, its test split has"
+                raise self._refusal(cause, "remove these rows, or name another label column by #COLUMN")
             labels = [index[value] for value in labels]
         data = data.cast_column(image, _library().Image(decode=False))
         if empty := _without_image(data, image):
-            first = f"the first in row {empty[0]}"
-            raise self._refusal(f"{len(empty)} of its {split} images in the column {image} are null, {first}")
+            cause = (
+                f"{len(empty)} images in the column {image} of its {split} split are null, row {empty[0]} for example"
+            )
+            raise self._refusal(cause, "remove these rows")
         return HubSource(f"{HUB_PREFIX}{self.name}[{split}]", data[image], labels, tuple(map(str, values)))
 
     def own_content(self, root: str | None) -> bytes:
@@ -124,10 +129,11 @@ class HuggingFace(DatasetEntry):
         named = [name for name in IMAGE_COLUMNS if name in found]
         chosen: str = self.image or (found[0] if len(found) == 1 else next(iter(named), ""))
         if not self.image and not found:
-            raise self._refusal(f"it has no column of images, only {', '.join(features)}")
+            raise self._refusal(f"it has no column of images, only {', '.join(features)}", "name another data set")
         if chosen not in images + content:
             which = f"{chosen} is not a column of images" if chosen else "which column has the images is not clear"
-            raise self._refusal(f"{which}, it has {', '.join(found)}: add #LABEL_COLUMN#IMAGE_COLUMN to the name")
+            cause = f"{which}, it has {', '.join(found)}"
+            raise self._refusal(cause, f"name it, as in {HUB_PREFIX}{self.name}#{self.label or 'label'}#{found[-1]}")
         return chosen
 
     def _label_column(self, features: Any) -> str:
@@ -135,12 +141,14 @@ class HuggingFace(DatasetEntry):
         classes = [name for name, feature in features.items() if isinstance(feature, library.ClassLabel)]
         chosen: str = self.label or ("label" if "label" in features else classes[0] if len(classes) == 1 else "")
         if chosen not in features:
-            raise self._refusal(f"which of {', '.join(features)} is the label is not clear: add #COLUMN to the name")
+            cause = f"which of {', '.join(features)} is the label is not clear"
+            raise self._refusal(cause, f"name it, as in {HUB_PREFIX}{self.name}#COLUMN")
         feature = features[chosen]
         dtype = feature.dtype if isinstance(feature, library.Value) else ""
         if chosen not in classes and not str(dtype).startswith(_LABELS):
             kind = dtype or type(feature).__name__
-            raise self._refusal(f"its column {chosen} has values of type {kind}, and a label is one class: add #COLUMN")
+            cause = f"its column {chosen} has values of type {kind}, but a label is one class"
+            raise self._refusal(cause, f"name another column, as in {HUB_PREFIX}{self.name}#COLUMN")
         return chosen
 
     def _values(self, data: Any, label: str) -> Sequence[Any]:
@@ -149,11 +157,12 @@ class HuggingFace(DatasetEntry):
             return list(data.features[label].names)
         return sorted(set(data[label][:]) - {None})
 
-    def _refusal(self, cause: str) -> NolaVisionError:
-        return NolaVisionError(
-            f"cannot read {HUB_PREFIX}{self.name} ({cause}): name a data set of the Hugging Face Hub, and pass "
-            "--data.download true where there is a network, or a local path that its library reads"
+    def _refusal(self, cause: str, fix: str = "") -> NolaVisionError:
+        fix = fix or (
+            "name a data set of the Hugging Face Hub, and pass --data.download true where there is a network, or a "
+            "local path that its library reads"
         )
+        return NolaVisionError(f"cannot read {HUB_PREFIX}{self.name} ({cause}): {fix}")
 
 
 _BYTES = ("binary", "large_binary")
