@@ -264,11 +264,11 @@ def test_a_bad_image_is_one_sentence_whatever_reads_it(workers: int, small_tree:
     data.setup("fit"), data.setup("test")
     for split, loader in (("train", data.train_dataloader()), ("test", data.test_dataloader())):
         bad = small_tree / split / "été/2.png"
-        bad.write_bytes(bad.read_bytes()[:60])
+        bad.write_bytes(b"no image")
         with pytest.raises(NolaVisionError) as caught:
             list(loader)
-        sentence = f"cannot decode the image {bad} (image file is truncated): fix, replace or remove it"
-        assert str(caught.value) == sentence
+        reason = "not an image, or of an unsupported format"
+        assert str(caught.value) == f"cannot decode the image {bad} ({reason}): fix, replace or remove it"
 
 
 def test_bad_images_of_later_stages_are_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,9 @@ def test_bad_images_of_later_stages_are_found_before_training(tmp_path: Path, mo
     for path in bad:
         whole = path.read_bytes()
         path.write_bytes(whole[:60])
-        with pytest.raises(NolaVisionError, match=rf"cannot decode the image {path} \(image file is truncated\): fix"):
+        with pytest.raises(
+            NolaVisionError, match=rf"cannot decode the image {path} \(image file is truncated.*\): fix"
+        ):
             prepared()
         assert read == [path]
         if path.parts[-3] == "test":

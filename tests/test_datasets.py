@@ -568,7 +568,7 @@ def hub_columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("all##nothing", "nothing is not a column of images"),
         (
             "all##gaps",
-            r"2 rows of its test split have no image in the column gaps, the first is 1\): remove these rows",
+            r"2 rows of its test split have no image in column gaps, the first is 1\): remove these rows",
         ),
         ("all#lists#photo", "its column lists has values of type List, but a label is one class"),
         ("all#weights#photo", "its column weights has values of type float64, but a label is one class"),

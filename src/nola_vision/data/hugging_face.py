@@ -97,9 +97,7 @@ class HuggingFace(DatasetEntry):
             labels = [index[value] for value in labels]
         data = data.cast_column(image, _library().Image(decode=False))
         if empty := _without_image(data, image):
-            cause = (
-                f"{len(empty)} images in the column {image} of its {split} split are null, row {empty[0]} for example"
-            )
+            cause = f"{len(empty)} rows of its {split} split have no image in column {image}, the first is {empty[0]}"
             raise self._refusal(cause, "remove these rows")
         return HubSource(f"{HUB_PREFIX}{self.name}[{split}]", data[image], labels, tuple(map(str, values)))
 
