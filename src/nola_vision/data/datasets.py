@@ -118,6 +118,7 @@ class Folder(DatasetEntry):
     whichever is opened, so that a mistake shows before training.
     """
 
+    FOLDERS = ("train", "test", "val")
     expects = "train/<class>/<image> and test/<class>/<image> (or val/) beneath the root"
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
@@ -130,16 +131,17 @@ class Folder(DatasetEntry):
         return FileSource([path for paths in files for path in paths], labels, tuple(folders), data_root(root))
 
     def own_content(self, root: str | None) -> bytes:
-        """The name and the SHA-256 of every image of both splits."""
-        folders = [folder for split in self._class_folders(root).values() for folder in split.values()]
-        return content_list(data_root(root), [path for folder in folders for path in image_files(folder)])
+        """The name and the SHA-256 of every image in the splits' folders."""
+        place = data_root(root)
+        folders = [place / name for name in self.FOLDERS if (place / name).is_dir()]
+        return content_list(place, [path for folder in folders for path in _images(_files(folder))])
 
     def other_files(self, root: str | None, split: Split) -> Counter[str]:
         return _other_suffixes(path for folder in self._class_folders(root)[split].values() for path in _files(folder))
 
     def _class_folders(self, root: str | None) -> dict[Split, dict[str, Path]]:
         """The class folders of each split by name, in sorted order."""
-        train, test, val = (data_root(root) / name for name in ("train", "test", "val"))
+        train, test, val = (data_root(root) / name for name in self.FOLDERS)
         test = val if val.exists() and not test.exists() else test
         folders, others = _class_folders(train), _class_folders(test)
         if odd := sorted(folders.keys() ^ others.keys()):
@@ -440,11 +442,17 @@ def image_files(folder: Path) -> list[Path]:
         NolaVisionError: there are none, or a folder cannot be read.
     """
     files = _files(folder)
-    images = [path for path in files if path.suffix.lower() in image_suffixes()]
+    images = _images(files)
     if not images:
         others = ", ".join(f"{count} {suffix}" for suffix, count in _other_suffixes(files).most_common(5))
         has = f"files of other kinds: {others}" if others else f"{', '.join(sorted(image_suffixes()))}"
         raise NolaVisionError(f"{folder} has no images ({has}): add some, or remove the folder")
+    return images
+
+
+def _images(files: Iterable[Path]) -> list[Path]:
+    """Those of the files with an image's suffix, sorted."""
+    images = [path for path in files if path.suffix.lower() in image_suffixes()]
     return sorted(images, key=lambda path: name_text(path.as_posix()))
 
 
