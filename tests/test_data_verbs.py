@@ -1,15 +1,22 @@
 """`nola-vision data check` and `data manifest`, and training on a manifest's images; a step on every data set."""
 
+import io
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import stand_ins
 from nola_vision.cli.main import main
 from nola_vision.config_files import compose, part_names
+from nola_vision.data import check
 from nola_vision.data.manifest import Manifest, content, write_manifest
+from nola_vision.data.sources import ArraySource
 from nola_vision.results import store
 
 QUICK = [
@@ -54,10 +61,108 @@ def test_check_says_what_is_there(tree: Path, capsys: pytest.CaptureFixture, mon
         "unreadable in train: 1",
         f"cannot decode the image {tree}/train/class 0 é/0.png",
         "twice in train: 1",
-        f"in train and in test: 1\n    {tree}/train/class 1 é/5.png and {tree}/test/class 2 é/9.png",
-        "not fit for use",
+        f"in train and in test: 1\n    {tree}/train/class 1 é/5.png (class 1 é) and {tree}/test/class 2 é/9.png"
+        " (class 2 é): the labels differ",
+        "Dataset check failed. Fix the problems listed above.",
     ):
         assert line in printed
+
+
+def test_check_refuses_what_fit_refuses_and_says_what_is_not_read(
+    tree: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = (tree / "train/class 0 é/0.png").read_bytes()
+    (tree / "train/class 1 é/same.png").write_bytes(same)
+    (tree / "test/class 2 é/same.png").write_bytes(same)
+    (tree / "train/class 2 é/phone.HEIC").write_bytes(b"")
+    (tree / "train/class 2 é/\x1b[31mred\nline.png").write_bytes(b"no image")
+    os.mkfifo(tree / "test/class 0 é/pipe.png")
+    assert run("data", "check", "folder", "--root", tree) == 1
+    printed = capsys.readouterr().out
+    train, test = f"{tree}/train", f"{tree}/test"
+    for line in (
+        "twice in train and the labels differ: 1\n"
+        f"    {train}/class 0 é/0.png (class 0 é) and {train}/class 1 é/same.png (class 1 é)\n",
+        f"    {train}/class 0 é/0.png (class 0 é) and {test}/class 2 é/same.png (class 2 é): the labels differ\n",
+        "files that are not read in train: 1 (.heic 1)",
+        "red\\nline.png (not an image",
+        f"cannot read the image {test}/class 0 é/pipe.png (it is a FIFO, not a regular file)",
+    ):
+        assert line in printed
+    assert "\x1b[31mred" not in printed
+
+    for split in ("train", "test"):
+        for number in (1, 2):
+            shutil.rmtree(tree / split / f"class {number} é")
+    fit = ["fit", "--config=quickstart.yaml", "--method=1nn", "--data.dataset=folder", *QUICK]
+    for words in (["data", "check", "folder", "--root", tree], [*fit, f"--data.root={tree}"]):
+        assert run(*words) == 2
+        assert "there is one class only, class 0 é: give images of two or more" in capsys.readouterr().err
+    two = ArraySource("birds", np.arange(3, dtype=np.uint8).reshape(3, 1, 1), [0, 1, 1], ("crane", "crane"))
+    monkeypatch.setattr(check, "open_split", lambda *_: two)  # one name for two classes, as ImageNet has
+    counts = check.check_split(stand_ins.DATASETS["digits"], None, "train", False, lambda *_: None).counts
+    assert counts == [("crane", 1), ("crane", 2)]
+
+
+def test_file_names_are_bytes(tree: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the check through a manifest, a run and its row to predictions, on a terminal that lacks most characters."""
+    for split in ("train", "test"):
+        os.rename(tree / split / "class 0 é", os.fsencode(tree / split) + b"/caf\xe9")
+        os.rename(os.fsencode(tree / split) + b"/caf\xe9/0.png", os.fsencode(tree / split) + b"/caf\xe9/stra\xdfe.png")
+        (tree / split / "class 1 é/1.png").rename(tree / split / "class 1 é/😀.png")
+    root = os.fsdecode(os.fsencode(tree.parent) + b"/k\xe4fer")
+    tree.rename(root)
+    assert run("data", "check", "folder", "--root", root) == 0
+    assert "caf\\xe9" not in capsys.readouterr().err
+    assert run("data", "manifest", "folder", "--root", root, "--shots", 11, "--out", "m.json") == 0
+    assert "train/caf\\\\xe9/stra\\\\xdfe.png" in Path("m.json").read_text("utf-8")
+    fit = ["fit", "--config=quickstart.yaml", "--method=linear", "--data.dataset=folder", *QUICK, "--data.shots=11"]
+    assert run(*fit, f"--data.root={root}", "--data.manifest=m.json") == 0
+    ((row,), problems) = store.read_rows("runs")
+    assert row.status == "completed" and not problems and row.data["class_names"][0] == "caf\\xe9"
+    assert "data" in row.config["content"] and row.config["data"]["root"].endswith("/k\\udce4fer")
+    (adapter,) = Path("runs").rglob("adapter.safetensors")
+
+    folder = Path("new")
+    folder.mkdir()
+    for name in (b"\xe4.png", "😀.png".encode(), b"a\x1b[31mred.png"):
+        Image.new("RGB", (9, 9)).save(os.fsdecode(b"new/" + name), "PNG")
+    Image.new("RGB", (9, 9)).save("=cmd().png")
+    places = ["new", "=cmd().png"]
+    assert run("predict", "--adapter", adapter, "--out", "p.csv", *places) == 0
+    written = [line.split(",")[0] for line in Path("p.csv").read_text("utf-8").splitlines()]
+    assert sorted(written) == ["'=cmd().png", "image", "new/\\xe4.png", "new/a\\x1b[31mred.png", "new/😀.png"]
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert run("predict", "--adapter", adapter, *places) == 0
+    terminal.flush()
+    printed = terminal.buffer.getvalue().decode("cp1252")  # type: ignore[attr-defined]
+    assert "new/\\xe4.png" in printed and "new/\\U0001f600.png" in printed and "\x1b" not in printed
+
+
+def test_devices_and_huge_manifests_are_not_read(tree: Path, capsys: pytest.CaptureFixture) -> None:
+    os.mkfifo("pipe.json")
+    Path("deep.json").write_text("[" * 100_000)
+    with open("huge.json", "wb") as file:
+        file.truncate(10 * 2**30)
+    fit = ["fit", "--config=quickstart.yaml", "--method=1nn", "--data.dataset=folder", f"--data.root={tree}", *QUICK]
+    for manifest, expected in (
+        ("/dev/zero", "cannot be read (it is a device, not a regular file)"),
+        ("pipe.json", "cannot be read (it is a FIFO, not a regular file)"),
+        ("huge.json", "cannot be read (it is larger than 128 MiB)"),
+        ("deep.json", "is not JSON"),
+    ):
+        assert run(*fit, f"--data.manifest={manifest}") == 2
+        error = capsys.readouterr().err.strip()
+        assert f"the manifest {manifest} {expected}" in error and "\n" not in error
+    os.mkfifo(tree / "train/class 0 é/00.png")
+    assert run(*fit, "--data.shots=all") == 2
+    assert "00.png (it is a FIFO, not a regular file): fix, replace or remove it" in capsys.readouterr().err
+    (tree / "train/class 0 é/00.png").unlink()
+    (tree / "test/class 1 é/0.png").write_bytes((tree / "test/class 1 é/0.png").read_bytes()[:50])
+    assert run(*fit) == 2 and not Path("runs").exists()
+    assert "test/class 1 é/0.png (image file is truncated): fix, replace or remove it" in capsys.readouterr().err
 
 
 def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixture) -> None:
@@ -85,7 +190,7 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
         ([*fit, f"--data.root={moved}", "--data.manifest=m.json"], "holds shots 3, but the config asks for 5"),
         ([*here, "--data.manifest=none.json"], "none.json cannot be read"),
         ([*here, "--data.manifest=bad.json"], "no k-shot manifest"),
-        ([*here, "--data.manifest=cut.json"], "is no JSON"),
+        ([*here, "--data.manifest=cut.json"], "is not JSON"),
         (["data", "manifest", "folder", "--root", moved], "needs --out FILE"),
         (["data", "manifest", "folder", "--root", moved, "--out", "x", "--shots", 99], "99 shots need"),
         (["data", "manifest", "digits", "--out", "no/x"], "cannot be written"),

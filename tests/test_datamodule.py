@@ -2,7 +2,9 @@
 
 import json
 import random
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -13,10 +15,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torchvision.transforms import v2
 
+from nola_vision import local_files
 from nola_vision.backbones import BackboneSpec, InputConfig
 from nola_vision.config import has_validation_images
+from nola_vision.data import integrity, sources
 from nola_vision.data.augment import ColorJitter, GaussianBlur, PlanarFloat
-from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.datamodule import EpochSampler, KShotDataModule
 from nola_vision.data.datasets import Digits
 from nola_vision.data.kshot import draw, validation_pool
 from nola_vision.data.sources import ImageSource
@@ -25,6 +29,8 @@ from nola_vision.errors import NolaVisionError
 
 CONFIG = InputConfig(size=10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
 SPEC = BackboneSpec(tag="test_vit")
+ORDER_SEED_0 = [5, 7, 2, 8, 9, 6, 3, 4, 1, 0]
+SEEDS_SEED_0 = [3659013950861718008, 8365302289374977613]
 
 
 def module(**options: object) -> KShotDataModule:
@@ -173,8 +179,8 @@ def test_memory_limit(limit: int, train: str, pool: str, tmp_path: Path) -> None
 def test_a_second_epoch_opens_no_file(limit: int, small_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = module(dataset="folder", root=str(small_tree), shots=3)
     data.memory_limit_mib = limit / 2**20  # type: ignore[assignment]
-    read, original = [], Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self) or original(self))
+    read, original = [], sources.read_file
+    monkeypatch.setattr(sources, "read_file", lambda path, most: read.append(path) or original(path, most))
     first = epoch_of(data, 0)
     assert {path.parent.name for path in read} == {"été", "an ant"}
     read.clear()
@@ -224,6 +230,80 @@ def test_workers_change_nothing() -> None:
     assert same(
         epoch_of(module(augmentation="released"), 1), epoch_of(module(augmentation="released", num_workers=2), 1)
     )
+
+
+def test_the_order_never_changes_and_is_fast() -> None:
+    def order(length: int, run_seed: int, epoch: int) -> list[tuple[int, int]]:
+        sampler = EpochSampler(length, run_seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert [position for position, _ in order(10, 0, 0)] == ORDER_SEED_0
+    assert [seed for _, seed in order(2, 0, 0)] == SEEDS_SEED_0
+    assert len({tuple(order(10, *key)) for key in ((0, 0), (0, 1), (1, 0), (1, 1))}) == 4
+    clock = time.process_time()
+    whole = order(120_000, 3, 5)
+    assert time.process_time() - clock < 0.4  # 0.05 s; hashing each position takes 0.9 s
+    assert sorted(position for position, _ in whole) == [*range(120_000)]
+    assert len({seed for _, seed in whole}) == 120_000 and max(seed for _, seed in whole) < 2**63
+
+
+def test_memory_is_pinned_for_a_gpu_only() -> None:
+    data = module()
+    assert not data.reference_dataloader().pin_memory
+    for kind in ("cpu", "cuda"):
+        device = SimpleNamespace(root_device=torch.device(kind))
+        data.trainer = SimpleNamespace(world_size=1, global_rank=0, strategy=device)  # type: ignore[assignment]
+        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+            assert loader.pin_memory is (kind == "cuda")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_one_sentence_whatever_reads_it(workers: int, small_tree: Path) -> None:
+    data = module(dataset="folder", root=str(small_tree), num_workers=workers, memory_limit_mib=0, shots=4)
+    data.setup("fit"), data.setup("test")
+    for split, loader in (("train", data.train_dataloader()), ("test", data.test_dataloader())):
+        bad = small_tree / split / "été/2.png"
+        bad.write_bytes(b"no image")
+        with pytest.raises(NolaVisionError) as caught:
+            list(loader)
+        reason = "not an image, or of an unsupported format"
+        assert str(caught.value) == f"cannot decode the image {bad} ({reason}): fix, replace or remove it"
+
+
+def test_bad_images_of_later_stages_are_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_files, "RACY_NS", -(10**12))
+    for index in range(80):
+        path = tmp_path / ("test", "train")[index % 2] / ("ant", "bee")[index // 2 % 2] / f"{index:02d}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 99, 0)).save(path)
+
+    def prepared(**options: object) -> KShotDataModule:
+        data = module(dataset="folder", root=str(tmp_path), **options)
+        data.prepare_data()
+        return data
+
+    data = prepared()
+    source = data._train_set[0]
+    bad = [source.paths[data._pool_indices(source)[-1]], tmp_path / "test/bee/78.bmp"]
+    assert data.describe()["counts"] == {"train": 4, "validation": 8}  # the test set is not open
+    read, decodes = [], integrity._decodes
+    monkeypatch.setattr(integrity, "_decodes", lambda path: read.append(path) or decodes(path))
+    prepared()
+    assert read == []  # each is decoded once
+    for path in bad:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:60])
+        with pytest.raises(
+            NolaVisionError, match=rf"cannot decode the image {path} \(image file is truncated.*\): fix"
+        ):
+            prepared()
+        assert read == [path]
+        if path.parts[-3] == "test":
+            prepared(test_limit=2)  # which does not use it
+        path.write_bytes(whole)
+        prepared()
+        read.clear()
 
 
 class Recorder(L.LightningModule):

@@ -1,6 +1,7 @@
 """The registry of data sets: what is opened, how images are decoded, and what is said when files are wrong."""
 
 import hashlib
+import io
 import os
 import pickle
 import struct
@@ -14,7 +15,7 @@ from sklearn.datasets import load_digits
 
 import stand_ins
 from nola_vision.data import datasets
-from nola_vision.data.datasets import DATASETS, DatasetEntry, get_dataset
+from nola_vision.data.datasets import DATASETS, DatasetEntry, get_dataset, open_split
 from nola_vision.data.kshot import draw
 from nola_vision.data.sources import FileSource, ImageSource
 from nola_vision.data.splits import class_of, read_list
@@ -117,7 +118,7 @@ def test_folder_says_what_is_wrong(tree: Path, monkeypatch: pytest.MonkeyPatch) 
         entry.open(str(tree / "nowhere"), "train")
     save(tree / "test/wasp/1.png")
     for split in ("train", "test"):  # also when the training images are opened: before training, not after
-        with pytest.raises(NolaVisionError, match="same class folders, but 'wasp' is only in .*test: mend the names"):
+        with pytest.raises(NolaVisionError, match="same class folders, but 'wasp' is only in .*test: rename them"):
             entry.open(str(tree), split)
     (tree / "train/wasp").mkdir()
     with pytest.raises(NolaVisionError, match=r"train/wasp has no images \(.*\.png.*add some, or remove the folder"):
@@ -150,9 +151,7 @@ def test_a_bad_image_is_named(tree: Path, damage: str) -> None:
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:900] if damage == "truncated" else b"this is no image")
-    with pytest.raises(
-        NolaVisionError, match=r"cannot decode the image .*train/ant/a\.png .*: mend, replace or remove"
-    ):
+    with pytest.raises(NolaVisionError, match=r"cannot decode the image .*train/ant/a\.png .*: fix, replace or remove"):
         source.image(0)
 
 
@@ -203,6 +202,79 @@ def test_pixels_without_a_white_are_refused(tree: Path) -> None:
     save(tree / "train/ant/0.tif", Image.fromarray(np.array([[70000]], dtype=np.int32)))
     with pytest.raises(NolaVisionError, match="pixel mode I has no agreed white"):
         DATASETS["folder"].open(str(tree), "train").image(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "most"),
+    [
+        ("12_bits.png", np.array([[0, 4080]], dtype=np.uint16), 4080),
+        ("8_bits.tif", np.array([[0, 255]], dtype=np.int32), 255),
+        ("10_bits.tif", np.array([[1, 1023]], dtype=np.uint16), 1023),
+    ],
+)
+def test_few_bits_in_many_are_refused(tree: Path, name: str, values: np.ndarray, most: int) -> None:
+    """Scaled by 65535 they would be black, and scaled by themselves the images of a data set would differ in scale."""
+    save(tree / "train/ant" / f"0{name}", Image.fromarray(values))
+    with pytest.raises(NolaVisionError, match=rf"grey values reach {most} where white is 65535.*save it with 8 bits"):
+        DATASETS["folder"].open(str(tree), "train").image(0)
+    for accepted in (np.zeros((1, 2), values.dtype), np.array([[0, 4096]], values.dtype)):
+        save(tree / "train/ant" / f"0{name}", Image.fromarray(accepted))
+        assert DATASETS["folder"].open(str(tree), "train").image(0).getextrema()[0] == (0, accepted.max() // 256)
+
+
+def test_what_pillow_decodes_is_read_and_the_rest_is_counted(tree: Path) -> None:
+    from PIL import features
+
+    kinds = {".jfif": "JPEG", ".JPE": "JPEG", ".tga": "TGA", ".QOI": "QOI", ".ppm": "PPM"}
+    kinds |= {".avif": "AVIF"} if features.check("avif") else {}
+    kinds |= {".jp2": "JPEG2000"} if features.check("jpg_2000") else {}
+    for suffix, kind in kinds.items():
+        save(tree / f"train/ant/x{suffix}", format=kind)
+    for name in ("photo.HEIC", "photo2.heic", "notes.txt", "bare", ".hidden"):
+        (tree / "train/ant" / name).write_bytes(b"")
+    source = DATASETS["folder"].open(str(tree), "train")
+    read = [index for index in range(len(source)) if Path(source.name(index)).stem == "x"]
+    assert {Path(source.name(index)).suffix for index in read} == {*kinds}
+    assert all(source.image(index).size == (5, 4) for index in read)
+    assert DATASETS["folder"].other_files(str(tree), "train") == {".heic": 2, ".txt": 1, "without suffix": 1}
+    assert not DATASETS["folder"].other_files(str(tree), "test")
+    (tree / "train/naïve bée/b.png").rename(tree / "train/naïve bée/b.heic")
+    with pytest.raises(NolaVisionError, match=r"naïve bée has no images \(files of other kinds: 1 \.heic\): add some"):
+        DATASETS["folder"].open(str(tree), "train")
+
+
+def test_no_other_program_decodes_an_image(tree: Path) -> None:
+    """Pillow goes by the content, and starts Ghostscript for an EPS file of any name."""
+    save(tree / "train/ant/a.png", format="EPS")
+    with pytest.raises(NolaVisionError, match="not an image, or of an unsupported format"):
+        DATASETS["folder"].open(str(tree), "train").image(0)
+
+
+def test_an_image_of_too_many_pixels_is_refused_in_one_line(tree: Path) -> None:
+    save(tree / "train/ant/a.png", Image.new("1", (20_000, 20_000)))
+    with pytest.raises(NolaVisionError, match=r"a\.png \(Image size .* exceeds limit .*\): fix, replace or remove it$"):
+        DATASETS["folder"].open(str(tree), "train").image(0)
+
+
+def test_names_are_bytes(tree: Path) -> None:
+    for split in ("train", "test"):
+        os.rename(tree / split / "ant", os.fsencode(tree / split) + b"/caf\xe9")
+    os.rename(os.fsencode(tree) + b"/train/caf\xe9/a.png", os.fsencode(tree) + b"/train/caf\xe9/stra\xdfe.png")
+    source = DATASETS["folder"].open(str(tree), "train")
+    assert source.class_names == ("caf\\xe9", "naïve bée")
+    names = [source.name(index) for index in range(len(source))]
+    assert "train/caf\\xe9/stra\\xdfe.png" in names and "\n".join(names).encode()
+    for index, name in enumerate(names):
+        assert source.image(index).size == (5, 4) and source.where(index) == f"{tree}/{name}"
+    assert b"stra\\xdfe.png" in DATASETS["folder"].own_content(str(tree))
+
+
+def test_one_class_is_refused(tree: Path) -> None:
+    for split in ("train", "test"):
+        (tree / split / "naïve bée").rename(tree / f"{split} bée")
+    for split in ("train", "test"):
+        with pytest.raises(NolaVisionError, match="there is one class only, ant: give images of two or more"):
+            open_split(DATASETS["folder"], str(tree), split)
 
 
 def test_exif_orientation_is_applied(tree: Path) -> None:
@@ -450,6 +522,70 @@ def test_images_of_hugging_face_without_a_label_are_refused(tmp_path: Path) -> N
     assert train.class_names == ("wasp", "ant") and train.labels.tolist() == [1, 0, 1]
 
 
+@pytest.fixture(scope="module")
+def hub_columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of Hugging Face's with columns of many kinds; every second image of `gaps` is null."""
+    library = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("hub")
+    images = [Image.new("RGB", (5, 4), (number, 0, 0)) for number in range(4)]
+    png = [io.BytesIO() for _ in images]
+    for image, file in zip(images, png, strict=True):
+        image.save(file, "PNG")
+    picture, whole, kind = library.Image(), library.Value("int64"), library.ClassLabel(names=["wasp", "ant"])
+    columns: dict[str, tuple[object, list[object]]] = {
+        "mask": (picture, [Image.new("RGB", (5, 4), (99, 0, 0))] * 4),
+        "photo": (picture, images),
+        "gaps": (picture, [images[0], None] * 2),
+        "content": (library.Value("binary"), [file.getvalue() for file in png]),
+        "kind": (kind, [0, 1, 0, 1]),
+        "lists": (library.List(whole), [[0], [1], [0, 1], []]),
+        "weights": (library.Value("float64"), [0.5, 1.0, 0.5, float("nan")]),
+    }
+    for name, chosen in {"all": [*columns], "bytes": ["content", "kind"], "named": ["mask", "photo", "kind"]}.items():
+        (folder / name).mkdir()
+        features = library.Features({column: columns[column][0] for column in chosen})
+        data = library.Dataset.from_dict({column: columns[column][1] for column in chosen}, features=features)
+        if name == "named":
+            data = data.rename_column("photo", "image")
+        for split in ("train", "test"):
+            data.to_parquet(folder / name / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("named", None),  # of several, the one called image
+        ("bytes", None),
+        ("all##photo", None),
+        ("all#kind#photo", None),
+        ("all#kind#content", None),
+        (
+            "all",
+            r"which column has the images is not clear, it has mask, photo, gaps\): name it, as in hf:.*#label#gaps",
+        ),
+        ("all##kind", "kind is not a column of images"),
+        ("all##nothing", "nothing is not a column of images"),
+        (
+            "all##gaps",
+            r"2 rows of its test split have no image in column gaps, the first is 1\): remove these rows",
+        ),
+        ("all#lists#photo", "its column lists has values of type List, but a label is one class"),
+        ("all#weights#photo", "its column weights has values of type float64, but a label is one class"),
+    ],
+)
+def test_the_columns_of_hugging_face(name: str, expected: str | None, hub_columns: Path, tmp_path: Path) -> None:
+    entry = get_dataset(f"hf:{hub_columns}/{name}")
+    if expected is None:
+        source = entry.open(str(tmp_path), "test")
+        assert source.class_names == ("wasp", "ant") and source.labels.tolist() == [0, 1, 0, 1]
+        assert [source.image(index).getpixel((0, 0))[0] for index in range(4)] == [0, 1, 2, 3]
+        assert len(entry.own_content(None).splitlines()) == 2  # the files of a local path are in the hash
+    else:
+        with pytest.raises(NolaVisionError, match=rf"cannot read hf:.*{expected}"):
+            entry.open(str(tmp_path), "test")
+
+
 def test_the_test_split_of_hugging_face_is_the_first_of_four_names(tmp_path: Path) -> None:
     names = ["test", "validation", "valid", "val"]
     for first in range(4):
@@ -502,7 +638,7 @@ def test_lists_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for content, expected in (
         (b"n1\nn2\nn1\n", "has n1 twice"),
         (b"# nothing\n", "names no class"),
-        ("# à\nn1\n".encode("latin-1"), "is no UTF-8 text"),
+        ("# à\nn1\n".encode("latin-1"), r"imagenet100\.txt cannot be read \(.utf-8. codec"),
     ):
         path.write_bytes(content)
         with pytest.raises(NolaVisionError, match=expected):

@@ -29,7 +29,9 @@ from nola_vision.backbones import BackboneSpec
 from nola_vision.config_errors import explain
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets import get_dataset, given_root
+from nola_vision.data.manifest import MOST_BYTES
 from nola_vision.errors import NolaVisionError
+from nola_vision.local_files import file_digest
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
 
@@ -163,18 +165,17 @@ def _content(run_config: identity.Config) -> dict[str, str]:
     """Digests of what the config names by a path alone, so that two files of one name are two runs.
 
     `weights` is SHA-256 over a local weights file, the packaged one included; `manifest` over a manifest; `data` over
-    what is a user's own in the data set. What is missing is left to the run, which says so.
+    the user's part of the data set. What is missing is left to the run, which reports it.
     """
     found = {}
     backbone = run_config["model"]["backbone"]
     weights = backbone["file"] or backbones.packaged_file(backbone["tag"])
-    for name, path in (("weights", weights), ("manifest", run_config["data"]["manifest"])):
-        if path is not None and Path(path).is_file():
-            with open(path, "rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name, path, most in (("weights", weights, None), ("manifest", run_config["data"]["manifest"], MOST_BYTES)):
+        if path is not None and (digest := file_digest(path, most)) is not None:
+            found[name] = digest
     with suppress(NolaVisionError):
         if content := get_dataset(run_config["data"]["dataset"]).own_content(run_config["data"]["root"]):
-            found["data"] = hashlib.sha256(content.encode()).hexdigest()
+            found["data"] = hashlib.sha256(content).hexdigest()
     return found
 
 

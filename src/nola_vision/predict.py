@@ -38,7 +38,7 @@ def predict(
         model: an adapted model.
         paths: of the images.
         batch_size: images at a time.
-        unreadable: takes what is wrong with an image that cannot be decoded, and the others go on.
+        unreadable: collects the errors of images that cannot be decoded; the others are predicted.
 
     Raises:
         NolaVisionError: an image cannot be decoded, and `unreadable` is not given; its path is named.

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import refuse_existing
+from nola_vision.text import printable
 
 SHOWN = 10  # lines of each kind of trouble
 
@@ -55,7 +56,7 @@ def _check(name: str, root: str | None, download: bool) -> int:
     from nola_vision.data.splits import SPLITS, Split
 
     entry, console = get_dataset(name), Console(highlight=False)
-    console.print(f"{name}: {entry.expects}", markup=False, soft_wrap=True)
+    _print(console, f"{name}: {entry.expects}")
     reports: dict[Split, SplitReport] = {}
     missing: dict[Split, NolaVisionError] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -70,21 +71,25 @@ def _check(name: str, root: str | None, download: bool) -> int:
         raise missing["train"]
     for split, report in reports.items():
         counts = report.counts
-        fewest, most = min(counts, key=lambda c: counts[c]), max(counts, key=lambda c: counts[c])
-        line = f"{split}: {sum(counts.values()):,} images in {len(counts)} classes"
-        even = counts[fewest] == counts[most]
-        line += f", {counts[most]} each" if even else f", {counts[fewest]} ({fewest}) to {counts[most]} ({most}):"
-        console.print(line, markup=False, soft_wrap=True)
+        fewest, most = min(counts, key=lambda named: named[1]), max(counts, key=lambda named: named[1])
+        line = f"{split}: {sum(count for _, count in counts):,} images in {len(counts)} classes"
+        even = fewest[1] == most[1]
+        line += f", {most[1]} each" if even else f", {fewest[1]} ({fewest[0]}) to {most[1]} ({most[0]}):"
+        _print(console, line)
         if not even:
-            console.print("  " + ", ".join(f"{name} {count}" for name, count in counts.items()), markup=False)
+            _print(console, "  " + ", ".join(f"{name} {count}" for name, count in counts), wrap=True)
         _listed(console, f"unreadable in {split}", report.unreadable)
         _listed(console, f"twice in {split}", report.repeated)
+        _listed(console, f"twice in {split} and the labels differ", report.contradictory)
+        if others := report.other_files:
+            kinds = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
+            _print(console, f"  files that are not read in {split}: {others.total()} ({kinds})")
     for split, reason in missing.items():
-        console.print(f"{split}: {reason}", markup=False, soft_wrap=True)
-    both = [] if missing else [f"{one} and {other}" for one, other in in_both(reports["train"], reports["test"])]
+        _print(console, f"{split}: {reason}")
+    both = [] if missing else in_both(reports["train"], reports["test"])
     _listed(console, "in train and in test", both)
-    bad = missing or both or any(report.unreadable for report in reports.values())
-    console.print("not fit for use as it is: mend what is listed" if bad else "fit for use")
+    bad = missing or both or any(report.unreadable or report.contradictory for report in reports.values())
+    console.print("Dataset check failed. Fix the problems listed above." if bad else "fit for use")
     return 1 if bad else 0
 
 
@@ -94,19 +99,24 @@ def _show(bar: Progress, task: TaskID, seen: int, total: int) -> None:
 
 def _listed(console: Console, what: str, lines: Sequence[str]) -> None:
     if lines:
-        console.print(f"  {what}: {len(lines)}", markup=False, soft_wrap=True)
+        _print(console, f"  {what}: {len(lines)}")
         for line in lines[:SHOWN]:
-            console.print(f"    {line}", markup=False, soft_wrap=True)
+            _print(console, f"    {line}")
         if len(lines) > SHOWN:
-            console.print(f"    and {len(lines) - SHOWN} more")
+            _print(console, f"    and {len(lines) - SHOWN} more")
+
+
+def _print(console: Console, line: str, wrap: bool = False) -> None:
+    """Prints one line, whose names may hold anything."""
+    console.print(printable(line), markup=False, soft_wrap=not wrap)
 
 
 def _manifest(name: str, root: str | None, shots: int, split: int, out: Path) -> None:
-    from nola_vision.data.datasets import get_dataset
+    from nola_vision.data.datasets import get_dataset, open_split
     from nola_vision.data.manifest import make_manifest, write_manifest
 
     refuse_existing(out)
-    source = get_dataset(name).open(root, "train")
+    source = open_split(get_dataset(name), root, "train")
     made = make_manifest(source, name, shots, split)
     write_manifest(made, out)
-    print(f"{out}: {len(made.images)} images; train on them with --data.manifest {out}")
+    print(printable(f"{out}: {len(made.images)} images; train on them with --data.manifest {out}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ _USAGE = "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status: 0, 1 if a run of a sweep failed, 2 for a mistake, 130 for Ctrl-C."""
     verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names may have characters that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     if verb in ("-h", "--help"):
         print(_USAGE)
         return 0

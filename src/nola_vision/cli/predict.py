@@ -11,6 +11,7 @@ from pathlib import Path
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
+from nola_vision.text import csv_cell, printable
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -42,18 +43,18 @@ def main(arguments: Sequence[str], verb: str) -> int:
         raise NolaVisionError(
             f"the device {known.device} cannot be used here ({reason}): leave --device out"
         ) from error
-    width = max(len(str(path)) for path in paths)
+    width = max(len(printable(str(path))) for path in paths)
     unreadable: list[NolaVisionError] = []
     rows = [("image", "class", "probability")]
     for path, name, probability in predict(model, paths, known.batch_size, unreadable):
-        rows.append((str(path), name, f"{probability:.4f}"))
+        rows.append((csv_cell(str(path)), csv_cell(name), f"{probability:.4f}"))
         if known.out is None:
-            print(f"{path!s:{width}s}  {name}  {probability:.4f}")
+            print(f"{printable(str(path)):{width}s}  {printable(name)}  {probability:.4f}")
     if known.out is not None and len(rows) > 1:
         text = io.StringIO(newline="")
         csv.writer(text).writerows(rows)
         write_file(known.out, text.getvalue().encode())
-        print(f"{len(rows) - 1} predictions in {known.out}", file=sys.stderr)
+        print(printable(f"{len(rows) - 1} predictions in {known.out}"), file=sys.stderr)
     if unreadable:
         raise NolaVisionError(f"{len(unreadable)} of {len(paths)} images have no prediction: {unreadable[0]}")
     return 0

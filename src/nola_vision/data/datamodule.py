@@ -1,7 +1,8 @@
 """The LightningDataModule: a k-shot training set, its validation pool and the test set of one data set.
 
 Which images are drawn depends on `split_seed`, in which order and with which augmentation on (`run_seed`, epoch,
-position), and nothing on the global random state, which is neither read nor set.
+position), and nothing on the global random state, which is neither read nor set. Test labels are used by the test stage
+only; before training, test images are decoded to find damaged ones, and nothing else is done with them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -17,13 +18,14 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from nola_vision import backbones, memo
 from nola_vision.backbones import BackboneSpec, InputConfig
-from nola_vision.data.datasets import data_root, get_dataset
-from nola_vision.data.kshot import Indices, classes_without_pool, draw, evenly_spaced, keyed_hash, validation_pool
+from nola_vision.data.datasets import data_root, get_dataset, open_split
+from nola_vision.data.integrity import refuse_unreadable
+from nola_vision.data.kshot import Indices, classes_without_pool, draw, evenly_spaced, keyed_hashes, validation_pool
 from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
@@ -66,6 +68,15 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would set the GPUs' generators too
             return self._transform(pixels), int(self._source.labels[index])
 
+    def __getitems__(self, keys: Sequence[Any]) -> list[tuple[torch.Tensor, int] | NolaVisionError]:
+        """The items of one batch. If an image cannot be read, the error is the only item: raised in a worker process it
+        would arrive as the text of a traceback.
+        """
+        try:
+            return [self[key] for key in keys]
+        except NolaVisionError as error:
+            return [error]
+
     def keep(self, limit_bytes: int) -> list[Kept]:
         """Keeps images from the first on: decoded as many as fit into the limit, and of those after them the files'
         contents, as many as fit into the same limit again.
@@ -87,6 +98,20 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         return self._kept
 
 
+def _collated(items: list[Any]) -> Any:
+    return items[0] if isinstance(items[0], NolaVisionError) else default_collate(items)
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader of an `ImageSubset` that raises a worker's error as that error."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, NolaVisionError):
+                raise batch
+            yield batch
+
+
 class EpochSampler(DistributedSampler[tuple[int, int]]):
     """Yields (position, seed) pairs in an order that (`run_seed`, epoch) alone decides; Lightning sets the epoch.
 
@@ -106,8 +131,9 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         key, length = (self._run_seed, self.epoch), len(self.dataset)  # type: ignore[arg-type]
-        order = sorted(range(length), key=lambda position: keyed_hash("shuffle", *key, position))
-        seeded = [(position, keyed_hash("augment", *key, place) >> 1) for place, position in enumerate(order)]
+        order = np.argsort(keyed_hashes(length, "shuffle", *key), kind="stable")
+        seeds = keyed_hashes(length, "augment", *key) >> np.uint64(1)  # by place; torch takes 63 bits
+        seeded = zip(order.tolist(), seeds.tolist(), strict=True)
         padded = itertools.islice(itertools.cycle(seeded), self.total_size)
         return itertools.islice(padded, self.rank, None, self.num_replicas)
 
@@ -115,8 +141,8 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
 class KShotDataModule(L.LightningDataModule):
     """Few labelled images a class for training, a validation pool and the test set.
 
-    Batches are (float32 images `[b, 3, size, size]`, int64 labels `[b]`). The test set is opened by the test stage and
-    by nothing before it.
+    Batches are (float32 images `[b, 3, size, size]`, int64 labels `[b]`). The test set is used by the test stage only;
+    before training its image files are decoded to see that they can be.
 
     Args:
         backbone: whose input size and normalisation the images get; the command line links it to the model's.
@@ -194,9 +220,31 @@ class KShotDataModule(L.LightningDataModule):
         return backbones.input_config(self.backbone)
 
     def prepare_data(self) -> None:
-        """Downloads what is missing if `download` is set, in one process of a machine."""
+        """Downloads what is missing if `download` is set, and before training decodes the images that are needed after
+        it; in one process of a machine.
+
+        Raises:
+            NolaVisionError: as `setup`, or an image of the validation pool or the test set cannot be read.
+        """
         if self.download:
             self.entry.open(self.root, "train", download=True)
+        if self.entry.in_files and (self.trainer is None or self.trainer.state.fn == "fit"):
+            _ = self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
+        """True once the images of the validation pool and the test set were found to be readable."""
+        self._refuse_small_test_limit()
+        source = self._train_set[0]
+        refuse_unreadable(source, self._pool_indices(source))
+        refuse_unreadable(self._test_source, self._test_indices)
+        return True
+
+    def _refuse_small_test_limit(self) -> None:
+        if self.test_limit is not None and self.test_limit < self.num_classes:
+            raise NolaVisionError(
+                f"test_limit is {self.test_limit}, but there are {self.num_classes} classes: give one for each"
+            )
 
     def setup(self, stage: str) -> None:
         """Opens what a stage needs: "fit" and "validate" the training images, "test" the test images.
@@ -205,10 +253,7 @@ class KShotDataModule(L.LightningDataModule):
             NolaVisionError: files are missing or corrupt, a class has fewer images than shots, or `test_limit` is less
                 than one image a class.
         """
-        if self.test_limit is not None and self.test_limit < self.num_classes:  # said before training, not after
-            raise NolaVisionError(
-                f"test_limit is {self.test_limit}, but there are {self.num_classes} classes: give one for each"
-            )
+        self._refuse_small_test_limit()  # before training, not after
         if stage in ("fit", "validate"):
             _ = self._kept
         elif stage == "test":
@@ -287,7 +332,7 @@ class KShotDataModule(L.LightningDataModule):
         return memo.once("training images", key, lambda: self._plain(*self._train_set).keep(limit))
 
     def _open(self, split: Split) -> ImageSource:
-        open_it = partial(self.entry.open, self.root, split, self.download)
+        open_it = partial(open_split, self.entry, self.root, split, self.download)
         return memo.once(f"{split} source", (self.dataset, self.root), open_it)
 
     def _draw(self, source: ImageSource) -> Indices:
@@ -332,23 +377,33 @@ class KShotDataModule(L.LightningDataModule):
         return UnrepeatedDistributedSampler(subset, num_replicas=self._processes, rank=self._rank, shuffle=False)
 
     @cached_property
+    def _test_source(self) -> ImageSource:
+        return self._open("test")
+
+    @property
+    def _test_indices(self) -> Indices:
+        """Which test images are used."""
+        source = self._test_source
+        if self.test_limit is None:
+            return np.arange(len(source), dtype=np.int64)
+        return evenly_spaced(source.labels, self.test_limit)
+
+    @cached_property
     def _test_set(self) -> tuple[ImageSource, Indices]:
         """The opened test images and which of them are used."""
-        source = self._open("test")
-        if self.test_limit is None:
-            return source, np.arange(len(source), dtype=np.int64)
-        return source, evenly_spaced(source.labels, self.test_limit)
+        return self._test_source, self._test_indices
 
     def _plain(self, source: ImageSource, indices: Indices, kept: list[Kept] | None = None) -> ImageSubset:
         return ImageSubset(source, indices, eval_transform(self.input_config), kept)
 
     def _loader(self, subset: ImageSubset, batch_size: int, sampler: Sampler[Any] | None = None) -> DataLoader[Any]:
-        # A generator of its own: without one, DataLoader draws from the global state at each epoch.
-        return DataLoader(
+        return Loader(
             subset,
             batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),
+            collate_fn=_collated,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            generator=torch.Generator(),  # without one, DataLoader draws from the global state at each epoch
         )

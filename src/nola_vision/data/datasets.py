@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import os
-import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -16,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from nola_vision.data.sources import ArraySource, FileSource, ImageSource
+from nola_vision.data.sources import MOST_BYTES, ArraySource, FileSource, ImageSource, image_suffixes
 from nola_vision.data.splits import Split, class_of, read_list
 from nola_vision.errors import NolaVisionError
+from nola_vision.local_files import file_digests, read_file
+from nola_vision.text import name_text
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+MOST_LIST_BYTES = 2**26  # of a text file that lists images or classes
 ROOT_VARIABLE = "NOLA_VISION_DATA"
 HUB_PREFIX = "hf:"  # the beginning of the name of a Hugging Face data set
 
@@ -32,11 +35,13 @@ class DatasetEntry:
         expects: the tree that it reads beneath its root, in words.
         downloads: whether it can be fetched.
         needs_root: whether it lies in a folder that a person names.
+        in_files: whether each image is stored separately, so that one may be damaged or missing.
     """
 
     expects: str
     downloads: bool = False
     needs_root: bool = True
+    in_files: bool = True
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         """The names by class index, without reading an image.
@@ -63,13 +68,22 @@ class DatasetEntry:
         """
         raise NotImplementedError
 
-    def own_content(self, root: str | None) -> str:
-        """What tells this data set from another of its name, where people make their own; empty if nothing does.
+    def own_content(self, root: str | None) -> bytes:
+        """What distinguishes this data set from another of its name, where users make their own; else empty.
 
         Args:
-            root: the folder the data lie in, as for `open`.
+            root: the folder the data are in, as for `open`.
         """
-        return ""
+        return b""
+
+    def other_files(self, root: str | None, split: Split) -> Counter[str]:
+        """How many files of a split are not read because of their suffix, by suffix.
+
+        Args:
+            root: the folder the data are in, as for `open`.
+            split: "train" or "test".
+        """
+        return Counter()
 
 
 class Digits(DatasetEntry):
@@ -82,6 +96,7 @@ class Digits(DatasetEntry):
     TRAIN_IMAGES = 898
     expects = "bundled with scikit-learn, no root needed"
     needs_root = False
+    in_files = False
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return tuple("0123456789")
@@ -103,27 +118,36 @@ class Folder(DatasetEntry):
     whichever is opened, so that a mistake shows before training.
     """
 
+    FOLDERS = ("train", "test", "val")
     expects = "train/<class>/<image> and test/<class>/<image> (or val/) beneath the root"
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return tuple(_class_folders(data_root(root) / "train"))
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        train, test, val = (data_root(root) / name for name in ("train", "test", "val"))
-        test = val if val.exists() and not test.exists() else test
-        folders, others = _class_folders(train), _class_folders(test)
-        if odd := sorted(folders.keys() ^ others.keys()):
-            listed = ", ".join(f"{name!r} is only in {train if name in folders else test}" for name in odd[:5])
-            raise NolaVisionError(f"{train} and {test} must have the same class folders, but {listed}: mend the names")
-        here = folders if split == "train" else others
-        files = [image_files(here[name]) for name in folders]
+        folders = self._class_folders(root)[split]
+        files = [image_files(folder) for folder in folders.values()]
         labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in files])
         return FileSource([path for paths in files for path in paths], labels, tuple(folders), data_root(root))
 
-    def own_content(self, root: str | None) -> str:
-        """The relative path and size of every image, a line each."""
+    def own_content(self, root: str | None) -> bytes:
+        """The name and the SHA-256 of every image in the splits' folders."""
         place = data_root(root)
-        return "\n".join(f"{path.relative_to(place).as_posix()} {path.stat().st_size}" for path in image_files(place))
+        folders = [place / name for name in self.FOLDERS if (place / name).is_dir()]
+        return content_list(place, [path for folder in folders for path in _images(_files(folder))])
+
+    def other_files(self, root: str | None, split: Split) -> Counter[str]:
+        return _other_suffixes(path for folder in self._class_folders(root)[split].values() for path in _files(folder))
+
+    def _class_folders(self, root: str | None) -> dict[Split, dict[str, Path]]:
+        """The class folders of each split by name, in sorted order."""
+        train, test, val = (data_root(root) / name for name in self.FOLDERS)
+        test = val if val.exists() and not test.exists() else test
+        folders, others = _class_folders(train), _class_folders(test)
+        if odd := sorted(folders.keys() ^ others.keys()):
+            listed = ", ".join(f"'{name}' is only in {train if name in folders else test}" for name in odd[:5])
+            raise NolaVisionError(f"{train} and {test} must have the same class folders, but {listed}: rename them")
+        return {"train": folders, "test": {name: others[name] for name in folders}}
 
 
 @dataclass(frozen=True)
@@ -140,6 +164,7 @@ class TorchvisionArray(DatasetEntry):
     expects: str
     names: tuple[str, ...]
     downloads: bool = True
+    in_files: bool = False
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return self.names
@@ -259,7 +284,7 @@ class Cub200(DatasetEntry):
     def _table(self, root: str | None, name: str) -> dict[str, str]:
         path = self._base(root) / name
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_file(path, MOST_LIST_BYTES).decode().splitlines()
             return dict(line.split(maxsplit=1) for line in lines if line.strip())
         except OSError as error:
             raise NolaVisionError(
@@ -279,7 +304,7 @@ class ImageNet100(DatasetEntry):
     expects = "train/<wnid>/<image> and val/<wnid>/<image> of ImageNet beneath the root"
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
-        text = self.own_content(root) or (resources.files(__package__) / "lists" / self.LIST).read_text(
+        text = self.own_content(root).decode() or (resources.files(__package__) / "lists" / self.LIST).read_text(
             encoding="utf-8"
         )
         listed = [line.split()[0] for line in text.splitlines() if line.strip() and line[0] != "#"]
@@ -298,13 +323,22 @@ class ImageNet100(DatasetEntry):
         labels = np.repeat(np.arange(len(names)), [len(paths) for paths in files])
         return FileSource([path for paths in files for path in paths], labels, names, data_root(root))
 
-    def own_content(self, root: str | None) -> str:
-        """A user's own list of the classes, if there is one beneath the root."""
+    def own_content(self, root: str | None) -> bytes:
+        """A user's own list of the classes in UTF-8, if there is one under the root."""
         path = data_root(root) / self.LIST
+        if not path.exists():
+            return b""
         try:
-            return path.read_text(encoding="utf-8") if path.is_file() else ""
-        except ValueError as error:
-            raise NolaVisionError(f"{path} is no UTF-8 text ({error}): write one class (n01440764) a line") from error
+            content = read_file(path, MOST_LIST_BYTES)
+            content.decode()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise NolaVisionError(f"{path} cannot be read ({reason}): write one class (n01440764) per line") from error
+        return content
+
+    def other_files(self, root: str | None, split: Split) -> Counter[str]:
+        base = data_root(root) / ("train" if split == "train" else "val")
+        return _other_suffixes(path for name in self.class_names(root) for path in _files(base / name))
 
 
 def _torchvision(reader: str, base: Path, entry: DatasetEntry, download: bool, **options: Any) -> Any:
@@ -335,14 +369,31 @@ def get_dataset(name: str) -> DatasetEntry:
     if name.startswith(HUB_PREFIX):
         from nola_vision.data.hugging_face import HuggingFace
 
-        path, _, label = name.removeprefix(HUB_PREFIX).partition("#")
-        return HuggingFace(path, label)
+        path, _, columns = name.removeprefix(HUB_PREFIX).partition("#")
+        label, _, image = columns.partition("#")
+        return HuggingFace(path, label, image)
     if name not in DATASETS:
         names = difflib.get_close_matches(name, DATASETS)
         every = f"{', '.join(sorted(DATASETS))}, or {HUB_PREFIX}NAME"
         hint = f"did you mean {' or '.join(names)}?" if names else f"choose one of {every}"
         raise NolaVisionError(f"there is no data set {name!r}: {hint}")
     return DATASETS[name]
+
+
+def open_split(entry: DatasetEntry, root: str | None, split: Split, download: bool = False) -> ImageSource:
+    """Opens one split of a data set that something can be learned from.
+
+    Args:
+        entry: the data set.
+        root, split, download: as for `DatasetEntry.open`.
+
+    Raises:
+        NolaVisionError: as `DatasetEntry.open`, or there is only one class.
+    """
+    source = entry.open(root, split, download)
+    if len(source.class_names) < 2:
+        raise NolaVisionError(f"there is one class only, {', '.join(source.class_names)}: give images of two or more")
+    return source
 
 
 def data_root(root: str | None) -> Path:
@@ -366,18 +417,13 @@ def given_root(root: str | None) -> str | None:
     return str(Path(chosen).expanduser()) if chosen else None
 
 
-def _composed(text: str) -> str:
-    """A name as most systems write it: some archives and file systems take accents apart (Unicode's NFD)."""
-    return unicodedata.normalize("NFC", text)
-
-
 def _class_folders(folder: Path) -> dict[str, Path]:
     """The folders in a folder, by their names in sorted order."""
     if not folder.parent.is_dir():
         raise NolaVisionError(f"the data root {folder.parent} does not exist: check --data.root")
     try:
         inner = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-        names = dict(sorted((_composed(entry.name), entry) for entry in inner))
+        names = dict(sorted((name_text(entry.name), entry) for entry in inner))
         if len(names) < len(inner):
             raise NolaVisionError(f"two class folders of {folder} have one name in Unicode's two forms: rename one")
     except OSError as error:
@@ -390,11 +436,28 @@ def _class_folders(folder: Path) -> dict[str, Path]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Sorted image files beneath a folder.
+    """Sorted image files under a folder, by the suffixes of `image_suffixes`.
 
     Raises:
         NolaVisionError: there are none, or a folder cannot be read.
     """
+    files = _files(folder)
+    images = _images(files)
+    if not images:
+        others = ", ".join(f"{count} {suffix}" for suffix, count in _other_suffixes(files).most_common(5))
+        has = f"files of other kinds: {others}" if others else f"{', '.join(sorted(image_suffixes()))}"
+        raise NolaVisionError(f"{folder} has no images ({has}): add some, or remove the folder")
+    return images
+
+
+def _images(files: Iterable[Path]) -> list[Path]:
+    """Those of the files with an image's suffix, sorted."""
+    images = [path for path in files if path.suffix.lower() in image_suffixes()]
+    return sorted(images, key=lambda path: name_text(path.as_posix()))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files under a folder in any order; hidden ones are left out, links are followed once."""
 
     def refuse(error: OSError) -> None:
         raise NolaVisionError(f"cannot read the folder {error.filename} ({error.strerror}): allow it to be read")
@@ -406,13 +469,20 @@ def image_files(folder: Path) -> list[Path]:
         folders[:] = [name for name, place in places.items() if place not in seen]
         seen.update(places.values())
         paths += [Path(parent, name) for name in files if not name.startswith(".")]
-    images = sorted(
-        (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: _composed(path.as_posix())
-    )
-    if not images:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise NolaVisionError(f"{folder} has no images ({suffixes}): add some, or remove the folder")
-    return images
+    return paths
+
+
+def _other_suffixes(files: Iterable[Path]) -> Counter[str]:
+    """How many files do not have an image's suffix, by suffix."""
+    suffixes = (path.suffix.lower() for path in files)
+    return Counter(suffix or "without suffix" for suffix in suffixes if suffix not in image_suffixes())
+
+
+def content_list(base: Path, paths: list[Path]) -> bytes:
+    """The name under `base` and the SHA-256 of each file, one per line; a file that cannot be read has none."""
+    digests = file_digests(base, paths, MOST_BYTES)
+    names = [name_text(path.relative_to(base).as_posix()) for path in paths]
+    return "".join(f"{name}\0{found or ''}\n" for name, found in zip(names, digests, strict=True)).encode()
 
 
 CIFAR10_NAMES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())

@@ -1,43 +1,53 @@
-"""Data sets of the Hugging Face Hub, read by timm's reader; needs the optional package `datasets`."""
+"""Data sets of the Hugging Face Hub; needs the optional package `datasets`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 from PIL import Image
 
-from nola_vision.data.datasets import HUB_PREFIX, DatasetEntry, given_root
-from nola_vision.data.sources import ImageSource, decoded
+from nola_vision.data.datasets import HUB_PREFIX, DatasetEntry, content_list, given_root
+from nola_vision.data.sources import MOST_BYTES, ImageSource, decoded
 from nola_vision.data.splits import Split
 from nola_vision.errors import NolaVisionError
+from nola_vision.local_files import read_file
 
 TEST_NAMES = ("test", "validation", "valid", "val")
+IMAGE_COLUMNS = ("image", "img")  # which of several columns of images is taken
 
 
-class ReaderSource(ImageSource):
-    """Images that a timm reader opens.
+class HubSource(ImageSource):
+    """Images in a column of a Hugging Face data set.
 
     Args:
         name: of the data set and its split, for messages.
-        reader: timm's reader; indexing it gives an open file and a label.
+        column: the images; each item is a dict of `bytes` and `path`, as `datasets.Image(decode=False)` gives it.
         labels: `[n]` class indices.
         class_names: the name of each class index.
     """
 
-    def __init__(self, name: str, reader: Any, labels: npt.ArrayLike, class_names: tuple[str, ...]) -> None:
+    def __init__(self, name: str, column: Any, labels: npt.ArrayLike, class_names: tuple[str, ...]) -> None:
         super().__init__(labels, class_names)
-        self._name, self._reader = name, reader
+        self._name, self._column = name, column
 
     def where(self, index: int) -> str:
         return f"{self._name}[{index}]"
 
     def encoded(self, index: int) -> bytes:
-        with self._reader[index][0] as file:
-            content: bytes = file.read()
+        stored = self._column[index]
+        content: bytes = stored["bytes"] or b""
+        try:
+            if not content and stored["path"]:
+                content = read_file(stored["path"], MOST_BYTES)
+        except OSError as error:
+            raise NolaVisionError(
+                f"cannot read the image {self.where(index)} ({error.strerror}): fix, replace or remove it"
+            ) from error
         return content
 
     def _decode(self, index: int) -> Image.Image:
@@ -54,85 +64,116 @@ class HuggingFace(DatasetEntry):
     Args:
         name: on the Hub, or a local path.
         label: the label's column; by default the one called label, or the only ClassLabel.
+        image: the images' column; by default the only one of images, or the one of them called image or img.
     """
 
     name: str
     label: str = ""
-    expects: str = "a data set of the Hugging Face Hub, cached beneath the root, or a local path in its name"
+    image: str = ""
+    expects: str = "a data set of the Hugging Face Hub, cached under the root, or a local path in its name"
     downloads: bool = True
     needs_root: bool = False
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
-        return tuple(map(str, self._values(self._reader(root, "train", download))))
+        data = self._load(root, "train", download)
+        return tuple(map(str, self._values(data, self._label_column(data.features))))
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        reader = self._reader(root, split, download)
-        labels = reader.dataset[reader.label_key][:]  # a list; going through the column takes 400 times as long
-        if None in labels or (_is_numbered(reader) and -1 in labels):
-            raise self._refusal(f"its {split} split has images without a label")
-        if _is_numbered(reader) or split == "train":
-            values = self._values(reader)
+        data = self._load(root, split, download)
+        image, label = self._image_column(data.features), self._label_column(data.features)
+        numbered = isinstance(data.features[label], _library().ClassLabel)
+        labels = data[label][:]  # a list; going through the column takes 400 times as long
+        if None in labels or (numbered and -1 in labels):
+            raise self._refusal(f"its {split} split has images without a label", "remove these rows")
+        if numbered or split == "train":
+            values = self._values(data, label)
         else:
-            values = self._values(self._reader(root, "train", download))
-        if not _is_numbered(reader):
+            values = self._values(self._load(root, "train", download), label)
+        if not numbered:
             index = {value: label for label, value in enumerate(values)}
             if strange := sorted({str(value) for value in labels if value not in index}):
-                raise self._refusal(f"its training split has no label {strange[0]}, its test split has")
+                cause = f"its training split has no label {strange[0]}, its test split has"
+                raise self._refusal(cause, "remove these rows, or name another label column by #COLUMN")
             labels = [index[value] for value in labels]
-        return ReaderSource(f"{HUB_PREFIX}{self.name}[{split}]", reader, labels, tuple(map(str, values)))
+        data = data.cast_column(image, _library().Image(decode=False))
+        if empty := _without_image(data, image):
+            cause = f"{len(empty)} rows of its {split} split have no image in column {image}, the first is {empty[0]}"
+            raise self._refusal(cause, "remove these rows")
+        return HubSource(f"{HUB_PREFIX}{self.name}[{split}]", data[image], labels, tuple(map(str, values)))
 
-    def _reader(self, root: str | None, split: Split, download: bool) -> Any:
-        """timm's reader of a split."""
+    def own_content(self, root: str | None) -> bytes:
+        """The name and the SHA-256 of every file of a local path."""
+        place = Path(self.name)
+        files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else []
+        return content_list(place, sorted(files))
+
+    def _load(self, root: str | None, split: Split, download: bool) -> Any:
+        """A split as the library loads it."""
         library, root = _library(), given_root(root)
-        from timm.data.readers import create_reader
-
-        try:
-            with _network(download):
-                for name in ("train",) if split == "train" else TEST_NAMES:
-                    try:
-                        features = library.load_dataset(self.name, split=name, cache_dir=root).features
-                        break
-                    except ValueError as error:
-                        if "Unknown split" not in str(error):
-                            raise
-                else:
-                    raise self._refusal(f"it has no {split} split")
-                keys = {"input_key": self._image_column(features), "target_key": self._label_column(features)}
-                return create_reader(f"hfds/{self.name}", root=root, split=name, **keys)
-        except NolaVisionError:
-            raise
-        except Exception as error:  # not there, not cached, no network: the library has many ways to say so
-            raise self._refusal(" ".join(str(error).split())) from error
+        with _network(download):
+            for name in ("train",) if split == "train" else TEST_NAMES:
+                try:
+                    return library.load_dataset(self.name, split=name, cache_dir=root)
+                except Exception as error:  # missing, not cached, no network: the library raises many types
+                    if not (isinstance(error, ValueError) and "Unknown split" in str(error)):
+                        raise self._refusal(" ".join(str(error).split())) from error
+        raise self._refusal(f"it has no {split} split")
 
     def _image_column(self, features: Any) -> str:
-        images: list[str] = [name for name, feature in features.items() if isinstance(feature, _library().Image)]
-        if not images:
-            raise self._refusal(f"it has no column of images, only {', '.join(features)}")
-        return images[0]
-
-    def _label_column(self, features: Any) -> str:
-        classes = [name for name, feature in features.items() if isinstance(feature, _library().ClassLabel)]
-        chosen: str = self.label or ("label" if "label" in features else classes[0] if len(classes) == 1 else "")
-        if chosen not in features:
-            raise self._refusal(f"which of {', '.join(features)} is the label is not clear: add #COLUMN to the name")
+        library = _library()
+        images = [name for name, feature in features.items() if isinstance(feature, library.Image)]
+        content = [name for name, feature in features.items() if feature in map(library.Value, _BYTES)]
+        found = images or content
+        named = [name for name in IMAGE_COLUMNS if name in found]
+        chosen: str = self.image or (found[0] if len(found) == 1 else next(iter(named), ""))
+        if not self.image and not found:
+            raise self._refusal(f"it has no column of images, only {', '.join(features)}", "name another data set")
+        if chosen not in images + content:
+            which = f"{chosen} is not a column of images" if chosen else "which column has the images is not clear"
+            cause = f"{which}, it has {', '.join(found)}"
+            raise self._refusal(cause, f"name it, as in {HUB_PREFIX}{self.name}#{self.label or 'label'}#{found[-1]}")
         return chosen
 
-    def _values(self, reader: Any) -> Sequence[Any]:
-        """What stands for each class in the label column, by class index."""
-        if _is_numbered(reader):
-            return list(reader.dataset.features[reader.label_key].names)
-        return sorted(set(reader.dataset[reader.label_key][:]) - {None})
+    def _label_column(self, features: Any) -> str:
+        library = _library()
+        classes = [name for name, feature in features.items() if isinstance(feature, library.ClassLabel)]
+        chosen: str = self.label or ("label" if "label" in features else classes[0] if len(classes) == 1 else "")
+        if chosen not in features:
+            cause = f"which of {', '.join(features)} is the label is not clear"
+            raise self._refusal(cause, f"name it, as in {HUB_PREFIX}{self.name}#COLUMN")
+        feature = features[chosen]
+        dtype = feature.dtype if isinstance(feature, library.Value) else ""
+        if chosen not in classes and not str(dtype).startswith(_LABELS):
+            kind = dtype or type(feature).__name__
+            cause = f"its column {chosen} has values of type {kind}, but a label is one class"
+            raise self._refusal(cause, f"name another column, as in {HUB_PREFIX}{self.name}#COLUMN")
+        return chosen
 
-    def _refusal(self, cause: str) -> NolaVisionError:
-        return NolaVisionError(
-            f"cannot read {HUB_PREFIX}{self.name} ({cause}): name a data set of the Hugging Face Hub, and pass "
-            "--data.download true where there is a network, or a local path that its library reads"
+    def _values(self, data: Any, label: str) -> Sequence[Any]:
+        """The value of each class in the label column, by class index."""
+        if isinstance(data.features[label], _library().ClassLabel):
+            return list(data.features[label].names)
+        return sorted(set(data[label][:]) - {None})
+
+    def _refusal(self, cause: str, fix: str = "") -> NolaVisionError:
+        fix = fix or (
+            "name a data set of the Hugging Face Hub, and pass --data.download true where there is a network, or a "
+            "local path that its library reads"
         )
+        return NolaVisionError(f"cannot read {HUB_PREFIX}{self.name} ({cause}): {fix}")
 
 
-def _is_numbered(reader: Any) -> bool:
-    """Whether the label column holds class indices with names."""
-    return isinstance(reader.dataset.features[reader.label_key], _library().ClassLabel)
+_BYTES = ("binary", "large_binary")
+_LABELS = ("string", "large_string", "int", "uint", "bool")
+
+
+def _without_image(data: Any, column: str) -> list[int]:
+    """The rows that have neither an image's content nor its path."""
+    import pyarrow.compute as compute  # type: ignore[import-untyped]
+
+    images = data.data.column(column)
+    parts = [compute.is_null(compute.struct_field(images, name)) for name in ("bytes", "path")]
+    return [index for index, empty in enumerate(compute.and_(*parts).to_pylist()) if empty]
 
 
 def _library() -> Any:

@@ -28,6 +28,12 @@ def keyed_hash(purpose: str, *key: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+def keyed_hashes(count: int, purpose: str, *key: int) -> npt.NDArray[np.uint64]:
+    """`[count]` numbers as of `keyed_hash`, by their position: one SHAKE-256 stream, fast for a million of them."""
+    text = ":".join(["nola-vision-1", purpose, *map(str, key)])
+    return np.frombuffer(hashlib.shake_256(text.encode()).digest(8 * count), dtype=">u8").astype(np.uint64)
+
+
 def validation_pool(labels: npt.ArrayLike) -> Indices:
     """The images set aside for choosing settings; no seed and no number of shots enters.
 

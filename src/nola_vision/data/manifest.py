@@ -16,9 +16,11 @@ from nola_vision.data.sources import ImageSource
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types
 from nola_vision.files import write_file
+from nola_vision.local_files import read_file
 
 FORMAT = "nola-vision k-shot manifest"
 FORMAT_VERSION = 1
+MOST_BYTES = 2**27  # of a manifest's file: about a million images
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ def read_manifest(path: str | Path) -> Manifest:
             of each class as it says.
     """
     try:
-        loaded: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        loaded: Any = json.loads(read_file(path, MOST_BYTES).decode())
     except OSError as error:
         raise NolaVisionError(f"the manifest {path} cannot be read ({error.strerror}): check its path") from error
-    except ValueError as error:
-        raise NolaVisionError(f"the manifest {path} is no JSON: get it anew from where it was made") from error
+    except (ValueError, RecursionError) as error:
+        raise NolaVisionError(f"the manifest {path} is not JSON: copy it again from where it was made") from error
     if not isinstance(loaded, dict) or loaded.pop("format", None) != FORMAT:
         raise NolaVisionError(f"{path} is no k-shot manifest: nola-vision data manifest writes one")
     if (version := loaded.pop("format_version", None)) != FORMAT_VERSION:
@@ -100,7 +102,7 @@ def read_manifest(path: str | Path) -> Manifest:
         images = tuple((str(name), int(label), str(found)) for name, label, found in loaded.pop("images"))
         manifest = Manifest(**{**loaded, "class_names": tuple(loaded["class_names"]), "images": images})
         check_types(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError, NolaVisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, NolaVisionError) as error:
         raise NolaVisionError(f"the manifest {path} is not what nola-vision writes ({error}): get it anew") from error
     different = Counter(label for label, _ in {(label, name) for name, label, _ in manifest.images})
     faults = [

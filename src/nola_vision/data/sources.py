@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,14 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nola_vision.errors import NolaVisionError
+from nola_vision.local_files import read_file
+from nola_vision.text import name_text, printable
+
+# What Pillow decodes itself. Others are left out on purpose: EPS starts Ghostscript, HDF5 and GRIB only name a plug-in.
+FORMATS = (
+    "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+MOST_BYTES = 2**29  # of an image's file
 
 
 class ImageSource:
@@ -45,9 +53,13 @@ class ImageSource:
         try:
             return to_rgb(self._decode(index) if content is None else decoded(content))
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
-            reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            reason = str(error)
+            if isinstance(error, UnidentifiedImageError):
+                reason = "not an image, or of an unsupported format"
+            elif isinstance(error, OSError) and error.strerror:
+                reason = error.strerror
             raise NolaVisionError(
-                f"cannot decode the image {self.where(index)} ({reason}): mend, replace or remove it"
+                f"cannot decode the image {self.where(index)} ({reason}): fix, replace or remove it"
             ) from error
 
     def where(self, index: int) -> str:
@@ -59,7 +71,7 @@ class ImageSource:
         return self.where(index)
 
     def encoded(self, index: int) -> bytes | None:
-        """The content of an image's file; None where it has none of its own.
+        """The content of an image's file; None if the image is not stored as a file.
 
         Raises:
             NolaVisionError: the file cannot be read.
@@ -87,42 +99,56 @@ class ArraySource(ImageSource):
 
 
 class FileSource(ImageSource):
-    """Images in files of their own.
+    """Images in separate files.
 
     Args:
         paths: of the images.
         labels: `[n]` class indices.
         class_names: the name of each class index.
-        base: the data set's folder, which names are beneath.
+        base: the data set's folder; `name` is relative to it.
     """
 
     def __init__(
         self, paths: Sequence[Path], labels: npt.ArrayLike, class_names: tuple[str, ...], base: Path = Path()
     ) -> None:
         super().__init__(labels, class_names)
-        self._paths, self._base = list(paths), base
+        self.paths, self.base = list(paths), base
 
     def where(self, index: int) -> str:
-        return str(self._paths[index])
+        return printable(str(self.paths[index]))
 
     def name(self, index: int) -> str:
-        return unicodedata.normalize("NFC", self._paths[index].relative_to(self._base).as_posix())
+        return name_text(self.paths[index].relative_to(self.base).as_posix())
 
     def encoded(self, index: int) -> bytes:
         try:
-            return self._paths[index].read_bytes()
+            return read_file(self.paths[index], MOST_BYTES)
         except OSError as error:
             raise NolaVisionError(
-                f"cannot read the image {self.where(index)} ({error.strerror}): mend, replace or remove it"
+                f"cannot read the image {self.where(index)} ({error.strerror}): fix, replace or remove it"
             ) from error
 
     def _decode(self, index: int) -> Image.Image:
-        return decoded(self._paths[index].read_bytes())
+        return decoded(read_file(self.paths[index], MOST_BYTES))
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of files that are read as images, in lower case: those of `FORMATS` that this Pillow can decode."""
+    kinds = {*_formats(), "MPO"}  # which Pillow opens as a JPEG
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
 def decoded(content: bytes) -> Image.Image:
     """The image of an image file's content, upright."""
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
         image.load()
         return ImageOps.exif_transpose(image)
 
@@ -130,13 +156,21 @@ def decoded(content: bytes) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image in mode RGB: 16-bit grey is scaled to 8 bits, alpha is dropped.
 
+    White is 65535 for every grey image of more than 8 bits, so that all images of a data set are scaled equally. One
+    that stores fewer bits in that range is refused: it would be nearly black, with at most 16 grey levels.
+
     Raises:
-        NolaVisionError: the pixels are floating point or 32-bit, with no agreed white.
+        NolaVisionError: floating-point pixels, or grey values outside 0 to 65535 or all under 4096.
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise NolaVisionError(f"pixel mode {image.mode} has no agreed white, save it with 8 or 16 bits")
+        if 0 < values.max() < 4096:
+            raise NolaVisionError(
+                f"its grey values reach {values.max()} where white is 65535, so it would be nearly black: save it with "
+                "8 bits, or scaled to 16"
+            )
         image = Image.fromarray(np.round(values.astype(np.float64) / 257).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

@@ -210,12 +210,12 @@ def _cpu() -> str:
 
 
 def _plain(value: Any, name: str, lost: list[str]) -> Any:
-    """Copy nested values with null for a number that JSON lacks, noted in `lost`, and text for a path."""
+    """Copy nested values: null for a number that JSON lacks, noted in `lost`, and text that is valid as UTF-8."""
     if isinstance(value, float) and not math.isfinite(value):
         lost.append(f"{name} was {value} and is written as null")
         return None
-    if isinstance(value, PurePath):
-        return str(value)
+    if isinstance(value, PurePath | str):  # a folder's name may hold bytes that are not UTF-8
+        return str(value).encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
         return {key: _plain(item, f"{name}.{key}".lstrip("."), lost) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,0 +1,42 @@
+"""Whether images can be decoded, before hours of training depend on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import PIL
+
+from nola_vision.data.kshot import Indices
+from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource, decoded, to_rgb
+from nola_vision.local_files import read_file, remembered
+
+
+def refuse_unreadable(source: ImageSource, indices: Indices) -> None:
+    """Decodes image files in full; those that were decoded before and have not changed are not read again.
+
+    Images of sources without separate files are not decoded: opening such a source checks what it can.
+
+    Args:
+        source: of the images. Its labels are not used.
+        indices: which ones.
+
+    Raises:
+        NolaVisionError: the message of the first image that cannot be decoded, as reading it would raise.
+    """
+    if not isinstance(source, FileSource):
+        return
+    paths = [source.paths[index] for index in indices]
+    for index, found in zip(indices.tolist(), remembered(_KIND, source.base, paths, _decodes), strict=True):
+        if found is None:
+            source.image(index)
+
+
+_KIND = f"decoded by Pillow {PIL.__version__}"
+
+
+def _decodes(path: Path) -> str | None:
+    try:
+        to_rgb(decoded(read_file(path, MOST_BYTES)))
+    except Exception:  # Pillow raises many types
+        return None
+    return ""

@@ -1,0 +1,121 @@
+"""The user's files: only regular ones of a sane size are read, and what is remembered of them is never stale."""
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nola_vision import local_files
+from nola_vision.data.datasets import get_dataset
+from nola_vision.local_files import file_digest, read_file, remembered
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache that trusts files which are only just written; its folder."""
+    monkeypatch.setattr(local_files, "RACY_NS", -(10**12))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def counted() -> tuple[list[str], object]:
+    """The names of the files that were read, and the function that reads them."""
+    read: list[str] = []
+    return read, lambda path: read.append(path.name) or path.read_text()
+
+
+def files(folder: Path, *contents: str) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for number, content in enumerate(contents):
+        (folder / str(number)).write_text(content)
+    return [folder / str(number) for number in range(len(contents))]
+
+
+def test_an_unchanged_file_is_read_once(settled: Path, counted: tuple, tmp_path: Path) -> None:
+    read, compute = counted
+    paths = files(tmp_path / "data", "a", "b", "c")
+    assert remembered("x", tmp_path, paths, compute) == ["a", "b", "c"] and sorted(read) == ["0", "1", "2"]
+    assert remembered("x", tmp_path, paths[1:], compute) == ["b", "c"] and len(read) == 3
+    times = paths[1].stat()
+    paths[1].write_text("B")
+    os.utime(paths[1], ns=(times.st_atime_ns, times.st_mtime_ns))  # size and mtime as before
+    assert remembered("x", tmp_path, paths, compute) == ["a", "B", "c"] and read[3:] == ["1"]
+    assert remembered("y", tmp_path, paths, lambda path: None) == [None] * 3  # another fact, and one not to remember
+    assert remembered("y", tmp_path, paths, compute) == ["a", "B", "c"]
+
+
+def test_a_file_that_has_just_changed_is_not_trusted(
+    counted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may change again within the resolution of its times."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read, compute = counted
+    paths = files(tmp_path / "data", "a")
+    for _ in range(2):
+        assert remembered("x", tmp_path, paths, compute) == ["a"]
+    assert read == ["0", "0"] and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "changed", "nested", "a folder", "no cache"])
+def test_a_damaged_cache_is_not_used(
+    damage: str, settled: Path, counted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, compute = counted
+    paths = files(tmp_path / "data", "a", "b")
+    remembered("x", tmp_path, paths, compute)
+    (cache,) = settled.rglob("*.json")
+    whole = cache.read_bytes()
+    match damage:
+        case "cut":
+            cache.write_bytes(whole[:-9])
+        case "garbage":
+            cache.write_bytes(b"\xff" * 99)
+        case "changed":
+            cache.write_bytes(whole.replace(b'"a"', b'"z"'))
+        case "nested":
+            cache.write_bytes(b"[" * 100_000)
+        case "a folder":
+            cache.unlink()
+            cache.mkdir()
+        case "no cache":
+            monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert remembered("x", tmp_path, paths, compute) == ["a", "b"] and len(read) == 4
+
+
+def test_only_regular_files_of_a_sane_size_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # opened in the usual way it waits for a writer
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(10 * 2**30)
+    for path, reason in (
+        (tmp_path / "fifo", "a FIFO, not a regular file"),
+        (Path("/dev/zero"), "a device, not a regular file"),
+        (tmp_path, "a folder, not a regular file"),
+        (tmp_path / "large", "larger than 1 MiB"),
+        (tmp_path / "none", "No such file"),
+    ):
+        with pytest.raises(OSError) as caught:
+            read_file(path, 2**20)
+        assert reason in (caught.value.strerror or "") and file_digest(path, 2**20) is None
+
+
+def test_the_contents_of_a_folder_are_in_its_hash(settled: Path, tmp_path: Path) -> None:
+    for name in ("train/a/1", "train/b/1", "test/a/1", "test/b/1"):
+        path = tmp_path / f"data/{name}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    entry, root = get_dataset("folder"), tmp_path / "data"
+    before = entry.own_content(str(root))
+    assert entry.own_content(str(root)) == before and before.count(b"\n") == 4
+    (root / "raw").mkdir()
+    Image.new("RGB", (4, 4)).save(root / "raw/unused.bmp")
+    assert entry.own_content(str(root)) == before
+    times = os.stat(root / "test/b/1.bmp")
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(root / "test/b/1.bmp")
+    os.utime(root / "test/b/1.bmp", ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed = entry.own_content(str(root))
+    assert changed != before and len(changed) == len(before)
+    (root / "test/b/1.bmp").unlink()
+    os.mkfifo(root / "test/b/1.bmp")  # reported by the run; the digests of the others stay in the hash
+    assert entry.own_content(str(root)) not in (before, changed)

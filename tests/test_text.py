@@ -1,0 +1,47 @@
+"""Names as text: nothing in them drives a terminal, breaks a file's encoding or runs in a spreadsheet."""
+
+import os
+
+import pytest
+
+from nola_vision.errors import NolaVisionError
+from nola_vision.text import csv_cell, name_text, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("straße 日本 😀 a\\b", "straße 日本 😀 a\\b"),
+        ("a\x1b[31mred\x07\n", "a\\x1b[31mred\\x07\\n"),
+        ("a\u202egnp.exe\x9b", "a\\u202egnp.exe\\x9b"),
+        (os.fsdecode(b"stra\xdfe.png"), "stra\\xdfe.png"),
+        ("\ud83d", "\\ud83d"),
+        ("line\u2028two\r", "line\\u2028two\\r"),
+    ],
+)
+def test_printable(text: str, expected: str) -> None:
+    assert printable(text) == expected == printable(expected)
+    assert str(NolaVisionError(text)) == expected  # every error is one line, whatever names are in it
+    expected.encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("=cmd()|x", "'=cmd()|x"),
+        ("@sum", "'@sum"),
+        ("+1 a", "'+1 a"),
+        ("-x.png", "'-x.png"),
+        ("-0.5", "-0.5"),
+        ("+1e3", "+1e3"),
+        ("cat", "cat"),
+        ("\t=1", "\\t=1"),
+        ("", ""),
+    ],
+)
+def test_csv_cell(text: str, expected: str) -> None:
+    assert csv_cell(text) == expected
+
+
+def test_a_name_is_text() -> None:
+    assert name_text(os.fsdecode(b"caf\xe9")) == "caf\\xe9" and name_text("cafe\u0301") == "caf\xe9"
