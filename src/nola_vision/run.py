@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
+import textwrap
 import time
 import traceback
 from collections.abc import Callable
@@ -15,27 +18,36 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
+from nola_vision.interrupts import Interrupts
 from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
+from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors
 
 ADAPTER_FILE = "adapter.safetensors"
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(NolaVisionError):
+    """A checkpoint that a run cannot be resumed from. The run is as it was."""
 
 
 def checkpoint_path(given: str | None, folder: Path) -> str | None:
     """The checkpoint that `--ckpt_path` names; `last` is the run's own.
 
     Raises:
-        NolaVisionError: it is not there.
+        NolaVisionError: it does not exist.
     """
-    path = folder / "checkpoints" / "last.ckpt" if given == "last" else given and Path(given)
+    path = folder / LAST_CHECKPOINT if given == "last" else given and Path(given)
     if path and not path.is_file():
         raise NolaVisionError(
             f"there is no checkpoint {path}: give one by --ckpt_path ('last' is that of a run with these very settings)"
@@ -47,23 +59,57 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint's content, read as plain data.
 
     Raises:
-        NolaVisionError: the file is damaged or no checkpoint.
+        CheckpointError: the file is damaged or not a checkpoint.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no checkpoint fails in any way
-        raise NolaVisionError(f"{path} is damaged or no checkpoint: give one that `fit` wrote") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise NolaVisionError(f"{path} is no Lightning checkpoint: give one that `fit` wrote")
+    except Exception as error:  # a file that is not a checkpoint fails in any way
+        raise CheckpointError(f"{path} is damaged or no checkpoint: give one that `fit` wrote") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise CheckpointError(f"{path} is no Lightning checkpoint: give one that `fit` wrote")
     return checkpoint
 
 
 def _refuse_other_run(checkpoint: dict[str, Any], run_hash: str) -> None:
-    """A checkpoint holds the optimizer and the schedule of its run: only that run can go on from it."""
+    """A checkpoint holds the optimizer and the schedule of its run: only that run can resume from it."""
     if checkpoint.get("run_hash") != run_hash:
-        raise NolaVisionError(
+        raise CheckpointError(
             f"the checkpoint belongs to run {checkpoint.get('run_hash')} and these settings are run {run_hash}: a run "
             "is resumed with the very settings it was started with, --trainer.max_epochs included"
+        )
+
+
+def _refuse_damaged(checkpoint: dict[str, Any], path: str, trainer: L.Trainer) -> None:
+    """Checks what Lightning restores without a check: a wrong counter would end a run that was never trained.
+
+    Raises:
+        CheckpointError: a part is missing or of another type, or the counters contradict each other.
+    """
+    epoch, step = checkpoint.get("epoch"), checkpoint.get("global_step")
+    wrong = None
+    for name, kind in (("loops", dict), ("callbacks", dict), ("optimizer_states", list), ("lr_schedulers", list)):
+        if not isinstance(checkpoint.get(name), kind):
+            wrong = name
+    for name, value in (("epoch", epoch), ("global_step", step)):
+        if type(value) is not int or value < 0:
+            wrong = name
+    if wrong is None:
+        try:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+            batches = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+            counted = batches["optimizer"]["step"]["total"]["completed"]
+            if type(counted) is not int or counted != step:
+                wrong = "global_step"
+            if any(type(value) is not int or value - epoch not in (0, 1) for value in progress.values()):
+                wrong = "epoch"
+        except (KeyError, TypeError, AttributeError):
+            wrong = "loops"
+    last = trainer.max_epochs or -1
+    if wrong is None and last > 0 and epoch > last:  # type: ignore[operator]
+        wrong = "epoch"
+    if wrong is not None:
+        raise CheckpointError(
+            f"{path} is damaged (its {wrong}): give another checkpoint, or leave --ckpt_path out to start from scratch"
         )
 
 
@@ -81,7 +127,9 @@ def run(
         run_config: what `parse` returns.
         out: the folder of all runs; this one's own folder in it is `identity.run_folder`.
         stage: `search` stops before the test set.
-        ckpt_path: resume from this checkpoint of the run, or from `last`.
+        ckpt_path: resume from this checkpoint of the run. `last` finishes the run whatever has interrupted it: it
+            resumes from the run's own checkpoint, starts from scratch if there is none yet, and returns the row of a
+            run that is completed.
         keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same. One that another
             process has completed meanwhile gives that one's row.
         beat: called after every batch, to tell that the run goes on.
@@ -92,12 +140,21 @@ def run(
             other error, and Ctrl-C, are raised after the row is written.
     """
     folder = identity.run_folder(out, run_config, stage)
-    if ckpt_path is not None and not identity.has_init(run_config):
-        raise NolaVisionError(f"{run_config['method']} trains nothing, so it has no checkpoint: leave --ckpt_path out")
+    finish = ckpt_path == "last"
+    if not identity.has_init(run_config):
+        if ckpt_path is not None and not finish:
+            raise NolaVisionError(
+                f"{run_config['method']} trains nothing, so it has no checkpoint: leave --ckpt_path out"
+            )
+        ckpt_path = None
+    elif finish and not (folder / LAST_CHECKPOINT).is_file():
+        _log.warning("this run has no checkpoint yet: it starts from scratch")
+        ckpt_path = None
     ckpt_path = checkpoint_path(ckpt_path, folder)
+    main = is_main_process(run_config)
     # the processes of a distributed run share the first one's claim
-    with claim(folder) if is_main_process() else nullcontext():
-        if keep_going and (row := find_completed(folder)) is not None:
+    with claim(folder) if main else nullcontext():
+        if (keep_going or finish) and (row := find_completed(folder)) is not None:
             return row
         return _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat)
 
@@ -115,44 +172,47 @@ def _run(
     measured: dict[str, Any] = {}
     status: row.Status = "failed"
     begun = keep_going
-    try:
-        with quiet():
-            built = _prepared(run_config, folder, stage, ckpt_path)
-            begun = True
-            if beat is not None:
-                if isinstance(built.model, NearestNeighborClassifier):
-                    built.model.beat = beat
-                built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
-            _measure(built, folder, stage, ckpt_path, measured)
-        status = "completed"
-    except (KeyboardInterrupt, SystemExit):
-        status, measured["error"] = "interrupted", "interrupted before it ended"
-        raise KeyboardInterrupt from None
-    except Exception as error:
-        expected = isinstance(error, NolaVisionError)
-        measured["error"] = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
-        begun |= not expected
-        if not expected or (begun and error.__cause__ is not None):
-            (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        if not keep_going:
-            raise
-    finally:
-        learning_rate = run_config["model"]["method"]["init_args"].get("lr")
-        finished = Row.of(
-            run_config,
-            stage,
-            status,
-            started=started,
-            seconds_total=round(time.perf_counter() - clock, 3),
-            versions=row.environment(),
-            git=row.git_state(),
-            **{"threads": torch.get_num_threads(), "learning_rate": learning_rate, **measured},
-        )
-        # the other processes of a distributed run have the same numbers, and no later trial costs a completed row
-        if not begun:
-            _remove_empty(folder, out)
-        elif is_main_process() and (status == "completed" or find_completed(folder) is None):
-            write_row(folder, finished)
+    with Interrupts() as interrupts:  # Ctrl-C never interrupts the writing of the row
+        try:
+            with interrupts.allowed(), quiet():
+                measured |= {"versions": row.environment(), "git": row.git_state()}
+                built = _prepared(run_config, folder, stage, ckpt_path)
+                begun = True
+                if beat is not None:
+                    if isinstance(built.model, NearestNeighborClassifier):
+                        built.model.beat = beat
+                    built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
+                _measure(built, folder, stage, ckpt_path, measured)
+                status = "completed"
+        except (KeyboardInterrupt, SystemExit):
+            if status != "completed":
+                status, measured["error"] = "interrupted", "interrupted before it ended"
+            raise KeyboardInterrupt from None
+        except Exception as error:
+            expected = isinstance(error, NolaVisionError)
+            measured["error"] = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
+            begun = (begun or not expected) and (keep_going or not isinstance(error, CheckpointError))
+            if not expected or (begun and error.__cause__ is not None):
+                (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            if not keep_going:
+                raise
+        finally:
+            learning_rate = run_config["model"]["method"]["init_args"].get("lr")
+            finished = Row.of(
+                run_config,
+                stage,
+                status,
+                started=started,
+                seconds_total=round(time.perf_counter() - clock, 3),
+                **{"threads": torch.get_num_threads(), "learning_rate": learning_rate, **measured},
+            )
+            # the other processes of a distributed run have the same numbers; no later trial costs a completed row
+            if not is_main_process(run_config):
+                pass
+            elif not begun:
+                _remove_empty(folder, out)
+            elif status == "completed" or find_completed(folder) is None:
+                write_row(folder, finished)
     return finished
 
 
@@ -180,8 +240,15 @@ class _Heartbeat(L.Callback):
         self._beat()
 
 
-def is_main_process() -> bool:
-    """False in all but the first process of a distributed run."""
+def is_main_process(run_config: identity.Config | None = None) -> bool:
+    """False in all but the first process of a distributed run.
+
+    Args:
+        run_config: of the run; on several nodes it is needed before the trainer exists.
+    """
+    nodes = ((run_config or {}).get("trainer") or {}).get("num_nodes") or 1
+    if nodes > 1 and int(os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or 0) > 0:
+        return False  # the first process of another node, which Lightning has not given its rank yet
     return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
@@ -194,11 +261,16 @@ def _prepared(run_config: identity.Config, folder: Path, stage: identity.Stage, 
         built.model.run_hash = identity.run_hash(run_config, stage)
         if ckpt_path is not None:
             _refuse_other_run(checkpoint := read_checkpoint(ckpt_path), built.model.run_hash)
-            if checkpoint["epoch"] + 1 >= (built.trainer.max_epochs or math.inf) > 0:
-                raise NolaVisionError("there was nothing left to train: this run is at its end")
+            _refuse_damaged(checkpoint, ckpt_path, built.trainer)
+            try:
+                built.model.refuse_other_checkpoint(checkpoint)
+            except NolaVisionError as error:
+                raise CheckpointError(str(error)) from error
     if built.trainer.world_size == 1:  # else one process of a machine downloads while the others wait, in `fit`
         built.datamodule.prepare_data()
         built.datamodule.setup("fit")
+        if isinstance(built.model, Classifier):
+            check_monitors(built.trainer, built.datamodule.describe()["counts"]["validation"] > 0)
     return built
 
 
@@ -216,13 +288,10 @@ def _measure(
         if is_main_process():
             _keep_old_log(folder)
         clock = time.perf_counter()
-        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        _fit(built, ckpt_path)
         measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
-        if "train_loss" not in trainer.callback_metrics:
-            raise NolaVisionError("there was nothing left to train: this run is at its end")
-        measured["train_loss"] = _number(trainer.callback_metrics["train_loss"])
+        measured |= {"epoch": task.epoch, "monitor": task.monitor}
+        measured["train_loss"] = _number(task.train_loss)
         if measured["train_loss"] is None:
             raise NolaVisionError("training ended with a loss that is no number: try a smaller learning rate or scale")
         if trainer.is_global_zero:
@@ -244,6 +313,30 @@ def _measure(
             data.warnings.append(f"{part} (trainer.limit_test_batches): data.test_limit takes a part of every class")
     measured["peak_memory_mib"] = _peak_memory_mib(device)
     measured["data"] = data.describe()
+
+
+def _fit(built: RunCLI, ckpt_path: str | None) -> None:
+    """Trains; a run that is at its end already is only restored from its checkpoint."""
+    trainer, task = built.trainer, built.model
+    try:
+        trainer.fit(task, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    except NolaVisionError:
+        raise
+    except MisconfigurationException as error:
+        raise NolaVisionError(f"Lightning cannot train with these settings: {_one_line(error)}") from error
+    except Exception as error:
+        if ckpt_path is None or task.began:
+            raise
+        raise CheckpointError(
+            f"the run cannot resume from {ckpt_path} ({type(error).__name__}: {_one_line(error)}): give another "
+            "checkpoint, or leave --ckpt_path out to start from scratch"
+        ) from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def _one_line(error: BaseException) -> str:
+    return textwrap.shorten(str(error), 200)
 
 
 def _keep_old_log(folder: Path) -> None:
