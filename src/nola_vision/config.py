@@ -33,7 +33,7 @@ from nola_vision.data.datasets import get_dataset, given_root
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
-from nola_vision.trainer_settings import CHECKPOINTS, LAST_CHECKPOINT, LastCheckpoint, check_trainer
+from nola_vision.trainer_settings import CHECKPOINTS, LAST_CHECKPOINT, LastCheckpoint, check_precision, check_trainer
 
 set_parsing_settings(subclasses_enabled=[methods.Method])
 
@@ -141,6 +141,8 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
     if plain["model"]["run_seed"] < 0 or plain["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")
     check_trainer(plain["trainer"])
+    settings = plain["model"]["method"].get("init_args") or {}
+    check_precision(plain["trainer"]["precision"], identity.method_class(plain), bool(settings.get("train_norms")))
     if plain["threads"] is not None and plain["threads"] < 1:
         raise NolaVisionError(f"threads is {plain['threads']}: it must be at least 1")
     plain["content"] = _content(plain)

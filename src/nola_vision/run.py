@@ -24,6 +24,7 @@ from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
 from nola_vision.interrupts import Interrupts
+from nola_vision.model import first_not_finite
 from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.row import Row
@@ -33,6 +34,7 @@ from nola_vision.tasks.nearest import NearestNeighborClassifier
 from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors
 
 ADAPTER_FILE = "adapter.safetensors"
+_CHECKED_IMAGES = 4  # of the training set, to compare the saved adapter with the trained one
 
 _log = logging.getLogger(__name__)
 
@@ -83,34 +85,54 @@ def _refuse_damaged(checkpoint: dict[str, Any], path: str, trainer: L.Trainer) -
     """Checks what Lightning restores without a check: a wrong counter would end a run that was never trained.
 
     Raises:
-        CheckpointError: a part is missing or of another type, or the counters contradict each other.
+        CheckpointError: a part is missing, of another type or not finite, or the counters contradict each other.
     """
-    epoch, step = checkpoint.get("epoch"), checkpoint.get("global_step")
-    wrong = None
-    for name, kind in (("loops", dict), ("callbacks", dict), ("optimizer_states", list), ("lr_schedulers", list)):
-        if not isinstance(checkpoint.get(name), kind):
-            wrong = name
-    for name, value in (("epoch", epoch), ("global_step", step)):
-        if type(value) is not int or value < 0:
-            wrong = name
+    wrong = _misfit(
+        checkpoint,
+        {
+            "epoch": 0,
+            "global_step": 0,
+            "callbacks": {},
+            "optimizer_states": [{"state": {}, "param_groups": []}],
+            "lr_schedulers": [{}],
+            "stopped": False,
+            "adapter": {},
+            "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+        },
+    )
     if wrong is None:
-        try:
-            progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-            batches = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
-            counted = batches["optimizer"]["step"]["total"]["completed"]
-            if type(counted) is not int or counted != step:
-                wrong = "global_step"
-            if any(type(value) is not int or value - epoch not in (0, 1) for value in progress.values()):
-                wrong = "epoch"
-        except (KeyError, TypeError, AttributeError):
-            wrong = "loops"
-    last = trainer.max_epochs or -1
-    if wrong is None and last > 0 and epoch > last:  # type: ignore[operator]
-        wrong = "epoch"
+        epoch, current = checkpoint["epoch"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        steps = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+        if any(value - epoch not in (0, 1) for value in current.values()) or epoch > (trainer.max_epochs or -1) > 0:
+            wrong = "epoch"
+        elif steps["total"]["completed"] != checkpoint["global_step"]:
+            wrong = "global_step"
+        elif not isinstance(checkpoint.get("train_loss"), float | None):
+            wrong = "train_loss"
+        elif not all(isinstance(tensor, torch.Tensor) for tensor in checkpoint["state_dict"].values()):
+            wrong = "state_dict"
+        else:
+            wrong = first_not_finite(checkpoint["state_dict"])
     if wrong is not None:
         raise CheckpointError(
-            f"{path} is damaged (its {wrong}): give another checkpoint, or leave --ckpt_path out to start from scratch"
+            f"the checkpoint {path} is damaged (its {wrong}): give another one, or leave --ckpt_path out to start from "
+            "scratch"
         )
+
+
+def _misfit(found: Any, example: Any, name: str = "content") -> str | None:
+    """The name of the first part that lacks a key or an item of an example, or is of another type."""
+    if type(found) is not type(example) or (type(found) is int and found < 0):
+        return name
+    if isinstance(example, dict):
+        parts = ((str(key), found.get(key), value) for key, value in example.items())
+    elif isinstance(example, list) and example:
+        if len(found) != len(example):
+            return name
+        parts = ((name, one, other) for one, other in zip(found, example, strict=True))
+    else:
+        return None
+    return next((wrong for key, one, other in parts if (wrong := _misfit(one, other, key)) is not None), None)
 
 
 def run(
@@ -188,12 +210,15 @@ def _run(
             if status != "completed":
                 status, measured["error"] = "interrupted", "interrupted before it ended"
             raise KeyboardInterrupt from None
-        except Exception as error:
+        except Exception as failed:
+            error = _of_a_worker(failed)
             expected = isinstance(error, NolaVisionError)
             measured["error"] = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
             begun = (begun or not expected) and (keep_going or not isinstance(error, CheckpointError))
             if not expected or (begun and error.__cause__ is not None):
                 (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            if error is not failed and not keep_going:
+                raise error from failed
             if not keep_going:
                 raise
         finally:
@@ -257,6 +282,13 @@ def _prepared(run_config: identity.Config, folder: Path, stage: identity.Stage, 
     if run_config["model"].get("compile"):
         torch.compiler.reset()  # it counts the models that a process compiled before, and gives up after eight
     built = build(run_config, folder)
+    backbone = built.model.model.backbone if isinstance(built.model, Classifier) else built.model.backbone
+    if broken := first_not_finite(backbone.state_dict()):
+        spec = run_config["model"]["backbone"]
+        raise NolaVisionError(
+            f"the weights {spec['file'] or 'of ' + spec['tag']} hold a number that is not finite, in {broken}: give "
+            "other weights by --model.backbone.file"
+        )
     if isinstance(built.model, Classifier):
         built.model.run_hash = identity.run_hash(run_config, stage)
         if ckpt_path is not None:
@@ -283,6 +315,7 @@ def _measure(
     measured["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     _reset_peak_memory(device)
     measured |= {**_counts(task), "warnings": data.warnings}
+    peak = None
 
     if isinstance(task, Classifier):
         if is_main_process():
@@ -296,6 +329,12 @@ def _measure(
             raise NolaVisionError("training ended with a loss that is no number: try a smaller learning rate or scale")
         if trainer.is_global_zero:
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
+            peak = _peak_memory_mib(device)  # before the check, which takes a second backbone
+            known = data.reference_dataloader().dataset
+            images = torch.stack([known[i][0] for i in range(min(_CHECKED_IMAGES, len(known)))])
+            task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
+            if device.type == "cpu":
+                _reset_peak_memory(device)
     quiet = {"datamodule": data, "verbose": False}
     trainer.validate(task, **quiet)
     measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
@@ -311,7 +350,8 @@ def _measure(
         if sum(trainer.num_test_batches) < len(data.test_dataloader()):
             part = f"tested on {sum(trainer.num_test_batches)} of {len(data.test_dataloader())} batches"
             data.warnings.append(f"{part} (trainer.limit_test_batches): data.test_limit takes a part of every class")
-    measured["peak_memory_mib"] = _peak_memory_mib(device)
+    later = _peak_memory_mib(device)
+    measured["peak_memory_mib"] = max(peak, later) if peak is not None and later is not None else later
     measured["data"] = data.describe()
 
 
@@ -333,6 +373,12 @@ def _fit(built: RunCLI, ckpt_path: str | None) -> None:
         ) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
+
+
+def _of_a_worker(error: Exception) -> Exception:
+    """The user error that a data loader's worker process met: torch makes its traceback the message."""
+    found = re.match(r"Caught NolaVisionError in .*\bNolaVisionError: (.*)", str(error), re.DOTALL)
+    return NolaVisionError(found[1].strip()) if found and isinstance(error, NolaVisionError) else error
 
 
 def _one_line(error: BaseException) -> str:

@@ -119,6 +119,25 @@ def _class(class_path: str) -> type:
     return found
 
 
+def check_precision(precision: Any, method: str, train_norms: bool) -> None:
+    """Refuses 16-bit weights where weights of the backbone itself are trained: most steps would be rounded away.
+
+    Args:
+        precision: the config's `trainer.precision`.
+        method: the class's name.
+        train_norms: whether the method trains batch norms.
+
+    Raises:
+        NolaVisionError: this method needs float32 weights.
+    """
+    if precision in ("bf16-true", "16-true") and (train_norms or method in ("FullFinetune", "PEFT")):
+        what = "train_norms" if train_norms else method
+        raise NolaVisionError(
+            f"trainer.precision is {precision}, but {what} trains weights of the backbone, and most steps would be "
+            f"rounded away in 16 bits: use {precision.replace('true', 'mixed')}"
+        )
+
+
 def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
     """Refuses to monitor a validation metric in a run that never validates.
 

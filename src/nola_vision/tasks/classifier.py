@@ -109,11 +109,10 @@ class Classifier(L.LightningModule):
                 raise NolaVisionError(f"after step {bad} {broken} is not finite: try a smaller learning rate or scale")
 
     def on_train_epoch_end(self) -> None:
-        self.train_loss = self.trainer.callback_metrics["train_loss"]
+        self.train_loss, self.epoch = self.trainer.callback_metrics["train_loss"], self.current_epoch
 
     def on_fit_end(self) -> None:
         """Takes the best epoch's weights, if a ModelCheckpoint kept them, and rounds to what the file will hold."""
-        self.epoch = max(0, self.trainer.fit_loop.epoch_progress.current.processed - 1)
         best = monitoring(self.trainer.callbacks)  # type: ignore[attr-defined]
         if best is not None and (path := self.trainer.strategy.broadcast(best.best_model_path)):
             self.epoch, self.monitor = self._load_weights(path), best.monitor
@@ -225,7 +224,7 @@ class Classifier(L.LightningModule):
         self.refuse_other_checkpoint(checkpoint)
         if self.trainer.state.fn == TrainerFn.FITTING:
             loss = checkpoint.get("train_loss")
-            self.train_loss = None if loss is None else torch.tensor(loss)
+            self.train_loss, self.epoch = None if loss is None else torch.tensor(loss), checkpoint["epoch"]
             self.trainer.should_stop = bool(checkpoint.get("stopped"))
 
     def refuse_other_checkpoint(self, checkpoint: dict[str, Any]) -> None:
