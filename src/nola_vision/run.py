@@ -31,7 +31,7 @@ from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
-from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors
+from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, monitoring
 
 ADAPTER_FILE = "adapter.safetensors"
 _CHECKED_IMAGES = 4  # of the training set, to compare the saved adapter with the trained one
@@ -430,17 +430,26 @@ def _number(value: torch.Tensor | None) -> float | None:
 def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path: str | None) -> None:
     """Prints a checkpoint's accuracy on the validation pool (`validate`) or the test set (`test`); leaves no row.
 
+    Without a checkpoint, or with `last`, it evaluates the weights that the run's row is of.
+
     Raises:
-        NolaVisionError: a method that trains was given no checkpoint.
+        NolaVisionError: a method that trains was given no checkpoint, or one that is damaged or of another run.
     """
     folder = identity.run_folder(out, run_config, "final")
+    own = ckpt_path in (None, "last")
     ckpt_path = checkpoint_path(ckpt_path or "last", folder) if identity.has_init(run_config) else None
     with quiet():
         built = build(run_config, folder / verb)
         if ckpt_path is not None:
-            built.model.refuse_other_checkpoint(read_checkpoint(ckpt_path))
+            checkpoint = read_checkpoint(ckpt_path)
+            best = monitoring(built.trainer.callbacks)  # type: ignore[attr-defined]
+            if own and best is not None and isinstance(checkpoint.get("callbacks"), dict):
+                state = checkpoint["callbacks"].get(best.state_key)
+                if isinstance(state, dict) and (path := state.get("best_model_path")):
+                    checkpoint = read_checkpoint(str(path))
+            built.model.load_weights(checkpoint)
         step = built.trainer.validate if verb == "validate" else built.trainer.test
         try:
-            step(built.model, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)
+            step(built.model, datamodule=built.datamodule)
         except SystemExit:  # how Lightning ends on Ctrl-C
             raise KeyboardInterrupt from None

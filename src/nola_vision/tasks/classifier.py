@@ -20,7 +20,7 @@ from nola_vision.backbones import BackboneSpec, batch_norms
 from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import PEFT, FullFinetune, Method
-from nola_vision.model import adapt, backbone_tensors
+from nola_vision.model import adapt, backbone_tensors, first_not_finite
 from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
 from nola_vision.trainer_settings import monitoring
 
@@ -115,23 +115,26 @@ class Classifier(L.LightningModule):
         """Takes the best epoch's weights, if a ModelCheckpoint kept them, and rounds to what the file will hold."""
         best = monitoring(self.trainer.callbacks)  # type: ignore[attr-defined]
         if best is not None and (path := self.trainer.strategy.broadcast(best.best_model_path)):
-            self.epoch, self.monitor = self._load_weights(path), best.monitor
+            self.epoch, self.monitor = self._load_best(path), best.monitor
         self.model.compute_with_stored_bits(False)
         self.model.round_to_stored_bits()
 
-    def _load_weights(self, path: str) -> int:
-        """Loads the weights of a checkpoint of this run and returns its epoch."""
+    def _load_best(self, path: str) -> int:
+        """Loads the weights that a ModelCheckpoint kept in this run and returns their epoch."""
         try:
-            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
-            self.refuse_other_checkpoint(checkpoint)
-            self.load_state_dict(checkpoint["state_dict"], strict=False)
-            return int(checkpoint["epoch"])
-        except NolaVisionError:
-            raise
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            epoch = int(checkpoint["epoch"])
         except Exception as error:  # a damaged file fails in any way
             raise NolaVisionError(
                 f"the best epoch's checkpoint {path} is missing or damaged: train again without --ckpt_path"
             ) from error
+        self.load_weights(checkpoint)
+        return epoch
+
+    def load_weights(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the trained values of a checkpoint, after `refuse_other_checkpoint`."""
+        self.refuse_other_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"], strict=False)
 
     def on_validation_start(self) -> None:
         """Every evaluation sees the values as a file holds them; during training they stay as they are."""
@@ -231,9 +234,9 @@ class Classifier(L.LightningModule):
         """Checks that the numbers of a checkpoint mean here what they meant where it was written.
 
         Raises:
-            NolaVisionError: it was written with another backbone, method, seed or set of classes.
+            NolaVisionError: it was written with another backbone, method, seed or set of classes, or is damaged.
         """
-        here, there = _flat(self._identity()), _flat(checkpoint.get("adapter", {}))
+        here, there = _flat(self._identity()), _flat(_mapping(checkpoint.get("adapter")))
         differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         if differing:
             key = differing[0]
@@ -241,13 +244,20 @@ class Classifier(L.LightningModule):
                 f"the checkpoint was written with another {key} ({_short(there.get(key))}) than this run's "
                 f"({_short(here.get(key))}): use the config it was trained with"
             )
-        own, stored = self.state_dict(), checkpoint["state_dict"]
-        wrong = self._kept(list(own)) ^ set(stored) or {n for n in stored if own[n].shape != stored[n].shape}
+        own, stored = self.state_dict(), _mapping(checkpoint.get("state_dict"))
+        wrong = self._kept(list(own)) ^ set(stored)
+        wrong = wrong or {n for n in stored if own[n].shape != getattr(stored[n], "shape", None)}
         if wrong:
             raise NolaVisionError(
                 f"the checkpoint was written by another backbone, method or set of classes: {min(wrong)} does not fit; "
                 "use the config it was trained with"
             )
+        if broken := first_not_finite(stored):
+            raise NolaVisionError(f"the checkpoint is damaged (its {broken} is not finite): give another one")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _prefix(run_seed: int, step: int) -> float:
