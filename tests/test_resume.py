@@ -1,16 +1,20 @@
 """Runs that are interrupted at any moment, and the one command that finishes them: `fit ... --ckpt_path last`."""
 
+import csv
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from torch._utils import ExceptionWrapper
 
 from nola_vision import run
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.errors import NolaVisionError
+from nola_vision.model import AdaptedModel
 from nola_vision.results import identity, store
 from nola_vision.results.row import DETERMINISTIC, Row
 from nola_vision.tasks.classifier import Classifier
@@ -203,7 +207,81 @@ def test_a_damaged_checkpoint_is_one_line_and_costs_nothing(
         if store.find_row(folder) != row:
             wrong[number] = "row lost " + str(wrong.get(number))
             store.write_row(folder, row)
-    print(wrong)
+
     assert wrong == {}
     (folder / LAST_CHECKPOINT).write_bytes(whole)
     assert run.run(config, tmp_path, ckpt_path="last").status == "completed"
+
+
+def test_a_run_whose_file_is_not_its_model_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Classifier.training_step
+
+    def moving(self: Classifier, batch: Any, batch_idx: int) -> torch.Tensor:
+        with torch.no_grad():  # as a method does whose changes the file does not hold
+            self.model.backbone.norm.bias.add_(0.3)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", moving)
+    with pytest.raises(NolaVisionError, match="does not give the trained model back"):
+        run.run(tiny(), tmp_path)
+    row = store.find_row(identity.run_folder(tmp_path, tiny(), "final"))
+    assert row is not None and row.status == "failed"
+
+
+def test_trained_tensors_are_searched_only_after_a_loss_that_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[int] = []
+    once(monkeypatch, AdaptedModel, "not_finite", lambda: searches.append(1))
+    run.run(tiny("full-ft"), tmp_path)
+    assert len(searches) == 1 == sum(searches)  # at the end, by `save`
+    step = Classifier.training_step
+
+    def broken(self: Classifier, batch: Any, batch_idx: int) -> torch.Tensor:
+        return step(self, batch, batch_idx) * (torch.nan if self.global_step == 2 else 1)
+
+    monkeypatch.setattr(Classifier, "training_step", broken)
+    blown = tiny("linear", trainer={"gradient_clip_val": None})
+    with pytest.raises(NolaVisionError, match="after step 3 head.weight is not finite"):
+        run.run(blown, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named_before_training(tmp_path: Path) -> None:
+    weights = timm.create_model("test_vit").state_dict()
+    weights["blocks.2.mlp.fc1.bias"][3] = torch.nan
+    torch.save(weights, tmp_path / "w.pth")
+    backbone = {"base": "pretrained", "file": str(tmp_path / "w.pth"), "img_size": 160}
+    for method in ("linear", "1nn"):
+        with pytest.raises(NolaVisionError, match=r"w\.pth hold a number that is not finite, in blocks.2.mlp.fc1.bias"):
+            run.run(tiny(method, model={"backbone": backbone}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_a_data_loaders_worker_is_its_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raised(*_: Any) -> None:
+        try:
+            corrupt()
+        except NolaVisionError:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+    monkeypatch.setattr(KShotDataModule, "test_dataloader", raised)
+    with pytest.raises(NolaVisionError, match="^the image 3.png cannot be decoded$"):
+        run.run(tiny("linear"), tmp_path)
+    row = store.find_row(identity.run_folder(tmp_path, tiny("linear"), "final"))
+    assert row is not None and row.error == "the image 3.png cannot be decoded"
+
+
+def test_validate_and_test_evaluate_what_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    original = run.build
+    monkeypatch.setattr(run, "build", lambda *given: built.append(original(*given)) or built[-1])
+    config = tiny("nola4", model={"method": {"init_args": {"bits": 2, "head_bits": 2}}})
+    row = run.run(config, tmp_path)
+    for verb, loss in (("validate", "val_loss"), ("test", "test_loss")):
+        run.evaluate(config, tmp_path, verb, None)
+        metrics = built[-1].trainer.callback_metrics
+        assert float(metrics[loss]) == float(built[0].trainer.callback_metrics.get(loss, row.val_loss))
+    assert float(metrics["test_accuracy"]) == row.test_accuracy
+    # and in training: the last epoch's validation is that of the run
+    losses = [line["val_loss"] for line in csv.DictReader(next(tmp_path.rglob("metrics.csv")).open())]
+    assert float([loss for loss in losses if loss][2]) == pytest.approx(row.val_loss, rel=1e-5)
