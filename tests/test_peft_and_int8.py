@@ -49,6 +49,25 @@ def test_a_peft_method_trains_is_saved_and_comes_back(config: str, settings: dic
     assert torch.equal(load_adapter(tmp_path / "a.safetensors")(IMAGES), model(IMAGES))
 
 
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["bn1", "bn2"]}, {"bias": "all"}])
+def test_batch_norms_that_peft_trains_come_back_with_their_statistics(settings: dict, tmp_path: Path) -> None:
+    spec = BackboneSpec("test_resnet.r160_in1k", base="random", img_size=32)
+    method = PEFT(config="LoraConfig", settings={"r": 2, "target_modules": ["conv2"], **settings})
+    model = adapt(spec, method, ["a", "b"]).train()
+    trained(model)
+    kept = {name for name in model.trained_tensors() if "running_" in name}
+    assert kept
+    model.eval().save(tmp_path / "a.safetensors")
+    assert torch.equal(load_adapter(tmp_path / "a.safetensors")(IMAGES), model(IMAGES))
+    model.check_saved(tmp_path / "a.safetensors", IMAGES)
+    with torch.no_grad():
+        for name, buffer in model.backbone.named_buffers():  # the statistics of a norm that is not trained
+            if name.endswith("running_mean"):
+                buffer.add_(0.5)
+    with pytest.raises(NolaVisionError, match="does not give the trained model back .*: PEFT changes something"):
+        model.check_saved(tmp_path / "a.safetensors", IMAGES)
+
+
 def test_a_peft_adapter_for_other_fixed_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """VeRA's shared projections are drawn by PEFT and not in the file: they must be the ones that it trained with."""
     import peft

@@ -141,13 +141,14 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
     assert saved.stat().st_size < 4 * 3 * numbers + 60_000  # weights and Adam's two moments; the backbone is 7.5 MB
 
     class Stop(Callback):
-        def on_train_epoch_end(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
-            trainer.should_stop = trainer.current_epoch == 0
+        def on_train_epoch_start(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
+            if trainer.current_epoch == 1:
+                raise RuntimeError("stop")
 
     half = build(config(), tmp_path / "half")
     half.trainer.callbacks.insert(0, Stop())
-    half.trainer.fit(half.model, datamodule=half.datamodule)
-    assert half.trainer.current_epoch == 1
+    with pytest.raises(RuntimeError, match="stop"):
+        half.trainer.fit(half.model, datamodule=half.datamodule)
     rest = build(config(), tmp_path / "rest")
     with torch.no_grad():  # what the checkpoint must bring back
         for parameter in rest.model.model.stack.parameters():
@@ -172,8 +173,7 @@ def test_resuming_a_finished_run_keeps_it(tmp_path: Path) -> None:
     done = run.run(config("linear"), tmp_path)
     folder = identity.run_folder(tmp_path, config("linear"), "final")
     log = (folder / "metrics.csv").read_text()
-    with pytest.raises(NolaVisionError, match="nothing left to train"):
-        run.run(config("linear"), tmp_path, ckpt_path="last")
+    assert run.run(config("linear"), tmp_path, ckpt_path="last") == done
     assert store.read_row(folder / "row.json") == done
     assert (folder / "metrics.csv").read_text() == log
 
@@ -194,7 +194,8 @@ def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(NolaVisionError, match="damaged or no checkpoint"):
         run.evaluate(config("linear"), tmp_path, "test", None)
     with pytest.raises(NolaVisionError, match="1nn trains nothing"):
-        run.run(config("1nn"), tmp_path, ckpt_path="last")
+        run.run(config("1nn"), tmp_path, ckpt_path=str(saved))
+    assert run.run(config("1nn"), tmp_path, ckpt_path="last").status == "completed"
 
 
 def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:

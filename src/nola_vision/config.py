@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import inspect
 import json
@@ -34,6 +35,7 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.local_files import file_digest
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
+from nola_vision.trainer_settings import CHECKPOINTS, LAST_CHECKPOINT, LastCheckpoint, check_precision, check_trainer
 
 set_parsing_settings(subclasses_enabled=[methods.Method])
 
@@ -59,6 +61,7 @@ class RunCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 parser_kwargs={"prog": "nola-vision fit", "exit_on_error": False, "allow_abbrev": False},
                 trainer_defaults={
+                    "devices": 1,  # several only where they are asked for: DDP changes the rounding
                     "max_epochs": 50,
                     "num_sanity_val_steps": 0,
                     "log_every_n_steps": 1,
@@ -84,10 +87,11 @@ class RunCLI(LightningCLI):
         assert self.folder is not None
         given = self.config_init["trainer"]
         callbacks: list[L.Callback] = list(_listed(given["callbacks"]))
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder / CHECKPOINTS / (callback.monitor or "unmonitored"))
         if given["enable_checkpointing"] is not False:
-            # at each epoch's end, whenever validation comes: `last.ckpt` is the model as it is trained so far
-            every: dict[str, Any] = {"save_last": True, "save_on_train_epoch_end": True}
-            callbacks.append(ModelCheckpoint(self.folder / "checkpoints", enable_version_counter=False, **every))
+            callbacks.append(LastCheckpoint(self.folder / LAST_CHECKPOINT))
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar(leave=False))
         loggers: list[Logger] = [CSVLogger(self.folder, name="", version=""), *_listed(given["logger"])]
@@ -138,6 +142,9 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
         plain["data"]["root"] = given_root(plain["data"]["root"])
     if plain["model"]["run_seed"] < 0 or plain["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")
+    check_trainer(plain["trainer"])
+    settings = plain["model"]["method"].get("init_args") or {}
+    check_precision(plain["trainer"]["precision"], identity.method_class(plain), bool(settings.get("train_norms")))
     if plain["threads"] is not None and plain["threads"] < 1:
         raise NolaVisionError(f"threads is {plain['threads']}: it must be at least 1")
     plain["content"] = _content(plain)
@@ -189,8 +196,9 @@ def build(run_config: identity.Config, folder: Path) -> RunCLI:
         torch.set_num_threads(run_config["threads"])
         os.environ["OMP_NUM_THREADS"] = str(run_config["threads"])  # or Lightning's launcher sets its own number
     try:
-        return RunCLI({key: value for key, value in run_config.items() if key != "content"}, folder)
-    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        # a copy: jsonargparse replaces the dicts in lists of its argument by Namespaces
+        return RunCLI(copy.deepcopy({key: value for key, value in run_config.items() if key != "content"}), folder)
+    except (argparse.ArgumentError, MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise NolaVisionError(
             f"the run cannot be set up: {' '.join(str(error).split())}"
             + (

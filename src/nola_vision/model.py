@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nola_vision import methods
 from nola_vision.adapters.file import adapter_bytes, read_adapter, write_adapter
+from nola_vision.adapters.paths import is_quantised
 from nola_vision.adapters.quantise import rounded
 from nola_vision.adapters.stack import AdapterStack
 from nola_vision.adapters.target import HEAD
@@ -82,14 +83,17 @@ class AdaptedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with self.stack.using(bits=self._stored_bits) if self._stored_bits else nullcontext():
-            return self.stack.logits(self.backbone(images))
+            return self.stack.logits(self.backbone(images.to(self._dtype(images.dtype))))
+
+    def _dtype(self, otherwise: torch.dtype) -> torch.dtype:
+        """The dtype that the backbone computes in: that of its first parameter."""
+        return next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), otherwise)
 
     def train(self, mode: bool = True) -> Self:
         """As usual, but a batch norm whose weights are frozen keeps its running statistics."""
         super().train(mode)
         for norm in batch_norms(self.backbone).values():
-            if not any(p.requires_grad for p in norm.parameters(recurse=False)):
-                norm.training = False
+            norm.training = norm.training and _is_trained(norm)
         return self
 
     def trained_tensors(self, adapter: int = 0) -> dict[str, Tensor]:
@@ -118,11 +122,9 @@ class AdaptedModel(nn.Module):
 
     def not_finite(self) -> str | None:
         """The first trained tensor (and its first layer) with a number that is not finite, or None."""
-        every = self.trained_tensors()
-        floats = {name: tensor for name, tensor in every.items() if tensor.is_floating_point()}
-        if bool(torch.stack([tensor.isfinite().all() for tensor in floats.values()]).all()):
+        floats = self.trained_tensors()
+        if (name := first_not_finite(floats)) is None:
             return None
-        name = next(name for name, tensor in floats.items() if not tensor.isfinite().all())
         group = name.removeprefix("adapter.").rpartition(".")[0]
         if group not in self.stack.groups or floats[name].dim() < 2:
             return name
@@ -155,6 +157,45 @@ class AdaptedModel(nn.Module):
             raise NolaVisionError(f"{broken} is not finite: try a smaller learning rate or scale")
         return write_adapter(path, self.metadata(), self.trained_tensors(adapter), self.bits)
 
+    @torch.no_grad()
+    def check_saved(self, path: str | Path, images: Tensor) -> None:
+        """Checks that an adapter file gives this model back: a new model with the file's tensors, on some images.
+
+        Args:
+            path: a file that `save` wrote.
+            images: `[batch, 3, size, size]`, on the model's device.
+
+        Raises:
+            NolaVisionError: the logits differ, so something that training changed is not in the file.
+        """
+        restored = _assemble(self.card.backbone, self.card)
+        _fill(restored, read_adapter(path)[1], path)
+        restored.to(images.device, self._dtype(images.dtype))
+        training = self.training
+        self.eval()
+        try:
+            expected, found = self(images).float(), restored.eval()(images).float()
+        finally:
+            self.train(training)
+        exact = self._dtype(images.dtype) in (torch.float32, torch.float64)
+        tolerance = (1e-3 if exact else 5e-2) * max(1.0, float(expected.abs().max()))
+        if not bool(((found - expected).abs() <= tolerance).all()):
+            raise NolaVisionError(
+                f"{path} does not give the trained model back (logits differ by up to "
+                f"{float((found - expected).abs().max()):.3g}): {type(self.card.method).__name__} changes something "
+                "that an adapter file does not hold; use other settings for it"
+            )
+
+
+@torch.no_grad()
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite, or None. Tensors that hold integers pass."""
+    floats = {name: t for name, t in tensors.items() if t.is_floating_point() and not is_quantised(t)}
+    # a sum is five times as fast as a test of each value, and finite sums leave nothing to find
+    if not floats or bool(torch.stack([tensor.sum().float() for tensor in floats.values()]).isfinite().all()):
+        return None
+    return next((name for name, tensor in floats.items() if not tensor.isfinite().all()), None)
+
 
 def stack_tensors(stack: AdapterStack, adapter: int = 0) -> dict[str, Tensor]:
     """The trained tensors of one adapter of a stack by their names in the adapter file."""
@@ -164,15 +205,27 @@ def stack_tensors(stack: AdapterStack, adapter: int = 0) -> dict[str, Tensor]:
     return tensors
 
 
+def _is_trained(norm: nn.Module) -> bool:
+    """Whether a batch norm has a trained weight or bias; then its running statistics move in training, too."""
+    return any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
+
+
 def backbone_tensors(backbone: nn.Module, method: Method) -> dict[str, Tensor]:
-    """The tensors of the backbone itself that a method changes: all, batch norms with their statistics, or PEFT's."""
+    """The tensors of the backbone itself that a method changes, statistics of batch norms included.
+
+    All for `FullFinetune`; what PEFT trains, with the statistics of the norms it trains; all batch norms for
+    `train_norms`.
+    """
     if isinstance(method, FullFinetune):
         return backbone.state_dict()
+    norms = batch_norms(backbone)
     if isinstance(method, PEFT):
-        return {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+        kept = {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+        trained = [name for name, norm in norms.items() if _is_trained(norm)]
+        moving = {f"{name}.{key}": tensor for name in trained for key, tensor in norms[name].named_buffers()}
+        return kept | {name: tensor for name, tensor in moving.items() if not name.endswith("num_batches_tracked")}
     if isinstance(method, Adapter) and method.train_norms:
-        norms = batch_norms(backbone).items()
-        whole = {f"{name}.{key}": tensor for name, norm in norms for key, tensor in norm.state_dict().items()}
+        whole = {f"{name}.{key}": tensor for name, norm in norms.items() for key, tensor in norm.state_dict().items()}
         return {name: tensor for name, tensor in whole.items() if not name.endswith("num_batches_tracked")}
     return {}
 
@@ -333,12 +386,17 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
             f"{path} was made for other weights of {spec.tag} than those at hand: give the file it was trained with by "
             "`weights` (--weights FILE)"
         )
+    _fill(model, tensors, path)
+    return model.eval()
+
+
+@torch.no_grad()
+def _fill(model: AdaptedModel, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Copies the tensors of an adapter file into a model."""
     own = model.trained_tensors()
     wrong = [name for name in own.keys() | tensors.keys() if name not in own or name not in tensors]
     wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:
         raise NolaVisionError(f"the tensor {sorted(wrong)[0]} of {path} does not fit this backbone and method")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-    return model.eval()
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
+import textwrap
 import time
 import traceback
 from collections.abc import Callable
@@ -15,27 +18,38 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
+from nola_vision.interrupts import Interrupts
+from nola_vision.model import first_not_finite
 from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
+from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, monitoring
 
 ADAPTER_FILE = "adapter.safetensors"
+_CHECKED_IMAGES = 4  # of the training set, to compare the saved adapter with the trained one
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(NolaVisionError):
+    """A checkpoint that a run cannot be resumed from. The run is as it was."""
 
 
 def checkpoint_path(given: str | None, folder: Path) -> str | None:
     """The checkpoint that `--ckpt_path` names; `last` is the run's own.
 
     Raises:
-        NolaVisionError: it is not there.
+        NolaVisionError: it does not exist.
     """
-    path = folder / "checkpoints" / "last.ckpt" if given == "last" else given and Path(given)
+    path = folder / LAST_CHECKPOINT if given == "last" else given and Path(given)
     if path and not path.is_file():
         raise NolaVisionError(
             f"there is no checkpoint {path}: give one by --ckpt_path ('last' is that of a run with these very settings)"
@@ -47,24 +61,78 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint's content, read as plain data.
 
     Raises:
-        NolaVisionError: the file is damaged or no checkpoint.
+        CheckpointError: the file is damaged or not a checkpoint.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no checkpoint fails in any way
-        raise NolaVisionError(f"{path} is damaged or no checkpoint: give one that `fit` wrote") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise NolaVisionError(f"{path} is no Lightning checkpoint: give one that `fit` wrote")
+    except Exception as error:  # a file that is not a checkpoint fails in any way
+        raise CheckpointError(f"{path} is damaged or no checkpoint: give one that `fit` wrote") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise CheckpointError(f"{path} is no Lightning checkpoint: give one that `fit` wrote")
     return checkpoint
 
 
 def _refuse_other_run(checkpoint: dict[str, Any], run_hash: str) -> None:
-    """A checkpoint holds the optimizer and the schedule of its run: only that run can go on from it."""
+    """A checkpoint holds the optimizer and the schedule of its run: only that run can resume from it."""
     if checkpoint.get("run_hash") != run_hash:
-        raise NolaVisionError(
+        raise CheckpointError(
             f"the checkpoint belongs to run {checkpoint.get('run_hash')} and these settings are run {run_hash}: a run "
             "is resumed with the very settings it was started with, --trainer.max_epochs included"
         )
+
+
+def _refuse_damaged(checkpoint: dict[str, Any], path: str, trainer: L.Trainer) -> None:
+    """Checks what Lightning restores without a check: a wrong counter would end a run that was never trained.
+
+    Raises:
+        CheckpointError: a part is missing, of another type or not finite, or the counters contradict each other.
+    """
+    wrong = _misfit(
+        checkpoint,
+        {
+            "epoch": 0,
+            "global_step": 0,
+            "callbacks": {},
+            "optimizer_states": [{"state": {}, "param_groups": []}],
+            "lr_schedulers": [{}],
+            "stopped": False,
+            "adapter": {},
+            "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+        },
+    )
+    if wrong is None:
+        epoch, current = checkpoint["epoch"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        steps = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+        if any(value - epoch not in (0, 1) for value in current.values()) or epoch > (trainer.max_epochs or -1) > 0:
+            wrong = "epoch"
+        elif steps["total"]["completed"] != checkpoint["global_step"]:
+            wrong = "global_step"
+        elif not isinstance(checkpoint.get("train_loss"), float | None):
+            wrong = "train_loss"
+        elif not all(isinstance(tensor, torch.Tensor) for tensor in checkpoint["state_dict"].values()):
+            wrong = "state_dict"
+        else:
+            wrong = first_not_finite(checkpoint["state_dict"])
+    if wrong is not None:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged (its {wrong}): give another one, or leave --ckpt_path out to start from "
+            "scratch"
+        )
+
+
+def _misfit(found: Any, example: Any, name: str = "content") -> str | None:
+    """The name of the first part that lacks a key or an item of an example, or is of another type."""
+    if type(found) is not type(example) or (type(found) is int and found < 0):
+        return name
+    if isinstance(example, dict):
+        parts = ((str(key), found.get(key), value) for key, value in example.items())
+    elif isinstance(example, list) and example:
+        if len(found) != len(example):
+            return name
+        parts = ((name, one, other) for one, other in zip(found, example, strict=True))
+    else:
+        return None
+    return next((wrong for key, one, other in parts if (wrong := _misfit(one, other, key)) is not None), None)
 
 
 def run(
@@ -81,7 +149,9 @@ def run(
         run_config: what `parse` returns.
         out: the folder of all runs; this one's own folder in it is `identity.run_folder`.
         stage: `search` stops before the test set.
-        ckpt_path: resume from this checkpoint of the run, or from `last`.
+        ckpt_path: resume from this checkpoint of the run. `last` finishes the run whatever has interrupted it: it
+            resumes from the run's own checkpoint, starts from scratch if there is none yet, and returns the row of a
+            run that is completed.
         keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same. One that another
             process has completed meanwhile gives that one's row.
         beat: called after every batch, to tell that the run goes on.
@@ -92,12 +162,21 @@ def run(
             other error, and Ctrl-C, are raised after the row is written.
     """
     folder = identity.run_folder(out, run_config, stage)
-    if ckpt_path is not None and not identity.has_init(run_config):
-        raise NolaVisionError(f"{run_config['method']} trains nothing, so it has no checkpoint: leave --ckpt_path out")
+    finish = ckpt_path == "last"
+    if not identity.has_init(run_config):
+        if ckpt_path is not None and not finish:
+            raise NolaVisionError(
+                f"{run_config['method']} trains nothing, so it has no checkpoint: leave --ckpt_path out"
+            )
+        ckpt_path = None
+    elif finish and not (folder / LAST_CHECKPOINT).is_file():
+        _log.warning("this run has no checkpoint yet: it starts from scratch")
+        ckpt_path = None
     ckpt_path = checkpoint_path(ckpt_path, folder)
+    main = is_main_process(run_config)
     # the processes of a distributed run share the first one's claim
-    with claim(folder) if is_main_process() else nullcontext():
-        if keep_going and (row := find_completed(folder)) is not None:
+    with claim(folder) if main else nullcontext():
+        if (keep_going or finish) and (row := find_completed(folder)) is not None:
             return row
         return _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat)
 
@@ -115,44 +194,50 @@ def _run(
     measured: dict[str, Any] = {}
     status: row.Status = "failed"
     begun = keep_going
-    try:
-        with quiet():
-            built = _prepared(run_config, folder, stage, ckpt_path)
-            begun = True
-            if beat is not None:
-                if isinstance(built.model, NearestNeighborClassifier):
-                    built.model.beat = beat
-                built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
-            _measure(built, folder, stage, ckpt_path, measured)
-        status = "completed"
-    except (KeyboardInterrupt, SystemExit):
-        status, measured["error"] = "interrupted", "interrupted before it ended"
-        raise KeyboardInterrupt from None
-    except Exception as error:
-        expected = isinstance(error, NolaVisionError)
-        measured["error"] = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
-        begun |= not expected
-        if not expected or (begun and error.__cause__ is not None):
-            (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        if not keep_going:
-            raise
-    finally:
-        learning_rate = run_config["model"]["method"]["init_args"].get("lr")
-        finished = Row.of(
-            run_config,
-            stage,
-            status,
-            started=started,
-            seconds_total=round(time.perf_counter() - clock, 3),
-            versions=row.environment(),
-            git=row.git_state(),
-            **{"threads": torch.get_num_threads(), "learning_rate": learning_rate, **measured},
-        )
-        # the other processes of a distributed run have the same numbers, and no later trial costs a completed row
-        if not begun:
-            _remove_empty(folder, out)
-        elif is_main_process() and (status == "completed" or find_completed(folder) is None):
-            write_row(folder, finished)
+    with Interrupts() as interrupts:  # Ctrl-C never interrupts the writing of the row
+        try:
+            with interrupts.allowed(), quiet():
+                measured |= {"versions": row.environment(), "git": row.git_state()}
+                built = _prepared(run_config, folder, stage, ckpt_path)
+                begun = True
+                if beat is not None:
+                    if isinstance(built.model, NearestNeighborClassifier):
+                        built.model.beat = beat
+                    built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
+                _measure(built, folder, stage, ckpt_path, measured)
+                status = "completed"
+        except (KeyboardInterrupt, SystemExit):
+            if status != "completed":
+                status, measured["error"] = "interrupted", "interrupted before it ended"
+            raise KeyboardInterrupt from None
+        except Exception as failed:
+            error = _of_a_worker(failed)
+            expected = isinstance(error, NolaVisionError)
+            measured["error"] = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
+            begun = (begun or not expected) and (keep_going or not isinstance(error, CheckpointError))
+            if not expected or (begun and error.__cause__ is not None):
+                (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            if error is not failed and not keep_going:
+                raise error from failed
+            if not keep_going:
+                raise
+        finally:
+            learning_rate = run_config["model"]["method"]["init_args"].get("lr")
+            finished = Row.of(
+                run_config,
+                stage,
+                status,
+                started=started,
+                seconds_total=round(time.perf_counter() - clock, 3),
+                **{"threads": torch.get_num_threads(), "learning_rate": learning_rate, **measured},
+            )
+            # the other processes of a distributed run have the same numbers; no later trial costs a completed row
+            if not is_main_process(run_config):
+                pass
+            elif not begun:
+                _remove_empty(folder, out)
+            elif status == "completed" or find_completed(folder) is None:
+                write_row(folder, finished)
     return finished
 
 
@@ -180,8 +265,15 @@ class _Heartbeat(L.Callback):
         self._beat()
 
 
-def is_main_process() -> bool:
-    """False in all but the first process of a distributed run."""
+def is_main_process(run_config: identity.Config | None = None) -> bool:
+    """False in all but the first process of a distributed run.
+
+    Args:
+        run_config: of the run; on several nodes it is needed before the trainer exists.
+    """
+    nodes = ((run_config or {}).get("trainer") or {}).get("num_nodes") or 1
+    if nodes > 1 and int(os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or 0) > 0:
+        return False  # the first process of another node, which Lightning has not given its rank yet
     return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
@@ -190,15 +282,27 @@ def _prepared(run_config: identity.Config, folder: Path, stage: identity.Stage, 
     if run_config["model"].get("compile"):
         torch.compiler.reset()  # it counts the models that a process compiled before, and gives up after eight
     built = build(run_config, folder)
+    backbone = built.model.model.backbone if isinstance(built.model, Classifier) else built.model.backbone
+    if broken := first_not_finite(backbone.state_dict()):
+        spec = run_config["model"]["backbone"]
+        raise NolaVisionError(
+            f"the weights {spec['file'] or 'of ' + spec['tag']} hold a number that is not finite, in {broken}: give "
+            "other weights by --model.backbone.file"
+        )
     if isinstance(built.model, Classifier):
         built.model.run_hash = identity.run_hash(run_config, stage)
         if ckpt_path is not None:
             _refuse_other_run(checkpoint := read_checkpoint(ckpt_path), built.model.run_hash)
-            if checkpoint["epoch"] + 1 >= (built.trainer.max_epochs or math.inf) > 0:
-                raise NolaVisionError("there was nothing left to train: this run is at its end")
+            _refuse_damaged(checkpoint, ckpt_path, built.trainer)
+            try:
+                built.model.refuse_other_checkpoint(checkpoint)
+            except NolaVisionError as error:
+                raise CheckpointError(str(error)) from error
     if built.trainer.world_size == 1:  # else one process of a machine downloads while the others wait, in `fit`
         built.datamodule.prepare_data()
         built.datamodule.setup("fit")
+        if isinstance(built.model, Classifier):
+            check_monitors(built.trainer, built.datamodule.describe()["counts"]["validation"] > 0)
     return built
 
 
@@ -211,22 +315,26 @@ def _measure(
     measured["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     _reset_peak_memory(device)
     measured |= {**_counts(task), "warnings": data.warnings}
+    peak = None
 
     if isinstance(task, Classifier):
         if is_main_process():
             _keep_old_log(folder)
         clock = time.perf_counter()
-        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        _fit(built, ckpt_path)
         measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
-        if "train_loss" not in trainer.callback_metrics:
-            raise NolaVisionError("there was nothing left to train: this run is at its end")
-        measured["train_loss"] = _number(trainer.callback_metrics["train_loss"])
+        measured |= {"epoch": task.epoch, "monitor": task.monitor}
+        measured["train_loss"] = _number(task.train_loss)
         if measured["train_loss"] is None:
             raise NolaVisionError("training ended with a loss that is no number: try a smaller learning rate or scale")
         if trainer.is_global_zero:
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
+            peak = _peak_memory_mib(device)  # before the check, which takes a second backbone
+            known = data.reference_dataloader().dataset
+            images = torch.stack([known[i][0] for i in range(min(_CHECKED_IMAGES, len(known)))])
+            task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
+            if device.type == "cpu":
+                _reset_peak_memory(device)
     quiet = {"datamodule": data, "verbose": False}
     trainer.validate(task, **quiet)
     measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
@@ -242,8 +350,39 @@ def _measure(
         if sum(trainer.num_test_batches) < len(data.test_dataloader()):
             part = f"tested on {sum(trainer.num_test_batches)} of {len(data.test_dataloader())} batches"
             data.warnings.append(f"{part} (trainer.limit_test_batches): data.test_limit takes a part of every class")
-    measured["peak_memory_mib"] = _peak_memory_mib(device)
+    later = _peak_memory_mib(device)
+    measured["peak_memory_mib"] = max(peak, later) if peak is not None and later is not None else later
     measured["data"] = data.describe()
+
+
+def _fit(built: RunCLI, ckpt_path: str | None) -> None:
+    """Trains; a run that is at its end already is only restored from its checkpoint."""
+    trainer, task = built.trainer, built.model
+    try:
+        trainer.fit(task, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    except NolaVisionError:
+        raise
+    except MisconfigurationException as error:
+        raise NolaVisionError(f"Lightning cannot train with these settings: {_one_line(error)}") from error
+    except Exception as error:
+        if ckpt_path is None or task.began:
+            raise
+        raise CheckpointError(
+            f"the run cannot resume from {ckpt_path} ({type(error).__name__}: {_one_line(error)}): give another "
+            "checkpoint, or leave --ckpt_path out to start from scratch"
+        ) from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def _of_a_worker(error: Exception) -> Exception:
+    """The user error that a data loader's worker process met: torch makes its traceback the message."""
+    found = re.match(r"Caught NolaVisionError in .*\bNolaVisionError: (.*)", str(error), re.DOTALL)
+    return NolaVisionError(found[1].strip()) if found and isinstance(error, NolaVisionError) else error
+
+
+def _one_line(error: BaseException) -> str:
+    return textwrap.shorten(str(error), 200)
 
 
 def _keep_old_log(folder: Path) -> None:
@@ -291,17 +430,26 @@ def _number(value: torch.Tensor | None) -> float | None:
 def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path: str | None) -> None:
     """Prints a checkpoint's accuracy on the validation pool (`validate`) or the test set (`test`); leaves no row.
 
+    Without a checkpoint, or with `last`, it evaluates the weights that the run's row is of.
+
     Raises:
-        NolaVisionError: a method that trains was given no checkpoint.
+        NolaVisionError: a method that trains was given no checkpoint, or one that is damaged or of another run.
     """
     folder = identity.run_folder(out, run_config, "final")
+    own = ckpt_path in (None, "last")
     ckpt_path = checkpoint_path(ckpt_path or "last", folder) if identity.has_init(run_config) else None
     with quiet():
         built = build(run_config, folder / verb)
         if ckpt_path is not None:
-            built.model.refuse_other_checkpoint(read_checkpoint(ckpt_path))
+            checkpoint = read_checkpoint(ckpt_path)
+            best = monitoring(built.trainer.callbacks)  # type: ignore[attr-defined]
+            if own and best is not None and isinstance(checkpoint.get("callbacks"), dict):
+                state = checkpoint["callbacks"].get(best.state_key)
+                if isinstance(state, dict) and (path := state.get("best_model_path")):
+                    checkpoint = read_checkpoint(str(path))
+            built.model.load_weights(checkpoint)
         step = built.trainer.validate if verb == "validate" else built.trainer.test
         try:
-            step(built.model, datamodule=built.datamodule, ckpt_path=ckpt_path, weights_only=True)
+            step(built.model, datamodule=built.datamodule)
         except SystemExit:  # how Lightning ends on Ctrl-C
             raise KeyboardInterrupt from None

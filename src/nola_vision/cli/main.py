@@ -6,6 +6,7 @@ import difflib
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -66,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nola-vision: {found} do not belong together: install both anew from one index", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = {"fit": ": --ckpt_path last goes on where it was", "sweep": ": the same command goes on where it was"}
+        hint = {
+            "fit": ": the same command with --ckpt_path last finishes the run",
+            "sweep": ": the same command resumes",
+        }
         print(f"nola-vision: interrupted{hint.get(verb, '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head`
@@ -76,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"nola-vision: {error.strerror or error}{where}", file=sys.stderr)
         return 2
+    finally:
+        if arguments is None:  # the process ends: everything is written, and Python's own exit takes a while
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

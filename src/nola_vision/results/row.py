@@ -29,6 +29,8 @@ DETERMINISTIC = (
     "val_accuracy",
     "train_loss",
     "val_loss",
+    "epoch",
+    "monitor",
 )
 
 _PACKAGES = (
@@ -51,7 +53,9 @@ class Row:
     """What one run leaves. Accuracies are fractions from 0 to 1; None stands for "not measured".
 
     `split` and `init` are the run's place in its entry (`init` is None for 1-NN); `config` is its run config;
-    `data` what the datamodule says of the draw; `started` ISO 8601 in UTC; `error` one sentence.
+    `data` what the datamodule says of the draw; `started` ISO 8601 in UTC; `error` one sentence. `epoch` is the epoch,
+    counted from 0, whose weights were saved and tested: the last one, or the best by the metric `monitor` of a
+    ModelCheckpoint. `train_loss` is that of the last epoch.
     """
 
     status: Status
@@ -76,6 +80,8 @@ class Row:
     val_accuracy: float | None = None
     train_loss: float | None = None
     val_loss: float | None = None
+    epoch: int | None = None
+    monitor: str | None = None
     learning_rate: float | None = None
     seconds_fit: float | None = None
     seconds_test: float | None = None

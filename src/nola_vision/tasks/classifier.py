@@ -11,6 +11,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torchmetrics import MeanMetric
@@ -19,8 +20,11 @@ from nola_vision.backbones import BackboneSpec, batch_norms
 from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import PEFT, FullFinetune, Method
-from nola_vision.model import adapt, backbone_tensors
+from nola_vision.model import adapt, backbone_tensors, first_not_finite
 from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
+from nola_vision.trainer_settings import monitoring
+
+_LOOK_EVERY = 50  # steps on a GPU
 
 
 class Classifier(L.LightningModule):
@@ -56,6 +60,12 @@ class Classifier(L.LightningModule):
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
         self.method, self.optimizer, self.run_seed = self.model.card.method, optimizer, run_seed
         self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
+        self.began = False  # a step was taken since `fit` was called
+        self.train_loss: Tensor | None = None  # of the last epoch
+        # the epoch whose weights the model has, and the metric by which a ModelCheckpoint chose it; known after `fit`
+        self.epoch: int | None = None
+        self.monitor: str | None = None
+        self._bad_step: Tensor | None = None  # the first step since the last look whose loss is not finite, else -1
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
         self.accuracy = accuracies(len(class_names))
         self.confusions: Tensor | None = None
@@ -81,15 +91,58 @@ class Classifier(L.LightningModule):
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss
 
+    def on_train_epoch_start(self) -> None:
+        """What a layer draws (dropout) depends on the seed and the epoch alone, so that a resumed run repeats it."""
+        torch.manual_seed(keyed_hash("layers", self.run_seed, self.current_epoch) >> 1)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if broken := self.model.not_finite():
-            raise NolaVisionError(
-                f"after step {self.global_step} {broken} is not finite: try a smaller learning rate or scale"
-            )
+        """Looks at the loss; the trained tensors are searched only after one that is not finite."""
+        self.began = True
+        loss = outputs["loss"].detach()
+        step = torch.where(loss.isfinite(), -1, self.global_step)
+        self._bad_step = step if self._bad_step is None else torch.where(self._bad_step < 0, step, self._bad_step)
+        # reading a value waits for a GPU
+        if loss.device.type == "cpu" or self.global_step % _LOOK_EVERY == 0 or self.trainer.is_last_batch:
+            bad, self._bad_step = int(self._bad_step), None
+            if bad >= 0 and (broken := self.model.not_finite()):
+                raise NolaVisionError(f"after step {bad} {broken} is not finite: try a smaller learning rate or scale")
+
+    def on_train_epoch_end(self) -> None:
+        self.train_loss, self.epoch = self.trainer.callback_metrics["train_loss"], self.current_epoch
 
     def on_fit_end(self) -> None:
-        """From here on the model computes with what its adapter file will hold."""
+        """Takes the best epoch's weights, if a ModelCheckpoint kept them, and rounds to what the file will hold."""
+        best = monitoring(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if best is not None and (path := self.trainer.strategy.broadcast(best.best_model_path)):
+            self.epoch, self.monitor = self._load_best(path), best.monitor
         self.model.compute_with_stored_bits(False)
+        self.model.round_to_stored_bits()
+
+    def _load_best(self, path: str) -> int:
+        """Loads the weights that a ModelCheckpoint kept in this run and returns their epoch."""
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            epoch = int(checkpoint["epoch"])
+        except Exception as error:  # a damaged file fails in any way
+            raise NolaVisionError(
+                f"the best epoch's checkpoint {path} is missing or damaged: train again without --ckpt_path"
+            ) from error
+        self.load_weights(checkpoint)
+        return epoch
+
+    def load_weights(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the trained values of a checkpoint, after `refuse_other_checkpoint`."""
+        self.refuse_other_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"], strict=False)
+
+    def on_validation_start(self) -> None:
+        """Every evaluation sees the values as a file holds them; during training they stay as they are."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.model.compute_with_stored_bits()
+        else:
+            self.model.round_to_stored_bits()
+
+    def on_test_start(self) -> None:
         self.model.round_to_stored_bits()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -152,9 +205,14 @@ class Classifier(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if name in self._kept(list(state))}
+        kept = self._kept(list(state))
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in kept}
         checkpoint["adapter"] = self._identity()
         checkpoint["run_hash"] = self.run_hash
+        # for a run that is interrupted after its last epoch
+        loss = self.trainer.callback_metrics.get("train_loss")
+        checkpoint["train_loss"] = None if loss is None else float(loss)
+        checkpoint["stopped"] = self.trainer.should_stop
 
     def on_fit_start(self) -> None:
         norms = batch_norms(self.model.backbone).values()
@@ -166,14 +224,18 @@ class Classifier(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_other_checkpoint(checkpoint)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            loss = checkpoint.get("train_loss")
+            self.train_loss, self.epoch = None if loss is None else torch.tensor(loss), checkpoint["epoch"]
+            self.trainer.should_stop = bool(checkpoint.get("stopped"))
 
     def refuse_other_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the numbers of a checkpoint mean here what they meant where it was written.
 
         Raises:
-            NolaVisionError: it was written with another backbone, method, seed or set of classes.
+            NolaVisionError: it was written with another backbone, method, seed or set of classes, or is damaged.
         """
-        here, there = _flat(self._identity()), _flat(checkpoint.get("adapter", {}))
+        here, there = _flat(self._identity()), _flat(_mapping(checkpoint.get("adapter")))
         differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         if differing:
             key = differing[0]
@@ -181,13 +243,20 @@ class Classifier(L.LightningModule):
                 f"the checkpoint was written with another {key} ({_short(there.get(key))}) than this run's "
                 f"({_short(here.get(key))}): use the config it was trained with"
             )
-        own, stored = self.state_dict(), checkpoint["state_dict"]
-        wrong = self._kept(list(own)) ^ set(stored) or {n for n in stored if own[n].shape != stored[n].shape}
+        own, stored = self.state_dict(), _mapping(checkpoint.get("state_dict"))
+        wrong = self._kept(list(own)) ^ set(stored)
+        wrong = wrong or {n for n in stored if own[n].shape != getattr(stored[n], "shape", None)}
         if wrong:
             raise NolaVisionError(
                 f"the checkpoint was written by another backbone, method or set of classes: {min(wrong)} does not fit; "
                 "use the config it was trained with"
             )
+        if broken := first_not_finite(stored):
+            raise NolaVisionError(f"the checkpoint is damaged (its {broken} is not finite): give another one")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _prefix(run_seed: int, step: int) -> float:

@@ -1,0 +1,176 @@
+"""What a run allows of Lightning's trainer: callbacks, strategies and limits; and the run's own checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from nola_vision.errors import NolaVisionError
+
+CHECKPOINTS = "checkpoints"
+LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
+METRICS = ("train_loss", "val_loss", "val_accuracy")
+
+# Callbacks that cannot work here, subclasses included, with what to use instead.
+_REFUSED = {
+    "BatchSizeFinder": "the batch size is part of what a run is: set data.batch_size",
+    "LearningRateFinder": "the learning rate is the method's: set its lr, or let `nola-vision sweep` choose it",
+    "GradientAccumulationScheduler": "the cosine schedule counts equal epochs: set trainer.accumulate_grad_batches",
+    "StochasticWeightAveraging": "the averaged copy of the model would not be in the adapter file: leave it out",
+    "WeightAveraging": "the averaged copy of the model would not be in the adapter file: leave it out",
+    "BaseFinetuning": "the method decides what is trained: choose FullFinetune, or an adapter's targets",
+    "ModelPruning": "it replaces weights that the adapter belongs to: leave it out",
+}
+_DDP = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves the run at each epoch's end, whenever validation comes, to one file that is never half written.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        part = self.path.with_suffix(".part")
+        # Lightning copies the file from the system's temporary folder, which takes a while on another disk
+        trainer.save_checkpoint(part)
+        if trainer.is_global_zero:
+            os.replace(part, self.path)
+
+
+def monitoring(callbacks: Sequence[L.Callback]) -> ModelCheckpoint | None:
+    """The first ModelCheckpoint that keeps the best epoch of a metric: that epoch is the run's result."""
+    kept = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None and c.save_top_k != 0)
+    return next(kept, None)
+
+
+def check_trainer(settings: Mapping[str, Any]) -> None:
+    """Refuses trainer settings that cannot give a result, before anything is loaded or trained.
+
+    Args:
+        settings: the full config's `trainer`, as plain values.
+
+    Raises:
+        NolaVisionError: a callback or strategy that does not work here, a metric that is not logged, or limits that
+            leave nothing to train.
+    """
+    callbacks = settings.get("callbacks") or []
+    _check_callbacks([c for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if isinstance(c, Mapping)])
+    _check_strategy(settings.get("strategy") or "auto")
+    if settings.get("fast_dev_run"):
+        raise NolaVisionError(
+            "trainer.fast_dev_run leaves no checkpoint and no result: for a quick trial set trainer.max_epochs 1 and "
+            "data.test_limit"
+        )
+    if settings.get("overfit_batches"):
+        raise NolaVisionError(
+            f"trainer.overfit_batches is {settings['overfit_batches']}: it would validate on training images; for a "
+            "small training set, set data.shots"
+        )
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if (value := settings.get(name)) == 0:
+            raise NolaVisionError(f"trainer.{name} is {value}, which leaves nothing to train: give more")
+    epochs, steps = settings.get("max_epochs"), settings.get("max_steps")
+    for name, value in (("max_epochs", epochs), ("max_steps", steps)):
+        if value is not None and value < -1:
+            raise NolaVisionError(f"trainer.{name} is {value}: give a number above zero, or -1 for no limit")
+    if epochs == -1 and (steps is None or steps == -1):
+        raise NolaVisionError(
+            "trainer.max_epochs is -1 without trainer.max_steps: the cosine schedule needs an end, so give one of them"
+        )
+
+
+def _check_callbacks(callbacks: Sequence[Mapping[str, Any]]) -> None:
+    classes = [_class(callback["class_path"]) for callback in callbacks]
+    for made in classes:
+        for name, reason in _REFUSED.items():
+            if issubclass(made, getattr(lightning_callbacks, name, ())):
+                raise NolaVisionError(f"the callback {made.__name__} is not supported: {reason}")
+    if not all(made.__module__.startswith("lightning.") for made in classes):
+        return  # another package's callback may log metrics
+    rates = any(issubclass(made, LearningRateMonitor) for made in classes)
+    for made, callback in zip(classes, callbacks, strict=True):
+        monitor = (callback.get("init_args") or {}).get("monitor")
+        if issubclass(made, EarlyStopping | ModelCheckpoint) and monitor is not None:
+            if monitor not in METRICS and not (rates and str(monitor).startswith("lr-")):
+                raise NolaVisionError(
+                    f"{made.__name__} monitors {monitor!r}, which is not logged: use one of {', '.join(METRICS)}"
+                )
+
+
+def _class(class_path: str) -> type:
+    """A class that the parser has imported already."""
+    module, _, name = class_path.rpartition(".")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+def check_precision(precision: Any, method: str, train_norms: bool) -> None:
+    """Refuses 16-bit weights where weights of the backbone itself are trained: most steps would be rounded away.
+
+    Args:
+        precision: the config's `trainer.precision`.
+        method: the class's name.
+        train_norms: whether the method trains batch norms.
+
+    Raises:
+        NolaVisionError: this method needs float32 weights.
+    """
+    if precision in ("bf16-true", "16-true") and (train_norms or method in ("FullFinetune", "PEFT")):
+        what = "train_norms" if train_norms else method
+        raise NolaVisionError(
+            f"trainer.precision is {precision}, but {what} trains weights of the backbone, and most steps would be "
+            f"rounded away in 16 bits: use {precision.replace('true', 'mixed')}"
+        )
+
+
+def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
+    """Refuses to monitor a validation metric in a run that never validates.
+
+    Args:
+        trainer: of the run.
+        has_validation: whether there are validation images.
+
+    Raises:
+        NolaVisionError: a callback monitors such a metric.
+    """
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    reason = None
+    if not has_validation:
+        reason = "there are no validation images (a class needs 20 images): monitor train_loss"
+    elif not trainer.limit_val_batches:
+        reason = "trainer.limit_val_batches is 0: leave it out"
+    elif every is not None and epochs is not None and 0 < epochs < every:
+        reason = f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: validate more often"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(callback, EarlyStopping | ModelCheckpoint) and reason and str(monitor).startswith("val_"):
+            raise NolaVisionError(f"{type(callback).__name__} monitors {monitor!r}, but {reason}")
+
+
+def _check_strategy(strategy: str | Mapping[str, Any]) -> None:
+    """One device, or DDP with a process for each: the adapter and the checkpoint are whole in every process."""
+    if isinstance(strategy, str):
+        name, known = strategy, strategy == "auto" or strategy in _DDP
+    else:
+        made, start = _class(strategy["class_path"]), (strategy.get("init_args") or {}).get("start_method")
+        name, known = made.__name__, made in (SingleDeviceStrategy, DDPStrategy) and start in (None, "popen")
+    if not known:
+        raise NolaVisionError(
+            f"trainer.strategy {name} is not supported, since it splits the model or starts processes in its own way: "
+            "use ddp for several devices, or leave it out"
+        )

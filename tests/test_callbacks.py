@@ -1,0 +1,184 @@
+"""Lightning's callbacks, loggers, strategies and limits: each works with its effect or is refused by name."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nola_vision import run
+from nola_vision.config import parse
+from nola_vision.config_files import overlay
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import identity, store
+from nola_vision.trainer_settings import LAST_CHECKPOINT
+from tiny import TINY, tiny
+
+
+def callback(name: str, **settings: Any) -> dict[str, Any]:
+    return {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": settings}
+
+
+def with_callbacks(*callbacks: dict[str, Any], method: str = "linear", **trainer: Any) -> identity.Config:
+    return tiny(method, trainer={"callbacks": list(callbacks), **trainer})
+
+
+def log(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+def test_early_stopping_stops(tmp_path: Path) -> None:
+    config = with_callbacks(callback("EarlyStopping", monitor="val_loss", mode="max", patience=1), max_epochs=9)
+    row = run.run(config, tmp_path)
+    assert row.status == "completed" and row.epoch == 1 and row.monitor is None
+    assert row.config["trainer"]["callbacks"] == config["trainer"]["callbacks"]  # plain values still
+
+
+def test_the_best_epoch_is_saved_validated_and_tested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # the largest loss: the first epoch, which the last one is not
+    worst = callback("ModelCheckpoint", monitor="val_loss", mode="max")
+    config = with_callbacks(callback("ModelCheckpoint", save_last=True), worst, method="nola4")
+    row = run.run(config, tmp_path)
+    folder = identity.run_folder(tmp_path, config, "final")
+    assert (row.status, row.epoch, row.monitor) == ("completed", 0, "val_loss")
+    losses = [float(line["val_loss"]) for line in log(folder) if line.get("val_loss")]
+    assert len(losses) == 4 and row.val_loss == pytest.approx(max(losses[:3]), rel=1e-5)
+    (best,) = (folder / "checkpoints" / "val_loss").glob("*.ckpt")
+    assert "epoch=0" in best.name
+    last = torch.load(folder / LAST_CHECKPOINT, weights_only=True)
+    assert last["epoch"] == 2 and last["train_loss"] == row.train_loss
+    run.evaluate(config, tmp_path, "test", "last")
+    printed = re.search(r"test_accuracy\W+([\d.]+)", capsys.readouterr().out)
+    assert printed and float(printed[1]) == pytest.approx(row.test_accuracy, abs=1e-6)
+    best.unlink()
+    (folder / "row.json").unlink()
+    with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* is missing or damaged"):
+        run.run(config, tmp_path, ckpt_path="last")
+
+
+def test_learning_rates_are_logged_and_loggers_are_a_list(tmp_path: Path) -> None:
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "own")}}
+    config = with_callbacks(callback("LearningRateMonitor", logging_interval="step"), logger=[logger])
+    assert run.run(config, tmp_path / "out").status == "completed"
+    assert "lr-Adam/head" in log(identity.run_folder(tmp_path / "out", config, "final"))[0]
+    assert list((tmp_path / "own").rglob("metrics.csv"))
+    by_option = parse(
+        identity.resolve(TINY, "linear"), ["--trainer.logger+=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
+    )
+    assert identity.run_hash(by_option, "final") == identity.run_hash(tiny("linear"), "final")
+    assert run.run(by_option, tmp_path / "option").status == "completed"
+
+
+@pytest.mark.parametrize("name", ["Timer", "DeviceStatsMonitor", "ModelSummary"])
+def test_callbacks_that_only_watch(name: str, tmp_path: Path) -> None:
+    assert run.run(with_callbacks(callback(name), max_epochs=1), tmp_path).status == "completed"
+
+
+def test_a_sweep_takes_callbacks(tmp_path: Path) -> None:
+    config = with_callbacks(callback("EarlyStopping", monitor="train_loss"), max_epochs=1)
+    sent = json.loads(json.dumps(config))  # as a worker gets it
+    assert run.run(sent, tmp_path, keep_going=True, beat=lambda: None).status == "completed" and sent == config
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BatchSizeFinder",
+        "LearningRateFinder",
+        "GradientAccumulationScheduler",
+        "StochasticWeightAveraging",
+        "WeightAveraging",
+        "EMAWeightAveraging",
+        "BackboneFinetuning",
+        "ModelPruning",
+    ],
+)
+def test_callbacks_that_cannot_work_are_refused_by_name(name: str) -> None:
+    settings: dict[str, Any] = {
+        "GradientAccumulationScheduler": {"scheduling": {0: 2}},
+        "StochasticWeightAveraging": {"swa_lrs": 0.1},
+        "ModelPruning": {"pruning_fn": "l1_unstructured"},
+    }.get(name, {})
+    with pytest.raises(NolaVisionError, match=f"the callback {name} is not supported: ") as caught:
+        with_callbacks(callback(name, **settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_monitor_that_is_not_logged_is_named(tmp_path: Path) -> None:
+    for name in ("EarlyStopping", "ModelCheckpoint"):
+        with pytest.raises(NolaVisionError, match=f"{name} monitors 'valid_loss', .* train_loss, val_loss, val_acc"):
+            with_callbacks(callback(name, monitor="valid_loss"))
+    config = with_callbacks(callback("EarlyStopping", monitor="val_loss"), check_val_every_n_epoch=5)
+    with pytest.raises(NolaVisionError, match="check_val_every_n_epoch is 5 and trainer.max_epochs 3"):
+        run.run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"overfit_batches": 0.5}, "overfit_batches is 0.5: it would validate on training images"),
+        ({"limit_train_batches": 0}, "limit_train_batches is 0, which leaves nothing to train"),
+        ({"limit_train_batches": 0.0}, "limit_train_batches is 0.0, which leaves nothing to train"),
+        ({"max_epochs": 0}, "max_epochs is 0, which leaves nothing"),
+        ({"max_epochs": -1}, "max_epochs is -1 without trainer.max_steps"),
+        ({"max_epochs": -3}, "max_epochs is -3"),
+        ({"fast_dev_run": True}, "fast_dev_run leaves no checkpoint"),
+        ({"strategy": "fsdp"}, "strategy fsdp is not supported"),
+        ({"strategy": "deepspeed_stage_2"}, "strategy deepspeed_stage_2 is not supported"),
+        ({"strategy": "ddp_spawn"}, "strategy ddp_spawn is not supported"),
+        ({"strategy": {"class_path": "lightning.pytorch.strategies.FSDPStrategy"}}, "FSDPStrategy is not supported"),
+        ({"strategy": {"class_path": "ModelParallelStrategy"}}, "ModelParallelStrategy is not supported"),
+    ],
+)
+def test_settings_that_give_no_result_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(NolaVisionError, match=message):
+        tiny(trainer=settings)
+
+
+def test_a_share_of_batches_that_is_none_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(NolaVisionError, match="limit_train_batches") as caught:
+        run.run(tiny(trainer={"limit_train_batches": 0.1}), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["FullFinetune", "PEFT"])
+def test_sixteen_bit_weights_are_refused_where_the_backbone_trains(method: str) -> None:
+    settings: dict[str, Any] = {"config": "peft.LoraConfig"} if method == "PEFT" else {}
+    with pytest.raises(NolaVisionError, match=f"bf16-true, but {method} trains .*: use bf16-mixed"):
+        changes = {
+            "methods": {"x": {"class_path": method, "init_args": settings}},
+            "trainer": {"precision": "bf16-true"},
+        }
+        parse(identity.resolve(overlay(TINY, changes), "x"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_trained_values_move_in_a_16_bit_model(precision: str, tmp_path: Path) -> None:
+    config = tiny(trainer={"precision": precision}, model={"method": {"init_args": {"lr": 1e-4}}})
+    row = run.run(config, tmp_path)
+    assert row.status == "completed"
+    checkpoint = torch.load(identity.run_folder(tmp_path, config, "final") / LAST_CHECKPOINT, weights_only=True)
+    assert {tensor.dtype for tensor in checkpoint["state_dict"].values()} == {torch.float32}
+    exact = run.run(tiny(model={"method": {"init_args": {"lr": 1e-4}}}), tmp_path)
+    assert row.train_loss == pytest.approx(exact.train_loss, rel=0.02)
+
+
+def test_one_device_unless_several_are_asked_for() -> None:
+    assert tiny()["trainer"]["devices"] == 1
+    assert tiny(trainer={"devices": 2})["trainer"]["devices"] == 2
+
+
+def test_only_the_first_process_of_the_first_node_claims_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert run.is_main_process(tiny())  # a variable that a cluster sets for jobs of one node
+    several = tiny(trainer={"num_nodes": 2, "devices": 1, "strategy": "ddp"})
+    assert not run.is_main_process(several)
+    monkeypatch.setattr(run, "_run", lambda *_: None)
+    with store.claim(identity.run_folder(tmp_path, several, "final")):  # by the first node
+        run.run(several, tmp_path)
+    monkeypatch.setenv("NODE_RANK", "0")
+    assert run.is_main_process(several)

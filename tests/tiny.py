@@ -1,0 +1,30 @@
+"""A run of a second: timm's smallest ViT with random weights on the bundled digits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nola_vision.config import parse
+from nola_vision.config_files import overlay
+from nola_vision.results import identity
+
+TINY: dict[str, Any] = {
+    "protocol": "tiny",
+    "method": "nola",
+    "methods": {
+        "1nn": {"class_path": "NearestNeighbor"},
+        "linear": {"class_path": "LinearProbe", "init_args": {"lr": 0.05}},
+        "nola": {"class_path": "NOLA", "init_args": {"targets": ["mlp"], "num_basis": 16, "lr": 0.01}},
+        "nola4": {"class_path": "NOLA", "init_args": {"targets": ["mlp"], "num_basis": 16, "lr": 0.01, "bits": 4}},
+        "full-ft": {"class_path": "FullFinetune", "init_args": {"lr": 0.001}},
+    },
+    "threads": 1,
+    "model": {"backbone": {"tag": "test_vit.r160_in1k", "base": "random", "img_size": 32}, "warmup_epochs": 1},
+    "data": {"dataset": "digits", "shots": 3, "batch_size": 10, "augmentation": "none", "test_limit": 50},
+    "trainer": {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False},
+}
+
+
+def tiny(method: str = "nola", **changes: object) -> identity.Config:
+    """The run config of a tiny run, with sections of it changed."""
+    return parse(identity.resolve(overlay(TINY, changes), method))
