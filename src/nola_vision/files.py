@@ -65,7 +65,7 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
             if not stat.S_ISREG(found.st_mode):
                 raise NolaVisionError(f"{name} is not a regular file: remove it")
             if found.st_size > most_bytes:
-                raise NolaVisionError(f"{name} has {found.st_size:,} bytes, over the limit of {most_bytes:,}: remove it")
+                raise NolaVisionError(f"{name} has {found.st_size:,} bytes, more than {most_bytes:,}: remove it")
             return file.read(found.st_size)
     except OSError as error:
         raise NolaVisionError(f"{name} cannot be read ({error.strerror}): check its path and permissions") from error

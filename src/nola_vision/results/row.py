@@ -73,8 +73,8 @@ class Row:
     """What one run leaves. Accuracies are fractions from 0 to 1; None stands for "not measured".
 
     `split` and `init` are the run's place in its entry (`init` is None for 1-NN); `config` is its run config;
-    `data` what the datamodule says of the draw; `started` ISO 8601 in UTC; `error` one sentence. `folder`, where the row
-    was read from (None for a row that was not read), is not a column.
+    `data` what the datamodule says of the draw; `started` ISO 8601 in UTC; `error` one sentence. `folder` is not a
+    column: it is where the row was read from, None for a row that was not read.
     """
 
     status: Status
@@ -251,7 +251,7 @@ def _cpu() -> str:
 
 
 def _plain(value: Any, name: str, lost: list[str]) -> Any:
-    """Copy nested values with null for a number that JSON lacks, noted in `lost`, and valid UTF-8 for text and paths."""
+    """Copy nested values with null for a number that JSON lacks, noted in `lost`, and text valid in UTF-8."""
     if isinstance(value, float) and not math.isfinite(value):
         lost.append(f"{name} was {value} and is written as null")
         return None
@@ -358,7 +358,7 @@ def _config_problem(config: dict[str, Any]) -> str | None:
             return f"has a config without {setting}"
         if value is not None and not isinstance(value, kind):
             return f"has a config of the wrong kind in {setting} ({_quoted(value)})"
-        if setting == "data.root" and PurePath(value).name in ("", ".."):
+        if setting == "data.root" and PurePath(str(value)).name in ("", ".."):
             return f"has data.root {_quoted(value)} in its config, which has no name"
     return None
 
