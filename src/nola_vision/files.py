@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 import uuid
 from pathlib import Path
 
 from nola_vision.errors import NolaVisionError
-from nola_vision.text import printable
 
 
 def write_file(path: str | Path, content: bytes) -> None:
@@ -48,24 +46,3 @@ def write_whole(path: str | Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
         except OSError:
             pass  # the folder is gone; what went wrong first is the news
-
-
-def read_regular(path: Path, most_bytes: int) -> bytes:
-    """Reads a file that another program may have put there: a pipe or a device is refused, not waited for.
-
-    Raises:
-        NolaVisionError: the file cannot be read (its cause is the OSError), is not a regular file, or is larger than
-            `most_bytes`.
-    """
-    name = printable(str(path))
-    try:
-        # without O_NONBLOCK the open itself would wait for a pipe's writer
-        with open(path, "rb", opener=lambda file, flags: os.open(file, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise NolaVisionError(f"{name} is not a regular file: remove it")
-            if found.st_size > most_bytes:
-                raise NolaVisionError(f"{name} has {found.st_size:,} bytes, more than {most_bytes:,}: remove it")
-            return file.read(found.st_size)
-    except OSError as error:
-        raise NolaVisionError(f"{name} cannot be read ({error.strerror}): check its path and permissions") from error

@@ -13,10 +13,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import read_regular
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import entries
-from nola_vision.text import csv_cell, printable
+from nola_vision.results.store import read_run_file
+from nola_vision.text import csv_cell
 
 CONFUSION_FILE = "confusion.csv"
 _HEADER = b"true,predicted,count"
@@ -49,7 +49,7 @@ def read_confusion(path: Path) -> pd.DataFrame:
     Raises:
         NolaVisionError: it cannot be read, or holds something else.
     """
-    content = read_regular(path, _MOST_BYTES)
+    content = read_run_file(path, _MOST_BYTES)
     try:
         if content.partition(b"\n")[0].strip() != _HEADER:
             raise ValueError("another header")
@@ -63,7 +63,7 @@ def read_confusion(path: Path) -> pd.DataFrame:
         return square.reindex(index=classes, columns=classes).fillna(0).astype("int64")
     except (ValueError, OverflowError) as error:
         fix = "delete it (plots then leave its run out)"
-        raise NolaVisionError(f"{printable(str(path))} holds no confusion matrix: {fix}") from error
+        raise NolaVisionError(f"{path} holds no confusion matrix: {fix}") from error
 
 
 def entry_confusions(rows: Iterable[Row], cell: str) -> tuple[dict[str, dict[int, pd.DataFrame]], list[str]]:
@@ -87,9 +87,7 @@ def entry_confusions(rows: Iterable[Row], cell: str) -> tuple[dict[str, dict[int
             try:
                 counts = read_confusion(path)
                 if any(set(other.index) != set(counts.index) for other in of_splits.values()):
-                    raise NolaVisionError(
-                        f"{printable(str(path))} has other classes than {summary.label}'s other runs: delete it"
-                    )
+                    raise NolaVisionError(f"{path} has other classes than {summary.label}'s other runs: delete it")
             except NolaVisionError as error:
                 problems.append(str(error))
                 continue

@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import read_regular, write_file
+from nola_vision.files import write_file
 from nola_vision.results.confusion import class_differences, entry_confusions
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import entries, summarise
+from nola_vision.results.store import read_run_file
 from nola_vision.text import printable
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def read_losses(path: Path) -> pd.DataFrame:
     Raises:
         NolaVisionError: the file cannot be read, or is not a log of a run.
     """
-    content = read_regular(path, _MOST_LOG_BYTES)
+    content = read_run_file(path, _MOST_LOG_BYTES)
     names = content[:10_000].partition(b"\n")[0].strip().split(b",")
     columns = ["epoch", "train_loss"]
     if not content or (b"epoch" in names and b"train_loss" not in names):  # nothing logged, nothing trained
@@ -112,7 +113,7 @@ def read_losses(path: Path) -> pd.DataFrame:
             raise ValueError("an epoch that is not a whole number")
     except (ValueError, OverflowError) as error:
         raise NolaVisionError(
-            f"{printable(str(path))} is not a log of a run: delete it (the learning curves then leave it out)"
+            f"{path} is not a log of a run: delete it (the learning curves then leave it out)"
         ) from error
     return steps
 

@@ -17,7 +17,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
-from nola_vision.text import printable
 
 SCHEMA_VERSION = 1
 
@@ -181,25 +180,25 @@ class Row:
             NolaVisionError: the text is not JSON, has a newer schema, lacks a column, or holds a value that no run
                 leaves.
         """
-        name, again = printable(str(path)), "delete it and run again"
+        again = "delete it and run again"
         # 18 digits always fit 64 bits, so that most texts can be parsed without a call for each integer
         parse_int = _parse_int if re.search(r"\d{19}", text) else None
         try:
             plain = json.loads(text, parse_int=parse_int, parse_float=_parse_float, parse_constant=_parse_float)
         except (json.JSONDecodeError, RecursionError):
-            raise NolaVisionError(f"{name} is not JSON: {again}") from None
+            raise NolaVisionError(f"{path} is not JSON: {again}") from None
         except ValueError as error:  # of the two functions above
-            raise NolaVisionError(f"{name} {error}: {again}") from None
+            raise NolaVisionError(f"{path} {error}: {again}") from None
         version = plain.get("schema_version") if isinstance(plain, dict) else None
         if type(version) is not int or version < 1:
-            raise NolaVisionError(f"{name} is not a result row (no schema_version): {again}")
+            raise NolaVisionError(f"{path} is not a result row (no schema_version): {again}")
         if version > SCHEMA_VERSION:
             raise NolaVisionError(
-                f"{name} has schema version {version} and this nola-vision reads up to {SCHEMA_VERSION}: update it"
+                f"{path} has schema version {version} and this nola-vision reads up to {SCHEMA_VERSION}: update it"
             )
         known = {column: plain[column] for column in _types() if column in plain}
         if problem := _nesting_problem(known) or _column_problem(known) or _config_problem(known["config"]):
-            raise NolaVisionError(f"{name} {problem}: {again}")
+            raise NolaVisionError(f"{path} {problem}: {again}")
         return cls(**known, folder=path.parent)
 
 
@@ -251,17 +250,14 @@ def _cpu() -> str:
 
 
 def _plain(value: Any, name: str, lost: list[str]) -> Any:
-    """Copy nested values with null for a number that JSON lacks, noted in `lost`, and text valid in UTF-8."""
+    """Copy nested values with null for a number that JSON lacks, noted in `lost`, and text valid as UTF-8."""
     if isinstance(value, float) and not math.isfinite(value):
         lost.append(f"{name} was {value} and is written as null")
         return None
-    if isinstance(value, str | PurePath):
-        return _encodable(str(value))
+    if isinstance(value, PurePath | str):  # a folder's name may hold bytes that are not UTF-8
+        return str(value).encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
-        return {
-            _encodable(key) if isinstance(key, str) else key: _plain(item, f"{name}.{key}".lstrip("."), lost)
-            for key, item in value.items()
-        }
+        return {key: _plain(item, f"{name}.{key}".lstrip("."), lost) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{name}[{index}]", lost) for index, item in enumerate(value)]
     return value
@@ -279,15 +275,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, int | float) if hint is float else isinstance(value, origin or hint)
-
-
-def _encodable(text: str) -> str:
-    """The text itself if it is valid UTF-8; else with its lone surrogates escaped."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return printable(text)
-    return text
 
 
 def _parse_float(text: str) -> float:
@@ -373,6 +360,6 @@ def _is_utc(text: str) -> bool:
 
 
 def _quoted(value: Any) -> str:
-    """A value for a message, on one line and short."""
-    text = printable(json.dumps(value, ensure_ascii=False))
+    """A value for a message, shortened."""
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

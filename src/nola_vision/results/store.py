@@ -10,7 +10,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import read_regular, write_whole
+from nola_vision.files import write_whole
+from nola_vision.local_files import read_file
 from nola_vision.results.row import Row
 from nola_vision.text import printable
 
@@ -78,12 +79,25 @@ def read_row(path: str | Path) -> Row:
         NolaVisionError: it cannot be read, or holds no row.
     """
     path = Path(path)
-    content = read_regular(path, _MOST_BYTES)
     try:
-        text = content.decode()
+        text = read_run_file(path, _MOST_BYTES).decode()
     except UnicodeDecodeError:
-        raise NolaVisionError(f"{printable(str(path))} is not JSON: delete it and run again") from None
+        raise NolaVisionError(f"{path} is not JSON: delete it and run again") from None
     return Row.from_json(text, path)
+
+
+def read_run_file(path: Path, most_bytes: int) -> bytes:
+    """Read a file in a run's folder.
+
+    Raises:
+        NolaVisionError: it cannot be read, is not a regular file, or is too large; its cause is the OSError.
+    """
+    try:
+        return read_file(path, most_bytes)
+    except OSError as error:
+        raise NolaVisionError(
+            f"{path} cannot be read ({error.strerror}): check its permissions, or delete it"
+        ) from error
 
 
 def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:

@@ -1,0 +1,171 @@
+"""Reading the user's files: regular files of a sane size only, and facts about them that are remembered.
+
+`remembered` stores what was computed from a file in the user's cache folder, so that the next process need not read
+10,000 images again. An entry is reused only while size, times and inode of the file are the same. The cache can be
+deleted at any time, and where it cannot be read or written everything is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from nola_vision.files import write_whole
+
+_log = logging.getLogger(__name__)
+
+RACY_NS = 2 * 10**9  # a file that changed so recently may change again without its times showing it
+_MOST_THREADS = 8
+_ANNOUNCED_BYTES = 2**30  # reading more than this is announced
+
+
+@contextmanager
+def open_regular(path: str | Path, most_bytes: int | None = None) -> Iterator[BufferedReader]:
+    """Opens a file for reading; never blocks, and never opens a device.
+
+    Args:
+        path: of the file.
+        most_bytes: larger files are refused.
+
+    Raises:
+        OSError: there is no such file, it is not a regular file (`strerror` names what it is), or it is too large.
+    """
+    _refuse_irregular(os.stat(path), path, most_bytes)
+    # between the two looks the file may have been replaced; without O_NONBLOCK opening a FIFO waits for its writer
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        _refuse_irregular(os.fstat(descriptor), path, most_bytes)
+        yield file
+
+
+def read_file(path: str | Path, most_bytes: int) -> bytes:
+    """The content of a file.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with open_regular(path, most_bytes) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:  # it grew, or its size is reported as 0, as in /proc
+        raise _too_large(path, most_bytes)
+    return content
+
+
+def _refuse_irregular(status: os.stat_result, path: str | Path, most_bytes: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise OSError(0, f"it is {kind}, not a regular file", str(path))
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise _too_large(path, most_bytes)
+
+
+def _too_large(path: str | Path, most_bytes: int) -> OSError:
+    return OSError(0, f"it is larger than {most_bytes / 2**20:g} MiB", str(path))
+
+
+def sha256(path: Path, most_bytes: int | None = None) -> str | None:
+    """SHA-256 over a file in hexadecimal digits; None if it cannot be read."""
+    try:
+        with open_regular(path, most_bytes) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def file_digest(path: str | Path, most_bytes: int | None = None) -> str | None:
+    """`sha256` of one file, remembered."""
+    path = Path(path)
+    return remembered("sha256", path.parent, [path], lambda path: sha256(path, most_bytes))[0]
+
+
+def remembered(kind: str, base: Path, paths: Sequence[Path], compute: Callable[[Path], str | None]) -> list[str | None]:
+    """`compute(path)` of each file, in threads, or what it returned before for the same unchanged file.
+
+    Args:
+        kind: what is computed; part of the name of the cache.
+        base: the folder that all paths are under; the other part.
+        paths: of the files.
+        compute: must depend on the file's content only, and be safe in threads. None is not remembered.
+    """
+    cache = _cache_file(kind, base)
+    known = _read_cache(cache)
+    keys = [os.path.relpath(path, base) for path in paths]
+    before = [_identity(path) for path in paths]
+    results: list[str | None] = []
+    missing = []
+    for index, (key, identity) in enumerate(zip(keys, before, strict=True)):
+        *found, value = known.get(key, [None])
+        results.append(value if identity is not None and found == identity else None)
+        if results[-1] is None:
+            missing.append(index)
+    size = sum(identity[0] for index in missing if (identity := before[index]) is not None)
+    if size > _ANNOUNCED_BYTES:
+        _log.warning("reading %d files in %s, %.1f GB: this is done once", len(missing), base, size / 1e9)
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
+        computed = list(threads.map(lambda index: compute(paths[index]), missing))
+    recent = time.time_ns() - RACY_NS
+    new = {}
+    for index, value in zip(missing, computed, strict=True):
+        results[index], identity = value, before[index]
+        if value is None or identity is None or identity != _identity(paths[index]):
+            continue
+        _, modified, changed, _ = identity
+        if max(modified, changed) < recent:
+            new[keys[index]] = [*identity, value]
+    if new:
+        _write_cache(cache, known | new)
+    return results
+
+
+def _identity(path: Path) -> list[int] | None:
+    """Size, times and inode of a file: what cannot all stay the same when its content changes."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _cache_file(kind: str, base: Path) -> Path | None:
+    """Where facts of a kind about the files under a folder are stored; None without a home folder."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    name = hashlib.sha256(os.fsencode(f"{kind}\0{base.resolve()}")).hexdigest()[:32]
+    return folder / "nola-vision" / "files" / f"{name}.json"
+
+
+def _read_cache(path: Path | None) -> dict[str, list[Any]]:
+    """The entries of a cache file, `[size, mtime, ctime, inode, value]` by path; none if the file is damaged."""
+    if path is None:
+        return {}
+    try:
+        checksum, _, text = read_file(path, 2**28).partition(b"\n")
+        if hashlib.sha256(text).hexdigest().encode() != checksum:
+            return {}
+        loaded: dict[str, list[Any]] = json.loads(text)
+        return loaded
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_cache(path: Path | None, entries: dict[str, list[Any]]) -> None:
+    text = json.dumps(entries, separators=(",", ":")).encode()  # ASCII, so file names of any bytes are kept
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    except OSError:
+        pass
