@@ -84,7 +84,7 @@ def accuracy_over(rows: Iterable[Row], cell: str, size: Size) -> Figure:
         axes.set_xlim(1, 10)  # lines alone ask for no range
     axes.set_xlabel(_AXES[size])
     axes.set_ylabel("top-1 accuracy, %")
-    axes.set_title(f"{_short(cell, 80)}: mean and std over runs", fontsize=9)
+    axes.set_title(f"{_short(cell, 60)}: mean and std over runs", fontsize=9)
     axes.grid(alpha=0.3)
     _legend(figure)
     return figure
@@ -97,12 +97,12 @@ def read_losses(path: Path) -> pd.DataFrame:
         NolaVisionError: the file cannot be read, or is not a log of a run.
     """
     content = read_run_file(path, _MOST_LOG_BYTES)
-    names = content[:10_000].partition(b"\n")[0].strip().split(b",")
-    columns = ["epoch", "train_loss"]
-    if not content or (b"epoch" in names and b"train_loss" not in names):  # nothing logged, nothing trained
+    header, _, lines = content.partition(b"\n")
+    names, columns = header.strip().split(b",", maxsplit=1000), ["epoch", "train_loss"]
+    if not lines or (b"epoch" in names and b"train_loss" not in names):  # nothing logged, nothing trained
         return pd.DataFrame({name: [] for name in columns})
     try:
-        if not {b"epoch", b"train_loss"} <= set(names):
+        if not {b"epoch", b"train_loss"} <= set(names) or len(names) > 1000:
             raise ValueError("another header")
         types: dict[str, type] = dict.fromkeys(columns, float)
         steps: pd.DataFrame = pd.read_csv(io.BytesIO(content), usecols=columns, dtype=types, quoting=csv.QUOTE_NONE)
@@ -161,7 +161,7 @@ def learning_curves(curves: Mapping[str, Sequence[pd.Series[float]]], cell: str)
         axes.fill_between(together.index + 1, least, most, alpha=0.15, color=line.get_color())
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
-    axes.set_title(f"{_short(cell, 80)}: mean over runs, least to most", fontsize=9)
+    axes.set_title(f"{_short(cell, 60)}: mean over runs, least to most", fontsize=9)
     axes.grid(alpha=0.3)
     _legend(figure)
     return figure
@@ -194,14 +194,14 @@ def class_differences_plot(
     most = max(1.0, float(spread.iloc[0]))
     picture = axes.imshow(shown, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     axes.set_xticks(range(shown.shape[1]), [_short(name) for name in shown.columns], rotation=90, fontsize=8)
-    axes.set_yticks(range(len(shown)), [_short(name) for name in shown.index], fontsize=8)
+    axes.set_yticks(range(len(shown)), [_short(name, 40) for name in shown.index], fontsize=8)
     if shown.shape[1] <= _FEW_CLASSES:
         for (line, column), value in np.ndenumerate(shown.to_numpy()):
             colour = "white" if abs(value) > 0.6 * most else "black"
             axes.text(column, line, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(picture, label=f"points above {_short(best)}")
+    figure.colorbar(picture, label=f"points above {_short(best, 30)}")
     part = f", the {shown.shape[1]} of {points.shape[1]} that differ most" if shown.shape[1] < points.shape[1] else ""
-    axes.set_title(f"{_short(cell, 80)}: accuracy by class{part}", fontsize=9)
+    axes.set_title(f"{_short(cell, 60)}: accuracy by class{part}", fontsize=9)
     return figure
 
 
@@ -226,11 +226,11 @@ def confusion_plot(by_split: Mapping[str, Mapping[int, pd.DataFrame]], cell: str
         ticks = range(len(counts)) if len(counts) <= _FEW_CLASSES else []
         axes.set_xticks(ticks, [_short(counts.columns[tick]) for tick in ticks], rotation=90, fontsize=7)
         axes.set_yticks(ticks, [_short(counts.index[tick]) for tick in ticks], fontsize=7)
-        axes.set_title(_short(label), fontsize=9)
+        axes.set_title(_short(label, 30), fontsize=9)
     grid[0].set_ylabel("true class")
     grid[0].set_xlabel("predicted class")
     figure.colorbar(picture, ax=list(grid), label="% of the true class's images")
-    figure.suptitle(f"{_short(cell, 80)}: confusions, over runs", fontsize=9)
+    figure.suptitle(f"{_short(cell, 60)}: confusions, over runs", fontsize=9)
     return figure
 
 
@@ -289,7 +289,7 @@ def _png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def _short(name: str, most: int = 40) -> str:
+def _short(name: str, most: int = 20) -> str:
     """A name as a label: on one line, and without its middle if it is long."""
     text = printable(name)
     return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-(most // 3 - 1) :]}"
@@ -297,7 +297,7 @@ def _short(name: str, most: int = 40) -> str:
 
 def _entry(label: str, runs: int) -> str:
     """An entry in a legend, which leaves out labels that begin with an underscore."""
-    text = f"{_short(label)} ({runs})"
+    text = f"{_short(label, 30)} ({runs})"
     return f" {text}" if text.startswith("_") else text
 
 

@@ -37,9 +37,12 @@ DETERMINISTIC = (
 # What a row that is read may hold, so that nothing downstream has to check again.
 _MOST_KEYS = 1000  # each becomes a column of the frame; a run has about 150
 _MOST_DEPTH = 50
+_MOST_BRACKETS = 100_000  # in the text, those in names included: 32 MB of empty lists would take 700 MB
 _SIGNED = ("basis_seed", "train_loss", "val_loss")  # every other number is at least 0
 _FRACTIONS = ("test_accuracy", "val_accuracy")
 _NAMES = ("cell", "run_hash", "entry_hash")
+_LABELS = ("method", "method_class")
+_MOST_CHARACTERS = 255  # of a label, which is a file name or a class
 _NAME = re.compile(r"(?!\.)[\w.+-]{1,255}")  # a file name without a separator, as `identity` makes them
 # The settings that tables and plots read from a row's config: type, and whether they are required.
 _SETTINGS: dict[str, tuple[type | types.UnionType, bool]] = {
@@ -183,6 +186,8 @@ class Row:
         again = "delete it and run again"
         # 18 digits always fit 64 bits, so that most texts can be parsed without a call for each integer
         parse_int = _parse_int if re.search(r"\d{19}", text) else None
+        if text.count("[") + text.count("{") > _MOST_BRACKETS:
+            raise NolaVisionError(f"{path} has more than {_MOST_BRACKETS:,} lists and mappings: {again}")
         try:
             plain = json.loads(text, parse_int=parse_int, parse_float=_parse_float, parse_constant=_parse_float)
         except (json.JSONDecodeError, RecursionError):
@@ -319,6 +324,8 @@ def _column_problem(columns: dict[str, Any]) -> str | None:
             if value < 0 or (name in _FRACTIONS and value > 1):
                 limits = "between 0 and 1" if name in _FRACTIONS else "0 or more"
                 return f"has {name} {_quoted(value)}, which must be {limits}"
+        if name in _LABELS and len(value) > _MOST_CHARACTERS:
+            return f"has {name} {_quoted(value)} of {len(value):,} characters, more than {_MOST_CHARACTERS}"
         if name in _NAMES and not _NAME.fullmatch(value):
             return f"has {name} {_quoted(value)}, which is not a file name of letters, digits and `._+-`"
     for item in fields(Row):
@@ -337,9 +344,10 @@ def _config_problem(config: dict[str, Any]) -> str | None:
         wanted = {**wanted, "data.root": (str, True)}
     for setting, (kind, required) in wanted.items():
         value: Any = config
-        for key in setting.split("."):
+        keys = setting.split(".")
+        for depth, key in enumerate(keys):
             if value is not None and not isinstance(value, dict):
-                return f"has a config whose {setting.rpartition('.')[0]} is not a mapping"
+                return f"has a config whose {'.'.join(keys[:depth])} is not a mapping"
             value = None if value is None else value.get(key)
         if value is None and required:
             return f"has a config without {setting}"

@@ -28,6 +28,7 @@ _NOT_MEASURED = "-"
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[-+#](?=\s)|(?<=:)/(?=/)|(?<=\bwww)\.")
 _LATEX = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    **{letter: f"{{{letter}}}" for letter in "[]*"},  # the end of the line before takes these for its arguments
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
