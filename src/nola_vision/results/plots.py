@@ -97,17 +97,15 @@ def read_losses(path: Path) -> pd.DataFrame:
         NolaVisionError: the file cannot be read, or is not a log of a run.
     """
     content = read_run_file(path, _MOST_LOG_BYTES)
-    header, _, lines = content.partition(b"\n")
-    names, columns = header.strip().split(b",", maxsplit=1000), ["epoch", "train_loss"]
-    if not lines or (b"epoch" in names and b"train_loss" not in names):  # nothing logged, nothing trained
+    names = content.partition(b"\n")[0].strip().split(b",", maxsplit=1000)
+    columns = ["epoch", "train_loss"]
+    if not content or (b"epoch" in names and b"train_loss" not in names):  # nothing logged, nothing trained
         return pd.DataFrame({name: [] for name in columns})
     try:
         if not {b"epoch", b"train_loss"} <= set(names) or len(names) > 1000:
             raise ValueError("another header")
         types: dict[str, type] = dict.fromkeys(columns, float)
         steps: pd.DataFrame = pd.read_csv(io.BytesIO(content), usecols=columns, dtype=types, quoting=csv.QUOTE_NONE)
-        if not isinstance(steps.index, pd.RangeIndex):
-            raise ValueError("more values than columns")
         steps = steps.loc[np.isfinite(steps["train_loss"])]
         if not (steps["epoch"].between(0, 1e9) & (steps["epoch"] % 1 == 0)).all():
             raise ValueError("an epoch that is not a whole number")
