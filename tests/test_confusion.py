@@ -22,13 +22,33 @@ def test_the_text_keeps_order_names_and_counts(tmp_path: Path) -> None:
     assert (read.to_numpy() == counts).all()
     path.write_text(confusion_csv(counts, ["crane", "owl", "crane", "a", "b"]), encoding="utf-8")
     assert list(read_confusion(path).index) == ["crane (0)", "owl", "crane (2)", "a", "b"]
+    path.write_text(confusion_csv(counts, ["crane", "crane", "crane (0)", "=cmd()", "caf\udce9\n"]), encoding="utf-8")
+    expected = ["crane (0)", "crane (1)", "crane (0) (2)", "'=cmd() (3)", "caf\\xe9\\n (4)"]
+    assert list(read_confusion(path).index) == expected
 
 
 @pytest.mark.parametrize(
-    "text", ["", "true,predicted\na,a\n", "true,predicted,count\na,a,many\n", "true,predicted,count\na,a,1\na,a,2\n"]
+    "text",
+    [
+        "",
+        "true,predicted\na,a\n",
+        "true,predicted,count\na,a,many\n",
+        "true,predicted,count\na,a,1\na,a,2\n",
+        "true,predicted,count\na,a,-1\n",
+        "true,predicted,count\na,a,1.5\n",
+        "true,predicted,count\na,a,1e300\n",
+        "true,predicted,count\na,a,9223372036854775807\n",
+        "true,predicted,count\na,a,\n",
+        "true,predicted,count\na,a,1,2\n",
+        "true,predicted,count\na,b,1\n",
+        "true,predicted,count" + "," * 100_000,
+        "true,predicted,count\n" + "".join(f"{i},{i},1\n" for i in range(2001)),  # 32 MB as a matrix
+        "true,predicted,count\n\udcff,\udcff,1\n",
+    ],
+    ids=lambda text: text[-20:].encode("unicode_escape").decode(),
 )
 def test_other_texts_are_one_sentence(text: str, tmp_path: Path) -> None:
-    (tmp_path / "confusion.csv").write_text(text)
+    (tmp_path / "confusion.csv").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(NolaVisionError, match="holds no confusion matrix: delete it"):
         read_confusion(tmp_path / "confusion.csv")
 

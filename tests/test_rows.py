@@ -80,12 +80,24 @@ def test_an_unknown_key_is_ignored() -> None:
 GOOD = json.loads(row().to_json())
 
 
+def changed(setting: str, value: Any) -> str:
+    """The good row with another setting in its config."""
+    plain = json.loads(json.dumps(GOOD))
+    *path, last = f"config.{setting}".split(".")
+    place = plain
+    for key in path:
+        place = place[key]
+    place[last] = value
+    return json.dumps(plain)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "not JSON"),
         ('{"schema_version": 1, "sta', "not JSON"),
         ("[" * 100_000, "not JSON"),
+        ("[" * 100_001, "more than 100,000 lists"),
         ("[]", "not a result row"),
         ("3", "not a result row"),
         ("{}", "not a result row"),
@@ -98,12 +110,47 @@ GOOD = json.loads(row().to_json())
         (json.dumps({**GOOD, "status": "fine"}), "wrong kind in status"),
         (json.dumps({**GOOD, "config": []}), "wrong kind in config"),
         (json.dumps({**GOOD, "warnings": [1]}), "wrong kind in warnings"),
+        (json.dumps({**GOOD, "status": ["completed"]}), "wrong kind in status"),
+        (json.dumps({**GOOD, "test_accuracy": float("nan")}), "holds the number NaN, which is not finite"),
+        (json.dumps({**GOOD, "data": {"mean": [-float("inf")]}}), "holds the number -Infinity"),
+        (json.dumps({**GOOD, "split": 7}).replace(" 7", " 1e400"), "holds the number 1e400"),
+        (json.dumps({**GOOD, "split": 7}).replace(" 7", " 1" + "0" * 5000), "10{39}..., which does not fit 64 bits"),
+        (json.dumps({**GOOD, "data": {"seed": -(2**63) - 1}}), "-9223372036854775809, which does not fit 64 bits"),
+        (json.dumps({**GOOD, "test_accuracy": 7}), "has test_accuracy 7, which must be between 0 and 1"),
+        (json.dumps({**GOOD, "val_accuracy": -0.1}), "has val_accuracy -0.1, which must be between 0 and 1"),
+        (json.dumps({**GOOD, "adapter_file_bytes": -1}), "has adapter_file_bytes -1, which must be 0 or more"),
+        (json.dumps({**GOOD, "seconds_total": -1.5}), "has seconds_total -1.5, which must be 0 or more"),
+        (json.dumps({**GOOD, "error": "\ud800"}), "not valid Unicode"),
+        (json.dumps({**GOOD, "data": {"\ud800": 1}}), "not valid Unicode"),
+        (json.dumps({**GOOD, "data": {"deep": json.loads("[" * 60 + "]" * 60)}}), "nested more than 50 levels deep"),
+        (json.dumps({**GOOD, "data": dict.fromkeys(map(str, range(1000)))}), "more than 1000 keys"),
+        (json.dumps({**GOOD, "started": "yesterday"}), 'has started "yesterday", which is not like 2026'),
+        (json.dumps({**GOOD, "started": "2026-01-31T12:00:00+02:00"}), "which is not like 2026"),
+        (json.dumps({**GOOD, "config": {}}), "config without model.backbone.tag"),
+        (json.dumps({**GOOD, "config": {"model": [1]}}), "config whose model is not a mapping"),
+        (changed("model.backbone", ["b"]), "config whose model.backbone is not a mapping"),
+        (changed("model.backbone.tag", ["b"]), "config of the wrong kind in model.backbone.tag"),
+        (changed("model.backbone.file", 3), "config of the wrong kind in model.backbone.file"),
+        (changed("model.method", None), "config without model.method.class_path"),
+        (changed("model.method.init_args", [1]), "config of the wrong kind in model.method.init_args"),
+        (changed("data", {"dataset": "folder", "root": ".."}), 'data.root ".." in its config, which has no name'),
+        (changed("data", {"dataset": "folder"}), "config without data.root"),
+        (changed("data.shots", [5]), r"config of the wrong kind in data.shots \(\[5\]\)"),
+        (changed("trainer", "fast"), "config of the wrong kind in trainer"),
+        (json.dumps({**GOOD, "method": "m" * 256}), "has method .* of 256 characters, more than 255"),
+        *(
+            (json.dumps({**GOOD, column: name}), f"has {column} .*, which is not a file name")
+            for column in ("cell", "run_hash", "entry_hash")
+            for name in ("../x", "/etc/x", "a/b", "a\\b", "", ".hidden", "a\0b", "a\nb", "\x1b[31m", "x" * 5000)
+        ),
     ],
+    ids=lambda value: str(value)[-40:].encode("unicode_escape").decode(),
 )
 def test_garbage_is_refused_with_its_path(text: str, message: str) -> None:
     with pytest.raises(NolaVisionError, match=message) as raised:
         Row.from_json(text, Path("/runs/row.json"))
-    assert str(raised.value).startswith("/runs/row.json")
+    assert str(raised.value).startswith("/runs/row.json") and len(str(raised.value)) < 250
+    assert str(raised.value).isprintable()
 
 
 def test_a_whole_number_does_as_an_accuracy() -> None:
@@ -195,6 +242,33 @@ def test_unreadable_rows_are_reported_and_the_others_read(tmp_path: Path) -> Non
     assert rows == [row()]
     assert [path for path, _ in problems] == [tmp_path / name / "row.json" for name in "abd"]
     assert all(str(path) in sentence for path, sentence in problems)
+
+
+def test_what_is_not_a_small_regular_file_is_named_at_once(tmp_path: Path) -> None:
+    for name in ("big", "device", "fifo", "folder", "loop"):
+        (tmp_path / name).mkdir()
+    with (tmp_path / "big" / "row.json").open("wb") as file:
+        file.truncate(2**30)  # a sparse file
+    (tmp_path / "device" / "row.json").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "fifo" / "row.json")
+    (tmp_path / "folder" / "row.json").mkdir()
+    (tmp_path / "loop" / "row.json").symlink_to("row.json")
+    (tmp_path / "ring").symlink_to("ring")
+    (tmp_path / "self").symlink_to(".")
+    rows, problems = store.read_rows(tmp_path)
+    assert rows == [] and [path.parent.name for path, _ in problems] == ["big", "device", "fifo", "folder", "loop"]
+    reasons = ("larger than 32 MiB", "a device", "a FIFO", "a folder", "Too many levels of symbolic links")
+    for (path, problem), reason in zip(problems, reasons, strict=True):
+        assert problem.startswith(f"{path} cannot be read") and reason in problem
+
+
+def test_a_row_knows_its_folder_which_is_no_column(tmp_path: Path) -> None:
+    path = store.write_row(tmp_path, row(test_accuracy=0.5))
+    read = store.read_row(path)
+    assert read.folder == tmp_path and row().folder is None and read == row(test_accuracy=0.5)
+    assert read.to_json() == path.read_text() and "folder" not in read.columns()
+    moved = Row.from_json(json.dumps({**GOOD, "folder": "/etc"}), path)
+    assert moved.folder == tmp_path
 
 
 def test_a_row_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:

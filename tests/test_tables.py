@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import itertools
+import json
 import math
 import re
 import shutil
@@ -12,16 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
+from nola_vision.cli.main import main
 from nola_vision.config_files import load_config
-from nola_vision.results import identity
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import identity, store, tables
+from nola_vision.results.page import html_page
+from nola_vision.results.plots import cell_plots
 from nola_vision.results.published import published_figures
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import count_once, mean_std, paired_difference, summarise, variance_parts
-from nola_vision.results.tables import cell_sheets, cell_table, frame, latex_table, markdown_table, row_panel
+from nola_vision.results.tables import (
+    cell_sheets,
+    cell_table,
+    frame,
+    latex_table,
+    markdown_table,
+    row_panel,
+    text_frame,
+)
+from nola_vision.text import csv_cell
 
 CELL = "tag-digits-5shot-quickstart"
 
@@ -300,6 +319,145 @@ def test_names_are_no_markup() -> None:
     assert "a\\|b" in markdown_table([row("a|b")], CELL)
 
 
+# what a terminal, a spreadsheet, Markdown, HTML, LaTeX and rich would each act on
+HARMFUL = (
+    "=cmd()|`a` <script>alert(1)</script> [x](javascript:y) **b** $x^$ https://a.b \\input{/etc/passwd} [red] "
+    "\x1b]0;t\x07\u202e\n# h"
+)
+
+
+@pytest.fixture(scope="module")
+def harmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two good rows, one of a harmful name and error, and one that is not a row."""
+    folder = tmp_path_factory.mktemp("harmed")
+    rows = [
+        row("fine", 0.75),
+        row(HARMFUL, 0.5, run_hash="a"),
+        row("f", None, status="failed", error=f"50% {HARMFUL}\\end{{table}}", run_hash="b"),
+        row("f", None, cell="other", status="failed", error=HARMFUL, run_hash="c", warnings=[HARMFUL]),
+        row("f", None, cell="other", status="failed", run_hash="../d"),
+    ]
+    for number, one in enumerate(rows):
+        place = folder / f"run{number}"
+        place.mkdir()
+        store.write_row(place, one)
+    return folder
+
+
+def report(folder: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    assert main(["report", str(folder), *options]) == 0
+    said = capsys.readouterr()
+    return said.out, said.err
+
+
+def test_a_bad_row_is_named_beside_the_whole_table(harmed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("table", "markdown", "latex", "csv"):
+        out, err = report(harmed, "--format", name, capsys=capsys)
+        assert "fine" in out and ("75.0" in out or "0.75" in out), name
+        (named,) = [line for line in (out + err).splitlines() if f"{harmed / 'run4' / 'row.json'}" in line]
+        assert "../d" in named and named.startswith("% ") == (name == "latex"), name
+        assert "\x1b" not in out and "\u202e" not in out and "\x07" not in out, name
+    report(harmed, "--format", "parquet", "--out", str(harmed / "rows.parquet"), capsys=capsys)
+    assert list(pd.read_parquet(harmed / "rows.parquet")["method"]) == ["fine", HARMFUL, "f", "f"]  # as it is
+
+
+def test_no_format_acts_on_a_name(harmed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = report(harmed, "--format", "latex", capsys=capsys)
+    inside, _, footer = out.rpartition(r"\end{table}")
+    assert all(line.startswith("% ") for line in footer.strip().splitlines()) and "input" in footer
+    assert not re.search(r"\\input|(?<!\\)[$#]|(?m:^\s*[\[*])", inside) and r"\textbackslash{}input\{/etc" in inside
+    assert out.count(r"\begin{") == out.count(r"\end{") == 4
+
+    out, _ = report(harmed, "--format", "markdown", capsys=capsys)
+    lines = [line for line in out.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7, 6}
+    for syntax in ("`a`", "<script", "[x]", "**b", "$x", "://a"):
+        assert not re.search(rf"(?<!\\){re.escape(syntax)}", out), syntax
+    assert not re.search("(?m)^# h", out) and "- other: no completed final run" in out
+
+    out, _ = report(harmed, "--format", "csv", capsys=capsys)
+    table = pd.read_csv(io.StringIO(out))
+    assert len(table) == 4 and table["method"][1].startswith("'=cmd()|`a`")
+
+    report(harmed, "--html", str(harmed / "p.html"), "--plots", str(harmed / "plots"), capsys=capsys)
+    page = (harmed / "p.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "\x1b" not in page and "run4/row.json" in page
+    assert {path.name.partition("-accuracy")[0] for path in (harmed / "plots").glob("*-accuracy*")} == {CELL}
+    assert "[red]" in text_of(row_panel(row(HARMFUL))) and "\x1b" not in text_of(row_panel(row(HARMFUL)))
+
+
+def test_a_column_is_no_formula_either() -> None:
+    table = text_frame([row(config={**CONFIG, "=1+1": -1, "x": "-1", "y": "-a"})], csv_cell)
+    assert table["config.=1+1"].tolist() == [-1] and table["config.x"].tolist() == ["-1"]
+    assert table["config.y"].tolist() == ["'-a"]
+    assert next(iter(text_frame([row(config={**CONFIG})], lambda text: f"={text}"))) == "=status"
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from([2**63, 10**30, -1, 7]) | st.floats() | st.text()
+    | st.sampled_from(["\ud800", "../x", "=1+1", "$_$", "a\x1b\n|", "2026-01-01T10:00:00+00:00", "folder", "x" * 999]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+VALID = json.loads(
+    dataclasses.replace(
+        row(
+            started="2026-01-01T10:00:00+00:00", error="e", warnings=["w"], versions={"torch": "2"}, git={"dirty": True}
+        ),
+        config={
+            **identity.resolve(load_config("vitb_cifar10_5shot"), "nola-mlp"),
+            "data": {"dataset": "cifar10", "shots": 5, "root": "data"},
+            "trainer": {"max_epochs": 3, "callbacks": [{"class_path": "RichProgressBar", "init_args": {"a": 1}}]},
+        },
+    ).to_json()
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container in nested values with each of its keys or indices."""
+    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [])
+    return [(value, key) for key, _ in items] + [place for _, item in items for place in places(item)]
+
+
+def test_any_row_is_refused_in_one_line_or_shown_by_everything() -> None:
+    accepted: list[Row] = []
+
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        plain = copy.deepcopy(VALID)
+        for _ in range(data.draw(st.integers(1, 2))):
+            container, key = data.draw(st.sampled_from(places(plain)))
+            action = data.draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+            if action == "replace":
+                container[key] = data.draw(ANY_JSON)
+            elif action == "add" and isinstance(container, dict):
+                container[data.draw(st.text(max_size=5))] = data.draw(ANY_JSON)
+            else:
+                del container[key]
+        try:
+            read = Row.from_json(json.dumps(plain), Path("/runs/row.json"))
+        except NolaVisionError as error:
+            assert (
+                str(error).startswith("/runs/row.json ") and len(str(error).splitlines()) == 1 and len(str(error)) < 300
+            )
+            return
+        accepted.append(read)
+        rows = [row("other", 0.6, cell=read.cell), read, row("nola", 0.4, cell=read.cell, split=1)]
+        tested, _ = tables.tested_cells(rows)
+        for cell in tested:
+            assert text_of(cell_table(rows, cell)) and markdown_table(rows, cell) and latex_table(rows, cell)
+        assert text_of(row_panel(read)) and Row.from_json(read.to_json(), Path("row.json")) == read
+
+    check()
+    assert len(accepted) > 20
+    together = [dataclasses.replace(one, cell=CELL) for one in accepted]
+    text_frame(together, csv_cell).to_csv(index=False).encode()
+    frame(together).to_parquet(index=False)
+    html_page(together, {}).encode()
+    assert len(cell_plots(together, CELL)[0]) == 3
+
+
 def test_a_cell_without_final_runs_says_so() -> None:
     assert "no final run has left a row yet" in markdown_table([row(stage="search")], CELL)
     assert "no final run has left a row yet" in text_of(cell_table([], CELL))
@@ -329,7 +487,7 @@ def test_frame_is_flat(tmp_path: Path) -> None:
 
 
 def test_frame_without_rows_has_the_columns() -> None:
-    assert set(frame([]).columns) == {item.name for item in dataclasses.fields(Row)}
+    assert set(frame([]).columns) == {item.name for item in dataclasses.fields(Row)} - {"folder"}
 
 
 def test_published_figures() -> None:

@@ -63,6 +63,6 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if adapter.exists():
         print(f"adapter: {adapter}")
     console.print(tables.cell_table(rows, row.cell))
-    for path, problem in problems:
-        print(f"{path}: {problem}", file=sys.stderr)
+    for _, problem in problems:
+        print(problem, file=sys.stderr)
     return 0

@@ -14,6 +14,7 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
 from nola_vision.results import store, tables
 from nola_vision.results.row import Row
+from nola_vision.text import csv_cell, printable
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -26,22 +27,27 @@ def main(arguments: Sequence[str], verb: str) -> int:
     known = options.parse_args(arguments)
     if known.format == "parquet" and known.out is None:
         raise NolaVisionError("parquet is no text to print: give --out FILE")
-    rows, problems = store.read_rows(*known.folders)
+    rows, unreadable = store.read_rows(*known.folders)
+    problems = [problem for _, problem in unreadable]
     if not rows:
         none = f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them"
-        raise NolaVisionError("; ".join([none, *(problem for _, problem in problems[:5])]))
-    if known.plots is not None:
-        from nola_vision.results.plots import write_plots  # matplotlib is an extra
-
-        for path in write_plots(rows, tables.tested_cells(rows)[0], known.folders, Path(known.plots)):
-            print(path, file=sys.stderr)
-    if known.html is not None:
+        raise NolaVisionError("; ".join([none, *problems[:5]]))
+    if known.plots is not None or known.html is not None:
         from nola_vision.results.page import html_page
+        from nola_vision.results.plots import cell_plots, write_plots  # matplotlib is an extra
 
-        write_file(known.html, html_page(rows, known.folders, [problem for _, problem in problems]).encode())
-        print(known.html, file=sys.stderr)
+        plots = {}
+        for cell in tables.tested_cells(rows)[0]:
+            plots[cell], unusable = cell_plots(rows, cell)
+            problems += unusable
+        if known.plots is not None:
+            for path in write_plots(plots, Path(known.plots)):
+                print(path, file=sys.stderr)
+        if known.html is not None:
+            write_file(known.html, html_page(rows, plots, problems).encode())
+            print(known.html, file=sys.stderr)
     coloured = known.out is None and sys.stdout.isatty()
-    content = _content(rows, known.format, [problem for _, problem in problems], coloured)
+    content = _content(rows, known.format, problems, coloured)
     if known.out is not None:
         write_file(known.out, content)
         print(f"{known.out}: {len(rows)} rows of {len({row.cell for row in rows})} cells")
@@ -56,7 +62,7 @@ def _content(rows: list[Row], format: str, problems: list[str], coloured: bool) 
         for problem in problems:
             print(problem, file=sys.stderr)
     if format == "csv":
-        return bytes(tables.frame(rows).to_csv(index=False).encode())
+        return bytes(tables.text_frame(rows, csv_cell).to_csv(index=False).encode())
     if format == "parquet":
         try:
             return tables.frame(rows).to_parquet(index=False)
@@ -73,9 +79,15 @@ def _content(rows: list[Row], format: str, problems: list[str], coloured: bool) 
             case _:
                 console.print(tables.cell_table(rows, cell))
     for cell, reason in others.items():
-        told = f"{cell}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
-        problems = [*problems, told]
-    for problem in problems:
-        console.file.write(f"{'% ' if format == 'latex' else ''}{problem}\n")
+        note = f"{cell}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
+        problems = [*problems, note]
+    for problem in map(printable, problems):
+        match format:
+            case "markdown":
+                console.file.write(f"- {tables.markdown_text(problem)}\n")
+            case "latex":
+                console.file.write(f"% {problem}\n")
+            case _:
+                console.file.write(f"{problem}\n")
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().encode()

@@ -24,6 +24,7 @@ from nola_vision.results import identity, store, tables
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import summarise
 from nola_vision.sweep import apart, local, plan, protocol
+from nola_vision.text import printable
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -146,8 +147,8 @@ def _sweep(
         rows = protocol.sweep(config, splits, inits, execute, shard)
     everything, problems = store.read_rows(out / cell)
     console.print(tables.cell_table(everything, cell))
-    for path, problem in problems:
-        print(f"{path}: {problem}", file=sys.stderr)
+    for _, problem in problems:
+        print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
 
 
@@ -229,7 +230,7 @@ def _state(ended: Sequence[Row], running: int) -> str:
 def _line(spec: plan.RunSpec, row: Row) -> str:
     where = f"{spec.method} split {spec.split}" + (f" init {spec.init}" if spec.init is not None else "")
     if row.status != "completed":
-        return f"{where}: {row.status}, {row.error}"
+        return printable(f"{where}: {row.status}, {row.error}")
     if spec.stage == "search":
         return f"{where}: learning rate {spec.learning_rate:g}, validation {100 * (row.val_accuracy or 0):.1f} %"
     return f"{where}: test {100 * (row.test_accuracy or 0):.1f} %, {row.seconds_total:.1f} s"

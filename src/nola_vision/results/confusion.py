@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +15,13 @@ from numpy.typing import NDArray
 from nola_vision.errors import NolaVisionError
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import entries
+from nola_vision.results.store import read_run_file
+from nola_vision.text import csv_cell
 
 CONFUSION_FILE = "confusion.csv"
+_HEADER = b"true,predicted,count"
+# A run writes a file for up to 1,000 classes: one line per pair of classes with an image
+_MOST_BYTES, _MOST_CLASSES = 2**26, 2000
 
 
 def confusion_csv(counts: NDArray[np.int64], class_names: Sequence[str]) -> str:
@@ -22,11 +29,16 @@ def confusion_csv(counts: NDArray[np.int64], class_names: Sequence[str]) -> str:
 
     Args:
         counts: `[true, predicted]`.
-        class_names: in the order of the labels, which the text keeps; the label goes behind one that is there twice.
+        class_names: in the order of the labels, which the text keeps. A name that a spreadsheet would compute is
+            escaped, and a duplicate gets its label.
     """
     true, predicted = np.nonzero(counts + np.eye(len(class_names), dtype=np.int64))
-    twice = {name for name, count in Counter(class_names).items() if count > 1}
-    names = np.array([f"{name} ({i})" if name in twice else name for i, name in enumerate(class_names)], dtype=object)
+    cells = [csv_cell(name) for name in class_names]
+    twice = {name for name, count in Counter(cells).items() if count > 1}
+    unique = [f"{name} ({i})" if name in twice else name for i, name in enumerate(cells)]
+    if len(set(unique)) < len(unique):  # "crane" twice and "crane (0)"
+        unique = [f"{name} ({i})" for i, name in enumerate(cells)]
+    names = np.array(unique, dtype=object)
     lines = {"true": names[true], "predicted": names[predicted], "count": counts[true, predicted]}
     return pd.DataFrame(lines).to_csv(index=False)
 
@@ -37,34 +49,54 @@ def read_confusion(path: Path) -> pd.DataFrame:
     Raises:
         NolaVisionError: it cannot be read, or holds something else.
     """
+    content = read_run_file(path, _MOST_BYTES)
     try:
-        lines = pd.read_csv(path, dtype={"true": "str", "predicted": "str"}, keep_default_na=False)
+        if content.partition(b"\n")[0].strip() != _HEADER:
+            raise ValueError("another header")
+        lines = pd.read_csv(io.BytesIO(content), dtype="str", keep_default_na=False)
         classes = lines["true"].drop_duplicates()
+        if len(classes) > _MOST_CLASSES or not lines["predicted"].isin(classes).all():
+            raise ValueError("too many classes, or one that is predicted only")
+        if not isinstance(lines.index, pd.RangeIndex) or not lines["count"].str.fullmatch("[0-9]{1,12}").all():
+            raise ValueError("more values than columns, or a count that is not a number of images")
+        lines["count"] = lines["count"].astype("int64")
         square = lines.pivot(index="true", columns="predicted", values="count")
         return square.reindex(index=classes, columns=classes).fillna(0).astype("int64")
-    except (OSError, ValueError, KeyError) as error:
-        mend = "delete it (pictures then leave its run out)"
-        raise NolaVisionError(f"{path} holds no confusion matrix: {mend}") from error
+    except (ValueError, OverflowError) as error:
+        fix = "delete it (plots then leave its run out)"
+        raise NolaVisionError(f"{path} holds no confusion matrix: {fix}") from error
 
 
-def entry_confusions(rows: Iterable[Row], cell: str, folders: Mapping[str, Path]) -> dict[str, dict[int, pd.DataFrame]]:
-    """The sums of the matrices of each entry's completed final runs, by the entry's label and the split.
+def entry_confusions(rows: Iterable[Row], cell: str) -> tuple[dict[str, dict[int, pd.DataFrame]], list[str]]:
+    """Sum the matrices of each entry's completed final runs.
 
     Args:
-        rows: of any runs.
+        rows: of any runs; those without a `confusion.csv` in their folder are left out.
         cell: which.
-        folders: of runs, by `Row.run_hash`; runs without a `confusion.csv` are left out.
+
+    Returns:
+        The sums by the entry's label and the split, and a sentence for each file that could not be used.
     """
     sums: dict[str, dict[int, pd.DataFrame]] = {}
-    for summary, runs in entries(rows):
+    problems = []
+    for summary, runs in entries(row for row in rows if row.cell == cell):
+        of_splits: dict[int, pd.DataFrame] = {}
         for run in runs:
-            path = folders.get(run.run_hash, Path()) / CONFUSION_FILE
-            if run.cell == cell and run.status == "completed" and path.is_file():
+            if run.folder is None or run.status != "completed" or not os.path.lexists(run.folder / CONFUSION_FILE):
+                continue
+            path = run.folder / CONFUSION_FILE
+            try:
                 counts = read_confusion(path)
-                of_splits = sums.setdefault(summary.label, {})
-                known = of_splits.get(run.split)
-                of_splits[run.split] = counts if known is None else known + counts.reindex_like(known)
-    return sums
+                if any(set(other.index) != set(counts.index) for other in of_splits.values()):
+                    raise NolaVisionError(f"{path} has other classes than {summary.label}'s other runs: delete it")
+            except NolaVisionError as error:
+                problems.append(str(error))
+                continue
+            known = of_splits.get(run.split)
+            of_splits[run.split] = counts if known is None else known + counts.reindex_like(known)
+        if of_splits:
+            sums[summary.label] = of_splits
+    return sums, problems
 
 
 def class_accuracy(confusion: pd.DataFrame) -> pd.Series[float]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import subprocess
 import types
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from datetime import datetime, timedelta
+from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -33,6 +36,27 @@ DETERMINISTIC = (
     "monitor",
 )
 
+# What a row that is read may hold, so that nothing downstream has to check again.
+_MOST_KEYS = 1000  # each becomes a column of the frame; a run has about 150
+_MOST_DEPTH = 50
+_MOST_BRACKETS = 100_000  # in the text, those in names included: 32 MB of empty lists would take 700 MB
+_SIGNED = ("basis_seed", "train_loss", "val_loss")  # every other number is at least 0
+_FRACTIONS = ("test_accuracy", "val_accuracy")
+_NAMES = ("cell", "run_hash", "entry_hash")
+_LABELS = ("method", "method_class")
+_MOST_CHARACTERS = 255  # of a label, which is a file name or a class
+_NAME = re.compile(r"(?!\.)[\w.+-]{1,255}")  # a file name without a separator, as `identity` makes them
+# The settings that tables and plots read from a row's config: type, and whether they are required.
+_SETTINGS: dict[str, tuple[type | types.UnionType, bool]] = {
+    "model.backbone.tag": (str, True),
+    "model.backbone.file": (str, False),
+    "model.method.class_path": (str, True),
+    "model.method.init_args": (dict, False),
+    "data.dataset": (str, True),
+    "data.shots": (int | str, False),
+    "trainer": (dict, False),
+}
+
 _PACKAGES = (
     "nola-vision",
     "torch",
@@ -55,7 +79,8 @@ class Row:
     `split` and `init` are the run's place in its entry (`init` is None for 1-NN); `config` is its run config;
     `data` what the datamodule says of the draw; `started` ISO 8601 in UTC; `error` one sentence. `epoch` is the epoch,
     counted from 0, whose weights were saved and tested: the last one, or the best by the metric `monitor` of a
-    ModelCheckpoint. `train_loss` is that of the last epoch.
+    ModelCheckpoint. `train_loss` is that of the last epoch. `folder` is not a column: it is where the row was read
+    from, None for a row that was not read.
     """
 
     status: Status
@@ -95,6 +120,7 @@ class Row:
     data: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
+    folder: Path | None = field(default=None, compare=False, repr=False)
 
     @property
     def precedence(self) -> tuple[bool, str]:
@@ -133,10 +159,18 @@ class Row:
             **others,
         )
 
+    def columns(self) -> dict[str, Any]:
+        """Return the columns by name; nested values are the row's own, not copies."""
+        return {name: getattr(self, name) for name in _types()}
+
     def to_json(self) -> str:
-        """Return the row as JSON text. A number that JSON lacks (nan, inf) becomes null, and `warnings` says so."""
+        """Return the row as JSON text.
+
+        A number that JSON lacks (nan, inf) becomes null, and `warnings` says so; text that UTF-8 lacks (a file name's
+        bytes) is escaped.
+        """
         lost: list[str] = []
-        plain = _plain(asdict(self), "", lost)
+        plain = _plain(self.columns(), "", lost)
         plain["warnings"] += lost
         return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -144,34 +178,45 @@ class Row:
     def from_json(cls, text: str, path: Path) -> Row:
         """Read a row from JSON text; keys that this version does not know are ignored.
 
+        What comes back can be shown and plotted: every number is finite and in its column's range, every text valid
+        UTF-8, `cell` and the hashes are file names, and the config has the settings that tables read.
+
         Args:
             text: what `to_json` wrote.
-            path: where the text is from, for the error message.
+            path: the text's file, for the error message; the row's `folder` is its parent.
 
         Raises:
-            NolaVisionError: no JSON, a newer schema, a missing column, or one of the wrong type.
+            NolaVisionError: the text is not JSON, has a newer schema, lacks a column, or holds a value that no run
+                leaves.
         """
+        again = "delete it and run again"
+        # 18 digits always fit 64 bits, so that most texts can be parsed without a call for each integer
+        parse_int = _parse_int if re.search(r"\d{19}", text) else None
+        if text.count("[") + text.count("{") > _MOST_BRACKETS:
+            raise NolaVisionError(f"{path} has more than {_MOST_BRACKETS:,} lists and mappings: {again}")
         try:
-            plain = json.loads(text)
-        except (ValueError, RecursionError):
-            raise NolaVisionError(f"{path} is not JSON: delete it and run again") from None
+            plain = json.loads(text, parse_int=parse_int, parse_float=_parse_float, parse_constant=_parse_float)
+        except (json.JSONDecodeError, RecursionError):
+            raise NolaVisionError(f"{path} is not JSON: {again}") from None
+        except ValueError as error:  # of the two functions above
+            raise NolaVisionError(f"{path} {error}: {again}") from None
         version = plain.get("schema_version") if isinstance(plain, dict) else None
         if type(version) is not int or version < 1:
-            raise NolaVisionError(f"{path} is not a result row (no schema_version): delete it and run again")
+            raise NolaVisionError(f"{path} is not a result row (no schema_version): {again}")
         if version > SCHEMA_VERSION:
             raise NolaVisionError(
                 f"{path} has schema version {version} and this nola-vision reads up to {SCHEMA_VERSION}: update it"
             )
-        hints = get_type_hints(cls)
-        known = {name: plain[name] for name in hints if name in plain}
-        wrong = [name for name, value in known.items() if not _fits(value, hints[name])]
-        if wrong:
-            raise NolaVisionError(f"{path} holds a value of the wrong kind in {wrong[0]}: delete it and run again")
-        try:
-            return cls(**known)
-        except TypeError:
-            missing = [item.name for item in fields(cls) if item.name not in known][0]
-            raise NolaVisionError(f"{path} has no {missing}: delete it and run again") from None
+        known = {column: plain[column] for column in _types() if column in plain}
+        if problem := _nesting_problem(known) or _column_problem(known) or _config_problem(known["config"]):
+            raise NolaVisionError(f"{path} {problem}: {again}")
+        return cls(**known, folder=path.parent)
+
+
+@cache
+def _types() -> dict[str, Any]:
+    """The columns of a row, each with its type."""
+    return {name: hint for name, hint in get_type_hints(Row).items() if name != "folder"}
 
 
 def environment() -> dict[str, str]:
@@ -241,3 +286,94 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, int | float) if hint is float else isinstance(value, origin or hint)
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"holds the number {text[:40]}, which is not finite")
+    return value
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"holds the number {text[:40]}{'...' * (len(text) > 40)}, which does not fit 64 bits")
+    return int(text)
+
+
+def _nesting_problem(columns: dict[str, Any]) -> str | None:
+    """What makes nested values unusable as columns of a table."""
+    stack: list[tuple[Any, int]] = [(columns, 0)]
+    keys = 0
+    while stack:
+        value, depth = stack.pop()
+        if depth > _MOST_DEPTH:
+            return f"is nested more than {_MOST_DEPTH} levels deep"
+        keys += len(value) if isinstance(value, dict) else 0
+        if keys > _MOST_KEYS:
+            return f"has more than {_MOST_KEYS} keys"
+        items = value.values() if isinstance(value, dict) else value
+        stack += [(item, depth + 1) for item in items if isinstance(item, dict | list)]
+    try:
+        json.dumps(columns, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "holds text that is not valid Unicode (a lone surrogate)"
+    return None
+
+
+def _column_problem(columns: dict[str, Any]) -> str | None:
+    """What makes a value unfit for its column."""
+    for name, value in columns.items():
+        if not _fits(value, _types()[name]):
+            return f"holds a value of the wrong kind in {name} ({_quoted(value)})"
+        if type(value) in (int, float) and name not in _SIGNED:
+            if value < 0 or (name in _FRACTIONS and value > 1):
+                limits = "between 0 and 1" if name in _FRACTIONS else "0 or more"
+                return f"has {name} {_quoted(value)}, which must be {limits}"
+        if name in _LABELS and len(value) > _MOST_CHARACTERS:
+            return f"has {name} {_quoted(value)} of {len(value):,} characters, more than {_MOST_CHARACTERS}"
+        if name in _NAMES and not _NAME.fullmatch(value):
+            return f"has {name} {_quoted(value)}, which is not a file name of letters, digits and `._+-`"
+    for item in fields(Row):
+        if item.name not in columns and item.default is MISSING and item.default_factory is MISSING:
+            return f"has no {item.name}"
+    started = columns.get("started", "")
+    if started and not _is_utc(started):
+        return f"has started {_quoted(started)}, which is not like 2026-01-31T12:00:00+00:00"
+    return None
+
+
+def _config_problem(config: dict[str, Any]) -> str | None:
+    """What a config lacks that the tables rely on."""
+    wanted = _SETTINGS
+    if isinstance(config.get("data"), dict) and config["data"].get("dataset") == "folder":
+        wanted = {**wanted, "data.root": (str, True)}
+    for setting, (kind, required) in wanted.items():
+        value: Any = config
+        keys = setting.split(".")
+        for depth, key in enumerate(keys):
+            if value is not None and not isinstance(value, dict):
+                return f"has a config whose {'.'.join(keys[:depth])} is not a mapping"
+            value = None if value is None else value.get(key)
+        if value is None and required:
+            return f"has a config without {setting}"
+        if value is not None and not isinstance(value, kind):
+            return f"has a config of the wrong kind in {setting} ({_quoted(value)})"
+        if setting == "data.root" and PurePath(str(value)).name in ("", ".."):
+            return f"has data.root {_quoted(value)} in its config, which has no name"
+    return None
+
+
+def _is_utc(text: str) -> bool:
+    """Whether this is a time to the second in UTC; in that one spelling the order of texts is the order of times."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return time.utcoffset() == timedelta(0) and time.isoformat(timespec="seconds") == text
+
+
+def _quoted(value: Any) -> str:
+    """A value for a message, shortened."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
+from nola_vision.local_files import read_file
 from nola_vision.results.row import Row
+from nola_vision.text import printable
 
 ROW_FILE = "row.json"
 LOCK_FILE = ".lock"
+_MOST_BYTES = 2**25  # a row holds the indices of its training images: of two million 32 MB
 
 
 class BusyError(NolaVisionError):
@@ -77,19 +80,32 @@ def read_row(path: str | Path) -> Row:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise NolaVisionError(f"{path} cannot be read ({error.strerror}): check its path and rights") from error
+        text = read_run_file(path, _MOST_BYTES).decode()
     except UnicodeDecodeError:
         raise NolaVisionError(f"{path} is not JSON: delete it and run again") from None
     return Row.from_json(text, path)
+
+
+def read_run_file(path: Path, most_bytes: int) -> bytes:
+    """Read a file in a run's folder.
+
+    Raises:
+        NolaVisionError: it cannot be read, is not a regular file, or is too large; its cause is the OSError.
+    """
+    try:
+        return read_file(path, most_bytes)
+    except OSError as error:
+        raise NolaVisionError(
+            f"{path} cannot be read ({error.strerror}): check its permissions, or delete it"
+        ) from error
 
 
 def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
     """Read every `row.json` below some folders, in the order of their paths.
 
     Returns:
-        The rows, and the problems: each path that could not be read with a sentence that says why.
+        The rows, each with its `folder`, and the problems: each path that could not be read, and the reason in one line
+        that names the path.
 
     Raises:
         NolaVisionError: one of the folders does not exist.
@@ -98,14 +114,14 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
 
     def unreadable(error: OSError) -> None:
         path = Path(error.filename)
-        problems.append((path, f"{path} cannot be read ({error.strerror}): check its rights"))
+        problems.append((path, f"{printable(str(path))} cannot be read ({error.strerror}): check its permissions"))
 
     paths: set[Path] = set()
     for folder in folders:
         if not Path(folder).is_dir():
             raise NolaVisionError(f"there is no folder {folder} to read rows from: name the folder that runs went to")
-        for place, _, files in os.walk(folder, onerror=unreadable):
-            if ROW_FILE in files:
+        for place, inner, files in os.walk(folder, onerror=unreadable):
+            if ROW_FILE in files or ROW_FILE in inner:
                 paths.add(Path(place).resolve() / ROW_FILE)
 
     rows = []
@@ -115,17 +131,6 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
         except NolaVisionError as error:
             problems.append((path, str(error)))
     return rows, problems
-
-
-def find_run_folders(folders: Sequence[str | Path]) -> dict[str, Path]:
-    """The folders of runs beneath some folders, by run hash; of a run in several, that of the row that counts."""
-    found: dict[str, tuple[tuple[bool, str], Path]] = {}
-    for path in (path for folder in folders for path in sorted(Path(folder).rglob(ROW_FILE))):
-        with suppress(NolaVisionError):  # `read_rows` names it
-            row = read_row(path)
-            if row.run_hash not in found or row.precedence >= found[row.run_hash][0]:
-                found[row.run_hash] = row.precedence, path.parent
-    return {run_hash: folder for run_hash, (_, folder) in found.items()}
 
 
 def find_completed(folder: str | Path) -> Row | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -18,9 +19,24 @@ from nola_vision.config_files import published_config
 from nola_vision.results.identity import differing_settings
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import Summary, paired_difference, summarise
+from nola_vision.text import printable
 
 _ORDER = ("NearestNeighbor", "LinearProbe", "FullFinetune", "LoRA", "NOLA")
 _NOT_MEASURED = "-"
+
+# Markdown's own characters, what begins a block, and what GitHub makes a link of
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[-+#](?=\s)|(?<=:)/(?=/)|(?<=\bwww)\.")
+_LATEX = {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    **{letter: f"{{{letter}}}" for letter in "[]*"},  # the end of the line before takes these for its arguments
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
+_LATEX_FONTS_LACK = re.compile("[^\\x00-\u017f\u2013\u2014\u2018\u2019\u201c\u201d\u2026]")
 
 Mark = Literal["best", "close", "plain"]
 
@@ -34,7 +50,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table before it is set for a terminal or a file.
+    """A table before it is set for a terminal or a file. Its texts are printable; each format escapes what it must.
 
     Args:
         title: above it.
@@ -50,12 +66,12 @@ class Sheet:
 
 
 def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]:
-    """The cells with a completed final run, and the other cells, each with what its last run that failed said."""
+    """The cells with a completed final run, and the other cells, each with the error of its last failed run."""
     tested = sorted({row.cell for row in rows if row.stage == "final" and row.status == "completed"})
     others: dict[str, str | None] = {}
     for row in sorted(rows, key=lambda row: row.started):
         if row.cell not in tested:
-            others[row.cell] = row.error or others.get(row.cell)
+            others[row.cell] = _short(printable(row.error)) if row.error else others.get(row.cell)
     return tested, others
 
 
@@ -86,10 +102,15 @@ def _rich(sheet: Sheet) -> Table:
 
 def _markdown(sheet: Sheet) -> str:
     styles = {"best": "**{}**", "close": "<u>{}</u>", "plain": "{}"}
-    text = [f"### {sheet.title}", "", _markdown_row(sheet.columns)]
+    text = [f"### {markdown_text(sheet.title)}", "", _markdown_row(map(markdown_text, sheet.columns))]
     text.append(_markdown_row("---:" if place else "---" for place in range(len(sheet.columns))))
-    text += [_markdown_row(styles[cell.mark].format(cell.text) for cell in line) for line in sheet.lines]
-    return "\n".join([*text, "", *(f"- {note}" for note in sheet.notes)]) + "\n"
+    text += [_markdown_row(styles[cell.mark].format(markdown_text(cell.text)) for cell in line) for line in sheet.lines]
+    return "\n".join([*text, "", *(f"- {markdown_text(note)}" for note in sheet.notes)]) + "\n"
+
+
+def markdown_text(text: str) -> str:
+    """Printable text that Markdown shows as it is."""
+    return _MARKDOWN.sub(lambda found: f"\\{found[0]}", text)
 
 
 def _latex(sheet: Sheet) -> str:
@@ -117,8 +138,8 @@ def _latex(sheet: Sheet) -> str:
 
 
 def _latex_text(text: str) -> str:
-    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(words.get(letter) or (f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
+    escaped = "".join(_LATEX.get(letter, letter) for letter in text)
+    return _LATEX_FONTS_LACK.sub(lambda found: f"U+{ord(found[0]):04X}", escaped)
 
 
 def row_panel(row: Row) -> Panel:
@@ -137,8 +158,8 @@ def row_panel(row: Row) -> Panel:
     }
     body = Table.grid(padding=(0, 2))
     for name, value in [*facts.items(), *(("warning", warning) for warning in row.warnings)]:
-        body.add_row(Text(name), Text(value))
-    return Panel(body, title=Text(row.cell), expand=False)
+        body.add_row(Text(name), Text(printable(value)))
+    return Panel(body, title=Text(printable(row.cell)), expand=False)
 
 
 def frame(rows: Iterable[Row]) -> pd.DataFrame:
@@ -146,14 +167,24 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
     flat: list[dict[str, Any]] = []
     for row in rows:
         line: dict[str, Any] = {}
-        _flatten("", asdict(row), line)
+        _flatten("", row.columns(), line)
         flat.append(line)
     whole = [item.name for item in fields(Row) if item.type in ("int", "int | None")]
-    table = pd.DataFrame(flat, columns=None if flat else [item.name for item in fields(Row)])
+    table = pd.DataFrame(flat, columns=None if flat else [item.name for item in fields(Row) if item.name != "folder"])
     for name in table:  # a setting may be "auto" in one row and 1 in another
         if pd.api.types.is_object_dtype(table[name]) and table[name].dropna().map(type).nunique() > 1:
             table[name] = table[name].map(str, na_action="ignore")
     return table.astype(dict.fromkeys(whole, "Int64"))
+
+
+def text_frame(rows: Iterable[Row], safe: Callable[[str], str]) -> pd.DataFrame:
+    """Return the frame with every text, the column names included, as `safe` (`printable` or `csv_cell`) returns it."""
+    table = frame(rows)
+    for name in table:
+        texts = (value for value in table[name].unique() if isinstance(value, str))
+        if changed := {text: other for text in texts if (other := safe(text)) != text}:
+            table[name] = [changed.get(value, value) for value in table[name]]
+    return table.rename(columns=safe)
 
 
 def cell_sheets(rows: Iterable[Row], cell: str) -> list[Sheet]:
@@ -173,7 +204,17 @@ def cell_sheets(rows: Iterable[Row], cell: str) -> list[Sheet]:
     )
     measured = [item for item in shown if item.mean is not None]
     several = sum(item.completed for item in measured) > 1
-    return [results, _comparison(rows, measured)] if several or any(map(_published, rows)) and measured else [results]
+    both = several or (any(map(_published, rows)) and measured)
+    return [_printable(sheet) for sheet in ([results, _comparison(rows, measured)] if both else [results])]
+
+
+def _printable(sheet: Sheet) -> Sheet:
+    return Sheet(
+        printable(sheet.title),
+        tuple(map(printable, sheet.columns)),
+        tuple(tuple(Cell(printable(cell.text), cell.mark) for cell in line) for line in sheet.lines),
+        tuple(map(printable, sheet.notes)),
+    )
 
 
 def _marks(summaries: Sequence[Summary]) -> list[Mark]:
@@ -248,7 +289,7 @@ def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Sum
         notes.append(f"these runs differ in more than their method, so compare with care: {', '.join(mixed)}")
     if any(item.label != item.method for item in shown):
         notes.append(
-            "(four digits): one method's name with several settings; the digits begin the `entry_hash` of its rows"
+            "(four digits): one method's name with several settings; the digits begin the entry_hash of its rows"
         )
     if not shown:
         notes.append("no final run has left a row yet")
@@ -315,7 +356,7 @@ def _bytes(number: int | None) -> str:
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def _flatten(name: str, value: Any, line: dict[str, Any]) -> None:
