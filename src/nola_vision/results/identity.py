@@ -21,7 +21,7 @@ Stage = Literal["final", "search"]
 
 # `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
 # are names (they are in the folder's path), and `methods`, the other entries.
-_TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path")
+_TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path", "allow_import")
 _DATA_LEFT_OUT = ("root", "num_workers", "download", "memory_limit_mib", "eval_batch_size", "manifest")
 _TRAINER_LEFT_OUT = (
     "logger",
