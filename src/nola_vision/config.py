@@ -192,12 +192,12 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     if "lr" in _given(full["model"]["optimizer"]):  # of an option that is a whole mapping
         raise NolaVisionError(_RATE)
     if full["trainer"].get("model_registry") and "litmodels" not in allow_import:
-        raise NolaVisionError("trainer.model_registry uploads the model: give --allow-import litmodels if you want that")
+        raise NolaVisionError("trainer.model_registry uploads the model: give --allow-import litmodels to let it")
     full.pop("config", None)
     for linked in ("backbone", "run_seed"):  # said once, by the model
         full["data"].pop(linked, None)
     full.pop("seed_everything", None)
-    if full["data"]["dataset"] == "folder":
+    if identity.need(full, "data", "dataset") == "folder":
         full["data"]["root"] = given_root(full["data"]["root"])
     if full["model"]["run_seed"] < 0 or full["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")

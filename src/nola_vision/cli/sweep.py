@@ -76,7 +76,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     status = 0
     for settings in itertools.product(*of_config):
         named, names = plan.rename(raw, methods, "".join(plan.suffix(*setting) for setting in settings))
-        changed = [f"--{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}" for key, value in settings]
+        changed = [f"--{key}={_option(value)}" for key, value in settings]
         status = max(status, _sweep(known, named, names, [*own, *rest, *changed], splits, inits, shard))
     return status
 
@@ -160,6 +160,10 @@ def _varied(text: str) -> tuple[str, list[Any]]:
         return key, list(load_yaml(f"[{values}]"))
     except yaml.YAMLError as error:
         raise NolaVisionError(f"the values of --vary {text} are no YAML: write them like rank=1,4,16") from error
+
+
+def _option(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _takes(class_name: str, key: str) -> bool:
