@@ -106,6 +106,20 @@ def test_options_are_under_the_same_policy(mine: str) -> None:
     assert mine not in sys.modules
 
 
+def test_what_a_path_resolves_to_is_checked() -> None:
+    for path, expected in (
+        ("lightning.pytorch.cli.ArgumentParser", "'jsonargparse"),  # a class, defined elsewhere
+        ("lightning.pytorch.Trainer", "name a subclass of"),
+        ("torch.optim.adam.adam", "is not a class"),
+        ("lightning.pytorch.callbacks.Nothing", "cannot be imported"),
+        ("os.system", "may not be imported"),
+    ):
+        with pytest.raises(NolaVisionError, match=expected):
+            import_policy.check_classes({"trainer": {"callbacks": [{"class_path": path}]}}, [])
+    for path in ("lightning.pytorch.callbacks.Timer", "torch.optim.SGD", "torch.optim.lr_scheduler.StepLR"):
+        import_policy.check_classes({"x": {"class_path": path}}, [])
+
+
 def test_allow_import_covers_a_run_from_config_to_row(mine: str, capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", "--config=quickstart.yaml", "--method=1nn", *FAST]
     assert main([*fit, f"--trainer.callbacks+={mine}.Count", "--allow-import", mine]) == 0

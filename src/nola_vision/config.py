@@ -68,16 +68,17 @@ class RunCLI(LightningCLI):
 
     def __init__(self, config: Mapping[str, Any], folder: Path | None = None, options: Sequence[str] = ()) -> None:
         self.folder, self.options = folder, list(options)
-        config = plain(config)  # a copy too: jsonargparse replaces the mappings in lists by its own, in place
-        self.packages: list[str] = config.pop("allow_import", [])
+        # a copy: jsonargparse replaces the mappings in lists by its own, in place
+        settings: identity.Config = plain(config)
+        self.packages: list[str] = settings.pop("allow_import", [])
         named = [value for key, value in _pairs(options) if key in ("model.method", "model.method.class_path")]
-        for class_path in (_within(config, "model", "method", "class_path"), *named):
+        for class_path in (_within(settings, "model", "method", "class_path"), *named):
             self.packages = [*self.packages, *import_policy.register_method(class_path, self.packages)]
         with import_policy.allowing(self.packages):
             super().__init__(
                 make_task,
                 KShotDataModule,
-                args=config,
+                args=settings,
                 run=False,
                 save_config_callback=None,  # the row holds the config
                 auto_configure_optimizers=False,

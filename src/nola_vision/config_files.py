@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def load_yaml(text: str) -> Any:
     """Reads YAML that a stranger may have written: plain values, within limits of size and depth.
 
     Raises:
-        yaml.YAMLError: it is not YAML, a key stands twice, a value is not plain (a number beyond 64 bits, NaN), or it
+        yaml.YAMLError: it is not YAML, a key occurs twice, a value is not plain (a number beyond 64 bits, NaN), or it
             is too large with every alias written out.
     """
     try:
@@ -197,43 +198,51 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
+@dataclass
+class _Collection:
+    """A list or mapping of YAML that is being read."""
+
+    anchor: str | None
+    keys: set[str] | None  # None for a list
+    size: int = 1  # values so far, aliases written out
+    at_key: bool = True
+
+
 def _check_events(text: str) -> None:
-    """Looks at YAML before anything is made of it: depth, keys that stand twice, and its size without aliases."""
+    """Looks at YAML before anything is built from it: depth, tags, keys that occur twice, size without aliases."""
     sizes: dict[str, int] = {}  # of what an anchor names
-    # for each collection that is open: its anchor, the values so far, and its keys if it is a mapping
-    stack: list[tuple[str | None, int, set[str] | None, bool]] = []
+    open_collections: list[_Collection] = []
+    event: Any
     for event in yaml.parse(text, Loader=_Loader):
         if getattr(event, "tag", None) not in (None, "!", _STR):
             raise ValueError(f"it has the tag {event.tag}: write plain values, without tags")
+        anchor, size = getattr(event, "anchor", None), 1
         if isinstance(event, yaml.CollectionStartEvent):
-            if len(stack) == _MAX_DEPTH:
+            if len(open_collections) == _MAX_DEPTH:
                 raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
-            stack.append((event.anchor, 1, set() if isinstance(event, yaml.MappingStartEvent) else None, True))
+            open_collections.append(_Collection(anchor, set() if isinstance(event, yaml.MappingStartEvent) else None))
             continue
-        if isinstance(event, yaml.ScalarEvent):
-            size = 1
+        if isinstance(event, yaml.CollectionEndEvent):
+            ended = open_collections.pop()
+            anchor, size = ended.anchor, ended.size
         elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise ValueError(f"the alias *{event.anchor} names nothing before it, or itself")
-            size = sizes[event.anchor]
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size, _, _ = stack.pop()
-            if anchor is not None:
-                sizes[anchor] = size
-        else:
-            continue
-        if isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
-            sizes[event.anchor] = size
-        if not stack:
-            continue
-        anchor, total, keys, is_key = stack[-1]
-        if keys is not None and is_key and isinstance(event, yaml.ScalarEvent):
-            if event.value in keys:
-                raise ValueError(f"the key '{event.value}' stands twice, line {event.start_mark.line + 1}")
-            keys.add(event.value)
-        stack[-1] = (anchor, total + size, keys, not is_key)
-        if total + size > _MAX_VALUES:
-            raise ValueError(f"it has more than {_MAX_VALUES} values")
+            if anchor not in sizes:
+                raise ValueError(f"the alias *{anchor} names nothing before it, or itself")
+            size = sizes[anchor]
+        elif not isinstance(event, yaml.ScalarEvent):
+            continue  # the start or end of the document
+        if anchor is not None:
+            sizes[anchor] = size
+        if open_collections:
+            around = open_collections[-1]
+            if around.keys is not None and around.at_key and isinstance(event, yaml.ScalarEvent):
+                if event.value in around.keys:
+                    raise ValueError(f"the key '{event.value}' occurs twice, line {event.start_mark.line + 1}")
+                around.keys.add(event.value)
+            around.at_key = not around.at_key
+            around.size += size
+            if around.size > _MAX_VALUES:
+                raise ValueError(f"it has more than {_MAX_VALUES} values")
 
 
 def plain(value: Any, where: str = "") -> Any:
