@@ -1,6 +1,7 @@
 """The command line as a person types it: verbs, config names, and one sentence for each mistake."""
 
 import csv
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from nola_vision.cli import configs
 from nola_vision.cli.main import main
 from nola_vision.config_files import SHIPPED
 from nola_vision.results import store
@@ -247,6 +249,15 @@ MISTAKES = {
     "sweep slots": (["sweep", *FIT[1:], "--slots=0"], "at least 1"),
     "sweep vary": (["sweep", *FIT[1:], "--vary=rank"], "--vary rank=1,4,16"),
     "sweep vary of no method": (["sweep", *FIT[1:], "--vary=rnak=1,2"], "has a setting 'rnak'"),
+    "sweep vary with a tag": (["sweep", *FIT[1:], "--vary=rank=!!python/name:os.system"], "are no YAML: write them like rank=1,4,16"),
+    "a class of another package": ([*FIT, "--trainer.callbacks+=evil.Thing"], "--allow-import evil"),
+    "a class of another package in a file": (["fit", "--config=evil.yaml"], "--allow-import evil"),
+    "a sweep with a class of another package": (["sweep", "--config=evil.yaml"], "--allow-import evil"),
+    "a file in place of settings": ([*FIT, "--data=typo.yaml"], "give the file by --config"),
+    "a package that cannot be one": ([*FIT, "--allow-import=a b"], "give the name of a package"),
+    "infinite": ([*FIT, "--data.batch_size=1e999"], "data.batch_size"),
+    "dates for numbers": ([*FIT, "--model.method.num_basis=1e10"], "num_basis is '10000000000.0': it must be a whole"),
+    "name of a method": (["fit", "--config=quickstart.yaml", "--config=method.yaml"], "its `method` a name"),
     "sweep without config": (["sweep"], "--config"),
     "sweep range": (["sweep", "--config", "quickstart.yaml", "--splits", "3-1"], "3-1"),
     "sweep method": (["sweep", "--config", "quickstart.yaml", "--methods", "nola,lora"], "lora-r4"),
@@ -276,6 +287,8 @@ def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd
     (tmp_path / "nested.yaml").write_text("data: {init_args: {shots: 5}}")
     (tmp_path / "listed.yaml").write_text("methods: [nola]")
     (tmp_path / "magic.yaml").write_text("methods: {nola: {class_path: MAGIC}}")
+    (tmp_path / "evil.yaml").write_text("{method: a, methods: {a: {class_path: evil.Thing}}, model: {}}")
+    (tmp_path / "method.yaml").write_text("method: [nola]")
     (tmp_path / "empty").mkdir()
     digit(tmp_path / "one.png", 0)
     arguments, expected = MISTAKES[name]
@@ -342,3 +355,57 @@ def test_interrupted_sweeps_end_with_status_130(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(local, "execute", interrupt)
     assert main(["sweep", "--config=quickstart.yaml", "--methods=linear", *QUICK]) == 130
+
+
+def broken(error: BaseException):  # noqa: ANN201
+    def fail(*_: object) -> int:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "expected"),
+    [
+        (ValueError("first line\nsecond \x1b[31mline"), 1, r"unexpected ValueError at nola_vision/cli/main.py:"),
+        (OSError(28, "No space left on device"), 1, "No space left on device; run again with --debug"),
+        (FileNotFoundError(2, "No such file or directory", "x.csv"), 2, "No such file or directory (x.csv)"),
+        (MemoryError(), 1, "out of memory at nola_vision/cli/main.py:"),
+        (RecursionError("too deep"), 1, "unexpected RecursionError at"),
+        (UnicodeEncodeError("ascii", "é", 0, 1, "no"), 1, "unexpected UnicodeEncodeError at"),
+        (configs.NolaVisionError("a user error: fix it"), 2, "nola-vision: a user error: fix it"),
+        (configs.NolaVisionError("long " * 9999), 2, "long long"),
+    ],
+)
+def test_any_error_is_one_line_and_debug_prints_its_traceback(
+    error: Exception, status: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(configs, "main", broken(error))
+    assert main(["configs", "list"]) == status
+    printed = capsys.readouterr().err
+    assert expected in printed and printed.count("\n") == 1 and "\x1b" not in printed and len(printed) < 2100
+    for words in (["--debug", "configs"], ["configs", "--debug"], ["configs", "list", "--debug", "--", "x"]):
+        assert main(words) == status
+        printed = capsys.readouterr().err
+        assert printed.startswith("Traceback") and "raise error" in printed and expected in printed.splitlines()[-1]
+    assert main(["configs", "--", "--debug"]) == status and "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("NOLA_VISION_DEBUG", "1")
+    assert main(["configs"]) == status and "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("NOLA_VISION_DEBUG", "0")
+    assert main(["configs"]) == status and "Traceback" not in capsys.readouterr().err
+
+
+def test_printing_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def show(*_: object) -> int:
+        print("a\U0001f600\udcdf")
+        raise configs.NolaVisionError("b\U0001f600\udcdf")
+
+    monkeypatch.setattr(configs, "main", show)
+    for encoding in ("cp1252", "ascii", "utf-8"):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        assert main(["configs"]) == 2
+        for stream in streams:
+            stream.flush()
+            assert r"\udcdf" in stream.buffer.getvalue().decode(encoding)

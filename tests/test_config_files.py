@@ -1,5 +1,6 @@
 """Configs by name: every cell of the paper is composed, understood, of the paper's size, and carries its figures."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,18 @@ import yaml
 
 from nola_vision.cli.main import main
 from nola_vision.config import parse
-from nola_vision.config_files import cells, compose, dump, load_config, load_configs, part_names, split_cell
+from nola_vision.config_files import (
+    PARTS,
+    cells,
+    compose,
+    dump,
+    load_config,
+    load_configs,
+    load_yaml,
+    part_names,
+    shipped_files,
+    split_cell,
+)
 from nola_vision.data.datasets import DATASETS
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import FullFinetune, from_dict, make_stack
@@ -131,3 +143,73 @@ def test_the_configs_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert main(["configs", *words]) == 2
         error = capsys.readouterr().err.strip()
         assert expected in error and "\n" not in error
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(9 * ['*' + chr(97 + i)])}]\n" for i in range(9)
+)
+REFUSED = {
+    "a bomb of aliases": (BOMB, "more than 20000 values"),
+    "an alias in itself": ("a: &a [*a]", "names nothing before it"),
+    "5,000 digits": (f"a: {'1' * 5000}", "4300 digits"),
+    "5,000 digits in hexadecimal": (f"a: 0x{'f' * 5000}", "beyond 64 bits"),
+    "a number that no field takes": (f"a: {'9' * 30}", "a value of a is a whole number beyond 64 bits"),
+    "infinity": ("a: {b: .inf}", "a value of a.b is inf"),
+    "no number": ("a: [.nan]", "a value of a is nan"),
+    "more than a float": ("a: 1e999", "is inf"),
+    "flow lists in lists": ("a: " + "[" * 100_000, "nesting depth"),
+    "block lists in lists": ("- " * 100_000, "nested deeper than 64 levels"),
+    "mappings in mappings": ("\n".join(" " * i + "a:" for i in range(1000)), "nested deeper than 64 levels"),
+    "a key twice": ("data: {shots: 1}\nmodel: {}\ndata: {shots: 2}", "the key 'data' occurs twice, line 3"),
+    "a key twice, as number and text": ("{1: a, '1': b}", "the key '1' occurs twice"),
+    "NUL": ("a: \0", "#x0000"),
+    "NUL escaped": (r'a: "x\0"', "a value of a has a NUL character"),
+    "a tab": ("a:\n\tb: 1", "cannot start any token"),
+    "a key that is a number": ("model: {1.5: 2}", "the key 1.5 of model is not text"),
+    "a key that is true": ("on: 1", "the key True of the config is not text"),
+    "a key of Python's": ("__path__: x", "no key '__path__'"),
+    "a tag of Python's": ("a: !!python/object/apply:os.system ['true']", "has the tag"),
+    "a number in base 60": (f"a: !!int 1{':1' * 300_000}", "has the tag"),
+    "a set": ("a: !!set {x}", "has the tag"),
+    "half a character": (r'a: "\ud83d"', "invalid Unicode character escape"),
+    "a huge file": (f"a: {'x' * 2**20}", "larger than 1 MiB"),
+    "many values": (f"a: [{'1,' * 30_000}]", "more than 20000 values"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_yaml_that_asks_for_too_much_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    text, expected = REFUSED[name]
+    (tmp_path / "bad.yaml").write_text(text)
+    started = time.process_time()
+    with pytest.raises(NolaVisionError) as refused:
+        load_config(str(tmp_path / "bad.yaml"))
+    assert time.process_time() - started < 1
+    assert expected in str(refused.value) and "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_yaml_that_works() -> None:
+    text = """
+        date: 2020-01-01
+        time: 00:12:00:00
+        numbers: [1e-3, 1.5, .5, -2E+3, 1e10, 0x1F, 1_000, 09]
+        keys: {4: 2}
+        emoji: \U0001f600
+        shared: &shared {x: 1, y: 2}
+        merged: {<<: *shared, y: 3}
+        list: [*shared, *shared]
+    """
+    loaded = load_yaml(text)
+    assert loaded == {
+        "date": "2020-01-01",
+        "time": "00:12:00:00",
+        "numbers": [0.001, 1.5, 0.5, -2000.0, 1e10, 31, 1000, "09"],
+        "keys": {"4": 2},
+        "emoji": "\U0001f600",
+        "shared": {"x": 1, "y": 2},
+        "merged": {"x": 1, "y": 3},
+        "list": [{"x": 1, "y": 2}, {"x": 1, "y": 2}],
+    }
+    assert loaded["list"][0] is not loaded["list"][1]
+    for path in (*shipped_files(), *PARTS.rglob("*.yaml")):
+        assert load_yaml(path.read_text()) == yaml.safe_load(path.read_text())

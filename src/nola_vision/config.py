@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import inspect
@@ -14,20 +13,24 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import set_loader, set_parsing_settings
+from jsonargparse._link_arguments import skip_apply_links
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nola_vision import backbones, methods
+from nola_vision import backbones, import_policy, methods
 from nola_vision.backbones import BackboneSpec
 from nola_vision.config_errors import explain
+from nola_vision.config_files import load_yaml, plain
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets import get_dataset, given_root
 from nola_vision.data.manifest import MOST_BYTES
@@ -37,28 +40,53 @@ from nola_vision.results import identity
 from nola_vision.tasks import make_task
 from nola_vision.trainer_settings import CHECKPOINTS, LAST_CHECKPOINT, LastCheckpoint, check_precision, check_trainer
 
+
+def _load_value(text: str) -> Any:
+    """The value of an option. `a:` and `{a, b}` are text, although YAML makes mappings to null of them."""
+    value = load_yaml(text)
+    void = isinstance(value, dict) and value and not any(v is not None for v in value.values())
+    return text if void and ":" not in text.strip().rstrip(":") else value
+
+
+_RATE = "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
+
 set_parsing_settings(subclasses_enabled=[methods.Method])
+set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
+
+
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, without its reading of further files: a config is read by `config_files` alone."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
 
 
 class RunCLI(LightningCLI):
     """LightningCLI with this project's wiring: one task, one datamodule, one folder for all that a run writes.
 
     Args:
-        args: command-line arguments, or a run config as a nested dict.
+        config: a run config as a nested dict. It stays as it was.
         folder: where the run writes; None only parses and builds nothing.
+        options: command-line options that override the config.
     """
 
-    def __init__(self, args: Sequence[str] | Mapping[str, Any], folder: Path | None = None) -> None:
-        self.folder = folder
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    def __init__(self, config: Mapping[str, Any], folder: Path | None = None, options: Sequence[str] = ()) -> None:
+        self.folder, self.options = folder, list(options)
+        # a copy: jsonargparse replaces the mappings in lists by its own, in place
+        settings: identity.Config = plain(config)
+        self.packages: list[str] = settings.pop("allow_import", [])
+        named = [value for key, value in _pairs(options) if key in ("model.method", "model.method.class_path")]
+        for class_path in (_within(settings, "model", "method", "class_path"), *named):
+            self.packages = [*self.packages, *import_policy.register_method(class_path, self.packages)]
+        with import_policy.allowing(self.packages):
             super().__init__(
                 make_task,
                 KShotDataModule,
-                args=list(args) if not isinstance(args, Mapping) else dict(args),
+                args=settings,
                 run=False,
                 save_config_callback=None,  # the row holds the config
                 auto_configure_optimizers=False,
+                parser_class=_Parser,
                 parser_kwargs={"prog": "nola-vision fit", "exit_on_error": False, "allow_abbrev": False},
                 trainer_defaults={
                     "devices": 1,  # several only where they are asked for: DDP changes the rounding
@@ -68,6 +96,13 @@ class RunCLI(LightningCLI):
                     "enable_model_summary": False,
                 },
             )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        partly = {"defaults": False, "_skip_validation": True, "_skip_required": True}
+        with skip_apply_links():  # their sources may be missing until the options are there
+            given = parser.parse_object(args, env=False, **partly)
+        self.config = parser.parse_args(self.options, namespace=given, env=False)
+        import_policy.check_classes(self.config.as_dict(), self.packages)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--protocol", type=str, default="default", help="Name of the protocol: part of the cell.")
@@ -105,7 +140,24 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Config:
+def _pairs(options: Sequence[str]) -> list[tuple[str, str]]:
+    """Command-line options as key and value, written as `--key=value` or `--key value`."""
+    found = []
+    for word, following in pairwise([*options, ""]):
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            found.append((key, value if equals else following))
+    return found
+
+
+def _within(config: Any, *path: str) -> Any:
+    """The value at a path of keys; None where there is none."""
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: Sequence[str] = ()) -> identity.Config:
     """The full run config, every default written out.
 
     Two spellings of one run give the same full config, so hashes are taken of what this returns.
@@ -113,46 +165,69 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = ()) -> identity.Co
     Args:
         config: a run config, as `identity.resolve` returns it.
         options: command-line options that override it, such as `--data.shots=10`.
+        allow_import: packages whose classes the config may name too, see `import_policy`.
 
     Raises:
-        NolaVisionError: an unknown key, method or setting, or a value of the wrong type.
+        NolaVisionError: an unknown key, method or setting, a value of the wrong type, or a class that a config may not
+            name.
     """
-    if method := (config.get("model") or {}).get("method"):
-        methods.from_dict(method)
-    optimizer = (config.get("model") or {}).get("optimizer")
-    seen = [*options, *((optimizer.get("init_args") or {}) if isinstance(optimizer, Mapping) else {})]
-    if any(word == "lr" or re.match(r"--model\.optimizer.*\.lr\b", word) for word in seen):
-        raise NolaVisionError(
-            "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
-        )
+    import_policy.check_packages(allow_import)
+    if "allow_import" in config:
+        raise NolaVisionError("a config has no key 'allow_import': it is given on the command line, as --allow-import")
+    pairs = _pairs(options)
+    for group in ("model", "model.backbone", "data", "trainer"):
+        given = [_within(config, *group.split(".")), *(value for key, value in pairs if key == group)]
+        if any(isinstance(value, str) and not value.lstrip().startswith("{") for value in given):
+            raise NolaVisionError(f"`{group}` takes settings, not a file: give the file by --config")
+    optimizer = _within(config, "model", "optimizer", "init_args")
+    if "lr" in (optimizer or ()) or any(re.fullmatch(r"model\.optimizer\.(.*\.)?lr", key) for key, _ in pairs):
+        raise NolaVisionError(_RATE)
     try:
+        if method := _within(config, "model", "method"):
+            import_policy.register_method(_within(method, "class_path"), allow_import)
+            methods.from_dict(method)
         with quiet():
-            parsed = RunCLI(["--config", json.dumps(config), *options]).config
-    except (argparse.ArgumentError, ValueError) as error:
+            parsed = RunCLI({**config, "allow_import": list(allow_import)}, options=options).config
+        full: identity.Config = plain(json.loads(json.dumps(parsed.as_dict(), default=str)))
+    except NolaVisionError:
+        raise
+    except Exception as error:  # the parser fails in many ways on a config that no person would write
+        reason = explain(str(error) or type(error).__name__, _settings())
         raise NolaVisionError(
-            f"the configuration is not understood: {explain(str(error), _settings())} (nola-vision fit --help lists "
-            "the options)"
+            f"the configuration is not understood: {reason} (nola-vision fit --help lists the options)"
         ) from error
-    plain: identity.Config = json.loads(json.dumps(parsed.as_dict(), default=str))
-    plain.pop("config", None)
+    if "lr" in _given(full["model"]["optimizer"]):  # of an option that is a whole mapping
+        raise NolaVisionError(_RATE)
+    if full["trainer"].get("model_registry") and "litmodels" not in allow_import:
+        raise NolaVisionError("trainer.model_registry uploads the model: give --allow-import litmodels to let it")
+    full.pop("config", None)
     for linked in ("backbone", "run_seed"):  # said once, by the model
-        plain["data"].pop(linked, None)
-    plain.pop("seed_everything", None)
-    if plain["data"]["dataset"] == "folder":
-        plain["data"]["root"] = given_root(plain["data"]["root"])
-    if plain["model"]["run_seed"] < 0 or plain["data"]["split_seed"] < 0:
+        full["data"].pop(linked, None)
+    full.pop("seed_everything", None)
+    if identity.need(full, "data", "dataset") == "folder":
+        full["data"]["root"] = given_root(full["data"]["root"])
+    if full["model"]["run_seed"] < 0 or full["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")
-    check_trainer(plain["trainer"])
-    settings = plain["model"]["method"].get("init_args") or {}
-    check_precision(plain["trainer"]["precision"], identity.method_class(plain), bool(settings.get("train_norms")))
-    if plain["threads"] is not None and plain["threads"] < 1:
-        raise NolaVisionError(f"threads is {plain['threads']}: it must be at least 1")
-    plain["content"] = _content(plain)
-    plain["model"]["method"].setdefault("init_args", {})
-    asked = ((config.get("model") or {}).get("method") or {}).get("class_path", "").rpartition(".")[2]
-    if plain.get("method") is None or identity.method_class(plain) != asked:  # another class by --model.method
-        plain["method"] = identity.method_class(plain).lower()
-    return plain
+    check_trainer(full["trainer"])
+    settings = full["model"]["method"].get("init_args") or {}
+    check_precision(full["trainer"]["precision"], identity.method_class(full), bool(settings.get("train_norms")))
+    if full["threads"] is not None and full["threads"] < 1:
+        raise NolaVisionError(f"threads is {full['threads']}: it must be at least 1")
+    full["content"] = _content(full)
+    full["model"]["method"].setdefault("init_args", {})
+    asked = str(_within(config, "model", "method", "class_path") or "").rpartition(".")[2]
+    if full.get("method") is None or identity.method_class(full) != asked:  # another class by --model.method
+        full["method"] = identity.method_class(full).lower()
+    if allow_import:
+        full["allow_import"] = list(allow_import)
+    return full
+
+
+def _given(optimizer: Mapping[str, Any]) -> list[str]:
+    """The settings of an optimizer that are not its class's defaults."""
+    parameters = inspect.signature(import_policy.resolve(optimizer["class_path"])).parameters
+    args = optimizer.get("init_args") or {}
+    return [key for key, value in args.items() if key in parameters and value != parameters[key].default]
 
 
 def _settings() -> dict[str, list[str]]:

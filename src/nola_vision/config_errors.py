@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from nola_vision.field_types import KINDS
 
+PACKAGES = ("torch.optim", "lightning", "nola_vision")  # whose classes a config may name
+
 
 def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
     """What a message of the parser means for a person.
@@ -17,6 +19,8 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
         settings: the names that a group (`data`) or a class (`LoRA`) takes, to suggest the close ones.
     """
     message = " ".join(message.split())
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
+        return refusal(denied[1])
     keys = re.findall(r'Parser key "([\w.]+)"', message)
     key = ".".join(keys)
     inside = re.search(r"class_path '[\w.]*?(\w+)'", message)
@@ -39,10 +43,22 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
     shown = re.search(r"(?:Given value|Got value): (.*)$", message)
     if keys and (missing := re.search(r"Expected a dot import path string: (\S+)", message)):
         classes = settings.get(key, ())
-        return f"{key} is '{missing[1]}', which is no class's name{_instead(missing[1], classes)}"
+        return f"{key} is '{shorten(missing[1])}', which is no class's name{_instead(missing[1], classes)}"
     if keys and shown and (kinds := _kinds(message)):
-        return f"{key} is '{shown[1]}': it must be {' or '.join(kinds)}"
-    return message
+        return f"{key} is '{shorten(shown[1])}': it must be {' or '.join(kinds)}"
+    return shorten(message, 600)
+
+
+def refusal(class_path: str) -> str:
+    """Why a config may not name a class, and what allows it."""
+    return (
+        f"'{class_path}' may not be imported: a config names classes of {', '.join(PACKAGES)} and of registered "
+        f"plug-ins; if you trust the package, give --allow-import {class_path.partition('.')[0]}"
+    )
+
+
+def shorten(text: str, width: int = 100) -> str:
+    return text if len(text) <= width else f"{text[:width]}..."
 
 
 def _kinds(message: str) -> list[str]:

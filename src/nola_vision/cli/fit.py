@@ -21,6 +21,8 @@ HELP = "\n".join(
         "  --method NAME     which entry of the config's `methods` (default: the config's `method`)",
         "  --out DIR         the folder of all runs (default: runs)",
         "  --ckpt_path FILE  a checkpoint to {purpose}",
+        "  --allow-import P  a package whose classes the config may name, such as a callback of your own",
+        "  --debug           print the traceback of an error",
         "",
         "Every key of the config is an option too, such as --data.shots 10, --model.method.rank 8 or",
         "--trainer.max_epochs 100; --print_config prints the whole config. All of them:",
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
     from nola_vision.config import parse
 
-    run_config = parse(config, rest)
+    run_config = parse(config, rest, known.allow_import)
     if verb != "fit":
         run.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0

@@ -1,18 +1,20 @@
-"""`nola-vision VERB ...`: finds the verb and turns mistakes into one sentence; torch waits until a verb needs it."""
+"""`nola-vision VERB ...`: finds the verb and reports an error in one line; torch waits until a verb needs it."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from nola_vision import __version__
 from nola_vision.errors import NolaVisionError
+from nola_vision.text import printable
 
 VERBS = {
     "fit": "train one run, test it, print its row and the table so far",
@@ -35,15 +37,22 @@ _USAGE = "\n".join(
         "",
         "Start with:  nola-vision fit --config quickstart.yaml",
         "A verb's options:  nola-vision VERB --help",
+        "The traceback of an error:  --debug with any verb, or NOLA_VISION_DEBUG=1",
     ]
 )
+_LONGEST = 2000  # characters of an error message
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status: 0, 1 if a run of a sweep failed, 2 for a mistake, 130 for Ctrl-C."""
-    verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names may have characters that the terminal's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """Runs one verb and returns the exit status.
+
+    0: success. 1: a run of a sweep failed, or an error that the program did not expect. 2: a user error. 130: Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a file name may have bytes that the terminal's encoding lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    words, debug = _without_debug(sys.argv[1:] if arguments is None else arguments)
+    verb, *rest = words or ["--help"]
     if verb in ("-h", "--help"):
         print(_USAGE)
         return 0
@@ -57,15 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = "fit" if verb in ("validate", "test") else verb
         status: int = importlib.import_module(f"nola_vision.cli.{module}").main(rest, verb)
         return status
-    except NolaVisionError as error:
-        print(f"nola-vision: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-        found = " and ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
-        print(f"nola-vision: {found} do not belong together: install both anew from one index", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         hint = {
             "fit": ": the same command with --ckpt_path last finishes the run",
@@ -76,13 +76,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"nola-vision: {error.strerror or error}{where}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        status, message = _report(error)
+        print(f"nola-vision: {_one_line(message)}", file=sys.stderr)
+        return status
     finally:
         if arguments is None:  # the process ends: everything is written, and Python's own exit takes a while
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _without_debug(words: Sequence[str]) -> tuple[list[str], bool]:
+    """The words of a command line without `--debug`, which may stand anywhere before `--`, and whether to debug."""
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word != "--debug"]
+    asked = len(kept) < end or os.environ.get("NOLA_VISION_DEBUG", "0") not in ("", "0")
+    return [*kept, *words[end:]], asked
+
+
+def _report(error: Exception) -> tuple[int, str]:
+    """Exit status and message of an error: 2 for one that a user can fix, else 1, with the place in the program."""
+    if isinstance(error, NolaVisionError):
+        return 2, str(error)
+    if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
+        found = " and ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
+        return 2, f"{found} do not belong together: install both again from one index"
+    if isinstance(error, OSError) and error.filename:
+        return 2, f"{error.strerror or error} ({os.fsdecode(error.filename)})"
+    package = Path(__file__).parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if Path(f.filename).is_relative_to(package)), frames[-1])
+    place = f"{frame.filename.removeprefix(f'{package.parent}{os.sep}')}:{frame.lineno}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return 1, f"out of memory at {place}: give a smaller batch_size or fewer workers ({error})"
+    kind = type(error).__name__
+    return 1, f"unexpected {kind} at {place}: {error}; run again with --debug for the traceback"
+
+
+def _one_line(message: str) -> str:
+    """A message on one line of a bounded length, without characters that control a terminal."""
+    text = printable(" ".join(message.split()))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 if __name__ == "__main__":

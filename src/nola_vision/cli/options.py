@@ -46,6 +46,9 @@ def whole_number(text: str) -> int:
 def config_options(verb: str, help: bool = False) -> Options:
     """A parser of the options that every verb with a config shares; other options are Lightning's."""
     parser = Options(verb, add_help=help)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a config, shipped or local")
+    shipped = "a config, shipped or local"
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help=shipped)
     parser.add_argument("--out", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
+    allowed = "a package whose classes the config may name, such as a callback of your own; may be repeated"
+    parser.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE", help=allowed)
     return parser

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nola_vision.cli.options import config_options, refuse_strays, whole_number
-from nola_vision.config_files import load_configs
+from nola_vision.config_files import load_configs, load_yaml
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
 from nola_vision.results.row import Row
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     status = 0
     for settings in itertools.product(*of_config):
         named, names = plan.rename(raw, methods, "".join(plan.suffix(*setting) for setting in settings))
-        changed = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings]
+        changed = [f"--{key}={_option(value)}" for key, value in settings]
         status = max(status, _sweep(known, named, names, [*own, *rest, *changed], splits, inits, shard))
     return status
 
@@ -96,7 +96,7 @@ def _sweep(
     from nola_vision.config import has_validation_images, parse
     from nola_vision.data.manifest import read_manifest
 
-    config = plan.complete(raw, methods, lambda entry: parse(entry, list(settings)))
+    config = plan.complete(raw, methods, lambda entry: parse(entry, list(settings), known.allow_import))
     if (path := config["data"]["manifest"]) is not None:
         held = read_manifest(path).split_seed
         if known.splits is not None and splits != [held]:
@@ -158,9 +158,13 @@ def _varied(text: str) -> tuple[str, list[Any]]:
     if not key or not equals or not values:
         raise NolaVisionError(f"--vary {text} is no setting with values: write it like --vary rank=1,4,16")
     try:
-        return key, list(yaml.safe_load(f"[{values}]"))
+        return key, list(load_yaml(f"[{values}]"))
     except yaml.YAMLError as error:
         raise NolaVisionError(f"the values of --vary {text} are no YAML: write them like rank=1,4,16") from error
+
+
+def _option(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _takes(class_name: str, key: str) -> bool:

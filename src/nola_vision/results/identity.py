@@ -21,7 +21,7 @@ Stage = Literal["final", "search"]
 
 # `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
 # are names (they are in the folder's path), and `methods`, the other entries.
-_TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path")
+_TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path", "allow_import")
 _DATA_LEFT_OUT = ("root", "num_workers", "download", "memory_limit_mib", "eval_batch_size", "manifest")
 _TRAINER_LEFT_OUT = (
     "logger",
@@ -65,12 +65,14 @@ def resolve(config: Mapping[str, Any], method: str | None = None) -> Config:
 def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the settings of the entry `name`, or raise a NolaVisionError that lists the names close to it."""
     methods = need(config, "methods")
+    if not isinstance(name, str) or not isinstance(methods, Mapping):
+        raise NolaVisionError(f"the config's `methods` must be a mapping and its `method` a name, not {name!r}")
     if name not in methods:
         known = [str(known_name) for known_name in methods]
         close = difflib.get_close_matches(str(name), known)
         hint = f"did you mean {' or '.join(close)}? It has " if close else "it has "
         raise NolaVisionError(f"the config has no method {name!r}: {hint}{', '.join(known)}")
-    if not isinstance(name, str) or name != _safe(name):
+    if name != _safe(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]
     if isinstance(settings, Mapping) and not isinstance(settings.get("init_args") or {}, Mapping):

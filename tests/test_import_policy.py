@@ -1,0 +1,229 @@
+"""Configs from strangers are data: which classes they may name, and what reading one may cost."""
+
+import sys
+import time
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+import fuzz_configs
+from nola_vision import import_policy, methods
+from nola_vision.cli.main import main
+from nola_vision.config import build, parse
+from nola_vision.config_files import load_configs, overlay
+from nola_vision.errors import NolaVisionError
+from nola_vision.results import identity, store
+
+QUICK = identity.resolve(load_configs(["quickstart.yaml"]), "linear")
+FAST = ["--threads=1", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--data.test_limit=20"]
+MINE = """
+import lightning as L, nola_vision
+class Count(L.Callback):
+    def on_test_end(self, trainer, pl_module):
+        print("counted")
+def adam(params): pass
+class Other: pass
+class Plugin(nola_vision.LinearProbe): pass
+class NOLA(nola_vision.LinearProbe): pass
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that can be imported and that no config may name without leave."""
+    (tmp_path / "mine_to_import.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    sys.modules.pop("mine_to_import", None)
+    return "mine_to_import"
+
+
+def spec(path: str, key: str = "init_args", **args: Any) -> dict[str, Any]:
+    return {"class_path": path, key: args}
+
+
+HOSTILE = {
+    "optimizer": ({"model": {"optimizer": spec("os.system")}}, "'os.system' may not be imported"),
+    "method": ({"model": {"method": spec("evil.Thing")}}, "--allow-import evil"),
+    "method of a known name": ({"model": {"method": spec("evil.LinearProbe")}}, "--allow-import evil"),
+    "callback": ({"trainer": {"callbacks": [spec("evil.Thing")]}}, "--allow-import evil"),
+    "logger": ({"trainer": {"logger": spec("evil.Thing")}}, "--allow-import evil"),
+    "plugin": ({"trainer": {"plugins": [spec("evil.Thing")]}}, "--allow-import evil"),
+    "profiler": ({"trainer": {"profiler": spec("evil.Thing")}}, "--allow-import evil"),
+    "what a module of Lightning's imports": (
+        {"trainer": {"callbacks": [spec("lightning.pytorch.trainer.trainer.os.system")]}},
+        "'posix.system' may not be imported",
+    ),
+    "a wrapper": ({"model": {"optimizer": spec("torch.optim.optimizer.functools.partial")}}, "functools.partial"),
+    "a function": ({"model": {"optimizer": "torch.optim.adam.adam"}}, "torch.optim.adam.adam"),
+    "a class of another kind": ({"model": {"optimizer": spec("nola_vision.config.RunCLI")}}, "RunCLI"),
+    "nested": (
+        {"trainer": {"callbacks": [spec("LambdaCallback", on_fit_start="os.system")]}},
+        "'os.system' may not be imported",
+    ),
+    "a function in a callback": (
+        {"trainer": {"callbacks": [spec("LambdaCallback", on_fit_start="nola_vision.cli.main.main")]}},
+        "nola_vision.cli.main.main",
+    ),
+    "in what is passed on": (
+        {"trainer": {"callbacks": [spec("LambdaCallback", "dict_kwargs", x=spec("os.system"))]}},
+        "'os.system' may not be imported",
+    ),
+    "a logger to a server": ({"trainer": {"logger": [spec("WandbLogger")]}}, "--allow-import wandb"),
+    "an upload": ({"trainer": {"model_registry": "theirs/model"}}, "--allow-import litmodels"),
+    "its own leave": ({"allow_import": ["evil"]}, "--allow-import"),
+    "the parser": ({"trainer": {"callbacks": [spec("jsonargparse.set_parsing_settings")]}}, "may not be imported"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_config_names_classes_of_known_packages(name: str, tmp_path: Path) -> None:
+    changes, expected = HOSTILE[name]
+    (tmp_path / "evil.py").write_text("raise AssertionError('a config imported it')")
+    with fuzz_configs.nothing_runs(tmp_path), pytest.raises(NolaVisionError) as refused:
+        parse(overlay(QUICK, changes))
+    assert expected in str(refused.value) and "evil" not in sys.modules
+
+
+def test_options_are_under_the_same_policy(mine: str) -> None:
+    for option in (
+        "--model.optimizer=os.system",
+        f"--trainer.callbacks+={mine}.Count",
+        f"--trainer.callbacks+={{class_path: {mine}.Count}}",
+        f"--model.method={mine}.Plugin",
+        f"--model.method.class_path={mine}.Plugin",
+        f"--trainer.plugins+={mine}.Other",
+    ):
+        with pytest.raises(NolaVisionError, match="may not be imported"):
+            parse(QUICK, [option])
+    with pytest.raises(NolaVisionError, match="is not a class|function"):
+        parse(QUICK, ["--model.optimizer=torch.optim.adam.adam"])
+    assert mine not in sys.modules
+
+
+def test_what_a_path_resolves_to_is_checked() -> None:
+    for path, expected in (
+        ("lightning.pytorch.cli.ArgumentParser", "'jsonargparse"),  # a class, defined elsewhere
+        ("lightning.pytorch.Trainer", "name a subclass of"),
+        ("torch.optim.adam.adam", "is not a class"),
+        ("lightning.pytorch.callbacks.Nothing", "cannot be imported"),
+        ("os.system", "may not be imported"),
+    ):
+        with pytest.raises(NolaVisionError, match=expected):
+            import_policy.check_classes({"trainer": {"callbacks": [{"class_path": path}]}}, [])
+    for path in ("lightning.pytorch.callbacks.Timer", "torch.optim.SGD", "torch.optim.lr_scheduler.StepLR"):
+        import_policy.check_classes({"x": {"class_path": path}}, [])
+
+
+def test_allow_import_covers_a_run_from_config_to_row(mine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config=quickstart.yaml", "--method=1nn", *FAST]
+    assert main([*fit, f"--trainer.callbacks+={mine}.Count", "--allow-import", mine]) == 0
+    ((row,), _) = store.read_rows("runs")
+    assert "counted" in capsys.readouterr().out and row.status == "completed"
+    # the leave is that of this run alone, and part of neither the config's text nor the hash
+    for option in (f"--trainer.callbacks+={mine}.Count", f"--model.method={mine}.Plugin"):
+        with pytest.raises(NolaVisionError, match="may not be imported"):
+            parse(QUICK, [option])
+    assert identity.run_hash(parse(QUICK, [], [mine]), "final") == identity.run_hash(parse(QUICK), "final")
+    # what is allowed must still be of a kind that a run has a use for
+    with pytest.raises(NolaVisionError, match="not a subclass of .*Method"):
+        parse(QUICK, [f"--model.method={mine}.Other"], [mine])
+    with pytest.raises(NolaVisionError, match="name of another method"):
+        parse(QUICK, [f"--model.method={mine}.NOLA"], [mine])
+    with pytest.raises(NolaVisionError, match="adam"):
+        parse(QUICK, [f"--model.optimizer={mine}.adam"], [mine])
+    for name in ("jsonargparse", "a-b", "", "os;"):
+        with pytest.raises(NolaVisionError, match="--allow-import"):
+            parse(QUICK, [], [name])
+
+
+def test_a_registered_plugin_is_a_method(mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("plugin", f"{mine}:Plugin", import_policy.PLUGINS)
+    monkeypatch.setattr(import_policy, "entry_points", lambda group: [entry] if group == import_policy.PLUGINS else [])
+    import_policy._plugins.cache_clear()
+    try:
+        parse(QUICK)
+        assert mine not in sys.modules  # a plug-in that no config names is not imported
+        run_config = parse(overlay(QUICK, {"model": {"method": spec(f"{mine}.Plugin", lr=0.5)}}), FAST)
+        task = build(run_config, tmp_path / "run").model
+        assert type(task.method).__name__ == "Plugin" and task.method.lr == 0.5
+        with pytest.raises(NolaVisionError, match="may not be imported"):
+            parse(overlay(QUICK, {"trainer": {"callbacks": [spec(f"{mine}.Count")]}}))
+    finally:
+        import_policy._plugins.cache_clear()
+
+
+def test_a_config_cannot_pull_in_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+    monkeypatch.setenv("PL_DATA__SHOTS", "3")
+    for name, text in (
+        ("data.yaml", "{dataset: digits, shots: 2}"),
+        ("backbone.yaml", "{tag: test_vit.r160_in1k}"),
+        ("trainer.yaml", "{max_epochs: 1}"),
+        ("EarlyStopping", "[{class_path: Timer, init_args: {duration: null}}]"),
+    ):
+        (tmp_path / name).write_text(text)
+    for option in (
+        "--data=data.yaml",
+        "--model.backbone=backbone.yaml",
+        "--trainer=trainer.yaml",
+        "--data=file:data.yaml",
+    ):
+        with pytest.raises(NolaVisionError, match="takes settings, not a file"):
+            parse(QUICK, [option])
+    with pytest.raises(NolaVisionError, match="takes settings, not a file"):
+        parse(overlay(QUICK, {"model": {"backbone": "backbone.yaml"}}))
+    for value in ("data.yaml", "http://localhost/data.yaml", f"file://{tmp_path}/EarlyStopping", "/etc/passwd"):
+        with fuzz_configs.nothing_runs(tmp_path), pytest.raises(NolaVisionError):
+            parse(QUICK, [f"--trainer.callbacks={value}"])
+    full = parse(QUICK, ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"])
+    (callback,) = full["trainer"]["callbacks"]  # the class, although a file has that name
+    assert callback["class_path"].endswith("EarlyStopping") and full["data"]["shots"] == 5
+
+
+def test_an_option_may_have_the_value_lr() -> None:
+    options = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir", "lr", "--trainer.logger.name", "lr"]
+    assert parse(QUICK, options)["trainer"]["logger"]["init_args"]["name"] == "lr"
+    assert parse(QUICK, ["--protocol", "lr"])["protocol"] == "lr"
+    rate = [
+        "--model.optimizer.lr=1",
+        "--model.optimizer.init_args.lr=1",
+        "--model.optimizer={class_path: SGD, init_args: {lr: 1}}",
+    ]
+    for option in rate:
+        with pytest.raises(NolaVisionError, match="the optimizer's learning rate is the method's"):
+            parse(QUICK, [option])
+
+
+def test_emoji_and_names_that_are_bytes_survive() -> None:
+    for root in ("\U0001f600/a", "stra\udcdfe", "ä", "a\u2028b"):
+        assert parse(overlay(QUICK, {"data": {"root": root}}))["data"]["root"] == root
+        assert parse(QUICK, [f"--data.root={root}"])["data"]["root"] == root
+
+
+def test_a_config_stays_as_it_was(tmp_path: Path) -> None:
+    given_config = overlay(QUICK, {"trainer": {"callbacks": [spec("EarlyStopping", monitor="val_loss")]}})
+    full = parse(given_config, FAST)
+    for config in (given_config, full):
+        (callback,) = config["trainer"]["callbacks"]
+        assert type(callback) is dict and type(callback["init_args"]) is dict
+    assert isinstance(build(full, tmp_path).trainer.early_stopping_callback, L.pytorch.callbacks.EarlyStopping)
+    assert type(full["trainer"]["callbacks"][0]) is dict
+
+
+def test_any_config_is_understood_or_refused_in_one_line(tmp_path: Path) -> None:
+    @settings(max_examples=300, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(fuzz_configs.config_files(), fuzz_configs.option_lists())
+    def feed(text: str, options: list[str]) -> None:
+        started = time.process_time()
+        with fuzz_configs.nothing_runs(tmp_path):
+            assert "\n" not in fuzz_configs.understood(text, options, tmp_path)
+        assert time.process_time() - started < 2
+
+    feed()
