@@ -162,13 +162,14 @@ def _settings() -> dict[str, list[str]]:
 def _content(run_config: identity.Config) -> dict[str, str]:
     """Digests of what the config names by a path alone, so that two files of one name are two runs.
 
-    `weights` is SHA-256 over a local weights file, the packaged one included; `manifest` over a manifest; `data` over
-    what is a user's own in the data set. What is missing is left to the run, which says so.
+    `weights` is SHA-256 over a local weights file, the packaged one included; `config` over the `config.json` of a
+    `local-dir:` backbone; `manifest` over a manifest; `data` over what is a user's own in the data set. What is missing is left to the run, which says so.
     """
-    found = {}
-    backbone = run_config["model"]["backbone"]
-    weights = backbone["file"] or backbones.packaged_file(backbone["tag"])
-    for name, path in (("weights", weights), ("manifest", run_config["data"]["manifest"])):
+    found: dict[str, str] = {}
+    backbone, files = run_config["model"]["backbone"], {}
+    with suppress(NolaVisionError):
+        files = backbones.local_files(backbone["tag"], backbone["file"])
+    for name, path in (*files.items(), ("manifest", run_config["data"]["manifest"])):
         if path is not None and Path(path).is_file():
             with open(path, "rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
