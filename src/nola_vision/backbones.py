@@ -235,7 +235,8 @@ def resolve(spec: BackboneSpec) -> Source:
         cfg, architecture = _registered_cfg(name), name.partition(".")[0]
     if spec.file is not None:  # `custom_load` is about the weights that the config names
         cfg = replace(cfg, file=str(_weights_in(Path(spec.file))), source=None, custom_load=False)
-    return Source(architecture, None if kind else spec.tag, cfg, {k: v for k, v in model_args.items() if k != "num_classes"})
+    model_args = {key: value for key, value in model_args.items() if key != "num_classes"}
+    return Source(architecture, None if kind else spec.tag, cfg, model_args)
 
 
 def local_files(tag: str, file: str | None) -> dict[str, Path]:
@@ -309,8 +310,8 @@ def _parsed(tag: str, read: Any, name: str, **changes: Any) -> tuple[PretrainedC
         raise NolaVisionError(f"the config.json of {tag} does not describe a timm model ({reason})") from error
     except OSError as error:
         raise NolaVisionError(
-            f"{tag} is not on this machine and its config.json could not be downloaded: check the name and the network, "
-            "or use a local folder (local-dir:FOLDER)"
+            f"{tag} is not on this machine and its config.json could not be downloaded: check the name and the "
+            "network, or use a local folder (local-dir:FOLDER)"
         ) from error
     if not known:
         raise NolaVisionError(f"the config.json of {tag} names the architecture '{architecture}', which timm lacks")

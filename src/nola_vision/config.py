@@ -163,7 +163,8 @@ def _content(run_config: identity.Config) -> dict[str, str]:
     """Digests of what the config names by a path alone, so that two files of one name are two runs.
 
     `weights` is SHA-256 over a local weights file, the packaged one included; `config` over the `config.json` of a
-    `local-dir:` backbone; `manifest` over a manifest; `data` over what is a user's own in the data set. What is missing is left to the run, which says so.
+    `local-dir:` backbone; `manifest` over a manifest; `data` over what is a user's own in the data set. What is missing
+    is left to the run, which says so.
     """
     found: dict[str, str] = {}
     backbone, files = run_config["model"]["backbone"], {}
