@@ -285,7 +285,8 @@ def _read_folder(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise NolaVisionError(
-            f"local-dir:{name} has no config.json: give a folder that `export --merged` or timm's save_for_hf wrote"
+            f"local-dir:{name} has no config.json: give a folder that `export --merged` or timm's save_for_hf wrote "
+            "(predict: --weights FOLDER)"
         )
     return _parsed(f"local-dir:{name}", load_model_config_from_path, name, file=str(_weights_in(folder)), source=None)
 

@@ -104,8 +104,7 @@ def _counts(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
     return counts
 
 
-# The families whose own head is not linear, and timm's option for a linear one
-_LINEAR_HEAD = {"metaformer": {"use_mlp_head": False}, "volo": {"use_aux_head": False}}
+_NOT_LINEAR = ("use_mlp_head", "use_aux_head")  # timm's options (MetaFormer, VOLO) for a head that is not linear
 
 
 def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False) -> str:
@@ -132,22 +131,20 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
         raise NolaVisionError("PEFT merges its own methods: in Python, model.backbone.merge_and_unload() does it")
     if spec.int8 and not dequantise:
         raise NolaVisionError(f"the weights of {spec.tag} are held in int8: ask for floats (--dequantise)")
+    if out.suffix in (".safetensors", ".pth", ".bin"):
+        raise NolaVisionError(f"{out} has a file's name, and a merged model is a folder: name it without {out.suffix}")
     if out.exists():
         raise NolaVisionError(f"{out} exists already: name a new folder for the merged model")
-    source, classes = resolve(spec), len(model.card.class_names)
-    family = timm.models.model_entrypoint(source.architecture).__module__.rpartition(".")[2]
-    source = replace(source, model_args=source.model_args | _LINEAR_HEAD.get(family, {}))
-    with torch.random.fork_rng(devices=[]):
-        plain = source.create(classes, img_size=spec.img_size).eval()
-    classifiers = _classifiers(plain, model.backbone, spec.tag)
-
+    source, plain, classifiers = with_classifier(
+        resolve(spec), model.backbone, len(model.card.class_names), spec.img_size
+    )
     probe, expected = _probe(model)
     stack.merge(dequantise=dequantise)
     try:
         state = {name: _float32(tensor) for name, tensor in model.backbone.state_dict().items()}
     finally:
         stack.unmerge()
-    plain.load_state_dict(state, strict=False)  # all but the classifiers, as `_classifiers` found
+    plain.load_state_dict(state, strict=False)  # all but the head
     weight, bias = (_float32(tensor[0]) for tensor in stack.head())
     _place_head(plain, classifiers, weight, bias, probe)
 
@@ -173,12 +170,25 @@ def _float32(tensor: Tensor) -> Tensor:
     return tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu()
 
 
-def _classifiers(plain: nn.Module, backbone: nn.Module, tag: str) -> list[str]:
-    """The names of the layers of `plain` that compute classes; batch norms before them are made to do nothing.
+def with_classifier(
+    source: Source, backbone: nn.Module, num_classes: int, img_size: int | None = None
+) -> tuple[Source, nn.Module, list[str]]:
+    """timm's model with new weights and a classifier.
+
+    Batch norms between the features and the classifier are made to do nothing.
+
+    Returns:
+        What makes the model, the model, and the names of its layers that compute the classes.
 
     Raises:
-        NolaVisionError: it has none, or differs from the backbone in more than that.
+        NolaVisionError: it has no linear classifier, or differs from the backbone in more than that.
     """
+    with torch.random.fork_rng(devices=[]):
+        plain = source.create(num_classes, img_size=img_size).eval()
+        if options := {name: False for name in _NOT_LINEAR if getattr(plain, name, False)}:
+            source = replace(source, model_args=source.model_args | options)
+            plain = source.create(num_classes, img_size=img_size).eval()
+    tag = source.architecture
     own, there = plain.state_dict(), backbone.state_dict()
     layers = {name.rpartition(".")[0]: plain.get_submodule(name.rpartition(".")[0]) for name in own.keys() - there}
     classifiers = []
@@ -200,7 +210,7 @@ def _classifiers(plain: nn.Module, backbone: nn.Module, tag: str) -> list[str]:
         raise NolaVisionError(f"timm's {tag} has no classifier, so no timm model can hold the head")
     if there.keys() - own or any(there[name].shape != own[name].shape for name in there):
         raise NolaVisionError(f"timm makes {tag} with other weights where it has a classifier, so it cannot hold them")
-    return classifiers
+    return source, plain, classifiers
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ from nola_vision.methods import (
     settle,
     stored_bits,
 )
+from nola_vision.tags import short_tag
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,10 @@ def file_bits(names: Collection[str], method: Method) -> dict[str, int]:
 def file_metadata(card: Card, stack: AdapterStack, fingerprint: str | None) -> dict[str, Any]:
     """What an adapter file says besides its tensors, as plain values."""
     return {
-        "backbone": {name: getattr(card.backbone, name) for name in ("tag", "img_size", "base", "int8")},
+        "backbone": {
+            "tag": short_tag(card.backbone.tag),
+            **{name: getattr(card.backbone, name) for name in ("img_size", "base", "int8")},
+        },
         "backbone_fingerprint": fingerprint,
         "method": methods.to_dict(card.method),
         "run_seed": card.run_seed,
