@@ -129,6 +129,9 @@ def _create(spec: BackboneSpec, seed: int) -> nn.Module:
     if spec.file is not None and not pretrained:
         raise NolaVisionError(f"a weights file ({spec.file}) and base {spec.base} exclude each other: leave one out")
     source = resolve(spec)
+    if spec.file is not None:  # `custom_load` is about the weights that the config names
+        changes = {"file": str(_weights_in(Path(spec.file))), "source": None, "custom_load": False}
+        source = replace(source, cfg=replace(source.cfg, **changes))
     if spec.img_size is not None:
         _check_img_size(spec, source)
     if pretrained:
@@ -189,6 +192,40 @@ def _start_from_nothing(backbone: nn.Module, base: Base, seed: int) -> None:
             parameter.copy_(uniform(basis_key(seed, f"weight {name}", "base"), parameter.shape, std))
 
 
+@torch.no_grad()
+def open_branches(backbone: nn.Module) -> None:
+    """Gives the L residual branches that timm starts at zero, or close to it, the weight 1/sqrt(L) each.
+
+    The last norm of a branch (ResNet, RegNet, SwinV2, LeViT) or its layer scale (ConvNeXt, CaiT, DINOv2) is meant to
+    grow in training. Where it stays frozen on random weights, the branch would add nothing and its layers could not be
+    trained. With 1/sqrt(L) the variance grows by at most e over all branches.
+    """
+    scales = [
+        parameter
+        for name, parameter in backbone.named_parameters()
+        if parameter.dim() == 1 and re.fullmatch(r"weight|gamma\w*", name.rpartition(".")[2])
+        if (parameter == parameter[0]).all() and abs(float(parameter[0])) <= 0.1
+    ]
+    for parameter in scales:
+        parameter.fill_(len(scales) ** -0.5)
+
+
+@torch.no_grad()
+def check_random_features(backbone: nn.Module, tag: str) -> None:
+    """Refuses a start from random weights where features vanish or explode: frozen batch norms do not normalise.
+
+    Raises:
+        NolaVisionError: the features of two images of noise are not of a size between 1e-3 and 1e3.
+    """
+    size = float(backbone(probe_batch(backbone)).square().mean().sqrt())
+    if not 1e-3 <= size <= 1e3:
+        norms = "train the batch norms too (train_norms: true), or " if batch_norms(backbone) else ""
+        raise NolaVisionError(
+            f"from random weights {tag} starts with features of size {size:.0e}, too far from 1 to train, since "
+            f"nothing normalises its layers: {norms}use base: pretrained"
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """What a spec refers to.
@@ -233,8 +270,6 @@ def resolve(spec: BackboneSpec) -> Source:
         cfg, architecture, model_args = _read_repository(name)
     else:
         cfg, architecture = _registered_cfg(name), name.partition(".")[0]
-    if spec.file is not None:  # `custom_load` is about the weights that the config names
-        cfg = replace(cfg, file=str(_weights_in(Path(spec.file))), source=None, custom_load=False)
     model_args = {key: value for key, value in model_args.items() if key != "num_classes"}
     return Source(architecture, None if kind else spec.tag, cfg, model_args)
 
