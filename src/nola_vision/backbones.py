@@ -338,17 +338,18 @@ def _parsed(tag: str, read: Any, name: str, **changes: Any) -> tuple[PretrainedC
         NolaVisionError: it cannot be fetched, or does not describe a timm model.
     """
     try:
-        cfg, architecture, model_args = read(name)
+        with _quiet("huggingface_hub"):
+            cfg, architecture, model_args = read(name)
         parsed = PretrainedCfg(**{**cfg, **changes})
         known = timm.is_model(architecture)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
-        raise NolaVisionError(f"the config.json of {tag} does not describe a timm model ({reason})") from error
     except OSError as error:
         raise NolaVisionError(
             f"{tag} is not on this machine and its config.json could not be downloaded: check the name and the "
             "network, or use a local folder (local-dir:FOLDER)"
         ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
+        raise NolaVisionError(f"the config.json of {tag} does not describe a timm model ({reason})") from error
     if not known:
         raise NolaVisionError(f"the config.json of {tag} names the architecture '{architecture}', which timm lacks")
     return parsed, architecture, dict(model_args)
@@ -448,18 +449,26 @@ def _missing_keys() -> Iterator[list[str]]:
         finally:
             hook.remove()
 
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm.models._builder")]
-    levels = [logger.level for logger in loggers]
-    with _loading:
+    with _loading, _quiet("huggingface_hub", "timm.models._builder"):
         original, builder.load_pretrained = builder.load_pretrained, load_pretrained
-        for logger in loggers:  # ten attempts without a network; a head that is dropped
-            logger.setLevel(logging.ERROR)
         try:
             yield missing
         finally:
             builder.load_pretrained = original
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Keeps back what is not an error: each of ten attempts without a network; a head that is dropped."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def batch_norms(backbone: nn.Module) -> dict[str, nn.Module]:
