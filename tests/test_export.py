@@ -1,5 +1,7 @@
 """Adapter files cut shorter, stored with fewer bits, and merged into checkpoints that timm alone loads."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,10 @@ import timm
 import torch
 
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, LinearProbe, LoRA, adapt, load_adapter
+from nola_vision.backbones import create_backbone, input_config, resolve
 from nola_vision.cli.main import main
 from nola_vision.errors import NolaVisionError
-from nola_vision.export import shorten, write_merged
+from nola_vision.export import shorten, with_classifier, write_merged
 from nola_vision.model import AdaptedModel
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
@@ -93,7 +96,7 @@ def test_bits_of_a_head_alone_and_of_what_keeps_its_bits(tmp_path: Path) -> None
     with pytest.raises(NolaVisionError, match="by PEFT, whose numbers keep 32 bits"):
         shorten(tmp_path / "p.safetensors", tmp_path / "x.safetensors", bits=4)
     with pytest.raises(NolaVisionError, match="PEFT merges its own methods"):
-        write_merged(peft, tmp_path / "x.safetensors")
+        write_merged(peft, tmp_path / "x")
     large = shaken(LoRA(bits=16))
     large.stack.groups["160x480"].b.data[0, 0, 0, 0] = 1e5
     with pytest.raises(NolaVisionError, match=r"160x480\.b holds a number that 16 bits cannot hold"):
@@ -127,30 +130,91 @@ def as_printed(capsys: pytest.CaptureFixture[str]) -> torch.nn.Module:
     needed, _, code = capsys.readouterr().out.partition(": ")[2].partition("; ")
     assert needed == "import nola_vision"  # timm has no glyph ViT of its own
     made: torch.nn.Module = eval(code, {"timm": timm})
-    return made
+    return made.eval()
 
 
-def test_timm_alone_loads_a_merged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for method in (NOLA(targets=["mlp", "head"], num_basis=30), LoRA(targets=["qkv"])):
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).detach().abs().max() / other.abs().max())
+
+
+def test_timm_alone_loads_a_merged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = replace(input_config(SPEC), crop_pct=0.8, mean=(0.5, 0.5, 0.25))
+    names = ["crane", "crane", 'Kran "ä"']
+    for number, method in enumerate((NOLA(targets=["mlp", "head"], num_basis=30), LoRA(targets=["qkv"]))):
         model = shaken(method)
+        model.card = replace(model.card, class_names=tuple(names), input=image)
         model.save(tmp_path / "a.safetensors")
-        out = tmp_path / "merged.safetensors"
+        out = tmp_path / f"merged {number}"
         assert main(["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", str(out)]) == 0
-        loaded = as_printed(capsys).eval()
-        assert (loaded(IMAGES) - model(IMAGES)).abs().max() / model(IMAGES).abs().max() < 1e-5
+        loaded = as_printed(capsys)
+        assert apart(loaded(IMAGES), model(IMAGES)) < 1e-5
+        assert loaded.pretrained_cfg["label_names"] == names
+        for test_size in (False, True):
+            found = timm.data.resolve_model_data_config(loaded, use_test_size=test_size)
+            assert (tuple(found["input_size"]), found["crop_pct"]) == ((3, 32, 32), 0.8)
+            assert (list(found["mean"]), list(found["std"])) == ([0.5, 0.5, 0.25], [0.5] * 3)
+            assert (found["interpolation"], found["crop_mode"]) == ("bicubic", "center")
+        assert input_config(BackboneSpec(f"local-dir:{out}")) == model.card.input
+        assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+        assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=9)(IMAGES).shape == (2, 9)
+        with pytest.raises(NolaVisionError, match="exists already"):
+            write_merged(model, out)
     assert main(["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", f"{tmp_path}/m.pth"]) == 2
-    assert "let its name end in .safetensors" in capsys.readouterr().err and not (tmp_path / "m.pth").exists()
+    assert "name it without .pth" in capsys.readouterr().err and not (tmp_path / "m.pth").exists()
+
+
+def test_a_merged_model_keeps_the_image_side(tmp_path: Path) -> None:
+    model = shaken(LoRA(targets=["qkv"]), BackboneSpec("vit_glyph_patch4_32.glyphs", img_size=48))
+    plain = eval(write_merged(model, tmp_path / "m").partition("; ")[2], {"timm": timm}).eval()
+    images = torch.randn(2, 3, 48, 48)
+    assert apart(plain(images), model(images)) < 1e-5
+    assert timm.data.resolve_model_data_config(plain)["input_size"] == (3, 48, 48)
+
+
+def test_an_adapter_on_a_merged_model(tmp_path: Path) -> None:
+    """`local-dir:` is a backbone like any other; its adapter file has no path of this machine."""
+    first = shaken(LoRA(targets=["qkv"]))
+    write_merged(first, tmp_path / "m")
+    spec = BackboneSpec(f"local-dir:{tmp_path}/m")
+    assert apart(create_backbone(spec)(IMAGES), first.backbone(IMAGES)) < 1e-5
+    model = shaken(LoRA(targets=["mlp"]), spec)
+    model.save(tmp_path / "a.safetensors")
+    assert str(tmp_path).encode() not in (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "m").rename(tmp_path / "moved")
+    again = load_adapter(tmp_path / "a.safetensors", str(tmp_path / "moved"))
+    assert torch.equal(again(IMAGES), model(IMAGES)) and again.card.input == model.card.input
+    plain = eval(write_merged(again, tmp_path / "m2").partition("; ")[2], {"timm": timm}).eval()
+    assert apart(plain(IMAGES), model(IMAGES)) < 1e-5
+
+
+def test_a_merged_model_that_timm_would_compute_differently_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shaken(LoRA(targets=["qkv"]))
+    before = model(IMAGES)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(NolaVisionError, match="computes other logits in timm") as caught,
+    ):
+        patch.setattr("nola_vision.export._place_head", lambda *_: None)
+        write_merged(model, tmp_path / "m")
+    with monkeypatch.context() as patch, pytest.raises(NolaVisionError, match="timm cannot load the merged"):
+        patch.setattr("nola_vision.export._config", lambda *_: {"architecture": "resnet18"})
+        write_merged(model, tmp_path / "m")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    assert torch.equal(model(IMAGES), before) and not model.stack.merged
+    with pytest.raises(NolaVisionError, match="cannot be written"):
+        write_merged(model, tmp_path / "gone" / "m")
 
 
 def test_an_int8_adapter_is_merged_into_floats_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = shaken(NOLA(targets=["mlp"], num_basis=30), BackboneSpec("vit_glyph_patch4_32.glyphs", int8=True))
     model.save(tmp_path / "a.safetensors")
-    command = ["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", f"{tmp_path}/m.safetensors"]
+    command = ["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", f"{tmp_path}/m"]
     assert main(command) == 2
-    assert "--dequantise" in capsys.readouterr().err and not (tmp_path / "m.safetensors").exists()
+    assert "--dequantise" in capsys.readouterr().err and not (tmp_path / "m").exists()
     assert main([*command, "--dequantise"]) == 0
-    loaded = as_printed(capsys).eval()
-    assert (loaded(IMAGES) - model(IMAGES)).abs().max() / model(IMAGES).abs().max() < 1e-4
+    assert apart(as_printed(capsys)(IMAGES), model(IMAGES)) < 1e-4
 
 
 def test_a_merged_resnet_with_its_own_batch_norm(tmp_path: Path) -> None:
@@ -159,10 +223,68 @@ def test_a_merged_resnet_with_its_own_batch_norm(tmp_path: Path) -> None:
     images = torch.randn(4, 3, 64, 64)
     model.train()(images)  # moves the statistics
     model.eval()
-    plain = eval(write_merged(model, tmp_path / "m.safetensors"), {"timm": timm}).eval()
-    assert (plain(images) - model(images)).abs().max() / model(images).abs().max() < 1e-4
+    plain = eval(write_merged(model, tmp_path / "m"), {"timm": timm}).eval()
+    assert apart(plain(images), model(images)) < 1e-4
     model.save(tmp_path / "a.safetensors")
     assert torch.equal(load_adapter(tmp_path / "a.safetensors")(images), model(images))
-    small = adapt(BackboneSpec("mlp_784_256.untrained", base="zero"), NOLA(targets=["all"], num_basis=5), ["a", "b"])
-    with pytest.raises(NolaVisionError, match="no single classifier"):
-        write_merged(small, tmp_path / "x.safetensors")
+
+
+# A small model of each way in which timm's classifiers differ, and a side at which it is cheap
+HEADS = {
+    "test_vit.r160_in1k": 32, "test_convnext.r160_in1k": 32, "test_efficientnet.r160_in1k": 32,  # a linear layer
+    "resnetv2_18.ra4_e3600_r224_in1k": 32, "dla46x_c.in1k": 32,  # a convolution
+    "deit_tiny_distilled_patch16_224.fb_in1k": 32,  # two for distillation
+    "levit_128s.fb_dist_in1k": 64, "repvit_m1.dist_in1k": 32,  # two, each behind a batch norm
+    "crossvit_tiny_240.in1k": None, "efficientvim_m1_dist.in1k": 64,  # one for each stage
+    "volo_d1_224.sail_in1k": 32, "caformer_s18.sail_in1k": 32,  # made linear
+    "resnet20_cifar.untrained": 32, "mlp_784_256.untrained": None,  # this package's own
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tag", HEADS)
+def test_every_kind_of_head_is_merged(tag: str, tmp_path: Path) -> None:
+    model = adapt(BackboneSpec(tag, base="zero", img_size=HEADS[tag]), LinearProbe(), ["a", "b", "c"])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*model.backbone.parameters(), *model.stack.parameters()]:
+            if tensor.dim() > 1:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
+    images = torch.randn(2, 3, model.card.input.size, model.card.input.size, generator=generator)
+    with torch.no_grad():
+        model.eval().stack.head_weight.div_(model.backbone(images).abs().mean())  # so that not the bias alone counts
+        expected = model(images)
+        found = eval(write_merged(model, tmp_path / "m").rpartition("; ")[2], {"timm": timm}).eval()(images)
+    assert apart(found, expected) < 1e-3
+
+
+def smallest_of_each_family() -> list[str]:
+    """One architecture for each of timm's modules, and those with a head of another kind."""
+    families: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        families.setdefault(timm.models.model_entrypoint(name).__module__, []).append(name)
+    size = re.compile(r"(test|nano|atto|pico|femto|tiny|small|mini|_xxs|_xs|_s|_t|050|18|_b0|_m0|128)")
+    chosen = [min(names, key=lambda name: (not size.search(name), len(name), name)) for names in families.values()]
+    return sorted({*chosen, *(tag.partition(".")[0] for tag in HEADS), "deepseek_vit_412m_enc", "iformer_l_distilled",
+                   "mobilenetv5_300m_enc", "resnet50_clip"})  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_merged_model_of_every_family_has_timms_own_weights() -> None:
+    """On the meta device: no numbers, but every name and shape of the weights."""
+    refused = []
+    for name in smallest_of_each_family():
+        source = resolve(BackboneSpec(name))
+        with torch.device("meta"):
+            backbone = source.create(0)
+            try:
+                _, plain, classifiers = with_classifier(source, backbone, 7)
+            except NolaVisionError:
+                refused.append(name)
+                continue
+        widths = [plain.get_submodule(classifier).weight.shape[1] for classifier in classifiers]
+        features = backbone.num_features if not hasattr(backbone, "head_hidden_size") else backbone.head_hidden_size
+        assert sum(widths) % features == 0, name
+        assert all(plain.get_submodule(classifier).bias is not None for classifier in classifiers), name
+        own = {n: t.shape for n, t in plain.state_dict().items()}
+        assert {n: t.shape for n, t in backbone.state_dict().items()}.items() <= own.items(), name
+    assert refused == ["deepseek_vit_412m_enc", "mobilenetv5_300m_enc"]  # encoders: timm gives them no classifier

@@ -1,13 +1,15 @@
 """Whole networks from nothing: exact counts of Tables 8 and 9, random starts of the right size, and training."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, HashedNet, LoRA, adapt, load_adapter
+from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
+from nola_vision.backbones import create_backbone
 from nola_vision.config import parse
 from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
@@ -111,6 +113,45 @@ def test_a_random_base_is_a_function_of_its_seed_alone() -> None:
             assert float(parameter.var()) == pytest.approx(2 / fan_in, rel=0.3)
 
 
+@pytest.mark.parametrize(
+    ("tag", "base"),
+    [
+        ("resnet10t.c3_in1k", "random"),
+        ("resnet10t.c3_in1k", "zero"),
+        ("test_convnext.r160_in1k", "random"),
+        ("swinv2_tiny_window8_256.ms_in1k", "random"),
+    ],
+)
+def test_frozen_norms_of_a_random_base_leave_no_dead_block(tag: str, base: str) -> None:
+    spec = BackboneSpec(tag, base=base, img_size=64)
+    backbone = adapt(spec, LinearProbe(), ["a", "b"]).backbone
+    plain = create_backbone(spec)  # where norms are trained they start as in timm
+    opened = [n for n, p in plain.named_parameters() if p.dim() == 1 and "bias" not in n and p.abs().max() < 1e-2]
+    assert opened and all(backbone.get_parameter(name).min() >= 0.2 for name in opened)
+    if base == "random":
+        features = backbone.requires_grad_(True)(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+        assert 0.1 < float(features.detach().square().mean().sqrt()) < 10
+        features.square().sum().backward()
+        assert all(bool(p.grad.any()) for p in backbone.parameters() if p.dim() > 1)
+
+
+def test_random_weights_whose_features_explode_or_vanish_are_refused() -> None:
+    lora = LoRA(targets=["conv"], rank=1)
+    resnet = BackboneSpec("resnet10t.c3_in1k", base="random", img_size=64)
+    with pytest.raises(NolaVisionError, match=r"starts with features of size \de\+\d\d, .*train_norms: true"):
+        adapt(resnet, lora, ["a", "b"])
+    model = adapt(resnet, replace(lora, train_norms=True), ["a", "b"])
+    assert model.train()(torch.randn(4, 3, 64, 64)).isfinite().all()
+    with pytest.raises(NolaVisionError, match=r"features of size \de-\d\d, .* its layers: use base: pretrained"):
+        adapt(BackboneSpec("test_nfnet.r160_in1k", base="random", img_size=64), LinearProbe(), ["a", "b"])
+
+
+def test_a_target_that_does_nothing_is_refused_on_random_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nola_vision.model.open_branches", lambda backbone: None)
+    with pytest.raises(NolaVisionError, match="does not reach the features"):
+        adapt(BackboneSpec("resnet10t.c3_in1k", base="random", img_size=64), LoRA(targets=["conv"], rank=1), ["a", "b"])
+
+
 def test_batch_norms_are_trained_stored_and_restored(tmp_path: Path) -> None:
     model = adapt(R20, NOLA(targets=["conv"], num_basis=9, train_norms=True), TEN)
     images = torch.randn(6, 3, 32, 32)
@@ -127,7 +168,7 @@ def test_batch_norms_are_trained_stored_and_restored(tmp_path: Path) -> None:
 
 
 def test_what_would_never_move_is_refused() -> None:
-    with pytest.raises(NolaVisionError, match="cannot be made with img_size 32: .*takes images of 28 pixels"):
+    with pytest.raises(NolaVisionError, match=r"does not take images of 32 pixels \(img_size\): use 28"):
         adapt(BackboneSpec("mlp_784_256.untrained", base="random", img_size=32), LoRA(targets=["all"]), TEN)
     zero = BackboneSpec("resnet20_cifar.untrained", base="zero")
     with pytest.raises(NolaVisionError, match="never move"):

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import hashlib
 import logging
 import math
+import os
 import re
 import textwrap
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import huggingface_hub
 import timm
 import torch
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
 import nola_vision.glyph_vit
@@ -29,6 +34,10 @@ from nola_vision.adapters.basis import basis_key, uniform
 from nola_vision.adapters.file import add_tensor
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types
+from nola_vision.tags import split_tag
+
+_logger = logging.getLogger(__name__)
+_loading = threading.Lock()  # of `_missing_keys`, which replaces a function of timm's
 
 Base = Literal["pretrained", "random", "zero"]
 
@@ -38,8 +47,10 @@ class BackboneSpec:
     """Which pretrained model to adapt.
 
     Args:
-        tag: timm's exact name, `architecture.pretrained_tag`.
-        file: local `.safetensors` or `.pth` with timm's keys; without it the weights that timm names are used.
+        tag: timm's exact name, `architecture.pretrained_tag`; or `local-dir:FOLDER`, a folder such as
+            `export --merged` writes; or `hf-hub:OWNER/NAME`, a repository of that form.
+        file: local `.safetensors` or `.pth` with timm's keys, or a folder with `model.safetensors`; without it the
+            weights that the tag names are used. With a `local-dir:` or `hf-hub:` tag a folder replaces the tag's.
         img_size: image side in pixels; without it the size timm's data config gives.
         base: what the weights are: `pretrained`; `random`, He's normal variance from the counter-based generator, so
             that a seed restores them; or `zero`, where all weights of linear layers and convolutions are zero.
@@ -76,9 +87,9 @@ def input_config(spec: BackboneSpec) -> InputConfig:
     """The image size, normalisation and interpolation that timm's data config gives for a backbone.
 
     Raises:
-        NolaVisionError: timm knows no such model.
+        NolaVisionError: timm knows no such model, or the folder or repository of the tag holds none.
     """
-    config = resolve_data_config(pretrained_cfg=vars(_pretrained_cfg(spec)))
+    config = resolve_data_config(pretrained_cfg=vars(resolve(spec).cfg))
     if spec.normalisation == "imagenet":
         config |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     return InputConfig(
@@ -101,8 +112,9 @@ def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
         seed: the seed of a random base.
 
     Raises:
-        NolaVisionError: timm knows no such model, the file is missing, unreadable or of another model, or the
-            pretrained weights are not on this machine and cannot be downloaded.
+        NolaVisionError: timm knows no such model, it does not take images of `img_size`, the file is missing,
+            unreadable, of another model or holds a number that is not finite, or the pretrained weights are not on
+            this machine and cannot be downloaded.
     """
     spec = BackboneSpec(spec) if isinstance(spec, str) else spec
     check_types(spec)
@@ -111,37 +123,45 @@ def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
 
 
 def _create(spec: BackboneSpec, seed: int) -> nn.Module:
+    pretrained = spec.base == "pretrained"
     if spec.img_size is not None and spec.img_size < 1:
         raise NolaVisionError(f"img_size is {spec.img_size}: it is the image's side in pixels")
-    config = _pretrained_cfg(spec)
-    pretrained = spec.base == "pretrained"
-    options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained}
     if spec.file is not None and not pretrained:
         raise NolaVisionError(f"a weights file ({spec.file}) and base {spec.base} exclude each other: leave one out")
-    if spec.file is not None:
-        options["pretrained_cfg_overlay"] = {"file": _checked_file(spec.file), "custom_load": False}
-    if spec.img_size is not None and config.fixed_input_size:  # a convolutional network takes any size as it is
-        options["img_size"] = spec.img_size
+    source = resolve(spec)
+    if spec.file is not None:  # `custom_load` is about the weights that the config names
+        changes = {"file": str(_weights_in(Path(spec.file))), "source": None, "custom_load": False}
+        source = replace(source, cfg=replace(source.cfg, **changes))
+    if spec.img_size is not None:
+        _check_img_size(spec, source)
+    if pretrained:
+        _announce_download(spec, source)
+    file = source.cfg.file
     try:
         with _missing_keys() as missing, torch.random.fork_rng(devices=[]):  # timm draws what a file then replaces
-            backbone: nn.Module = timm.create_model(spec.tag, **options)
-    except Exception as error:  # a file that is no checkpoint fails in any way
-        if spec.file is None and (isinstance(error, OSError) or "No pretrained weights" in str(error)):
-            raise NolaVisionError(_no_weights(spec, config)) from error
+            backbone = source.create(num_classes=0, pretrained=pretrained, img_size=spec.img_size)
+    except Exception as error:  # a file that is not a checkpoint fails in any way
+        if file is None and (isinstance(error, OSError) or "No pretrained weights" in str(error)):
+            raise NolaVisionError(_no_weights(spec, source.cfg)) from error
         reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
-        if spec.file is None:
-            raise NolaVisionError(f"{spec.tag} cannot be made with img_size {spec.img_size}: {reason}") from error
+        if file is None:
+            raise NolaVisionError(f"{spec.tag} cannot be made: {reason}") from error
         raise NolaVisionError(
-            f"the weights file {spec.file} cannot be loaded into {spec.tag}: give a safetensors or PyTorch file of "
+            f"the weights file {file} cannot be loaded into {spec.tag}: give a safetensors or PyTorch file of "
             f"that model's weights and nothing else ({reason})"
         ) from error
+    weights = f"the weights file {file}" if file else f"the pretrained weights of {spec.tag}"
     if missing:
         raise NolaVisionError(
-            f"the weights file {spec.file or config.file} lacks {len(missing)} weights of {spec.tag}, {missing[0]} for "
-            "one: name the tag that it was made with"
+            f"{weights} lacks {len(missing)} weights of {spec.tag}, for example {missing[0]}: use the tag that it was "
+            "made with"
         )
     if not pretrained:
         _start_from_nothing(backbone, spec.base, seed)
+    elif broken := [n for n, t in backbone.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise NolaVisionError(
+            f"{weights}: {broken[0]} holds a number that is not finite: get the file again, or use another"
+        )
     if sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1:  # more than a ViT's patch embedding
         backbone.to(memory_format=torch.channels_last)  # a convolution follows its weight: 1.3 times as fast on a CPU
     for module in backbone.modules():
@@ -172,12 +192,118 @@ def _start_from_nothing(backbone: nn.Module, base: Base, seed: int) -> None:
             parameter.copy_(uniform(basis_key(seed, f"weight {name}", "base"), parameter.shape, std))
 
 
-def _pretrained_cfg(spec: BackboneSpec) -> PretrainedCfg:
+@torch.no_grad()
+def open_branches(backbone: nn.Module) -> None:
+    """Gives the L residual branches that timm starts at zero, or close to it, the weight 1/sqrt(L) each.
+
+    The last norm of a branch (ResNet, RegNet, SwinV2, LeViT) or its layer scale (ConvNeXt, CaiT, DINOv2) is meant to
+    grow in training. Where it stays frozen on random weights, the branch would add nothing and its layers could not be
+    trained. With 1/sqrt(L) the variance grows by at most e over all branches.
+    """
+    scales = [
+        parameter
+        for name, parameter in backbone.named_parameters()
+        if parameter.dim() == 1 and re.fullmatch(r"weight|gamma\w*", name.rpartition(".")[2])
+        if (parameter == parameter[0]).all() and abs(float(parameter[0])) <= 0.1
+    ]
+    for parameter in scales:
+        parameter.fill_(len(scales) ** -0.5)
+
+
+@torch.no_grad()
+def check_random_features(backbone: nn.Module, tag: str) -> None:
+    """Refuses a start from random weights where features vanish or explode: frozen batch norms do not normalise.
+
+    Raises:
+        NolaVisionError: the features of two images of noise are not of a size between 1e-3 and 1e3.
+    """
+    size = float(backbone(probe_batch(backbone)).square().mean().sqrt())
+    if not 1e-3 <= size <= 1e3:
+        norms = "train the batch norms too (train_norms: true), or " if batch_norms(backbone) else ""
+        raise NolaVisionError(
+            f"from random weights {tag} starts with features of size {size:.0e}, too far from 1 to train, since "
+            f"nothing normalises its layers: {norms}use base: pretrained"
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a spec refers to.
+
+    Args:
+        architecture: timm's name for it.
+        tag: timm's own tag, or None where the config comes from a folder or a repository.
+        cfg: timm's config; `cfg.file` is the local file with the weights, if there is one.
+        model_args: what the model is made with besides the usual.
+    """
+
+    architecture: str
+    tag: str | None
+    cfg: PretrainedCfg
+    model_args: dict[str, Any]
+
+    def create(self, num_classes: int, pretrained: bool = False, img_size: int | None = None) -> nn.Module:
+        """The timm model, with `img_size` where timm fixes it: a convolutional network takes any size as it is."""
+        options = self.options(img_size) | {"num_classes": num_classes, "pretrained": pretrained}
+        if self.tag is not None:  # some of timm's functions look at the tag
+            overlay = {"file": self.cfg.file, "custom_load": self.cfg.custom_load}
+            model: nn.Module = timm.create_model(self.tag, pretrained_cfg_overlay=overlay, **options)
+        else:
+            model = timm.create_model(self.architecture, pretrained_cfg=self.cfg, **options)
+        return model
+
+    def options(self, img_size: int | None) -> dict[str, Any]:
+        return self.model_args | ({"img_size": img_size} if img_size and self.cfg.fixed_input_size else {})
+
+
+def resolve(spec: BackboneSpec) -> Source:
+    """What a spec refers to; of the weights nothing is read or fetched.
+
+    Raises:
+        NolaVisionError: timm knows no such model, or the folder or repository of the tag holds none.
+    """
+    kind, name = _located(spec.tag, spec.file)
+    model_args: dict[str, Any] = {}
+    if kind == "local-dir":
+        cfg, architecture, model_args = _read_folder(name)
+    elif kind == "hf-hub":
+        cfg, architecture, model_args = _read_repository(name)
+    else:
+        cfg, architecture = _registered_cfg(name), name.partition(".")[0]
+    model_args = {key: value for key, value in model_args.items() if key != "num_classes"}
+    return Source(architecture, None if kind else spec.tag, cfg, model_args)
+
+
+def local_files(tag: str, file: str | None) -> dict[str, Path]:
+    """The local files that a backbone is made of: `weights`, and `config`, the `config.json` of a `local-dir:` tag.
+
+    Raises:
+        NolaVisionError: there are no weights at the path that is given.
+    """
+    kind, name = _located(tag, file)
+    found: dict[str, Path] = {}
+    if kind == "local-dir":
+        found["config"] = Path(name, "config.json")
+    if file is not None or kind == "local-dir":
+        found["weights"] = _weights_in(Path(name if file is None else file))
+    elif not kind:  # the quick start's weights come with the package
+        config = timm.models.get_pretrained_cfg(tag) if timm.is_model(tag.partition(".")[0]) else None
+        found |= {"weights": Path(config.file)} if config is not None and config.file else {}
+    return {key: path for key, path in found.items() if path.is_file()}
+
+
+def _located(tag: str, file: str | None) -> tuple[str, str]:
+    """The source of a tag and the rest of it; a folder given as `file` replaces that of a tag which is not timm's."""
+    kind, name = split_tag(tag)
+    return ("local-dir", file) if kind and file is not None and Path(file).is_dir() else (kind, name)
+
+
+def _registered_cfg(tag: str) -> PretrainedCfg:
     try:
-        return cast(PretrainedCfg, timm.models.get_pretrained_cfg(spec.tag, allow_unregistered=False))
+        return cast(PretrainedCfg, timm.models.get_pretrained_cfg(tag, allow_unregistered=False))
     except RuntimeError:
         pass
-    architecture, _, tag = spec.tag.partition(".")
+    architecture, _, tag = tag.partition(".")
     if timm.is_model(architecture):
         tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
         raise NolaVisionError(
@@ -190,19 +316,114 @@ def _pretrained_cfg(spec: BackboneSpec) -> PretrainedCfg:
     )
 
 
-def packaged_file(tag: str) -> str | None:
-    """The local file that timm's own entry for a tag names, as the quick start's backbone does; else None."""
+def _read_folder(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise NolaVisionError(
+            f"local-dir:{name} has no config.json: give a folder that `export --merged` or timm's save_for_hf wrote "
+            "(predict: --weights FOLDER)"
+        )
+    return _parsed(f"local-dir:{name}", load_model_config_from_path, name, file=str(_weights_in(folder)), source=None)
+
+
+@functools.lru_cache  # each look asks the network whether the repository has changed
+def _read_repository(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:
+    return _parsed(f"hf-hub:{name}", load_model_config_from_hf, name)
+
+
+def _parsed(tag: str, read: Any, name: str, **changes: Any) -> tuple[PretrainedCfg, str, dict[str, Any]]:
+    """A `config.json` as timm reads it.
+
+    Raises:
+        NolaVisionError: it cannot be fetched, or does not describe a timm model.
+    """
     try:
-        config = timm.models.get_pretrained_cfg(tag, allow_unregistered=False)
-    except RuntimeError:
-        return None
-    return config.file if config is not None else None
+        with _quiet("huggingface_hub"):
+            cfg, architecture, model_args = read(name)
+        parsed = PretrainedCfg(**{**cfg, **changes})
+        known = timm.is_model(architecture)
+    except OSError as error:
+        raise NolaVisionError(
+            f"{tag} is not on this machine and its config.json could not be downloaded: check the name and the "
+            "network, or use a local folder (local-dir:FOLDER)"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
+        raise NolaVisionError(f"the config.json of {tag} does not describe a timm model ({reason})") from error
+    if not known:
+        raise NolaVisionError(f"the config.json of {tag} names the architecture '{architecture}', which timm lacks")
+    return parsed, architecture, dict(model_args)
 
 
-def _checked_file(path: str) -> str:
-    if not Path(path).is_file():
+def _weights_in(path: Path) -> Path:
+    """A weights file, or the one in a folder, in timm's order of preference."""
+    if path.is_dir():
+        files = [file for suffix in ("safetensors", "bin", "pth") for file in sorted(path.glob(f"*.{suffix}"))]
+        for file in (path / "model.safetensors", path / "pytorch_model.bin", *files):
+            if file.is_file():
+                return file
+        raise NolaVisionError(f"the folder {path} holds no weights: it must have a file model.safetensors")
+    if not path.is_file():
         raise NolaVisionError(f"the weights file {path} does not exist: give the path of a .safetensors or .pth file")
     return path
+
+
+def _check_img_size(spec: BackboneSpec, source: Source) -> None:
+    """Refuses an image side that the architecture does not take, before weights are fetched.
+
+    The model is made, and run, on torch's meta device, which has shapes and no numbers.
+
+    Raises:
+        NolaVisionError: with the nearest sides that work.
+    """
+    own, side = source.cfg.input_size[-1], cast(int, spec.img_size)
+    if side == own or _takes(source, side) or not _takes(source, own):  # a model that cannot run there is not judged
+        return
+    grid = [n for n in range(max(1, side - 256), side + 257) if n % 8 == 0 or n % 14 == 0]
+    below = next((n for n in reversed(grid) if n < side and _takes(source, n)), None)
+    above = next((n for n in grid if n > side and _takes(source, n)), None)
+    near = [n for n in (below, above) if n is not None] or [own]
+    raise NolaVisionError(
+        f"{spec.tag} does not take images of {side} pixels (img_size): use {' or '.join(map(str, near))}"
+        + ("" if own in near else f", or its own {own}")
+    )
+
+
+def _takes(source: Source, side: int) -> bool:
+    """Whether a model computes features of images of a side, and of all their pixels."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = source.create(num_classes=0, img_size=side).eval()
+            model(torch.empty(2, 3, side, side))
+    except Exception:  # an assertion, a shape, an operation without a meta version: any
+        return False
+    patches = getattr(model, "patch_embed", None)  # timm's cuts off the pixels that fill no patch
+    patch = getattr(patches, "patch_size", None)
+    cuts = isinstance(patch, tuple) and side % patch[0] != 0 and not getattr(patches, "dynamic_img_pad", False)
+    return not cuts
+
+
+def _announce_download(spec: BackboneSpec, source: Source) -> None:
+    """Logs what timm is about to fetch and from where, if anything."""
+    cfg = source.cfg
+    if cfg.file or not (cfg.hf_hub_id or cfg.url) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    if cfg.hf_hub_id:
+        repository, _, revision = cfg.hf_hub_id.partition("@")
+        names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+        cached = any(
+            isinstance(huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None), str)
+            for name in names
+        )
+        place = f"huggingface.co/{repository}"
+    else:
+        place = cfg.url if isinstance(cfg.url, str) else cfg.url[0]  # type: ignore[index]
+        name = os.path.basename(place) if isinstance(cfg.url, str) else cfg.url[1]  # type: ignore[index]
+        cached = Path(torch.hub.get_dir(), "checkpoints", name).is_file()
+    if not cached:
+        with torch.device("meta"):
+            numbers = sum(p.numel() for p in source.create(num_classes=cfg.num_classes).parameters())
+        _logger.warning(f"downloading the weights of {spec.tag} from {place} (about {4 * numbers / 1e6:.0f} MB)")
 
 
 def _no_weights(spec: BackboneSpec, config: PretrainedCfg) -> str:
@@ -217,30 +438,37 @@ def _no_weights(spec: BackboneSpec, config: PretrainedCfg) -> str:
 
 @contextmanager
 def _missing_keys() -> Iterator[list[str]]:
-    """Collects the weights that timm did not find in a file: it drops a head by loading loosely, and only logs them."""
+    """Collects the names of the weights that timm does not find in a file: it loads loosely, to drop a head."""
     missing: list[str] = []
+    builder = timm.models._builder
 
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found = re.match(r"Missing keys \((.*?)\) discovered", record.getMessage())
-            if found:
-                missing.extend(found[1].split(", "))
+    def load_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        hook = model.register_load_state_dict_post_hook(lambda _, found: missing.extend(found.missing_keys))
+        try:
+            original(model, *args, **kwargs)
+        finally:
+            hook.remove()
 
-    hub = logging.getLogger("huggingface_hub")  # offline it would tell of each of its ten attempts
-    hub_level = hub.level
-    hub.setLevel(logging.ERROR)
-    logger, listener = logging.getLogger("timm.models._builder"), Listener()
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(listener)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    with _loading, _quiet("huggingface_hub", "timm.models._builder"):
+        original, builder.load_pretrained = builder.load_pretrained, load_pretrained
+        try:
+            yield missing
+        finally:
+            builder.load_pretrained = original
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Keeps back what is not an error: each of ten attempts without a network; a head that is dropped."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        yield missing
+        yield
     finally:
-        hub.setLevel(hub_level)
-        logger.removeHandler(listener)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def batch_norms(backbone: nn.Module) -> dict[str, nn.Module]:

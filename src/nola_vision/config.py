@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import hashlib
 import inspect
@@ -246,13 +247,16 @@ def _settings() -> dict[str, list[str]]:
 def _content(run_config: identity.Config) -> dict[str, str]:
     """Digests of what the config names by a path alone, so that two files of one name are two runs.
 
-    `weights` is SHA-256 over a local weights file, the packaged one included; `manifest` over a manifest; `data` over
-    the user's part of the data set. What is missing is left to the run, which reports it.
+    `weights` is SHA-256 over a local weights file, the packaged one included; `config` over the `config.json` of a
+    `local-dir:` backbone; `manifest` over a manifest; `data` over the user's part of the data set. What is missing is
+    left to the run, which reports it.
     """
-    found = {}
-    backbone = run_config["model"]["backbone"]
-    weights = backbone["file"] or backbones.packaged_file(backbone["tag"])
-    for name, path, most in (("weights", weights, None), ("manifest", run_config["data"]["manifest"], MOST_BYTES)):
+    found: dict[str, str] = {}
+    backbone, files = run_config["model"]["backbone"], {}
+    with suppress(NolaVisionError):
+        files = backbones.local_files(backbone["tag"], backbone["file"])
+    named = [(name, path, None) for name, path in files.items()]
+    for name, path, most in (*named, ("manifest", run_config["data"]["manifest"], MOST_BYTES)):
         if path is not None and (digest := file_digest(path, most)) is not None:
             found[name] = digest
     with suppress(NolaVisionError):

@@ -1,19 +1,29 @@
-"""What an adapter file can be made into: a shorter adapter file, or a plain timm checkpoint."""
+"""What an adapter file can be made into: a shorter adapter file, or a plain timm model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+import math
+import os
+import shutil
+import textwrap
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import timm
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from nola_vision.adapters.file import adapter_bytes, read_adapter
 from nola_vision.adapters.paths import is_quantised
 from nola_vision.adapters.quantise import check_bits
 from nola_vision.adapters.stack import is_nested, prefix_length
+from nola_vision.backbones import Source, resolve
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
 from nola_vision.methods import PEFT, from_dict, stored_bits
@@ -75,10 +85,6 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
     return len(content)
 
 
-def _floats(tensor: Tensor) -> Tensor:
-    return tensor.dequantize() if is_quantised(tensor) else tensor.detach()
-
-
 def _with(method: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     known = {name: value for name, value in changes.items() if name in method["init_args"]}
     return {**method, "init_args": {**method["init_args"], **known}}
@@ -98,40 +104,195 @@ def _counts(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
     return counts
 
 
+_NOT_LINEAR = ("use_mlp_head", "use_aux_head")  # timm's options (MetaFormer, VOLO) for a head that is not linear
+
+
 def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False) -> str:
-    """Writes the backbone with the adapter merged, and the head as its classifier: a checkpoint that timm alone loads.
+    """Writes the backbone with the adapter merged, and the head as its classifier: a folder that timm alone loads.
+
+    The folder has `model.safetensors` and `config.json`: architecture, number and names of the classes, image size,
+    mean, std, interpolation and crop. What was written is loaded by timm, and its logits are compared with the adapted
+    model's, before it gets its name.
 
     Args:
         model: an adapted model; it is left as it was.
-        out: a `.safetensors` file.
+        out: a new folder.
         dequantise: write floats where the backbone holds integers.
 
     Returns:
         The Python code that loads it; a model that timm does not have itself needs this package.
 
     Raises:
-        NolaVisionError: the model has no place for a head, or the file cannot be written.
+        NolaVisionError: timm's model has no linear classifier on its features, the folder exists or cannot be written,
+            or timm computes other logits; nothing is left behind.
     """
-    if Path(out).suffix != ".safetensors":
-        raise NolaVisionError(f"{out} would be taken for another format than it has: let its name end in .safetensors")
-    spec, stack = model.card.backbone, model.stack
+    out, spec, stack = Path(out), model.card.backbone, model.stack
     if isinstance(model.card.method, PEFT):
         raise NolaVisionError("PEFT merges its own methods: in Python, model.backbone.merge_and_unload() does it")
-    classifier = model.backbone.pretrained_cfg.get("classifier")  # type: ignore[union-attr, operator]
-    if not isinstance(classifier, str):
-        raise NolaVisionError(f"{spec.tag} has no single classifier in timm, so no checkpoint of it can hold the head")
     if spec.int8 and not dequantise:
         raise NolaVisionError(f"the weights of {spec.tag} are held in int8: ask for floats (--dequantise)")
-    weight, bias = stack.head()
+    if out.suffix in (".safetensors", ".pth", ".bin"):
+        raise NolaVisionError(f"{out} has a file's name, and a merged model is a folder: name it without {out.suffix}")
+    if out.exists():
+        raise NolaVisionError(f"{out} exists already: name a new folder for the merged model")
+    source, plain, classifiers = with_classifier(
+        resolve(spec), model.backbone, len(model.card.class_names), spec.img_size
+    )
+    probe, expected = _probe(model)
     stack.merge(dequantise=dequantise)
     try:
-        state = {name: _floats(tensor).cpu().clone() for name, tensor in model.backbone.state_dict().items()}
+        state = {name: _float32(tensor) for name, tensor in model.backbone.state_dict().items()}
     finally:
         stack.unmerge()
-    state |= {f"{classifier}.weight": weight[0].detach().cpu(), f"{classifier}.bias": bias[0].detach().cpu()}
-    write_file(out, safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
-    sized = spec.img_size is not None and model.backbone.pretrained_cfg.get("fixed_input_size")  # type: ignore[union-attr, operator]
-    size = f", img_size={spec.img_size}" if sized else ""
-    tag = spec.tag.partition(".")[0]
-    own = "import nola_vision; " if timm.models.model_entrypoint(tag).__module__.startswith("nola_vision.") else ""
-    return f"{own}timm.create_model('{tag}', num_classes={len(weight[0])}{size}, checkpoint_path='{out}')"
+    plain.load_state_dict(state, strict=False)  # all but the head
+    weight, bias = (_float32(tensor[0]) for tensor in stack.head())
+    _place_head(plain, classifiers, weight, bias, probe)
+
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir()
+        state = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in plain.state_dict().items()}
+        safetensors.torch.save_file(state, temporary / "model.safetensors")
+        config = _config(model, source, classifiers)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        _compare(temporary, probe, expected, model)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise NolaVisionError(f"{out} cannot be written ({error.strerror}): give another path") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    own = timm.models.model_entrypoint(source.architecture).__module__.startswith("nola_vision.")
+    return f"{'import nola_vision; ' if own else ''}timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    tensor = tensor.dequantize() if is_quantised(tensor) else tensor.detach()
+    return tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu()
+
+
+def with_classifier(
+    source: Source, backbone: nn.Module, num_classes: int, img_size: int | None = None
+) -> tuple[Source, nn.Module, list[str]]:
+    """timm's model with new weights and a classifier.
+
+    Batch norms between the features and the classifier are made to do nothing.
+
+    Returns:
+        What makes the model, the model, and the names of its layers that compute the classes.
+
+    Raises:
+        NolaVisionError: it has no linear classifier, or differs from the backbone in more than that.
+    """
+    with torch.random.fork_rng(devices=[]):
+        plain = source.create(num_classes, img_size=img_size).eval()
+        if options := {name: False for name in _NOT_LINEAR if getattr(plain, name, False)}:
+            source = replace(source, model_args=source.model_args | options)
+            plain = source.create(num_classes, img_size=img_size).eval()
+    tag = source.architecture
+    own, there = plain.state_dict(), backbone.state_dict()
+    layers = {name.rpartition(".")[0]: plain.get_submodule(name.rpartition(".")[0]) for name in own.keys() - there}
+    classifiers = []
+    for name, layer in plain.named_modules():
+        if name not in layers:
+            continue
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.reset_running_stats()
+            nn.init.constant_(layer.weight, math.sqrt(1 + layer.eps))
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == plain.num_classes:
+            classifiers.append(name)
+        else:
+            raise NolaVisionError(
+                f"timm's classifier of {tag} is not linear in its features (it has {name}), so no timm model can hold "
+                "the head: use the adapter file"
+            )
+    if not classifiers:
+        raise NolaVisionError(f"timm's {tag} has no classifier, so no timm model can hold the head")
+    if there.keys() - own or any(there[name].shape != own[name].shape for name in there):
+        raise NolaVisionError(f"timm makes {tag} with other weights where it has a classifier, so it cannot hold them")
+    return source, plain, classifiers
+
+
+@torch.no_grad()
+def _place_head(plain: nn.Module, classifiers: Sequence[str], weight: Tensor, bias: Tensor, probe: Tensor) -> None:
+    """Makes the classifiers compute `weight @ features + bias` together.
+
+    One classifier takes all. Several take the features one after the other (the stages of a network: CrossViT,
+    EfficientViM), or each takes all of them (those for distillation: DeiT, LeViT); timm then adds up shares of them,
+    which are measured here.
+    """
+    layers = [cast("nn.Linear | nn.Conv2d", plain.get_submodule(name)) for name in classifiers]
+    shares = [1.0] if len(layers) == 1 else _shares(plain, layers, probe)
+    columns, first = [], 0
+    for layer in layers:
+        last = first + layer.weight.shape[1]
+        columns.append((first, last))
+        first = last % weight.shape[1]
+    for layer, (first, last) in zip(layers, columns, strict=True):
+        share = sum(s for s, c in zip(shares, columns, strict=True) if c == (first, last))
+        layer.weight.copy_((weight[:, first:last] / share).view_as(layer.weight))
+        cast(Tensor, layer.bias).copy_(bias / sum(shares))
+
+
+def _shares(plain: nn.Module, layers: Sequence[nn.Linear | nn.Conv2d], probe: Tensor) -> list[float]:
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+    found = []
+    for layer in layers:
+        for other in layers:
+            nn.init.constant_(cast(Tensor, other.bias), 1.0 if other is layer else 0.0)
+        found.append(float(plain(probe)[0, 0]))
+    return found
+
+
+def _config(model: AdaptedModel, source: Source, classifiers: Sequence[str]) -> dict[str, Any]:
+    """timm's `config.json`: how to make the model, what images it takes, and what its classes are called."""
+    card = model.card
+    image = {**dataclasses.asdict(card.input), "input_size": [3, card.input.size, card.input.size]}
+    del image["size"]
+    cfg = source.cfg.to_dict(remove_source=True)
+    for key in ("architecture", "state_dict", "label_offset", "label_names", "label_descriptions", "test_input_size",
+                "test_crop_pct", "test_pool_size"):  # fmt: skip
+        cfg.pop(key, None)
+    cfg |= {"num_classes": len(card.class_names), "pool_size": None, "custom_load": False}
+    cfg["classifier"] = classifiers[0] if len(classifiers) == 1 else classifiers
+    return {
+        "architecture": source.architecture,
+        "num_classes": len(card.class_names),
+        "label_names": list(card.class_names),
+        "model_args": source.options(card.backbone.img_size),
+        "pretrained_cfg": cfg | image,
+    }
+
+
+@torch.no_grad()
+def _probe(model: AdaptedModel) -> tuple[Tensor, Tensor]:
+    """Two images of noise, and the model's logits for them."""
+    size, parameter = model.card.input.size, next(model.backbone.parameters())
+    probe = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return probe, model(probe.to(parameter.device, parameter.dtype)).float().cpu()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def _compare(folder: Path, probe: Tensor, expected: Tensor, model: AdaptedModel) -> None:
+    """Loads a folder with timm and compares its logits with those of the adapted model."""
+    tag = model.card.backbone.tag
+    try:
+        with torch.random.fork_rng(devices=[]):
+            logits = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(probe)
+    except Exception as error:  # timm refuses what it cannot load in any way
+        reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
+        raise NolaVisionError(f"timm cannot load the merged {tag}, so nothing is written ({reason})") from error
+    exact = next(model.backbone.parameters()).dtype == torch.float32
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    if not difference < (1e-3 if exact else 0.1):
+        raise NolaVisionError(
+            f"the merged {tag} computes other logits in timm (they differ by {difference:.2g} of the largest), so "
+            "nothing is written: use the adapter file"
+        )

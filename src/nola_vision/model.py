@@ -23,9 +23,11 @@ from nola_vision.backbones import (
     BackboneSpec,
     InputConfig,
     batch_norms,
+    check_random_features,
     create_backbone,
     fingerprint,
     input_config,
+    open_branches,
     probe_batch,
     to_int8,
 )
@@ -43,6 +45,7 @@ from nola_vision.methods import (
     settle,
     stored_bits,
 )
+from nola_vision.tags import short_tag
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,10 @@ def file_bits(names: Collection[str], method: Method) -> dict[str, int]:
 def file_metadata(card: Card, stack: AdapterStack, fingerprint: str | None) -> dict[str, Any]:
     """What an adapter file says besides its tensors, as plain values."""
     return {
-        "backbone": {name: getattr(card.backbone, name) for name in ("tag", "img_size", "base", "int8")},
+        "backbone": {
+            "tag": short_tag(card.backbone.tag),
+            **{name: getattr(card.backbone, name) for name in ("img_size", "base", "int8")},
+        },
         "backbone_fingerprint": fingerprint,
         "method": methods.to_dict(card.method),
         "run_seed": card.run_seed,
@@ -281,7 +287,14 @@ def adapt(
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
     basis_seed = run_seed if basis_seed is None else basis_seed
     card = Card(spec, method, tuple(class_names), run_seed, basis_seed, input_config(spec))
-    return _assemble(spec, card)
+    model = _assemble(spec, card)
+    if spec.base == "random" and not _trains_norms(method):
+        check_random_features(model.backbone, spec.tag)
+    return model
+
+
+def _trains_norms(method: Method) -> bool:
+    return isinstance(method, FullFinetune) or bool(getattr(method, "train_norms", False))
 
 
 @torch.inference_mode(False)  # whoever loads an adapter while predicting: the probe needs gradients
@@ -289,6 +302,8 @@ def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
     check(card.method)
     card = dataclasses.replace(card, method=settle(card.method, card.backbone.base))
     backbone = create_backbone(spec, card.basis_seed)
+    if spec.base != "pretrained" and not _trains_norms(card.method):
+        open_branches(backbone)
     if isinstance(card.method, NOLA) and card.method.max_bytes is not None:
         card = dataclasses.replace(card, method=_spend_bytes(backbone, card, card.method, card.method.max_bytes))
     stack = _stack(backbone, card)
@@ -301,7 +316,9 @@ def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
         fixed = fingerprint(backbone, backbone_tensors(backbone, card.method) if isinstance(card.method, PEFT) else ())
     if spec.int8:
         to_int8(backbone)
-    stack.attach(backbone, probe_batch(backbone) if spec.base == "pretrained" else None)
+    # with all weights zero nothing reaches the features, and norms that train may start at zero
+    probed = spec.base == "pretrained" or (spec.base == "random" and not _trains_norms(card.method))
+    stack.attach(backbone, probe_batch(backbone) if probed else None)
     if isinstance(card.method, FullFinetune):
         backbone.requires_grad_(True)
     elif isinstance(card.method, Adapter) and card.method.train_norms:

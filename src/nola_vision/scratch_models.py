@@ -1,5 +1,7 @@
 """The two networks of the paper's from-scratch experiments that timm lacks, registered with timm; no weights exist.
 
+With `num_classes` of 0, as adapters use them, they give features; otherwise they end in the linear classifier `head`.
+
 `resnet20_cifar`: He et al. 2016, section 4.2: a 3x3 convolution, then three stages of three blocks with 16, 32 and 64
 channels; shortcuts have no parameters (strided identity, new channels zero). 19 convolutions, 688 batch-norm channels.
 
@@ -8,6 +10,7 @@ channels; shortcuts have no parameters (strided identity, new channels zero). 19
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -35,12 +38,11 @@ class _Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 for 32 x 32 images, to its 64 pooled features `[batch, 64]`."""
+    """ResNet-20 for 32 x 32 images, to its 64 pooled features `[batch, 64]` or to `num_classes` logits."""
 
     def __init__(self, num_classes: int = 0, in_chans: int = 3) -> None:
         super().__init__()
-        _refuse_head(num_classes)
-        self.num_classes, self.num_features = 0, 64
+        self.num_classes, self.num_features = num_classes, 64
         self.conv1, self.bn1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         widths = [16, 16, 32, 64]
         self.layers = nn.Sequential(
@@ -51,36 +53,36 @@ class ResNet20(nn.Module):
                 for before, width in zip(widths, widths[1:], strict=False)
             )
         )
+        self.head = _head(64, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(F.relu(self.bn1(self.conv1(images)))).mean((2, 3))  # type: ignore[no-any-return]
+        return self.head(self.layers(F.relu(self.bn1(self.conv1(images)))).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
-    """784 inputs to 256 features `[batch, 256]` after ReLU."""
+    """784 inputs to 256 features `[batch, 256]` after ReLU, or to `num_classes` logits."""
 
-    def __init__(self, num_classes: int = 0, in_chans: int = 3, img_size: int | tuple[int, int] = 28) -> None:
+    def __init__(self, num_classes: int = 0, in_chans: int = 3, img_size: int | Sequence[int] = 28) -> None:
         super().__init__()
-        _refuse_head(num_classes)
-        if img_size not in (28, (28, 28)):  # timm gives both sides
+        if img_size not in (28, (28, 28), [28, 28]):  # timm gives both sides
             raise ValueError("it takes images of 28 pixels")
-        self.num_classes, self.num_features = 0, 256
+        self.num_classes, self.num_features = num_classes, 256
         self.fc1 = nn.Linear(784, 256)
+        self.head = _head(256, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.relu(self.fc1(images.mean(1).flatten(1)))
+        return self.head(F.relu(self.fc1(images.mean(1).flatten(1))))  # type: ignore[no-any-return]
 
 
-def _refuse_head(num_classes: int) -> None:
-    if num_classes:
-        raise ValueError("this model has no head of its own: make it with num_classes=0")
+def _head(features: int, num_classes: int) -> nn.Module:
+    return nn.Linear(features, num_classes) if num_classes else nn.Identity()
 
 
 def _cfg(size: int, first: str, fixed: bool) -> dict[str, Any]:
     return {
         "input_size": (3, size, size), "fixed_input_size": fixed, "num_classes": 0, "pool_size": None,
         "crop_pct": 1.0, "interpolation": "bilinear", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
-        "first_conv": first, "classifier": None,
+        "first_conv": first, "classifier": "head",
     }  # fmt: skip
 
 

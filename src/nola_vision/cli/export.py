@@ -1,4 +1,4 @@
-"""`nola-vision export`: an adapter file made shorter, or merged into a plain timm checkpoint."""
+"""`nola-vision export`: an adapter file made shorter, or merged into a plain timm model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from nola_vision.errors import NolaVisionError
 
 def main(arguments: Sequence[str], verb: str) -> int:
     options = Options(verb)
-    options.description = "Makes an adapter file shorter, or merges it into a plain timm checkpoint."
+    options.description = "Makes an adapter file shorter, or merges it into a plain timm model."
     options.add_argument("--adapter", required=True, metavar="FILE", help="an adapter file that `fit` wrote")
-    options.add_argument("--merged", metavar="OUT", help="write backbone, adapter and head as a timm checkpoint")
+    options.add_argument(
+        "--merged",
+        metavar="OUT",
+        help="write backbone, adapter, head, preprocessing and class names to a new folder that timm loads "
+        "(local-dir:OUT)",
+    )
     options.add_argument("--out", metavar="OUT", help="write a shorter adapter file")
     options.add_argument(
         "--max-bytes", type=whole_number, metavar="N", help="cut it to N bytes (trained with `nested: true`)"

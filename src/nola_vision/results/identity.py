@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from nola_vision.errors import NolaVisionError
+from nola_vision.tags import short_tag
 
 Config = dict[str, Any]
 Stage = Literal["final", "search"]
@@ -112,7 +113,7 @@ def cell_name(run_config: Mapping[str, Any]) -> str:
     A local weight file adds its stem (`tag+stem`), weights that are not pretrained what they are (`tag+random`); the
     data set `folder` adds its folder's name (`folder.flowers`).
     """
-    backbone = str(need(run_config, "model", "backbone", "tag"))
+    backbone = short_tag(str(need(run_config, "model", "backbone", "tag")))
     if file := run_config["model"]["backbone"].get("file"):
         backbone += f"+{PurePath(file).stem}"
     if (base := run_config["model"]["backbone"].get("base", "pretrained")) != "pretrained":
@@ -182,6 +183,7 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
 
     model = dict(need(run_config, "model"))
     model["backbone"] = dict(need(run_config, "model", "backbone"))
+    model["backbone"]["tag"] = short_tag(str(need(run_config, "model", "backbone", "tag")))
     if file := model["backbone"].get("file"):
         model["backbone"]["file"] = PurePath(file).name
     if not has_init(run_config):

@@ -1,0 +1,187 @@
+"""Backbones by name: folders and repositories as tags, image sides, weights files, downloads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from nola_vision import BackboneSpec, LinearProbe, adapt
+from nola_vision.backbones import create_backbone, input_config, local_files, resolve
+from nola_vision.config import parse
+from nola_vision.errors import NolaVisionError
+from nola_vision.export import write_merged
+from nola_vision.results import identity
+
+GLYPHS = "vit_glyph_patch4_32.glyphs"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that `export --merged` wrote."""
+    write_merged(adapt(GLYPHS, LinearProbe(), ["a", "b"]), tmp_path / "glyphs")
+    return tmp_path / "glyphs"
+
+
+def refused(spec: BackboneSpec, match: str) -> None:
+    with pytest.raises(NolaVisionError, match=match) as caught:
+        create_backbone(spec)
+    assert "\n" not in str(caught.value)
+
+
+def hashes(tag: str, **backbone: Any) -> tuple[str, str]:
+    data = {"dataset": "folder", "root": "somewhere"}
+    method = {"class_path": "LinearProbe", "init_args": {}}
+    config = parse({"model": {"backbone": {"tag": tag, **backbone}, "method": method}, "data": data})
+    assert str(Path.cwd()) not in identity.cell_name(config)
+    return identity.cell_name(config), identity.run_hash(config, "final")
+
+
+def test_a_folder_as_a_backbone(folder: Path) -> None:
+    backbone, images = create_backbone(BackboneSpec(f"local-dir:{folder}")), torch.randn(2, 3, 32, 32)
+    assert torch.equal(backbone(images), create_backbone(GLYPHS)(images))
+    assert input_config(BackboneSpec(f"local-dir:{folder}")) == input_config(BackboneSpec(GLYPHS))
+    resized, own = (create_backbone(BackboneSpec(tag, img_size=48)) for tag in (f"local-dir:{folder}", GLYPHS))
+    large = torch.randn(2, 3, 48, 48)
+    assert torch.allclose(resized(large), own(large), atol=0.01)  # the packaged position embedding has 16 bits
+    # a folder given as the weights replaces the tag's, and serves timm's own tags too
+    for tag in ("local-dir:gone", "hf-hub:someone/something", GLYPHS):
+        assert torch.equal(create_backbone(BackboneSpec(tag, file=str(folder)))(images), backbone(images))
+
+
+def test_a_folders_path_is_not_in_the_run_and_its_content_is(folder: Path, tmp_path: Path) -> None:
+    first = hashes(f"local-dir:{folder}")
+    assert first[0].startswith("local-dir_glyphs-")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(folder, tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere" / "glyphs"
+    assert hashes(f"local-dir:{moved}") == first == hashes(f"local-dir:{moved}/")
+    config = json.loads((moved / "config.json").read_text())
+    config["pretrained_cfg"]["crop_pct"] = 0.5
+    (moved / "config.json").write_text(json.dumps(config))
+    second = hashes(f"local-dir:{moved}")
+    assert second[0] == first[0] and second[1] != first[1]
+    weights = safetensors.torch.load_file(moved / "model.safetensors")
+    weights["norm.bias"] = weights["norm.bias"] + 1 if "norm.bias" in weights else weights["fc_norm.bias"] + 1
+    safetensors.torch.save_file(weights, moved / "model.safetensors")
+    assert hashes(f"local-dir:{moved}")[1] not in (first[1], second[1])
+
+
+def test_local_files(folder: Path) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    assert local_files(f"local-dir:{folder}", None) == {"config": config, "weights": weights}
+    assert local_files("hf-hub:a/b", str(folder)) == {"config": config, "weights": weights}
+    assert local_files(GLYPHS, str(folder)) == local_files(GLYPHS, str(weights)) == {"weights": weights}
+    assert local_files(GLYPHS, None)["weights"].name == "vit_glyph_patch4_32.safetensors"
+    assert local_files("hf-hub:a/b", None) == local_files("test_vit.r160_in1k", None) == local_files("no", None) == {}
+
+
+def test_a_folder_that_is_not_a_model_is_refused(folder: Path) -> None:
+    spec, content = BackboneSpec(f"local-dir:{folder}"), (folder / "config.json").read_text()
+    refused(BackboneSpec("local-dir:gone"), "local-dir:gone has no config.json: give a folder")
+    for damaged in (
+        "{",
+        "[]",
+        "{}",
+        content.replace('"mean"', '"meen"'),
+        content.replace('"model_args"', '"x": 1, "y"'),
+    ):
+        (folder / "config.json").write_text(damaged)
+        if "x" not in damaged:
+            refused(spec, "does not describe a timm model")
+    (folder / "config.json").write_text(content.replace("vit_glyph_patch4_32", "vit_unknown"))
+    refused(spec, "names the architecture 'vit_unknown', which timm lacks")
+    (folder / "config.json").write_text(content)
+    (folder / "model.safetensors").unlink()
+    refused(spec, "holds no weights: it must have a file model.safetensors")
+
+
+def test_a_repository_as_a_backbone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(name: str) -> Any:
+        cfg, architecture, model_args = timm.models._hub.load_model_config_from_path(folder)
+        return {**cfg, "file": None, "source": "hf-hub", "hf_hub_id": name}, architecture, model_args
+
+    monkeypatch.setattr("nola_vision.backbones.load_model_config_from_hf", config)
+    monkeypatch.setattr(
+        "timm.models._builder.load_state_dict_from_hf",
+        lambda name, **_: safetensors.torch.load_file(folder / "model.safetensors"),
+    )
+    spec, images = BackboneSpec("hf-hub:someone/glyphs"), torch.randn(2, 3, 32, 32)
+    assert torch.equal(create_backbone(spec)(images), create_backbone(GLYPHS)(images))
+    assert hashes(spec.tag)[0].startswith("hf-hub_someone_glyphs-")
+
+    def offline(name: str) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("nola_vision.backbones.load_model_config_from_hf", offline)
+    refused(BackboneSpec("hf-hub:someone/other"), "hf-hub:someone/other is not on this machine .*local-dir:FOLDER")
+
+
+@pytest.mark.parametrize(
+    ("tag", "side", "works"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", 100, "96 or 112, or its own 224"),
+        ("test_convnext.r160_in1k", 8, "32, or its own 160"),
+        ("mlp_784_256.untrained", 32, "28"),
+    ],
+)
+def test_image_sides_are_checked_before_weights_are_fetched(
+    tag: str, side: int, works: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("weights are fetched")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetch)
+    spec = BackboneSpec(tag, img_size=side, base="random" if "untrained" in tag else "pretrained")
+    refused(spec, rf"does not take images of {side} pixels \(img_size\): use {works}$")
+
+
+def test_weights_files_that_lack_something_or_are_not_finite(tmp_path: Path) -> None:
+    weights = timm.create_model("test_vit", num_classes=0).state_dict()
+    spec = BackboneSpec("test_vit.r160_in1k", file=str(tmp_path / "w.safetensors"))
+
+    def save(state: dict[str, torch.Tensor]) -> None:
+        safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+
+    save(weights)
+    create_backbone(spec)
+    save({name: tensor for name, tensor in weights.items() if name not in ("norm.weight", "blocks.0.norm1.bias")})
+    refused(spec, "w.safetensors lacks 2 weights of test_vit.r160_in1k, for example blocks.0.norm1.bias")
+    for number in (float("nan"), float("inf")):
+        broken = {name: tensor.clone() for name, tensor in weights.items()}
+        broken["blocks.0.mlp.fc1.weight"][3, 4] = number
+        save(broken)
+        refused(spec, "w.safetensors: blocks.0.mlp.fc1.weight holds a number that is not finite: get the file again")
+    assert timm.models._builder.load_pretrained.__module__ == "timm.models._builder"  # as it was
+
+
+def test_a_download_is_announced_once_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    weights = timm.create_model("test_vit", num_classes=1000).state_dict()
+
+    def fetch(*_: object, **__: object) -> dict[str, torch.Tensor]:
+        assert len(caplog.messages) == 1
+        return dict(weights)
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    spec = BackboneSpec("test_vit.r160_in1k")
+    with caplog.at_level(logging.WARNING, "nola_vision"):
+        create_backbone(spec)
+        place = resolve(spec).cfg.hf_hub_id
+        assert caplog.messages == [f"downloading the weights of {spec.tag} from huggingface.co/{place} (about 1 MB)"]
+        caplog.clear()
+        cached = str(tmp_path / "model.safetensors")
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: cached)
+        monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(weights))
+        create_backbone(spec)
+        create_backbone(GLYPHS)
+        assert not caplog.messages
