@@ -183,9 +183,9 @@ def test_damaged_files_are_refused(adapter: Path, tmp_path: Path) -> None:
     good, bad = adapter.read_bytes(), tmp_path / "bad.safetensors"
     for size in (0, 4, 100, len(good) - 1):
         bad.write_bytes(good[:size])
-        refused(bad, "truncated or no safetensors file")
+        refused(bad, "truncated or not a safetensors file")
     bad.write_bytes(b"not a tensor in sight, but some text that is long enough")
-    refused(bad, "truncated or no safetensors file")
+    refused(bad, "truncated or not a safetensors file")
     flipped = bytearray(good)
     flipped[-5] ^= 1
     bad.write_bytes(flipped)
@@ -194,7 +194,7 @@ def test_damaged_files_are_refused(adapter: Path, tmp_path: Path) -> None:
     refused(bad, "changed or damaged")
     refused(tmp_path / "absent.safetensors", "does not exist")
     safetensors.torch.save_file({"w": torch.zeros(2)}, bad)
-    refused(bad, "no nola-vision adapter")
+    refused(bad, "not a nola-vision adapter")
     safetensors.torch.save_file({"w": torch.zeros(2)}, bad, {METADATA_KEY: "[1"})
     refused(bad, "metadata .* is damaged")
 

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
             pretrained weights are not on this machine and cannot be downloaded.
     """
     spec = BackboneSpec(spec) if isinstance(spec, str) else spec
-    check_types(spec)
+    spec = check_types(spec)
     key = (spec, None if spec.base == "pretrained" else seed)
     return memo.once("backbone", key, lambda: _create(spec, seed), copy.deepcopy)
 
@@ -286,3 +287,65 @@ def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
         if not re.search(r"pos_embed|relative_position", name):
             add_tensor(digest, name, state[name])
     return digest.hexdigest()
+
+
+def own_side(spec: BackboneSpec) -> tuple[int, bool]:
+    """The image side that timm gives for a backbone, and whether the model is made for one size only."""
+    config = _pretrained_cfg(spec)
+    return int(config.input_size[-1]), bool(config.fixed_input_size)
+
+
+def skeleton(spec: BackboneSpec) -> nn.Module:
+    """A backbone's modules and shapes on torch's meta device: nothing is downloaded, read, drawn or stored.
+
+    Raises:
+        NolaVisionError: timm does not have this model, or not for this image size.
+    """
+    config = _pretrained_cfg(spec)
+    sized = spec.img_size is not None and config.fixed_input_size
+    try:
+        with torch.device("meta"):
+            made: nn.Module = timm.create_model(
+                spec.tag, pretrained=False, num_classes=0, **({"img_size": spec.img_size} if sized else {})
+            )
+    except Exception as error:  # each model refuses in its own way
+        reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
+        raise NolaVisionError(f"{spec.tag} cannot be made with img_size {spec.img_size}: {reason}") from error
+    return made.requires_grad_(False)
+
+
+def announce_download(spec: BackboneSpec, numbers: int) -> None:
+    """Prints one line to stderr if the weights that an adapter file names are not on this machine yet.
+
+    Args:
+        spec: the backbone.
+        numbers: how many weights it has, of 4 bytes each.
+    """
+    if spec.file is not None or spec.base != "pretrained":
+        return
+    config = _pretrained_cfg(spec)
+    if config.file or (config.hf_hub_id and _is_cached(config)):
+        return
+    if not config.hf_hub_id and (config.url is None or _downloaded(config.url).exists()):
+        return
+    source = f"huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+    print(f"fetching the weights of {spec.tag} from {source} (about {4 * numbers / 1e6:.0f} MB)", file=sys.stderr)
+
+
+def _is_cached(config: PretrainedCfg) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, revision = str(config.hf_hub_id).partition("@")
+    named = [config.hf_hub_filename] if config.hf_hub_filename else []
+    files = [
+        *named,
+        "model.safetensors",
+        "pytorch_model.bin",
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.bin",
+    ]
+    return any(isinstance(try_to_load_from_cache(repository, name, revision=revision or None), str) for name in files)
+
+
+def _downloaded(url: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
