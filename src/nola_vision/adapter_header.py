@@ -79,6 +79,9 @@ def check_card(card: Card) -> Card:
         raise NolaVisionError(
             f"class_names has {len(names):,} names: give those of 2 to {MAX_CLASSES:,} classes, in the logits' order"
         )
+    if not all(isinstance(name, str) for name in names):
+        wrong = next(name for name in names if not isinstance(name, str))
+        raise NolaVisionError(f"class_names has {quoted(wrong)}: each name must be text")
     card = check_types(card)
     try:
         length = len("".join(names).encode())
@@ -93,15 +96,24 @@ def check_card(card: Card) -> Card:
     spec, method = check_types(card.backbone), check(card.method)
     if long := [text for text in _texts(methods.to_dict(method)) if not _is_setting(text)]:
         raise NolaVisionError(f"{quoted(long[0])} is not a setting of {type(method).__name__}: give a shorter text")
-    if spec.img_size is not None:
-        own, fixed = own_side(spec)
-        most = max(own, min(MAX_SIDE, MAX_SIDE_FACTOR * own) if fixed else MAX_SIDE)
-        if spec.img_size > most:
-            raise NolaVisionError(
-                f"img_size is {spec.img_size}, but {spec.tag}, made for {own} pixels, takes at most {most}: give less, "
-                "or a tag for larger images"
-            )
+    own, fixed = _own_side(spec)
+    most = MAX_SIDE if own is None else max(own, min(MAX_SIDE, MAX_SIDE_FACTOR * own) if fixed else MAX_SIDE)
+    if spec.img_size is not None and spec.img_size > most:
+        raise NolaVisionError(
+            f"img_size is {spec.img_size}, but {spec.tag} takes at most {most} pixels: give less, or a tag for larger "
+            "images"
+        )
     return dataclasses.replace(card, backbone=spec, method=method, input=check_types(card.input))
+
+
+def is_foreign(tag: str) -> bool:
+    """Whether a tag names a model on a hub or in a folder (`hf-hub:`, `local-dir:`), and not one of timm's own."""
+    return ":" in tag
+
+
+def _own_side(spec: BackboneSpec) -> tuple[int | None, bool]:
+    """As `own_side`; the config of a foreign model is not fetched for it."""
+    return (None, True) if is_foreign(spec.tag) else own_side(spec)
 
 
 def _is_text(name: str) -> bool:
@@ -120,8 +132,8 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
         weights: a local file of the backbone's weights that the user named.
 
     Raises:
-        NolaVisionError: a field that is missing, of another type, or out of range, a backbone that only the user may
-            name, or a pattern that would have to be run.
+        NolaVisionError: a field that is missing, of another type, or out of range, or a pattern that would have to be
+            run.
     """
     if not (isinstance(metadata.get("class_names"), list) and isinstance(metadata.get("targets"), list)):
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: it lists no classes or targets")
@@ -134,12 +146,7 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
             )
     try:
         backbone, image = metadata["backbone"], metadata["input"]
-        tag = _checked(backbone["tag"], str)
-        if ":" in tag and weights is None:
-            raise NolaVisionError(
-                f"{path} names the backbone {tag}, and only you may name what is fetched from a hub or read from a "
-                "folder: give its weights by `weights` (--weights FILE)"
-            )
+        _checked(backbone["tag"], str)
         if unknown := backbone.keys() - {*_FIELDS_OF_BACKBONE}:
             raise NolaVisionError(f"the metadata of {path} has an unknown field of its backbone: {sorted(unknown)[0]}")
         spec = BackboneSpec(file=weights, **backbone)
@@ -175,9 +182,10 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
 
 def _check_input(card: Card, path: Path) -> None:
     """Refuses an input config that no backbone of timm has: images would be nonsense, or take all memory."""
-    image, (own, _) = card.input, own_side(card.backbone)
+    image, (own, _) = card.input, _own_side(card.backbone)
+    side = card.backbone.img_size or own
     fits = {
-        "size": image.size == (card.backbone.img_size or own),
+        "size": image.size == side if side is not None else 0 < image.size <= MAX_SIDE,
         "mean": all(0 <= mean <= 1 for mean in image.mean),
         "std": all(0.01 <= std <= 10 for std in image.std),
         "crop_pct": 0.5 <= image.crop_pct <= 2,

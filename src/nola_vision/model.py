@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nola_vision import methods
-from nola_vision.adapter_header import Card, Header, check_card, parse_header
+from nola_vision.adapter_header import Card, Header, check_card, is_foreign, parse_header
 from nola_vision.adapters.file import AdapterFile, adapter_bytes, open_adapter, write_adapter
 from nola_vision.adapters.quantise import rounded
 from nola_vision.adapters.stack import AdapterStack
@@ -280,6 +280,11 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     file = open_adapter(path)
     header = parse_header(file.metadata, file.path, weights)
     spec, method = header.card.backbone, header.card.method
+    if is_foreign(spec.tag) and weights is None:
+        raise NolaVisionError(
+            f"{path} names the backbone {spec.tag}, and only you may name what is fetched from a hub or read from a "
+            "folder: give its weights by `weights` (--weights FILE)"
+        )
     _check_agreement(file, header)
     tensors = file.tensors()
     # a fully fine-tuned model's file holds every weight, so the backbone's own are not needed
@@ -328,16 +333,14 @@ def _check_agreement(file: AdapterFile, header: Header) -> None:
     own = {f"backbone.{name}": tensor for name, tensor in backbone_tensors(backbone, card.method).items()}
     shapes |= {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name in sorted(shapes.keys() | file.shapes.keys()):
-        if shapes.get(name) != file.shapes.get(name):
+        here, there = shapes.get(name), file.shapes.get(name)
+        if here != there:
+            fault = f"has the shape {list(there or ())} and not {list(here or ())}" if here and there else "is missing"
+            fault = "does not belong there" if here is None else fault
             raise NolaVisionError(
-                f"the tensor {name} of {path} does not fit this backbone and method: its shape is "
-                f"{_listed(file.shapes.get(name))} in the file and {_listed(shapes.get(name))} by the header"
+                f"{path} does not fit its method and backbone: the tensor {name} {fault}, train again"
             )
     for name, tensor in own.items():
         if tensor.is_floating_point() != file.floats(name):
             raise NolaVisionError(f"the tensor {name} of {path} has another type of numbers than the backbone's")
     announce_download(card.backbone, numbers)
-
-
-def _listed(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else str(list(shape))

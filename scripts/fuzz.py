@@ -1,0 +1,86 @@
+"""Tries many malformed inputs in one warm process: `python scripts/fuzz.py adapters --count 10000 --seed 0`.
+
+Each example must work or end with one line, in little time and memory; the strategies are those of the tests. What
+breaks this is printed, and its bytes are kept for a regression test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+TESTS = Path(__file__).parent.parent / "tests"
+LIMITS = {"adapters": (1.0, 100.0), "configs": (2.0, 100.0)}  # seconds of processor time, MiB above the start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=sorted(LIMITS), help="the module tests/fuzz_<what>.py")
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for the examples that fail")
+    options = parser.parse_args()
+
+    sys.path.insert(0, str(TESTS))
+    cases = importlib.import_module(f"fuzz_{options.what}")
+    from nola_vision import memo
+
+    memo.keep()
+    seconds, mib = LIMITS[options.what]
+    endings: Counter[str] = Counter()
+    slowest, largest, failures, start = (0.0, ""), (0.0, ""), 0, time.time()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        cases.warm_up(folder)
+
+        @seed(options.seed)
+        @settings(
+            max_examples=options.count,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases.files())
+        def one(example: tuple[str, bytes]) -> None:
+            nonlocal slowest, largest, failures
+            name, content = example
+            try:
+                ended = cases.outcome(content, folder)
+            except Exception:
+                endings["FAILED"] += 1
+                failures += 1
+                print(f"--- {name} ---\n{traceback.format_exc(limit=-6)}", flush=True)
+                kept(content)
+                return
+            endings["refused" if ended.refusal else "works"] += 1
+            slowest = max(slowest, (ended.seconds, f"{name}: {ended.refusal}"))
+            largest = max(largest, (ended.mib, f"{name}: {ended.refusal}"))
+            if ended.seconds > seconds or ended.mib > mib:
+                failures += 1
+                print(f"--- {name}: {ended.seconds:.2f} s, {ended.mib:.0f} MiB: {ended.refusal}", flush=True)
+                kept(content)
+            if sum(endings.values()) % 500 == 0:
+                print(f"{dict(endings)} after {time.time() - start:.0f} s", flush=True)
+
+        def kept(content: bytes) -> None:
+            if options.keep is not None:
+                options.keep.mkdir(parents=True, exist_ok=True)
+                (options.keep / f"{failures}").write_bytes(content)
+
+        one()
+    print(f"{sum(endings.values())} {options.what}: {dict(endings)} in {time.time() - start:.0f} s")
+    print(f"slowest: {slowest[0]:.2f} s ({slowest[1]})\nmost memory: {largest[0]:.0f} MiB ({largest[1]})")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
