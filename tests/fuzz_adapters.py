@@ -17,6 +17,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -115,7 +116,7 @@ def _like(value: Any) -> st.SearchStrategy[Any]:
     if isinstance(value, bool):
         return st.booleans()
     if isinstance(value, int | float):
-        return numbers | st.sampled_from([value + 1, value * 2, -value, float(value)])
+        return numbers | st.sampled_from([value + 1, value * 2, -value])
     if isinstance(value, str):
         return texts | st.just(value + "x")
     if isinstance(value, list):
@@ -141,6 +142,7 @@ def files(draw: st.DrawFn) -> tuple[str, bytes]:
     metadata, tensors = copy.deepcopy(originals()[name][0]), dict(originals()[name][1])
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         draw(st.sampled_from([_change_header] * 3 + [_change_tensor, _change_both]))(draw, metadata, tensors)
+    assume(len(json.dumps(metadata)) < 50_000_000)  # safetensors itself writes no larger header
     return name, written(metadata, tensors)
 
 
@@ -231,7 +233,7 @@ def outcome(content: bytes, folder: Path) -> Outcome:
             assert len(list(predict(load_adapter(path), [picture]))) == 1
     except NolaVisionError as error:
         refusal = str(error)
-        assert refusal.isprintable() and len(refusal) < 3000, ascii(refusal)
+        assert refusal.isprintable() and len(refusal) < 3000, ascii(refusal)[:1000]
     return Outcome(refusal, time.process_time() - start, memory("VmHWM") - before)
 
 

@@ -86,7 +86,7 @@ def check_card(card: Card) -> Card:
     try:
         length = len("".join(names).encode())
     except UnicodeEncodeError as error:
-        name = next(name for name in names if not _is_text(name))
+        name = next(name for name in names if any("\ud800" <= character <= "\udfff" for character in name))
         raise NolaVisionError(f"the class name {ascii(name)} is not text: rename the class") from error
     if length > MAX_CLASS_TEXT:
         raise NolaVisionError(f"the class names take {length:,} bytes: give shorter ones, of {MAX_CLASS_TEXT:,} in all")
@@ -116,13 +116,6 @@ def _own_side(spec: BackboneSpec) -> tuple[int | None, bool]:
     return (None, True) if is_foreign(spec.tag) else own_side(spec)
 
 
-def _is_text(name: str) -> bool:
-    try:
-        return bool(name.encode()) or True
-    except UnicodeEncodeError:
-        return False
-
-
 def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = None) -> Header:
     """The header of an adapter file from its metadata.
 
@@ -140,19 +133,16 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
     if len(metadata["targets"]) > MAX_TARGETS:
         raise NolaVisionError(f"{path} names {len(metadata['targets']):,} targets, and no backbone has {MAX_TARGETS:,}")
     for text in _texts({key: value for key, value in metadata.items() if key != "class_names"}):
-        if len(text) > _MAX_TEXT or not text.isprintable():  # it may end in a message
-            raise NolaVisionError(
-                f"the metadata of {path} has a text that is not a name or a setting: {ascii(text[:40])}"
-            )
+        if not _is_setting(text):
+            raise NolaVisionError(f"the metadata of {path} has {quoted(text)}, not a name or setting: get another file")
     try:
         backbone, image = metadata["backbone"], metadata["input"]
         _checked(backbone["tag"], str)
         if unknown := backbone.keys() - {*_FIELDS_OF_BACKBONE}:
             raise NolaVisionError(f"the metadata of {path} has an unknown field of its backbone: {sorted(unknown)[0]}")
         spec = BackboneSpec(file=weights, **backbone)
-        config = InputConfig(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in image.items()}
-        )
+        fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in image.items()}
+        config = InputConfig(**fields)
         method = check(methods.from_dict(metadata["method"]))
         if isinstance(method, NOLA):  # a budget is for training: the coefficients are counted
             method = dataclasses.replace(method, max_bytes=None)
@@ -201,7 +191,7 @@ def _check_input(card: Card, path: Path) -> None:
 
 def _checked(value: Any, kind: type[T]) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{ascii(value)[:80]} is not {kind.__name__}")
+        raise TypeError(f"{quoted(value)} is not {kind.__name__}")
     return value
 
 
@@ -215,13 +205,13 @@ def _is_setting(text: str) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text of nested JSON, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
+    """Every text of nested JSON, keys included. Not recursive: the nesting may be as deep as JSON can be."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list):
+            waiting += one

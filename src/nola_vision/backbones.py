@@ -302,12 +302,12 @@ def skeleton(spec: BackboneSpec) -> nn.Module:
         NolaVisionError: timm does not have this model, or not for this image size.
     """
     config = _pretrained_cfg(spec)
-    sized = spec.img_size is not None and config.fixed_input_size
+    sized: dict[str, Any] = {}
+    if spec.img_size is not None and config.fixed_input_size:
+        sized = {"img_size": spec.img_size}
     try:
         with torch.device("meta"):
-            made: nn.Module = timm.create_model(
-                spec.tag, pretrained=False, num_classes=0, **({"img_size": spec.img_size} if sized else {})
-            )
+            made: nn.Module = timm.create_model(spec.tag, pretrained=False, num_classes=0, **sized)
     except Exception as error:  # each model refuses in its own way
         reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
         raise NolaVisionError(f"{spec.tag} cannot be made with img_size {spec.img_size}: {reason}") from error
@@ -326,7 +326,7 @@ def announce_download(spec: BackboneSpec, numbers: int) -> None:
     config = _pretrained_cfg(spec)
     if config.file or (config.hf_hub_id and _is_cached(config)):
         return
-    if not config.hf_hub_id and (config.url is None or _downloaded(config.url).exists()):
+    if not config.hf_hub_id and (config.url is None or _downloaded(str(config.url)).exists()):
         return
     source = f"huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
     print(f"fetching the weights of {spec.tag} from {source} (about {4 * numbers / 1e6:.0f} MB)", file=sys.stderr)

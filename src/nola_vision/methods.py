@@ -30,6 +30,7 @@ from nola_vision.targets import find_targets, named_targets
 # Far above any use, since more than rank x max(m, o) matrices of a basis depend on each other, and far below what one
 # digit too many asks for
 _MOST_BASIS = 2**20
+_MOST_NUMBER = 1e9  # of a setting: a scale of 1e38 has no float32 for what it multiplies
 _MOST_CACHED_ON_LOAD = 512 * 2**20  # bytes of an adapter's basis in memory; a larger one is streamed
 _MOST_CACHED = 16 * 2**30  # bytes of a cached basis: more than a machine with one GPU has to spare
 
@@ -438,8 +439,8 @@ def check(method: Method) -> Method:
     method = check_types(method)
     for setting in ("lr", "head_lr", "c", "num_basis", "num_basis_b", "head_num_basis", "head_rank", "memory_mib"):
         value = getattr(method, setting, None)
-        if value is not None and not 0 < value < math.inf:
-            raise NolaVisionError(f"{setting} of {name} is {value}: it must be a number above zero")
+        if value is not None and not 0 < value <= _MOST_NUMBER:
+            raise NolaVisionError(f"{setting} of {name} is {quoted(value)}: it must be above zero and at most 1e9")
     for setting in ("num_basis", "num_basis_b", "head_num_basis"):
         if (getattr(method, setting, None) or 0) > _MOST_BASIS:
             raise NolaVisionError(
@@ -519,10 +520,12 @@ def from_dict(described: dict[str, Any]) -> Method:
     """
     if not isinstance(described, dict):
         raise NolaVisionError(f"the method is {quoted(described)}: write it as class_path and init_args")
-    name = str(described.get("class_path")).rpartition(".")[2]
+    path = described.get("class_path")
+    name = path.rpartition(".")[2] if isinstance(path, str) else None
     if name not in METHODS:
-        raise NolaVisionError(f"unknown method '{name}': use one of {', '.join(METHODS)}")
-    given = described.get("init_args") or {}
+        raise NolaVisionError(f"unknown method {quoted(name or path)}: use one of {', '.join(METHODS)}")
+    given = described.get("init_args")
+    given = {} if given is None else given
     if not isinstance(given, dict):
         raise NolaVisionError(f"init_args of {name} is {quoted(given)}: it must be a mapping")
     known = [field.name for field in dataclasses.fields(METHODS[name])]

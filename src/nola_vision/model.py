@@ -333,10 +333,12 @@ def _check_agreement(file: AdapterFile, header: Header) -> None:
     own = {f"backbone.{name}": tensor for name, tensor in backbone_tensors(backbone, card.method).items()}
     shapes |= {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name in sorted(shapes.keys() | file.shapes.keys()):
-        here, there = shapes.get(name), file.shapes.get(name)
-        if here != there:
-            fault = f"has the shape {list(there or ())} and not {list(here or ())}" if here and there else "is missing"
-            fault = "does not belong there" if here is None else fault
+        wanted, stored = shapes.get(name), file.shapes.get(name)
+        if wanted != stored:
+            if wanted is None or stored is None:
+                fault = "does not belong there" if wanted is None else "is missing"
+            else:
+                fault = f"has the shape {list(stored)} and not {list(wanted)}"
             raise NolaVisionError(
                 f"{path} does not fit its method and backbone: the tensor {name} {fault}, train again"
             )

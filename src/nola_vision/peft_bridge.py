@@ -94,7 +94,7 @@ def _fix(setting: str, value: Any) -> str | None:
         case int() | float():
             return None if abs(value) <= most else f"use a number from -{most:,} to {most:,}"
         case str():
-            plain = value in _TEXTS or re.fullmatch(r"[a-z0-9]{1,20}_only", value)
+            plain = value in _TEXTS or re.fullmatch(r"[a-z0-9]{1,20}_only", value) is not None
             return None if plain else f"use one of {', '.join(_TEXTS)}, or a list of module names"
         case list() | tuple():
             plain = all(_is_name(one) or _is_number(one) for one in value)

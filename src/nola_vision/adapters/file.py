@@ -240,7 +240,7 @@ def _refuse_dtypes(kinds: Mapping[str, str], packed: Mapping[str, Any], path: Pa
     for name, kind in kinds.items():
         if not (name.isprintable() and len(name) <= 300):
             raise NolaVisionError(
-                f"a tensor of {path} has a name that no weight has ({ascii(name[:40])}): get another file"
+                f"a tensor of {path} has a name that no weight has ({ascii(name[:80])}): get another file"
             )
         allowed = (parts[name],) if name in parts else ("F32", "F16")
         if name.startswith("backbone."):
@@ -254,30 +254,24 @@ def _shapes(packed: Mapping[str, Any], stored: Mapping[str, Tensor], path: Path)
     parts = {f"{name}.{part}" for name in packed for part in ("levels", "scales")}
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items() if name not in parts}
     for name, entry in packed.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        bits = entry.get("bits") if isinstance(entry, dict) else None
-        levels, scales = stored.get(f"{name}.levels"), stored.get(f"{name}.scales")
-        fits = (
-            isinstance(shape, list)
-            and 1 <= len(shape) <= 4
-            and all(isinstance(side, int) and not isinstance(side, bool) and 0 < side < 2**31 for side in shape)
-            and isinstance(bits, int)
-            and not isinstance(bits, bool)
-            and 2 <= bits <= 8
-            and levels is not None
-            and scales is not None
-            and name not in shapes
-        )
-        if fits:
-            rows, count = _rows_and_count(shape)
-            fits = levels.shape == (-(-rows * count * bits // 8),) and scales.shape == (rows, -(-count // GROUP))
-        if not fits:
+        if name in shapes or not _fits(entry, stored.get(f"{name}.levels"), stored.get(f"{name}.scales")):
             raise NolaVisionError(
                 f"the packed tensor {ascii(name[:80])} of {path} does not have the bytes that its shape and bits take: "
                 "get another file"
             )
-        shapes[name] = tuple(shape)
+        shapes[name] = tuple(entry["shape"])
     return shapes
+
+
+def _fits(entry: Any, levels: Tensor | None, scales: Tensor | None) -> bool:
+    """Whether two stored tensors are what an entry of `packed` describes."""
+    shape, bits = (entry.get("shape"), entry.get("bits")) if isinstance(entry, dict) else (None, None)
+    if not (isinstance(shape, list) and 1 <= len(shape) <= 4 and levels is not None and scales is not None):
+        return False
+    if not (all(type(side) is int and 0 < side < 2**31 for side in shape) and type(bits) is int and 2 <= bits <= 8):
+        return False
+    rows, count = _rows_and_count(shape)
+    return levels.shape == (-(-rows * count * bits // 8),) and scales.shape == (rows, -(-count // GROUP))
 
 
 def _rows_and_count(shape: Sequence[int]) -> tuple[int, int]:
