@@ -18,9 +18,9 @@ from unittest import mock
 from hypothesis import strategies as st
 from jsonargparse._stubs_resolver import get_stubs_resolver
 
+from fuzzing import Outcome, measured
 from nola_vision.config import parse
 from nola_vision.config_files import dump, load_config
-from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 
 get_stubs_resolver()  # asks a Python process for its path, once
@@ -151,12 +151,25 @@ def nothing_runs(folder: Path) -> Iterator[None]:
     assert CANARY not in sys.modules
 
 
-def understood(text: str, options: list[str], folder: Path) -> str:
-    """What `fit` makes of a config file before a run: `parsed`, or the message of a NolaVisionError."""
+def inputs() -> st.SearchStrategy[tuple[str, tuple[str, list[str]]]]:
+    """A name, and the text of a config file with command-line options."""
+    return st.tuples(st.just("config"), st.tuples(config_files(), option_lists()))
+
+
+def outcome(example: tuple[str, list[str]], folder: Path) -> Outcome:
+    """What `fit` makes of a config file and options before a run.
+
+    Raises:
+        Exception: whatever is not a NolaVisionError of one printable line.
+        AssertionError: something was executed.
+    """
+    text, options = example
     path = folder / "config.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    try:
-        parse(identity.resolve(load_config(str(path))), options)
-    except NolaVisionError as error:
-        return str(error)
-    return "parsed"
+    with nothing_runs(folder):
+        return measured(lambda: parse(identity.resolve(load_config(str(path))), options))
+
+
+def warm_up(folder: Path) -> None:
+    """Imports what the first config needs."""
+    assert outcome((dump(load_config("quickstart")), []), folder).refusal is None

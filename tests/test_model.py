@@ -140,6 +140,59 @@ def test_seeds_decide_what_they_should() -> None:
     assert torch.equal(basis[0], basis[1]) and not torch.equal(basis[0], basis[2])
 
 
+# --- arguments of adapt ----------------------------------------------------------------------------------------------
+
+
+def test_class_names_come_from_any_iterable_and_may_be_equal(tmp_path: Path) -> None:
+    """ImageNet has "crane" and "maillot" twice."""
+    model = adapt(SPEC, SMALL, (name for name in ["crane", "maillot", "crane"]))
+    assert model.card.class_names == ("crane", "maillot", "crane") and model.eval()(IMAGES).shape == (6, 3)
+    model.save(tmp_path / "a.safetensors")
+    assert load_adapter(tmp_path / "a.safetensors").card == model.card
+    assert adapt(SPEC, SMALL, np.array(["a", "b"])).card.class_names == ("a", "b")
+
+
+def test_numpys_numbers_are_numbers(tmp_path: Path) -> None:
+    class Index:
+        def __index__(self) -> int:
+            return 4
+
+    method = NOLA(targets=["qkv"], rank=Index(), num_basis=np.int64(8), c=np.float32(2), nested=np.bool_(True))
+    model = adapt(SPEC, method, NAMES, run_seed=np.int64(3), basis_seed=torch.tensor(9))
+    model.save(tmp_path / "a.safetensors")
+    plain = NOLA(targets=["qkv"], rank=4, num_basis=8, c=2.0, nested=True, start="a0")
+    assert model.card.method == plain and (model.card.run_seed, model.card.basis_seed) == (3, 9)
+    assert load_adapter(tmp_path / "a.safetensors").card == model.card
+    assert create_backbone(replace(SPEC, img_size=np.int16(32))).patch_embed.img_size == (32, 32)
+    for wrong in (NOLA(rank=True), NOLA(rank=np.bool_(True)), NOLA(rank=np.float64(4)), NOLA(rank="4")):
+        with pytest.raises(NolaVisionError, match="rank of NOLA is .*: it must be a whole number"):
+            adapt(SPEC, wrong, NAMES)
+
+
+def test_what_a_file_cannot_state_is_refused_before_training() -> None:
+    def refused(match: str, spec: BackboneSpec = SPEC, names: object = NAMES, method: Method = SMALL, **seeds: object):
+        with pytest.raises(NolaVisionError, match=match) as caught:
+            adapt(spec, method, names, **seeds)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+    refused("class_names is 'ab': give the names of two classes", names="ab")
+    refused("class_names is 3", names=3)
+    refused(r"class_names is \('a',\)", names=["a"])
+    refused(r"class_names is \('a', 1\)", names=["a", 1])
+    refused("class_names has 70,000 names", names=["n"] * 70_000)
+    refused("the class names take 2,000,000 bytes", names=["n" * 10**6] * 2)
+    refused(r"the class name 'stra\\udcdfe' is not text", names=["a", "stra\udcdfe"])
+    refused("run_seed is -1: it must be a whole number from 0", run_seed=-1)
+    refused("basis_seed is 100000", basis_seed=10**30)
+    refused("run_seed of Card is True", run_seed=True)
+    refused("img_size is 160, but vit_glyph_patch4_32.glyphs takes at most 128", spec=replace(SPEC, img_size=160))
+    resnet = BackboneSpec("resnet20_cifar.untrained", base="random", img_size=2048)  # of any size: the cost is linear
+    refused("takes at most 1024", spec=resnet, method=NOLA(targets=["conv"]))
+    refused("num_basis of NOLA is 10000000000: it must be", method=NOLA(num_basis=10**10))
+    refused("c of NOLA is 1e", method=NOLA(c=1e38))
+    refused("is not a setting of NOLA", method=NOLA(targets=["re:" + "x" * 2000]))
+
+
 # --- files that are wrong --------------------------------------------------------------------------------------------
 
 
@@ -183,9 +236,9 @@ def test_damaged_files_are_refused(adapter: Path, tmp_path: Path) -> None:
     good, bad = adapter.read_bytes(), tmp_path / "bad.safetensors"
     for size in (0, 4, 100, len(good) - 1):
         bad.write_bytes(good[:size])
-        refused(bad, "truncated or no safetensors file")
+        refused(bad, "truncated or not a safetensors file")
     bad.write_bytes(b"not a tensor in sight, but some text that is long enough")
-    refused(bad, "truncated or no safetensors file")
+    refused(bad, "truncated or not a safetensors file")
     flipped = bytearray(good)
     flipped[-5] ^= 1
     bad.write_bytes(flipped)
@@ -194,7 +247,7 @@ def test_damaged_files_are_refused(adapter: Path, tmp_path: Path) -> None:
     refused(bad, "changed or damaged")
     refused(tmp_path / "absent.safetensors", "does not exist")
     safetensors.torch.save_file({"w": torch.zeros(2)}, bad)
-    refused(bad, "no nola-vision adapter")
+    refused(bad, "not a nola-vision adapter")
     safetensors.torch.save_file({"w": torch.zeros(2)}, bad, {METADATA_KEY: "[1"})
     refused(bad, "metadata .* is damaged")
 
@@ -212,7 +265,7 @@ def test_files_for_something_else_are_refused(adapter: Path, tmp_path: Path) -> 
     method = {**metadata["method"], "class_path": "MAGIC"}
     refused(rewritten(adapter, tmp_path, method=method), "unknown method 'MAGIC'")
     method = {"class_path": "NOLA", "init_args": {**metadata["method"]["init_args"], "num_basis": 9}}
-    refused(rewritten(adapter, tmp_path, method=method), "does not fit")
+    refused(rewritten(adapter, tmp_path, method=method), r"does not fit .*coefficients_a has the shape \[6, 8\]")
     targets = [{**t, "shape": [t["shape"][0], 7]} for t in metadata["targets"]]
     refused(rewritten(adapter, tmp_path, targets=targets), "other weight shapes")
     refused(rewritten(adapter, tmp_path, input=None), "not what this release writes")

@@ -15,7 +15,7 @@ from torch import nn
 from nola_vision.backbones import BackboneSpec, create_backbone, probe_batch
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import LoRA, make_stack
-from nola_vision.targets import TARGETS, find_targets
+from nola_vision.targets import TARGETS, find_targets, named_targets
 
 LINES = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
 TABLE = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES if line.startswith("|")]
@@ -191,3 +191,18 @@ def test_what_is_no_block_is_matched_by_no_name() -> None:
     assert len(find_targets(hidden, ["re:head.*"])) == 2
     with pytest.raises(NolaVisionError, match=r"1536 rows where query, key and value of width 1024 have 3072: use qkv"):
         find_targets(uneven, ["qv"])
+
+
+@pytest.mark.parametrize("tag", SMALL)
+def test_targets_come_back_by_their_names(tag: str) -> None:
+    """As an adapter file lists them: no name is read as a pattern."""
+    backbone = small(tag)
+    for name in TARGETS:
+        try:
+            targets = find_targets(backbone, name)
+        except NolaVisionError:
+            continue
+        assert named_targets(backbone, [target.name for target in targets]) == targets
+    for wrong in ("re:.*", "all", "qkv", targets[0].name + "x", targets[0].name.replace(".", "_")):
+        with pytest.raises(NolaVisionError, match="not a weight of this"):
+            named_targets(backbone, [wrong])

@@ -117,7 +117,7 @@ def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
             this machine and cannot be downloaded.
     """
     spec = BackboneSpec(spec) if isinstance(spec, str) else spec
-    check_types(spec)
+    spec = check_types(spec)
     key = (spec, None if spec.base == "pretrained" else seed)
     return memo.once("backbone", key, lambda: _create(spec, seed), copy.deepcopy)
 
@@ -130,7 +130,7 @@ def _create(spec: BackboneSpec, seed: int) -> nn.Module:
         raise NolaVisionError(f"a weights file ({spec.file}) and base {spec.base} exclude each other: leave one out")
     source = resolve(spec)
     if spec.file is not None:  # `custom_load` is about the weights that the config names
-        changes = {"file": str(_weights_in(Path(spec.file))), "source": None, "custom_load": False}
+        changes: dict[str, Any] = {"file": str(_weights_in(Path(spec.file))), "source": None, "custom_load": False}
         source = replace(source, cfg=replace(source.cfg, **changes))
     if spec.img_size is not None:
         _check_img_size(spec, source)
@@ -514,3 +514,25 @@ def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
         if not re.search(r"pos_embed|relative_position", name):
             add_tensor(digest, name, state[name])
     return digest.hexdigest()
+
+
+def own_side(spec: BackboneSpec) -> tuple[int, bool]:
+    """The image side that timm gives for a backbone, and whether the model is made for one size only."""
+    config = resolve(spec).cfg
+    return int(config.input_size[-1]), bool(config.fixed_input_size)
+
+
+def skeleton(spec: BackboneSpec) -> nn.Module:
+    """A backbone's modules and shapes on torch's meta device: nothing is downloaded, read, drawn or stored.
+
+    Raises:
+        NolaVisionError: timm does not have this model, or not for this image size.
+    """
+    source = resolve(spec)
+    try:
+        with torch.device("meta"):
+            made = source.create(num_classes=0, img_size=spec.img_size)
+    except Exception as error:  # each model refuses in its own way
+        reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
+        raise NolaVisionError(f"{spec.tag} cannot be made with img_size {spec.img_size}: {reason}") from error
+    return made.requires_grad_(False)

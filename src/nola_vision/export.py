@@ -19,7 +19,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from nola_vision.adapters.file import adapter_bytes, read_adapter
+from nola_vision.adapter_header import parse_header
+from nola_vision.adapters.file import adapter_bytes, open_adapter
 from nola_vision.adapters.paths import is_quantised
 from nola_vision.adapters.quantise import check_bits
 from nola_vision.adapters.stack import is_nested, prefix_length
@@ -48,7 +49,9 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
         NolaVisionError: the file was not trained for cutting, no cut is small enough, its numbers have no more bits
             than are asked for, or it would be written over.
     """
-    metadata, tensors = read_adapter(adapter)
+    file = open_adapter(adapter)
+    parse_header(file.metadata, file.path)
+    metadata, tensors = file.metadata, file.tensors()
     described = {key: value for key, value in metadata.items() if key not in ("packed", "digest")}
     if Path(out).exists() and Path(out).samefile(adapter):
         raise NolaVisionError(f"{out} is the adapter itself, and what is cut off cannot be had back: give another file")

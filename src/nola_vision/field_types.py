@@ -1,33 +1,64 @@
-"""Values from Python code and from files, against the types that their dataclass declares."""
+"""Values from Python code and from files, checked against the types that their dataclass declares."""
 
 from __future__ import annotations
 
+import dataclasses
+import operator
+import reprlib
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from nola_vision.errors import NolaVisionError
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+T = TypeVar("T")
 
 
-def check_types(value: Any) -> None:
-    """Refuses a dataclass with a field that is not of its declared type; true and false are no numbers.
+def quoted(value: Any) -> str:
+    """A value as Python writes it, on one line and not longer than a message can take."""
+    return _SHORT.repr(value)
+
+
+def check_types(value: T) -> T:
+    """A dataclass with Python's own numbers in its fields, if each field is of its declared type.
+
+    NumPy's numbers, and whatever else Python accepts as an index, become int, float or bool. True and false are not
+    accepted as numbers.
 
     Raises:
-        NolaVisionError: the first such field, with what it must be.
+        NolaVisionError: the first field of another type, with what it must be.
     """
+    plain: dict[str, Any] = {}
     for name, hint in get_type_hints(type(value)).items():
         held = getattr(value, name)
+        own = plain_number(held)
+        if own is not held:
+            plain[name] = own
         try:
-            check_type(held, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-            wrong = isinstance(held, bool) and hint is not bool
-        except TypeCheckError:
+            check_type(own, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+            wrong = isinstance(own, bool) and hint is not bool
+        except (TypeCheckError, RecursionError):
             wrong = True
         if wrong:
-            own = " (Python's own, not NumPy's)" if type(held).__module__ == "numpy" else ""
-            raise NolaVisionError(f"{name} of {type(value).__name__} is {held!r}: it must be {_in_words(hint)}{own}")
+            raise NolaVisionError(f"{name} of {type(value).__name__} is {quoted(held)}: it must be {_in_words(hint)}")
+    return dataclasses.replace(value, **plain) if plain else value  # type: ignore[type-var]
+
+
+def plain_number(value: Any) -> Any:
+    """NumPy's scalars, and other types with `__index__`, as Python's own numbers; anything else as it is."""
+    if isinstance(value, np.bool_ | np.integer | np.floating):
+        return value.item()
+    if isinstance(value, bool | int | str) or "bool" in str(getattr(value, "dtype", "")):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def _in_words(hint: Any) -> str:

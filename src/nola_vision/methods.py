@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nola_vision import peft_bridge
 from nola_vision.adapters.basis import Storage, basis_key, uniform
 from nola_vision.adapters.hashed import HashedGroup
 from nola_vision.adapters.lora import LoraGroup
@@ -23,9 +24,14 @@ from nola_vision.adapters.stack import AdapterStack
 from nola_vision.adapters.target import HEAD, Target
 from nola_vision.backbones import Base
 from nola_vision.errors import NolaVisionError
-from nola_vision.field_types import check_types
-from nola_vision.targets import find_targets
+from nola_vision.field_types import check_types, quoted
+from nola_vision.targets import find_targets, named_targets
 
+# Far above any use, since more than rank x max(m, o) matrices of a basis depend on each other, and far below what one
+# digit too many asks for
+_MOST_BASIS = 2**20
+_MOST_NUMBER = 1e9  # of a setting: a scale of 1e38 has no float32 for what it multiplies
+_MOST_CACHED_ON_LOAD = 512 * 2**20  # bytes of an adapter's basis in memory; a larger one is streamed
 _MOST_CACHED = 16 * 2**30  # bytes of a cached basis: more than a machine with one GPU has to spare
 
 
@@ -180,10 +186,10 @@ class HashedNet(Adapter):
 
 @dataclass(frozen=True, kw_only=True)
 class PEFT(Method):
-    """Any method of Hugging Face's PEFT (`pip install 'nola-vision[peft]'`), which edits the backbone in its own way.
+    """A method of Hugging Face's PEFT (`pip install 'nola-vision[peft]'`), which edits the backbone in its own way.
 
     Args:
-        config: the class of its config, such as `peft.VeraConfig`.
+        config: the class of its config, such as `peft.VeraConfig`: one of `peft_bridge.CONFIGS`.
         settings: that config's fields, such as `{r: 256, target_modules: [qkv]}`; module names are timm's.
         lr: learning rate of what PEFT trains.
         head_lr: learning rate of the head; the same as `lr` if not given.
@@ -216,6 +222,7 @@ def make_stack(
     basis_seed: int | None = None,
     num_adapters: int = 1,
     base: Base = "pretrained",
+    target_names: Sequence[str] | None = None,
 ) -> AdapterStack:
     """The adapter stack of a method for a backbone, not attached yet.
 
@@ -228,30 +235,113 @@ def make_stack(
         basis_seed: sets the basis; `run_seed` if not given.
         num_adapters: n, the number of adapters held.
         base: what the backbone's weights are; without pretrained ones the trained numbers start random.
+        target_names: the exact names of the targets, as an adapter file lists them. They replace the method's patterns,
+            which are then not read, and a basis that is too large for memory is streamed.
 
     Raises:
         NolaVisionError: a target that the backbone lacks, or a setting that is not possible.
     """
-    method = settle(method, base)
-    check(method)
+    method = check(settle(method, base))
     basis_seed = run_seed if basis_seed is None else basis_seed
-    # of pooled features: some models widen them after their last block
-    width = int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
+    width = feature_width(backbone)
     targets: list[Target] = []
     if isinstance(method, Adapter):
-        named = [method.targets] if isinstance(method.targets, str) else list(method.targets)
-        if not named:
-            raise NolaVisionError(f"{type(method).__name__} needs at least one target, such as qkv or mlp")
-        if others := [name for name in named if name != HEAD]:
-            targets = find_targets(backbone, others)
-        if HEAD in named:
-            targets.append(Target(HEAD, (), "linear", (num_classes, width + 1)))
+        targets = method_targets(backbone, method, num_classes, target_names)
+        if target_names is not None:
+            method = _stored_in_little_memory(method, targets)
     head_base = None
     if targets and targets[-1].name == HEAD:
         std = 0.0 if base == "zero" else 0.1 / math.sqrt(3 * width)
         head_base = uniform(basis_key(run_seed, HEAD, HEAD), (num_classes, width + 1), std)
     groups = _groups(method, targets, num_adapters, basis_seed, base, _generator(run_seed, "factors"))
     return AdapterStack(groups, width, num_classes, num_adapters, _generator(run_seed, "head"), head_base)
+
+
+def feature_width(backbone: nn.Module) -> int:
+    """The number of pooled features of a backbone: some models widen them after their last block."""
+    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
+
+
+def method_targets(
+    backbone: nn.Module, method: Adapter, num_classes: int, target_names: Sequence[str] | None = None
+) -> list[Target]:
+    """The weights that a method adapts, the head as the last one; arguments as in `make_stack`."""
+    named = [method.targets] if isinstance(method.targets, str) else list(method.targets)
+    if target_names is not None:
+        named = list(target_names)
+    if not named:
+        raise NolaVisionError(f"{type(method).__name__} needs at least one target, such as qkv or mlp")
+    targets: list[Target] = []
+    if others := [name for name in named if name != HEAD]:
+        targets = find_targets(backbone, others) if target_names is None else named_targets(backbone, others)
+    if HEAD in named:
+        targets.append(Target(HEAD, (), "linear", (num_classes, feature_width(backbone) + 1)))
+    return targets
+
+
+def tensor_shapes(
+    method: Method, targets: Sequence[Target], num_classes: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the adapter's and the head's tensors by their names in a file, without making any.
+
+    Args:
+        method: what is trained.
+        targets: what `method_targets` gives; none for a method that adapts no weight by itself.
+        num_classes: classes of the head.
+        width: what `feature_width` gives.
+
+    Raises:
+        NolaVisionError: a rank or budget that these targets cannot take.
+    """
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.group, []).append(target)
+    single = {target.name.replace(".", "/"): target for target in targets}
+    shapes: dict[str, tuple[int, ...]] = {}
+    match method:
+        case NOLA():
+            _check_rank(method, targets)
+            for name, members in groups.items():
+                for factor, count in zip("ab", _num_basis(method, targets, name), strict=True):
+                    shapes[f"adapter.{name}.coefficients_{factor}"] = len(members), count
+        case LoRA():
+            _check_rank(method, targets)
+            for name, members in groups.items():
+                rank = _lora_rank(method.rank, members)
+                shapes[f"adapter.{name}.a"] = len(members), members[0].inputs, rank
+                shapes[f"adapter.{name}.b"] = len(members), rank, members[0].outputs
+        case PRANC():
+            for name in ["model"] if method.scope == "model" else single:
+                shapes[f"adapter.{name}.coefficients"] = (method.num_basis,)
+        case HashedNet():
+            _check_budget(method.max_parameters, len(targets), "HashedNet")
+            total = sum(target.size for target in targets)
+            for name, target in single.items():
+                shapes[f"adapter.{name}.buckets"] = (max(1, method.max_parameters * target.size // total),)
+    if not any(target.name == HEAD for target in targets):
+        shapes |= {"head.weight": (num_classes, width), "head.bias": (num_classes,)}
+    return shapes
+
+
+def _stored_in_little_memory(method: Adapter, targets: Sequence[Target]) -> Adapter:
+    """The method with its basis in memory if that takes little, else streamed: a file does not decide on memory.
+
+    Streaming compiles code, so it is the exception.
+    """
+    if isinstance(method, NOLA):
+        each = {t.name if method.scope == "per_layer" else t.group: t for t in targets}.values()
+        counts = [(t, *_num_basis(method, targets, t.group)) for t in each]
+        held = sum(_nola_rank(method, t) * (ka * t.inputs + kb * t.outputs) for t, ka, kb in counts)
+    elif isinstance(method, PRANC):
+        held = method.num_basis * sum(target.size for target in targets)
+    else:
+        return method
+    storage: Storage = "cached" if held <= _MOST_CACHED_ON_LOAD else "streamed"
+    return dataclasses.replace(method, storage=storage, memory_mib=min(method.memory_mib, 64.0))
+
+
+def _nola_rank(method: NOLA, target: Target) -> int:
+    return method.rank if target.name != HEAD else min(method.head_rank or 64, target.inputs)
 
 
 def _groups(
@@ -264,7 +354,7 @@ def _groups(
         shapes.setdefault(target.group, []).append(target)
     single = {target.name.replace(".", "/"): target for target in targets}
     match method:
-        case NOLA(rank=rank, c=c, scope=scope, storage=storage, memory_mib=memory):
+        case NOLA(c=c, scope=scope, storage=storage, memory_mib=memory):
             _check_rank(method, targets)
             start = method.start or "a0"
             if base == "zero" and start == "a0":
@@ -273,7 +363,7 @@ def _groups(
                 name: NolaGroup(
                     members,
                     n,
-                    rank if name != HEAD else min(method.head_rank or 64, members[0].inputs),
+                    _nola_rank(method, members[0]),
                     _num_basis(method, targets, name),
                     c,
                     basis_seed,
@@ -338,18 +428,24 @@ def _check_budget(budget: int, least: int, method: str) -> None:
         )
 
 
-def check(method: Method) -> None:
-    """Refuses settings that no backbone could take.
+def check(method: Method) -> Method:
+    """The method with Python's own numbers; settings that no backbone could take are refused.
 
     Raises:
-        NolaVisionError: a value of another type, a number out of range, or two settings that say the same.
+        NolaVisionError: a value of another type, a number out of range, two settings that exclude each other, or a
+            config or setting of PEFT that needs more than numbers.
     """
     name = type(method).__name__
-    check_types(method)
+    method = check_types(method)
     for setting in ("lr", "head_lr", "c", "num_basis", "num_basis_b", "head_num_basis", "head_rank", "memory_mib"):
         value = getattr(method, setting, None)
-        if value is not None and not 0 < value < math.inf:
-            raise NolaVisionError(f"{setting} of {name} is {value}: it must be a number above zero")
+        if value is not None and not 0 < value <= _MOST_NUMBER:
+            raise NolaVisionError(f"{setting} of {name} is {quoted(value)}: it must be above zero and at most 1e9")
+    for setting in ("num_basis", "num_basis_b", "head_num_basis"):
+        if (getattr(method, setting, None) or 0) > _MOST_BASIS:
+            raise NolaVisionError(
+                f"{setting} of {name} is {getattr(method, setting)}: it must be at most {_MOST_BASIS:,}"
+            )
     for setting in ("bits", "head_bits"):
         if (bits := getattr(method, setting, None)) is not None:
             check_bits(f"{setting} of {name}", bits)
@@ -361,6 +457,9 @@ def check(method: Method) -> None:
         raise NolaVisionError("NOLA has both max_parameters and max_bytes: give one budget")
     if isinstance(method, NOLA) and (method.max_parameters or method.max_bytes) and method.num_basis_b is not None:
         raise NolaVisionError("NOLA has a budget and num_basis_b: a budget is spread evenly over A and B")
+    if isinstance(method, PEFT):
+        peft_bridge.check(method.config, method.settings)
+    return method
 
 
 def _check_rank(method: NOLA | LoRA, targets: Sequence[Target]) -> None:
@@ -382,23 +481,16 @@ def edited_by_peft(backbone: nn.Module, method: PEFT, run_seed: int) -> nn.Modul
     Raises:
         NolaVisionError: PEFT is not installed, has no such config, or refuses its settings for this backbone.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise NolaVisionError("the method PEFT needs the package peft: pip install 'nola-vision[peft]'") from error
-    name = method.config.removeprefix("peft.")
-    known = sorted(n for n in dir(peft) if n.endswith("Config") and n != "PeftConfig")
-    if name not in known:
-        close = difflib.get_close_matches(name, known) or known
-        raise NolaVisionError(f"PEFT has no config '{method.config}': did you mean peft.{' or peft.'.join(close)}?")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_generator(run_seed, "peft").initial_seed())
-            made: nn.Module = peft.get_peft_model(backbone, getattr(peft, name)(**method.settings))
-    except Exception as error:  # each of its methods refuses in its own way
-        reason = " ".join(str(error).split())
-        raise NolaVisionError(f"peft.{name} cannot be used on this backbone with these settings: {reason}") from error
-    return made
+    seed = _generator(run_seed, "peft").initial_seed()
+    return peft_bridge.edited(backbone, method.config, method.settings, seed)
+
+
+def with_module_names(method: PEFT, edited: nn.Module) -> PEFT:
+    """The method with the modules that PEFT edited in place of a pattern, which a file could not restore."""
+    if not peft_bridge.has_pattern(method.settings):
+        return method
+    settings = {**method.settings, "target_modules": peft_bridge.module_names(edited)}
+    return dataclasses.replace(method, settings=settings)
 
 
 def stored_bits(method: Method) -> tuple[int, int]:
@@ -427,11 +519,15 @@ def from_dict(described: dict[str, Any]) -> Method:
         NolaVisionError: an unknown method or field.
     """
     if not isinstance(described, dict):
-        raise NolaVisionError(f"the method is '{described}': write it as class_path and init_args")
-    name = str(described.get("class_path")).rpartition(".")[2]
+        raise NolaVisionError(f"the method is {quoted(described)}: write it as class_path and init_args")
+    path = described.get("class_path")
+    name = path.rpartition(".")[2] if isinstance(path, str) else None
     if name not in METHODS:
-        raise NolaVisionError(f"unknown method '{name}': use one of {', '.join(METHODS)}")
-    given = described.get("init_args") or {}
+        raise NolaVisionError(f"unknown method {quoted(name or path)}: use one of {', '.join(METHODS)}")
+    given = described.get("init_args")
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise NolaVisionError(f"init_args of {name} is {quoted(given)}: it must be a mapping")
     known = [field.name for field in dataclasses.fields(METHODS[name])]
     if wrong := [key for key in given if key not in known]:
         close = difflib.get_close_matches(wrong[0], known) or known

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from nola_vision import methods
-from nola_vision.adapters.file import adapter_bytes, read_adapter, write_adapter
+from nola_vision.adapter_header import Card, Header, check_card, parse_header
+from nola_vision.adapters.file import AdapterFile, adapter_bytes, open_adapter, write_adapter
 from nola_vision.adapters.paths import is_quantised
 from nola_vision.adapters.quantise import rounded
 from nola_vision.adapters.stack import AdapterStack
-from nola_vision.adapters.target import HEAD
+from nola_vision.adapters.target import HEAD, Target
 from nola_vision.backbones import (
     BackboneSpec,
-    InputConfig,
     batch_norms,
     check_random_features,
     create_backbone,
@@ -29,44 +28,29 @@ from nola_vision.backbones import (
     input_config,
     open_branches,
     probe_batch,
+    skeleton,
     to_int8,
 )
 from nola_vision.errors import NolaVisionError
-from nola_vision.field_types import check_types
+from nola_vision.field_types import check_types, plain_number, quoted
 from nola_vision.methods import (
     NOLA,
     PEFT,
+    PRANC,
     Adapter,
     FullFinetune,
+    HashedNet,
     Method,
-    check,
     edited_by_peft,
+    feature_width,
     make_stack,
+    method_targets,
     settle,
     stored_bits,
+    tensor_shapes,
+    with_module_names,
 )
 from nola_vision.tags import short_tag
-
-
-@dataclass(frozen=True)
-class Card:
-    """What an adapter file tells besides its numbers.
-
-    Args:
-        backbone: the model it belongs to.
-        method: what was trained.
-        class_names: in the order of the logits.
-        run_seed: seed of the head's start and of LoRA's A.
-        basis_seed: seed of NOLA's basis.
-        input: what images must look like.
-    """
-
-    backbone: BackboneSpec
-    method: Method
-    class_names: tuple[str, ...]
-    run_seed: int
-    basis_seed: int
-    input: InputConfig
 
 
 class AdaptedModel(nn.Module):
@@ -172,7 +156,7 @@ class AdaptedModel(nn.Module):
             NolaVisionError: the logits differ, so something that training changed is not in the file.
         """
         restored = _assemble(self.card.backbone, self.card)
-        _fill(restored, read_adapter(path)[1], path)
+        _fill(restored, open_adapter(path).tensors(), path)
         restored.to(images.device, self._dtype(images.dtype))
         training = self.training
         self.eval()
@@ -262,7 +246,7 @@ def file_metadata(card: Card, stack: AdapterStack, fingerprint: str | None) -> d
 def adapt(
     backbone: str | BackboneSpec,
     method: Method,
-    class_names: Sequence[str],
+    class_names: Iterable[str],
     run_seed: int = 0,
     basis_seed: int | None = None,
 ) -> AdaptedModel:
@@ -271,7 +255,7 @@ def adapt(
     Args:
         backbone: timm's tag, or a `BackboneSpec` for a local file or another image size.
         method: what to train, such as `NOLA(targets=["mlp"], rank=4, num_basis=1024)`.
-        class_names: the classes, in the order of the logits.
+        class_names: the classes, in the order of the logits; two may have the same name.
         run_seed: sets the head's start and LoRA's A.
         basis_seed: sets NOLA's basis; `run_seed` if not given.
 
@@ -281,13 +265,13 @@ def adapt(
     """
     if not isinstance(method, Method):
         raise NolaVisionError(f"the method is {method!r}: give a value such as NOLA(targets=['mlp'])")
-    names = [] if isinstance(class_names, str | int) else list(class_names)
-    if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-        raise NolaVisionError(f"class_names is {class_names!r}: give the names of two classes or more, each once")
-    spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
-    basis_seed = run_seed if basis_seed is None else basis_seed
-    card = Card(spec, method, tuple(class_names), run_seed, basis_seed, input_config(spec))
-    model = _assemble(spec, card)
+    names = () if isinstance(class_names, str) or not isinstance(class_names, Iterable) else tuple(class_names)
+    if len(names) < 2 or not all(isinstance(name, str) for name in names):
+        raise NolaVisionError(f"class_names is {quoted(names or class_names)}: give the names of two classes or more")
+    spec = check_types(BackboneSpec(backbone) if isinstance(backbone, str) else backbone)
+    run_seed = plain_number(run_seed)
+    basis_seed = run_seed if basis_seed is None else plain_number(basis_seed)
+    model = _assemble(spec, check_card(Card(spec, method, names, run_seed, basis_seed, input_config(spec))))
     if spec.base == "random" and not _trains_norms(method):
         check_random_features(model.backbone, spec.tag)
     return model
@@ -298,19 +282,20 @@ def _trains_norms(method: Method) -> bool:
 
 
 @torch.inference_mode(False)  # whoever loads an adapter while predicting: the probe needs gradients
-def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
-    check(card.method)
+def _assemble(spec: BackboneSpec, card: Card, header: Header | None = None) -> AdaptedModel:
+    """The model of a card, its targets found by the method's patterns, or by exact name where a file lists them."""
     card = dataclasses.replace(card, method=settle(card.method, card.backbone.base))
     backbone = create_backbone(spec, card.basis_seed)
     if spec.base != "pretrained" and not _trains_norms(card.method):
         open_branches(backbone)
     if isinstance(card.method, NOLA) and card.method.max_bytes is not None:
         card = dataclasses.replace(card, method=_spend_bytes(backbone, card, card.method, card.method.max_bytes))
-    stack = _stack(backbone, card)
+    stack = _stack(backbone, card, None if header is None else [name for name, _, _ in header.targets])
     if spec.int8 and isinstance(card.method, FullFinetune | PEFT):
         raise NolaVisionError(f"{type(card.method).__name__} needs float weights: leave int8 out")
     if isinstance(card.method, PEFT):  # what it adds and does not train is guarded too
         backbone = edited_by_peft(backbone, card.method, card.run_seed)
+        card = dataclasses.replace(card, method=with_module_names(card.method, backbone))
     fixed = None
     if not isinstance(card.method, FullFinetune):
         fixed = fingerprint(backbone, backbone_tensors(backbone, card.method) if isinstance(card.method, PEFT) else ())
@@ -327,9 +312,9 @@ def _assemble(spec: BackboneSpec, card: Card) -> AdaptedModel:
     return AdaptedModel(backbone, stack, card, fixed)
 
 
-def _stack(backbone: nn.Module, card: Card) -> AdapterStack:
-    classes, base = len(card.class_names), card.backbone.base
-    return make_stack(backbone, card.method, classes, card.run_seed, card.basis_seed, base=base)
+def _stack(backbone: nn.Module, card: Card, target_names: list[str] | None = None) -> AdapterStack:
+    seeds, base = (card.run_seed, card.basis_seed), card.backbone.base
+    return make_stack(backbone, card.method, len(card.class_names), *seeds, base=base, target_names=target_names)
 
 
 def _spend_bytes(backbone: nn.Module, card: Card, method: NOLA, budget: int) -> NOLA:
@@ -362,45 +347,33 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     """The adapted model of an adapter file, in eval mode.
 
+    The file is data: nothing that it names is run, and it decides on no more memory than its own numbers take, besides
+    the backbone. `docs/security.md` has the details. Each step below is checked before the next one costs anything.
+
     Args:
         path: the adapter file.
         weights: a local file with the backbone's weights; without it the weights that timm names.
 
     Raises:
-        NolaVisionError: the file is damaged, or was made for other weights, shapes or methods than are here.
+        NolaVisionError: the file is damaged, states what an adapter cannot have, or was made for other weights, shapes
+            or methods than are here.
     """
-    metadata, tensors = read_adapter(path)
-    try:
-        spec = BackboneSpec(file=weights, **metadata["backbone"])
-        image: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["input"].items()}
-        card = Card(
-            spec,
-            methods.from_dict(metadata["method"]),
-            tuple(metadata["class_names"]),
-            metadata["run_seed"],
-            metadata["basis_seed"],
-            InputConfig(**image),
-        )
-        for part in (card, card.backbone, card.input):
-            check_types(part)
-        expected = metadata["backbone_fingerprint"]
-        shapes = {t["name"]: tuple(t["shape"]) for t in metadata["targets"]}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error!r}") from error
-    if (expected is None) != isinstance(card.method, FullFinetune):
-        raise NolaVisionError(f"the metadata of {path} does not say which weights it was made for: get the file anew")
-    # a fully fine-tuned model's file holds every weight, so none needs to be at hand
-    model = _assemble(spec if expected is not None else dataclasses.replace(spec, base="random"), card)
-    here = {target.name: target.shape for target in model.stack.every_target}
-    if list(here.items()) != list(shapes.items()):  # in this order: coefficients are stored by position
-        name = next((n for n in here.keys() | shapes.keys() if here.get(n) != shapes.get(n)), "their order")
+    file = open_adapter(path)
+    header = parse_header(file.metadata, file.path, weights)
+    spec, method = header.card.backbone, header.card.method
+    if ":" in spec.tag and not (weights is not None and Path(weights).is_dir()):
         raise NolaVisionError(
-            f"{path} was made for other weight shapes: {name} is {shapes.get(name, 'different')} there and "
-            f"{here.get(name, 'different')} in {spec.tag} here"
+            f"{path} names the backbone {spec.tag}, and only you may name what is fetched from a hub or read from a "
+            "folder: give the folder with its config.json and weights by `weights` (--weights FOLDER)"
         )
-    if expected is not None and expected != model.fingerprint:
+    _check_agreement(file, header)
+    tensors = file.tensors()
+    # a fully fine-tuned model's file holds every weight, so the backbone's own are not needed
+    whole = isinstance(method, FullFinetune)
+    model = _assemble(dataclasses.replace(spec, base="zero", file=None) if whole else spec, header.card, header)
+    if header.fingerprint != model.fingerprint:
         raise NolaVisionError(
-            f"{path} was made for other weights of {spec.tag} than those at hand: give the file it was trained with by "
+            f"{path} was made for other weights of {spec.tag} than the ones here: give the file it was trained with by "
             "`weights` (--weights FILE)"
         )
     _fill(model, tensors, path)
@@ -411,9 +384,49 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
 def _fill(model: AdaptedModel, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Copies the tensors of an adapter file into a model."""
     own = model.trained_tensors()
-    wrong = [name for name in own.keys() | tensors.keys() if name not in own or name not in tensors]
-    wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
-    if wrong:
-        raise NolaVisionError(f"the tensor {sorted(wrong)[0]} of {path} does not fit this backbone and method")
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise NolaVisionError(f"the tensors of {path} are not those of {type(model.card.method).__name__}: train again")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
+
+
+def _check_agreement(file: AdapterFile, header: Header) -> None:
+    """Compares the header with the stored tensors and with the backbone's shapes, before anything of that size is made.
+
+    Raises:
+        NolaVisionError: a target, a count or a tensor that the backbone, the method or the file does not have.
+    """
+    card, path = header.card, file.path
+    backbone = skeleton(card.backbone)
+    targets: list[Target] = []
+    if isinstance(card.method, Adapter):
+        names = [name for name, _, _ in header.targets]
+        targets = method_targets(backbone, card.method, len(card.class_names), names)
+        whole = "model" if isinstance(card.method, PRANC) and card.method.scope == "model" else None
+        single = isinstance(card.method, PRANC | HashedNet)
+        for target, (name, shape, group) in zip(targets, header.targets, strict=True):
+            here = whole or (name.replace(".", "/") if single else target.group)
+            if target.shape != shape or group != here:
+                raise NolaVisionError(
+                    f"{path} was made for other weight shapes: {name} is {list(shape)} (group {group}) there and "
+                    f"{list(target.shape)} ({here}) in {card.backbone.tag} here"
+                )
+    shapes = tensor_shapes(card.method, targets, len(card.class_names), feature_width(backbone))
+    if isinstance(card.method, PEFT):
+        with torch.device("meta"):
+            backbone = edited_by_peft(backbone, card.method, card.run_seed)
+    own = {f"backbone.{name}": tensor for name, tensor in backbone_tensors(backbone, card.method).items()}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in own.items()}
+    for name in sorted(shapes.keys() | file.shapes.keys()):
+        wanted, stored = shapes.get(name), file.shapes.get(name)
+        if wanted != stored:
+            if wanted is None or stored is None:
+                fault = "does not belong there" if wanted is None else "is missing"
+            else:
+                fault = f"has the shape {list(stored)} and not {list(wanted)}"
+            raise NolaVisionError(
+                f"{path} does not fit its method and backbone: the tensor {name} {fault}, train again"
+            )
+    for name, tensor in own.items():
+        if tensor.is_floating_point() != file.floats(name):
+            raise NolaVisionError(f"the tensor {name} of {path} has another type of numbers than the backbone's")

@@ -58,6 +58,11 @@ def predict(
                 unreadable.append(error)
         if batch:
             probabilities = model(torch.stack([image for _, image in batch]).to(device)).float().softmax(dim=1)
+            if not probabilities.isfinite().all():
+                raise NolaVisionError(
+                    f"the adapter's logits are not finite for {batch[0][0]} or an image after it: train it again with "
+                    "a smaller learning rate or scale"
+                )
             best, index = probabilities.max(dim=1)
             for (path, _), p, i in zip(batch, best.tolist(), index.tolist(), strict=True):
                 yield path, model.card.class_names[i], p

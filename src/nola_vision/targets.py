@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
-from typing import Literal
+from itertools import accumulate, pairwise
+from typing import Literal, cast
 
 from torch import nn
 
@@ -60,6 +60,49 @@ def find_targets(backbone: nn.Module, names: Sequence[str] | str) -> list[Target
     _refuse_overlaps(list(chosen.values()))
     order = {name: position for position, name in enumerate(layers)}
     return sorted(chosen.values(), key=lambda t: (order[t.modules[0]], t.rows or (0, 0)))
+
+
+def named_targets(backbone: nn.Module, names: Sequence[str]) -> list[Target]:
+    """The targets that an adapter file lists, by exact name and in its order. No pattern is read.
+
+    Args:
+        backbone: a timm model, possibly on the meta device.
+        names: as `Target.name` gives them: a weight's name, with `[first:last]` where only those rows are adapted.
+
+    Raises:
+        NolaVisionError: a weight that this backbone does not have or that is not one of a linear layer or convolution,
+            rows that it does not have, or rows that occur twice.
+    """
+    uses: dict[int, list[str]] = {}
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            uses.setdefault(id(layer.weight), []).append(name)
+    known = {f"{modules[0]}.weight": tuple(modules) for modules in uses.values()}
+    targets = []
+    for name in names:
+        weight, bracket, part = name.partition("[")
+        if weight not in known:
+            raise NolaVisionError(
+                f"the adapter's target {weight} is not a weight of this {type(backbone).__name__}: use the backbone "
+                "that it was trained with"
+            )
+        layer = backbone.get_submodule(known[weight][0])
+        kind: Literal["linear", "conv"] = "linear" if isinstance(layer, nn.Linear) else "conv"
+        shape, rows = tuple(cast(nn.Linear, layer).weight.shape), None
+        if bracket:
+            found = re.fullmatch(r"(\d{1,9}):(\d{1,9})\]", part, re.ASCII)
+            rows = (int(found[1]), int(found[2])) if found else (0, 0)
+            if kind == "conv" or not rows[0] < rows[1] <= shape[0]:
+                raise NolaVisionError(f"the adapter's target {name} is not a part of a weight of shape {list(shape)}")
+        targets.append(Target(weight, known[weight], kind, shape, rows))
+    rows_of: dict[str, list[tuple[int, int]]] = {}
+    for target in targets:
+        rows_of.setdefault(target.weight, []).append(target.rows or (0, target.shape[0]))
+    for weight, parts in rows_of.items():
+        parts.sort()
+        if any(before[1] > after[0] for before, after in pairwise(parts)):
+            raise NolaVisionError(f"{weight} is adapted twice in the adapter's list of targets: train it again")
+    return targets
 
 
 def _matches(wanted: str, name: str, roles: set[str]) -> bool:

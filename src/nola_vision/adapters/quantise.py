@@ -17,6 +17,7 @@ from nola_vision.errors import NolaVisionError
 GROUP = 64
 _CLIPS = 24
 FLOAT_BITS = (16, 32)
+_UNPACKED_AT_ONCE = 2**20  # numbers, a multiple of 8: each takes a byte per bit meanwhile
 
 
 def check_bits(name: str, bits: int) -> None:
@@ -89,12 +90,22 @@ def unpack(stream: Tensor, bits: int, rows: int, count: int) -> Tensor:
     """The int8 levels `[rows, count]` that `pack` packed.
 
     Raises:
-        ValueError: the stream has another length than these levels take.
+        ValueError: `bits` is not 2 to 8, the stream has another length than these levels take, or holds a number that
+            is not a level.
     """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"levels have 2 to 8 bits, not {bits}")
     packed = stream.numpy()
     if packed.shape != (-(-rows * count * bits // 8),):
         raise ValueError(f"{rows} x {count} levels of {bits} bits are not {packed.size} bytes")
-    flags = np.unpackbits(packed, count=rows * count * bits, bitorder="little").reshape(-1, bits)
-    unsigned = np.packbits(flags, axis=1, bitorder="little")[:, 0]
-    levels = unsigned.astype(np.int16) - (2 ** (bits - 1) - 1)
-    return torch.from_numpy(levels.astype(np.int8)).view(rows, count)
+    levels = np.empty(rows * count, np.int8)
+    for first in range(0, levels.size, _UNPACKED_AT_ONCE):
+        part = levels[first : first + _UNPACKED_AT_ONCE]
+        start = first * bits // 8
+        stored = packed[start : start + -(-part.size * bits // 8)]
+        flags = np.unpackbits(stored, count=part.size * bits, bitorder="little").reshape(-1, bits)
+        unsigned = np.packbits(flags, axis=1, bitorder="little")[:, 0]
+        if unsigned.max() > 2**bits - 2:
+            raise ValueError(f"{unsigned.max()} is not a level of {bits} bits")
+        part[:] = unsigned.astype(np.int16) - (2 ** (bits - 1) - 1)
+    return torch.from_numpy(levels).view(rows, count)
