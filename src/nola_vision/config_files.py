@@ -237,7 +237,8 @@ def _check_events(text: str) -> None:
             around = open_collections[-1]
             if around.keys is not None and around.at_key and isinstance(event, yaml.ScalarEvent):
                 if event.value in around.keys:
-                    raise ValueError(f"the key '{event.value}' occurs twice, line {event.start_mark.line + 1}")
+                    line = event.start_mark.line + 1 if event.start_mark is not None else "?"
+                    raise ValueError(f"the key '{event.value}' occurs twice, line {line}")
                 around.keys.add(event.value)
             around.at_key = not around.at_key
             around.size += size
