@@ -124,9 +124,11 @@ def remembered(
     size = sum(identity[0] for identity in missing.values())
     if size > _ANNOUNCED_BYTES:
         _log.warning("reading %d files in %s, %.1f GB: this is done once", len(missing), base, size / 1e9)
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
-        computed = threads.map(lambda index: compute(paths[index]), missing)
-        values = dict(zip(missing, computed, strict=True))
+    threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
+    try:
+        values = dict(zip(missing, threads.map(lambda index: compute(paths[index]), missing), strict=True))
+    finally:
+        threads.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all files
     recent = time.time_ns() - RACY_NS
     new = {}
     for index, value in values.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import PIL
 
+from nola_vision import __version__
 from nola_vision.data.kshot import Indices
 from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource, decoded, to_rgb
 from nola_vision.local_files import read_file, remembered
@@ -31,7 +32,7 @@ def refuse_unreadable(source: ImageSource, indices: Indices) -> None:
             source.image(index)
 
 
-_KIND = f"decoded by Pillow {PIL.__version__}"
+_KIND = f"decoded by nola-vision {__version__} and Pillow {PIL.__version__}"
 
 
 def _decodes(path: Path) -> str | None:
