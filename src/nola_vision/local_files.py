@@ -74,22 +74,32 @@ def _too_large(path: str | Path, most_bytes: int) -> OSError:
     return OSError(0, f"it is larger than {most_bytes / 2**20:g} MiB", str(path))
 
 
-def sha256(path: Path, most_bytes: int | None = None) -> str | None:
-    """SHA-256 over a file in hexadecimal digits; None if it cannot be read."""
+def file_digest(path: str | Path, most_bytes: int | None = None) -> str | None:
+    """SHA-256 over a file in hexadecimal digits; None if it cannot be read or is larger than `most_bytes`."""
+    path = Path(path)
+    return file_digests(path.parent, [path], most_bytes)[0]
+
+
+def file_digests(base: Path, paths: Sequence[Path], most_bytes: int | None = None) -> list[str | None]:
+    """`file_digest` of each file; all paths are under the folder `base`."""
+    return remembered("sha256", base, paths, _sha256, most_bytes)
+
+
+def _sha256(path: Path) -> str | None:
     try:
-        with open_regular(path, most_bytes) as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
 
 
-def file_digest(path: str | Path, most_bytes: int | None = None) -> str | None:
-    """`sha256` of one file, remembered."""
-    path = Path(path)
-    return remembered("sha256", path.parent, [path], lambda path: sha256(path, most_bytes))[0]
-
-
-def remembered(kind: str, base: Path, paths: Sequence[Path], compute: Callable[[Path], str | None]) -> list[str | None]:
+def remembered(
+    kind: str,
+    base: Path,
+    paths: Sequence[Path],
+    compute: Callable[[Path], str | None],
+    most_bytes: int | None = None,
+) -> list[str | None]:
     """`compute(path)` of each file, in threads, or what it returned before for the same unchanged file.
 
     Args:
@@ -97,41 +107,45 @@ def remembered(kind: str, base: Path, paths: Sequence[Path], compute: Callable[[
         base: the folder that all paths are under; the other part.
         paths: of the files.
         compute: must depend on the file's content only, and be safe in threads. None is not remembered.
+        most_bytes: the result is None for larger files, as for what is not a regular file.
     """
     cache = _cache_file(kind, base)
     known = _read_cache(cache)
     keys = [os.path.relpath(path, base) for path in paths]
-    before = [_identity(path) for path in paths]
-    results: list[str | None] = []
-    missing = []
-    for index, (key, identity) in enumerate(zip(keys, before, strict=True)):
-        *found, value = known.get(key, [None])
-        results.append(value if identity is not None and found == identity else None)
-        if results[-1] is None:
-            missing.append(index)
-    size = sum(identity[0] for index in missing if (identity := before[index]) is not None)
+    before = [_identity(path, most_bytes) for path in paths]
+    results: list[str | None] = [None] * len(paths)
+    missing: dict[int, list[int]] = {}
+    for index, identity in enumerate(before):
+        *found, value = known.get(keys[index], [None])
+        if identity is not None and found == identity:
+            results[index] = value
+        elif identity is not None:
+            missing[index] = identity
+    size = sum(identity[0] for identity in missing.values())
     if size > _ANNOUNCED_BYTES:
         _log.warning("reading %d files in %s, %.1f GB: this is done once", len(missing), base, size / 1e9)
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
-        computed = list(threads.map(lambda index: compute(paths[index]), missing))
+    threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
+    try:
+        values = dict(zip(missing, threads.map(lambda index: compute(paths[index]), missing), strict=True))
+    finally:
+        threads.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all files
     recent = time.time_ns() - RACY_NS
     new = {}
-    for index, value in zip(missing, computed, strict=True):
-        results[index], identity = value, before[index]
-        if value is None or identity is None or identity != _identity(paths[index]):
-            continue
+    for index, value in values.items():
+        results[index], identity = value, missing[index]
         _, modified, changed, _ = identity
-        if max(modified, changed) < recent:
+        if value is not None and identity == _identity(paths[index], most_bytes) and max(modified, changed) < recent:
             new[keys[index]] = [*identity, value]
     if new:
         _write_cache(cache, known | new)
     return results
 
 
-def _identity(path: Path) -> list[int] | None:
-    """Size, times and inode of a file: what cannot all stay the same when its content changes."""
+def _identity(path: Path, most_bytes: int | None) -> list[int] | None:
+    """Size, times and inode of a regular file: what cannot all stay the same when its content changes."""
     try:
         status = os.stat(path)
+        _refuse_irregular(status, path, most_bytes)
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
