@@ -253,7 +253,7 @@ def _cpu() -> str:
 
 
 def _plain(value: Any, name: str, lost: list[str]) -> Any:
-    """Copy nested values with null for a number that JSON lacks, noted in `lost`, and text valid as UTF-8."""
+    """Copy nested values: null for a number that JSON lacks, noted in `lost`, and text that is valid as UTF-8."""
     if isinstance(value, float) and not math.isfinite(value):
         lost.append(f"{name} was {value} and is written as null")
         return None
