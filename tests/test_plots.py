@@ -96,7 +96,7 @@ def test_confusions_by_class(tmp_path: Path) -> None:
     assert class_differences_plot({}, rows, CELL) is None and confusion_plot({}, CELL) is None
 
 
-NAMES = ["$_$", "$x^$", "$100%$", "\\frac", "_", "%", "\U0001f600", "a\nb\x1b[31m", "x" * 90 + "end"]
+NAMES = ["$_$", "$x^$", "$100%$", "\\frac", "_", "%", "\u65e5\U0001f600", "a\nb\x1b[31m", "x" * 90 + "end"]
 
 
 def test_names_are_plain_text_whatever_they_contain() -> None:

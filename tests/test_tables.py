@@ -367,6 +367,7 @@ def test_no_format_acts_on_a_name(harmed: Path, capsys: pytest.CaptureFixture[st
     assert all(line.startswith("% ") for line in footer.strip().splitlines()) and "input" in footer
     assert not re.search(r"\\input|(?<!\\)[$#]|(?m:^\s*[\[*])", inside) and r"\textbackslash{}input\{/etc" in inside
     assert out.count(r"\begin{") == out.count(r"\end{") == 4
+    assert "  {[}x{]} & " in latex_table([row("[x]")], CELL)  # else an argument of the line break before it
 
     out, _ = report(harmed, "--format", "markdown", capsys=capsys)
     lines = [line for line in out.splitlines() if line.startswith("| ")]

@@ -14,7 +14,7 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
 from nola_vision.results import store, tables
 from nola_vision.results.row import Row
-from nola_vision.text import csv_cell, printable
+from nola_vision.text import csv_cell
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -81,7 +81,7 @@ def _content(rows: list[Row], format: str, problems: list[str], coloured: bool) 
     for cell, reason in others.items():
         note = f"{cell}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
         problems = [*problems, note]
-    for problem in map(printable, problems):
+    for problem in problems:
         match format:
             case "markdown":
                 console.file.write(f"- {tables.markdown_text(problem)}\n")

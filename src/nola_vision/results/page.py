@@ -38,7 +38,7 @@ def html_page(rows: Sequence[Row], plots: Mapping[str, Mapping[str, bytes]], pro
         said = (f"{escape(cell)}: {escape(reason or 'no reason left')}" for cell, reason in others.items())
         parts.append(f"<h1>Without a completed final run</h1><ul>{''.join(f'<li>{line}' for line in said)}</ul>")
     if problems:
-        listed = "".join(f"<li>{escape(printable(problem))}" for problem in problems)
+        listed = "".join(f"<li>{escape(problem)}" for problem in problems)
         parts.append(f"<h1>Files that could not be read</h1><ul>{listed}</ul>")
     every = tables.text_frame(rows, printable).to_html(index=False, na_rep="", border=0)
     parts.append(

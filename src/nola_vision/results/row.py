@@ -190,16 +190,14 @@ class Row:
                 leaves.
         """
         again = "delete it and run again"
-        # 18 digits always fit 64 bits, so that most texts can be parsed without a call for each integer
-        parse_int = _parse_int if re.search(r"\d{19}", text) else None
         if text.count("[") + text.count("{") > _MOST_BRACKETS:
             raise NolaVisionError(f"{path} has more than {_MOST_BRACKETS:,} lists and mappings: {again}")
         try:
-            plain = json.loads(text, parse_int=parse_int, parse_float=_parse_float, parse_constant=_parse_float)
+            plain = json.loads(text, parse_float=_finite, parse_constant=_finite)
         except (json.JSONDecodeError, RecursionError):
             raise NolaVisionError(f"{path} is not JSON: {again}") from None
-        except ValueError as error:  # of the two functions above
-            raise NolaVisionError(f"{path} {error}: {again}") from None
+        except ValueError:  # by `_finite`, or an integer of more digits than Python converts
+            raise NolaVisionError(f"{path} holds a number that is not finite or too long: {again}") from None
         version = plain.get("schema_version") if isinstance(plain, dict) else None
         if type(version) is not int or version < 1:
             raise NolaVisionError(f"{path} is not a result row (no schema_version): {again}")
@@ -208,7 +206,7 @@ class Row:
                 f"{path} has schema version {version} and this nola-vision reads up to {SCHEMA_VERSION}: update it"
             )
         known = {column: plain[column] for column in _types() if column in plain}
-        if problem := _nesting_problem(known) or _column_problem(known) or _config_problem(known["config"]):
+        if problem := _value_problem(known) or _column_problem(known) or _config_problem(known["config"]):
             raise NolaVisionError(f"{path} {problem}: {again}")
         return cls(**known, folder=path.parent)
 
@@ -276,48 +274,56 @@ def _plain(value: Any, name: str, lost: list[str]) -> Any:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Say whether a JSON value has the type a column asks for; an integer does as a float, a bool as nothing else."""
+    if type(value) not in _kinds(hint):
+        return False
+    if isinstance(value, list):
+        return all(_fits(item, get_args(hint)[0]) for item in value)
+    return get_origin(hint) is not Literal or value in get_args(hint)
+
+
+@cache
+def _kinds(hint: Any) -> frozenset[type]:
+    """The types of the JSON values that may fit a column's type."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
+        return frozenset().union(*map(_kinds, get_args(hint)))
     if origin is Literal:
-        return value in get_args(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, int | float) if hint is float else isinstance(value, origin or hint)
+        return frozenset(map(type, get_args(hint)))
+    return frozenset({int, float} if hint is float else {origin or hint})
 
 
-def _parse_float(text: str) -> float:
+def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"holds the number {text[:40]}, which is not finite")
+        raise ValueError(f"{text} is not finite")
     return value
 
 
-def _parse_int(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError(f"holds the number {text[:40]}{'...' * (len(text) > 40)}, which does not fit 64 bits")
-    return int(text)
-
-
-def _nesting_problem(columns: dict[str, Any]) -> str | None:
-    """What makes nested values unusable as columns of a table."""
+def _value_problem(columns: dict[str, Any]) -> str | None:
+    """What makes nested values unusable in a table. A draw lists thousands of indices: lists are checked as a whole."""
     stack: list[tuple[Any, int]] = [(columns, 0)]
     keys = 0
     while stack:
         value, depth = stack.pop()
         if depth > _MOST_DEPTH:
             return f"is nested more than {_MOST_DEPTH} levels deep"
+        items = [*value, *value.values()] if isinstance(value, dict) else value
         keys += len(value) if isinstance(value, dict) else 0
         if keys > _MOST_KEYS:
             return f"has more than {_MOST_KEYS} keys"
-        items = value.values() if isinstance(value, dict) else value
-        stack += [(item, depth + 1) for item in items if isinstance(item, dict | list)]
-    try:
-        json.dumps(columns, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return "holds text that is not valid Unicode (a lone surrogate)"
+        kinds = set(map(type, items))
+        if int in kinds:
+            whole = [item for item in items if type(item) is int] if len(kinds) > 1 else items
+            for number in (min(whole), max(whole)):
+                if not -(2**63) <= number < 2**63:
+                    return f"holds the number {_quoted(number)}, which does not fit 64 bits"
+        if str in kinds:
+            try:
+                "".join(item for item in items if type(item) is str).encode()
+            except UnicodeEncodeError:
+                return "holds text that is not valid Unicode (a lone surrogate)"
+        if dict in kinds or list in kinds:
+            stack += [(item, depth + 1) for item in items if isinstance(item, dict | list)]
     return None
 
 
