@@ -129,28 +129,30 @@ def _create(spec: BackboneSpec, seed: int) -> nn.Module:
     if spec.file is not None and not pretrained:
         raise NolaVisionError(f"a weights file ({spec.file}) and base {spec.base} exclude each other: leave one out")
     source = resolve(spec)
-    if spec.file is not None:  # `custom_load` is about the weights that the config names
-        changes: dict[str, Any] = {"file": str(_weights_in(Path(spec.file))), "source": None, "custom_load": False}
-        source = replace(source, cfg=replace(source.cfg, **changes))
+    if spec.file is not None:
+        # `custom_load` is about the weights that the config names; the file may have a head of any number of classes
+        file = str(_weights_in(Path(spec.file)))
+        cfg = replace(source.cfg, file=file, source=None, custom_load=False, num_classes=-1)
+        source = replace(source, cfg=cfg)
     if spec.img_size is not None:
         _check_img_size(spec, source)
     if pretrained:
         _announce_download(spec, source)
-    file = source.cfg.file
+    given = source.cfg.file
     try:
         with _missing_keys() as missing, torch.random.fork_rng(devices=[]):  # timm draws what a file then replaces
             backbone = source.create(num_classes=0, pretrained=pretrained, img_size=spec.img_size)
     except Exception as error:  # a file that is not a checkpoint fails in any way
-        if file is None and (isinstance(error, OSError) or "No pretrained weights" in str(error)):
+        if given is None and (isinstance(error, OSError) or "No pretrained weights" in str(error)):
             raise NolaVisionError(_no_weights(spec, source.cfg)) from error
         reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
-        if file is None:
+        if given is None:
             raise NolaVisionError(f"{spec.tag} cannot be made: {reason}") from error
         raise NolaVisionError(
-            f"the weights file {file} cannot be loaded into {spec.tag}: give a safetensors or PyTorch file of "
+            f"the weights file {given} cannot be loaded into {spec.tag}: give a safetensors or PyTorch file of "
             f"that model's weights and nothing else ({reason})"
         ) from error
-    weights = f"the weights file {file}" if file else f"the pretrained weights of {spec.tag}"
+    weights = f"the weights file {given}" if given else f"the pretrained weights of {spec.tag}"
     if missing:
         raise NolaVisionError(
             f"{weights} lacks {len(missing)} weights of {spec.tag}, for example {missing[0]}: use the tag that it was "
@@ -246,7 +248,7 @@ class Source:
         """The timm model, with `img_size` where timm fixes it: a convolutional network takes any size as it is."""
         options = self.options(img_size) | {"num_classes": num_classes, "pretrained": pretrained}
         if self.tag is not None:  # some of timm's functions look at the tag
-            overlay = {"file": self.cfg.file, "custom_load": self.cfg.custom_load}
+            overlay = {name: getattr(self.cfg, name) for name in ("file", "custom_load", "num_classes")}
             model: nn.Module = timm.create_model(self.tag, pretrained_cfg_overlay=overlay, **options)
         else:
             model = timm.create_model(self.architecture, pretrained_cfg=self.cfg, **options)
