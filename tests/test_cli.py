@@ -249,7 +249,7 @@ MISTAKES = {
     "sweep slots": (["sweep", *FIT[1:], "--slots=0"], "at least 1"),
     "sweep vary": (["sweep", *FIT[1:], "--vary=rank"], "--vary rank=1,4,16"),
     "sweep vary of no method": (["sweep", *FIT[1:], "--vary=rnak=1,2"], "has a setting 'rnak'"),
-    "sweep vary with a tag": (["sweep", *FIT[1:], "--vary=rank=!!python/name:os.system"], "like rank=1,4,16"),
+    "sweep vary with a tag": (["sweep", *FIT[1:], "--vary=rank=!!python/name:os.system"], "are no YAML: write them"),
     "a class of another package": ([*FIT, "--trainer.callbacks+=evil.Thing"], "--allow-import evil"),
     "a class of another package in a file": (["fit", "--config=evil.yaml"], "--allow-import evil"),
     "a sweep with a class of another package": (["sweep", "--config=evil.yaml"], "--allow-import evil"),
