@@ -29,7 +29,7 @@ methods:
     class_path: NOLA
     init_args: {targets: [mlp], rank: 4, num_basis: 32, c: 2, lr: 0.005, bits: 4, quantise_from: 0.5}
 threads: 1
-model: {backbone: {tag: vit_glyph_patch4_32.glyphs}, warmup_epochs: 1}
+model: {backbone: {tag: test_vit.r160_in1k, base: random, img_size: 32}, warmup_epochs: 1}
 data: {dataset: digits, shots: 3, batch_size: 8, augmentation: light, test_limit: 50}
 trainer: {max_epochs: 3, accelerator: cpu, check_val_every_n_epoch: 1, enable_progress_bar: false}
 """

@@ -78,9 +78,12 @@ def test_callbacks_that_only_watch(name: str, tmp_path: Path) -> None:
 
 
 def test_a_sweep_takes_callbacks(tmp_path: Path) -> None:
-    config = with_callbacks(callback("EarlyStopping", monitor="train_loss"), max_epochs=1)
+    callbacks = (callback("EarlyStopping", monitor="train_loss"), callback("ModelCheckpoint", monitor="val_loss"))
+    config = with_callbacks(*callbacks, max_epochs=1, enable_checkpointing=False)  # the sweep's own setting
     sent = json.loads(json.dumps(config))  # as a worker gets it
-    assert run.run(sent, tmp_path, keep_going=True, beat=lambda: None).status == "completed" and sent == config
+    row = run.run(sent, tmp_path, keep_going=True, beat=lambda: None)
+    assert row.status == "completed" and row.monitor == "val_loss" and sent == config
+    assert not list(tmp_path.rglob("last.ckpt"))
 
 
 @pytest.mark.parametrize(
