@@ -95,3 +95,13 @@ def test_bits_that_do_not_exist_are_refused() -> None:
     for bits in (1, 9, 0, 64):
         with pytest.raises(NolaVisionError, match="2 to 8 for integers, 16 or 32"):
             adapt(SPEC, NOLA(bits=bits), ["a", "b"])
+
+
+def test_what_is_not_a_level_is_refused() -> None:
+    for bits in (1, 0, 9, 16):
+        with pytest.raises(ValueError, match="2 to 8 bits"):
+            unpack(torch.zeros(4, dtype=torch.uint8), bits, 1, 4)
+    with pytest.raises(ValueError, match="255 is not a level of 8 bits"):  # -127 to 127 are 255 levels
+        unpack(torch.tensor([0, 255], dtype=torch.uint8), 8, 1, 2)
+    many = torch.randint(-3, 4, (3, 1_000_003), dtype=torch.int8)  # more than are unpacked at once
+    assert torch.equal(unpack(pack(many, 3), 3, 3, 1_000_003), many)
