@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateM
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from nola_vision.errors import NolaVisionError
+from nola_vision.import_policy import resolve
 
 CHECKPOINTS = "checkpoints"
 LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
@@ -95,7 +95,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
 
 
 def _check_callbacks(callbacks: Sequence[Mapping[str, Any]]) -> None:
-    classes = [_class(callback["class_path"]) for callback in callbacks]
+    classes = [resolve(callback["class_path"]) for callback in callbacks]
     for made in classes:
         for name, reason in _REFUSED.items():
             if issubclass(made, getattr(lightning_callbacks, name, ())):
@@ -110,13 +110,6 @@ def _check_callbacks(callbacks: Sequence[Mapping[str, Any]]) -> None:
                 raise NolaVisionError(
                     f"{made.__name__} monitors {monitor!r}, which is not logged: use one of {', '.join(METRICS)}"
                 )
-
-
-def _class(class_path: str) -> type:
-    """A class that the parser has imported already."""
-    module, _, name = class_path.rpartition(".")
-    found: type = getattr(importlib.import_module(module), name)
-    return found
 
 
 def check_precision(precision: Any, method: str, train_norms: bool) -> None:
@@ -167,7 +160,7 @@ def _check_strategy(strategy: str | Mapping[str, Any]) -> None:
     if isinstance(strategy, str):
         name, known = strategy, strategy == "auto" or strategy in _DDP
     else:
-        made, start = _class(strategy["class_path"]), (strategy.get("init_args") or {}).get("start_method")
+        made, start = resolve(strategy["class_path"]), (strategy.get("init_args") or {}).get("start_method")
         name, known = made.__name__, made in (SingleDeviceStrategy, DDPStrategy) and start in (None, "popen")
     if not known:
         raise NolaVisionError(
