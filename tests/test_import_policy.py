@@ -124,10 +124,12 @@ def test_allow_import_covers_a_run_from_config_to_row(mine: str, capsys: pytest.
     assert main([*fit, f"--trainer.callbacks+={mine}.Count", "--allow-import", mine]) == 0
     ((row,), _) = store.read_rows("runs")
     assert "counted" in capsys.readouterr().out and row.status == "completed"
-    # the leave is that of this run alone, and part of neither the config's text nor the hash
+    # the leave is that of this run alone, and not part of the hash
+    del sys.modules[mine]
     for option in (f"--trainer.callbacks+={mine}.Count", f"--model.method={mine}.Plugin"):
         with pytest.raises(NolaVisionError, match="may not be imported"):
             parse(QUICK, [option])
+    assert mine not in sys.modules
     assert identity.run_hash(parse(QUICK, [], [mine]), "final") == identity.run_hash(parse(QUICK), "final")
     # what is allowed must still be of a kind that a run has a use for
     with pytest.raises(NolaVisionError, match="not a subclass of .*Method"):
@@ -160,7 +162,7 @@ def test_a_registered_plugin_is_a_method(mine: str, tmp_path: Path, monkeypatch:
 def test_a_config_cannot_pull_in_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
-    monkeypatch.setenv("PL_DATA__SHOTS", "3")
+    monkeypatch.setenv("PL_DATA__NUM_WORKERS", "3")
     for name, text in (
         ("data.yaml", "{dataset: digits, shots: 2}"),
         ("backbone.yaml", "{tag: test_vit.r160_in1k}"),
@@ -183,7 +185,7 @@ def test_a_config_cannot_pull_in_another_file(tmp_path: Path, monkeypatch: pytes
             parse(QUICK, [f"--trainer.callbacks={value}"])
     full = parse(QUICK, ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"])
     (callback,) = full["trainer"]["callbacks"]  # the class, although a file has that name
-    assert callback["class_path"].endswith("EarlyStopping") and full["data"]["shots"] == 5
+    assert callback["class_path"].endswith("EarlyStopping") and full["data"]["num_workers"] == 0
 
 
 def test_an_option_may_have_the_value_lr() -> None:
@@ -198,6 +200,12 @@ def test_an_option_may_have_the_value_lr() -> None:
     for option in rate:
         with pytest.raises(NolaVisionError, match="the optimizer's learning rate is the method's"):
             parse(QUICK, [option])
+
+
+def test_the_limits_of_yaml_hold_for_options() -> None:
+    started = time.process_time()
+    assert parse(QUICK, [f"--data.root=!!int 1{':1' * 150_000}"])["data"]["root"].startswith("!!int")
+    assert time.process_time() - started < 2
 
 
 def test_emoji_and_names_that_are_bytes_survive() -> None:
