@@ -1,6 +1,7 @@
 """Configs from strangers are data: which classes they may name, and what reading one may cost."""
 
 import sys
+import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
