@@ -107,9 +107,9 @@ class AdaptedModel(nn.Module):
         for name, tensor in stack_tensors(self.stack).items():
             tensor.copy_(rounded(tensor.unsqueeze(0), self.bits.get(name, 32))[0])
 
-    def not_finite(self) -> str | None:
-        """The first trained tensor (and its first layer) with a number that is not finite, or None."""
-        floats = self.trained_tensors()
+    def not_finite(self, adapter: int = 0) -> str | None:
+        """The first trained tensor of an adapter (and its first layer) with a value that is not finite, or None."""
+        floats = self.trained_tensors(adapter)
         if (name := first_not_finite(floats)) is None:
             return None
         group = name.removeprefix("adapter.").rpartition(".")[0]
@@ -140,7 +140,7 @@ class AdaptedModel(nn.Module):
             raise NolaVisionError(f"there is no adapter {adapter} to save: the model holds {count}, from 0 on")
         if self.stack.merged:
             raise NolaVisionError("a merged adapter cannot be saved: unmerge() it first")
-        if broken := self.not_finite():
+        if broken := self.not_finite(adapter):
             raise NolaVisionError(f"{broken} is not finite: try a smaller learning rate or scale")
         return write_adapter(path, self.metadata(), self.trained_tensors(adapter), self.bits)
 

@@ -282,13 +282,6 @@ def _prepared(run_config: identity.Config, folder: Path, stage: identity.Stage, 
     if run_config["model"].get("compile"):
         torch.compiler.reset()  # it counts the models that a process compiled before, and gives up after eight
     built = build(run_config, folder)
-    backbone = built.model.model.backbone if isinstance(built.model, Classifier) else built.model.backbone
-    if broken := first_not_finite(backbone.state_dict()):
-        spec = run_config["model"]["backbone"]
-        raise NolaVisionError(
-            f"the weights {spec['file'] or 'of ' + spec['tag']} hold a number that is not finite, in {broken}: give "
-            "other weights by --model.backbone.file"
-        )
     if isinstance(built.model, Classifier):
         built.model.run_hash = identity.run_hash(run_config, stage)
         if ckpt_path is not None:
