@@ -190,15 +190,25 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         raise NolaVisionError(
             f"the configuration is not understood: {reason} (nola-vision fit --help lists the options)"
         ) from error
+    # the parser takes null for anything
+    required = [key for key, one in inspect.signature(KShotDataModule).parameters.items() if one.default is not None]
+    linked = ("backbone", "run_seed")
+    for path in (
+        ("protocol",),
+        ("trainer",),
+        ("model", "optimizer"),
+        *(("data", k) for k in required if k not in linked),
+    ):
+        identity.need(full, *path)
     if "lr" in _given(full["model"]["optimizer"]):  # of an option that is a whole mapping
         raise NolaVisionError(_RATE)
     if full["trainer"].get("model_registry") and "litmodels" not in allow_import:
         raise NolaVisionError("trainer.model_registry uploads the model: give --allow-import litmodels to let it")
     full.pop("config", None)
-    for linked in ("backbone", "run_seed"):  # said once, by the model
-        full["data"].pop(linked, None)
+    for key in linked:  # stated once, by the model
+        full["data"].pop(key, None)
     full.pop("seed_everything", None)
-    if identity.need(full, "data", "dataset") == "folder":
+    if full["data"]["dataset"] == "folder":
         full["data"]["root"] = given_root(full["data"]["root"])
     if full["model"]["run_seed"] < 0 or full["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")
