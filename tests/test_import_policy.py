@@ -225,6 +225,16 @@ def test_a_config_stays_as_it_was(tmp_path: Path) -> None:
     assert type(full["trainer"]["callbacks"][0]) is dict
 
 
+def test_null_is_refused_where_a_value_is_needed() -> None:
+    for path in (("data", "dataset"), ("data", "shots"), ("data", "split_seed"), ("model", "optimizer"), ("protocol",)):
+        changes: Any = None
+        for key in reversed(path):
+            changes = {key: changes}
+        with pytest.raises(NolaVisionError, match=f"no value for `{'.'.join(path)}`"):
+            parse(overlay(QUICK, changes))
+    assert parse(overlay(QUICK, {"trainer": {"gradient_clip_val": None}, "data": {"test_limit": None}}))
+
+
 def test_any_config_is_understood_or_refused_in_one_line(tmp_path: Path) -> None:
     @settings(max_examples=300, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(fuzz_configs.inputs())

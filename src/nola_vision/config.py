@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import inspect
 import json
@@ -199,15 +198,25 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         raise NolaVisionError(
             f"the configuration is not understood: {reason} (nola-vision fit --help lists the options)"
         ) from error
+    # the parser takes null for anything
+    required = [key for key, one in inspect.signature(KShotDataModule).parameters.items() if one.default is not None]
+    linked = ("backbone", "run_seed")
+    for path in (
+        ("protocol",),
+        ("trainer",),
+        ("model", "optimizer"),
+        *(("data", k) for k in required if k not in linked),
+    ):
+        identity.need(full, *path)
     if "lr" in _given(full["model"]["optimizer"]):  # of an option that is a whole mapping
         raise NolaVisionError(_RATE)
     if full["trainer"].get("model_registry") and "litmodels" not in allow_import:
         raise NolaVisionError("trainer.model_registry uploads the model: give --allow-import litmodels to let it")
     full.pop("config", None)
-    for linked in ("backbone", "run_seed"):  # said once, by the model
-        full["data"].pop(linked, None)
+    for key in linked:  # stated once, by the model
+        full["data"].pop(key, None)
     full.pop("seed_everything", None)
-    if identity.need(full, "data", "dataset") == "folder":
+    if full["data"]["dataset"] == "folder":
         full["data"]["root"] = given_root(full["data"]["root"])
     if full["model"]["run_seed"] < 0 or full["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")
@@ -277,8 +286,7 @@ def build(run_config: identity.Config, folder: Path) -> RunCLI:
         torch.set_num_threads(run_config["threads"])
         os.environ["OMP_NUM_THREADS"] = str(run_config["threads"])  # or Lightning's launcher sets its own number
     try:
-        # a copy: jsonargparse replaces the dicts in lists of its argument by Namespaces
-        return RunCLI(copy.deepcopy({key: value for key, value in run_config.items() if key != "content"}), folder)
+        return RunCLI({key: value for key, value in run_config.items() if key != "content"}, folder)
     except (argparse.ArgumentError, MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise NolaVisionError(
             f"the run cannot be set up: {' '.join(str(error).split())}"

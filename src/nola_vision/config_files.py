@@ -237,8 +237,8 @@ def _check_events(text: str) -> None:
             around = open_collections[-1]
             if around.keys is not None and around.at_key and isinstance(event, yaml.ScalarEvent):
                 if event.value in around.keys:
-                    line = event.start_mark.line + 1 if event.start_mark is not None else "?"
-                    raise ValueError(f"the key '{event.value}' occurs twice, line {line}")
+                    mark: Any = event.start_mark
+                    raise ValueError(f"the key '{event.value}' occurs twice, line {mark.line + 1}")
                 around.keys.add(event.value)
             around.at_key = not around.at_key
             around.size += size

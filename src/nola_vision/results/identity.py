@@ -66,14 +66,14 @@ def resolve(config: Mapping[str, Any], method: str | None = None) -> Config:
 def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the settings of the entry `name`, or raise a NolaVisionError that lists the names close to it."""
     methods = need(config, "methods")
-    if not isinstance(name, str) or not isinstance(methods, Mapping):
+    if isinstance(name, list | dict) or not isinstance(methods, Mapping):
         raise NolaVisionError(f"the config's `methods` must be a mapping and its `method` a name, not {name!r}")
     if name not in methods:
         known = [str(known_name) for known_name in methods]
         close = difflib.get_close_matches(str(name), known)
         hint = f"did you mean {' or '.join(close)}? It has " if close else "it has "
         raise NolaVisionError(f"the config has no method {name!r}: {hint}{', '.join(known)}")
-    if name != _safe(name):
+    if not isinstance(name, str) or name != _safe(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]
     if isinstance(settings, Mapping) and not isinstance(settings.get("init_args") or {}, Mapping):
