@@ -1,7 +1,9 @@
 """Configs from strangers are data: which classes they may name, and what reading one may cost."""
 
+import gc
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,15 @@ class NOLA(nola_vision.LinearProbe): pass
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module that can be imported and that no config may name without leave."""
     (tmp_path / "mine_to_import.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    yield "mine_to_import"
     sys.modules.pop("mine_to_import", None)
-    return "mine_to_import"
+    gc.collect()  # jsonargparse finds classes by their short names among all subclasses that are alive
 
 
 def spec(path: str, key: str = "init_args", **args: Any) -> dict[str, Any]:

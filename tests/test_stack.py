@@ -633,6 +633,10 @@ def test_routing_mistakes_are_refused() -> None:
     stack = attached(backbone, METHODS[0], num_adapters=3)
     with pytest.raises(NolaVisionError, match="2 samples, but the batch has 3"), stack.route(torch.tensor([0, 1])):
         stack(IMAGES)
+    with pytest.raises(NolaVisionError, match="for 1 samples, but the batch has 3"), stack.route(torch.tensor([2])):
+        backbone(IMAGES)
+    with pytest.raises(NolaVisionError, match="for 1 samples, but the batch has 3"), stack.route(torch.tensor([2])):
+        stack.logits(torch.randn(3, 48))
     with pytest.raises(NolaVisionError, match="several adapters"):
         backbone(IMAGES)
     with pytest.raises(NolaVisionError, match="several adapters"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from nola_vision import NOLA, LoRA, adapt, load_adapter
 from nola_vision.errors import NolaVisionError
@@ -70,21 +71,56 @@ def test_threads_that_route_predict_and_train_get_what_they_get_alone(method: Me
 
 
 def test_one_backward_over_passes_of_two_threads_is_right_or_refused() -> None:
+    """Of a thread that lives on, and of two of which the system may give the second the number of the first."""
     backbone = vit()
     stack = attached(backbone, METHODS[0])
     shake(stack)
 
-    def losses() -> Tensor:
-        with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(lambda: stack(2 * IMAGES)).result()
-        return stack(IMAGES).square().sum() + other.square().sum()
+    def in_a_thread(images: Tensor) -> Tensor:
+        made: list[Tensor] = []
+        thread = threading.Thread(target=lambda: made.append(stack(images).square().sum()))
+        thread.start()
+        thread.join()
+        return made[0]
+
+    def of_this_thread_too() -> Tensor:
+        return stack(IMAGES).square().sum() + in_a_thread(2 * IMAGES)
+
+    def of_two_others() -> Tensor:
+        return in_a_thread(IMAGES) + in_a_thread(2 * IMAGES)
 
     expected = torch.autograd.grad(stack(IMAGES).square().sum() + stack(2 * IMAGES).square().sum(), stack.parameters())
-    for one, other in zip(torch.autograd.grad(losses(), stack.parameters()), expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    for losses in (of_this_thread_too, of_two_others):
+        for one, other in zip(torch.autograd.grad(losses(), stack.parameters()), expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
     backbone.set_grad_checkpointing(True)
-    with pytest.raises(NolaVisionError, match="covers forward passes of several threads"):
-        losses().backward()
+    for losses in (of_this_thread_too, of_two_others):
+        with pytest.raises(NolaVisionError, match="covers forward passes of several threads"):
+            losses().backward()
+
+
+@pytest.mark.parametrize("method", [METHODS[1], METHODS[9], METHODS[11]], ids=str)
+def test_checkpointing_around_the_backbone_keeps_the_settings_of_its_pass(method: Method) -> None:
+    backbone = vit()
+    stack = attached(backbone, method, num_adapters=3)
+    shake(stack)
+    images = IMAGES.clone().requires_grad_()
+    bits = {f"groups.{name}": 2 for name, _ in stack.groups.named_parameters()}
+
+    def gradients(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        stack.zero_grad()
+        with stack.using(prefix=0.5), stack.using(bits=bits), stack.route(torch.tensor([2, 0, 1])):
+            first = stack.logits(run(images))
+        with stack.route(torch.tensor([1, 1, 1])):
+            second = stack.logits(run(2 * images))
+        (first.square().sum() + second.square().sum()).backward()
+        return [parameter.grad.clone() for parameter in stack.parameters()]
+
+    plain = gradients(backbone)
+    for one, other in zip(gradients(partial(checkpoint, backbone, use_reentrant=False)), plain, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    with pytest.raises(NolaVisionError, match="use_reentrant=False"):
+        gradients(partial(checkpoint, backbone, use_reentrant=True))
 
 
 def perturbed(method: Method) -> nn.Module:

@@ -5,9 +5,9 @@ Several threads may use one stack at a time, and passes nest, so nothing of a pa
 - Settings (the adapter of each sample, the share of the coefficients, the stored bits) belong to the thread or task
   that set them: a `ContextVar`.
 - The changes are made when a pass starts. Its layers find them through a `ContextVar` too.
-- Activation checkpointing runs layers again in the backward pass, on a thread of autograd's, which has no context
-  variables of the caller's. There the pass is found by autograd's number of the backward call: the first gradient that
-  reaches a pass's features registers it.
+- Activation checkpointing runs layers, or the whole backbone, again in the backward pass, on a thread of autograd's,
+  which has no context variables of the caller's. There the pass is found by autograd's number of the backward call: the
+  first gradient that reaches a pass's features registers it.
 """
 
 from __future__ import annotations
@@ -62,12 +62,28 @@ class Pass:
     Args:
         changes: by target name; with the distinct adapters `[d, ...]` in front where there are several.
         place: `[batch]`, the position of each sample's adapter among those; None where one adapter serves all samples.
+        settings: what it was made with.
         thread: the thread that ran it.
     """
 
     changes: Mapping[str, Change]
     place: Tensor | None
-    thread: int = field(default_factory=threading.get_ident)
+    settings: Settings = field(default_factory=Settings)
+    thread: object = field(default_factory=lambda: _this_thread())
+
+
+class _Threads(threading.local):
+    """An object for each thread: the system gives the number of a thread that has ended to another."""
+
+    def __init__(self) -> None:
+        self.token = object()
+
+
+_threads = _Threads()
+
+
+def _this_thread() -> object:
+    return _threads.token
 
 
 # pairs of an owner (a stack) and what it set, innermost first: a model may contain another
@@ -115,14 +131,27 @@ def current_pass(owner: object) -> Pass | None:
     for other, found in _running.get():
         if other is owner:
             return found
-    call = torch._C._current_graph_task_id()
-    in_backward = _in_backward.get((call, id(owner))) if call != -1 else None
-    if in_backward is _MIXED:
+    return pass_in_backward(owner)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs in this thread: what computes then is repeated by activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def pass_in_backward(owner: object) -> Pass | None:
+    """The pass whose backward call runs in this thread.
+
+    Raises:
+        NolaVisionError: the call covers passes of several threads.
+    """
+    found = _in_backward.get((torch._C._current_graph_task_id(), id(owner)))
+    if found is _MIXED:
         raise NolaVisionError(
             "one backward pass covers forward passes of several threads, and activation checkpointing cannot tell them "
             "apart: call backward() once for each, or switch checkpointing off"
         )
-    return in_backward
+    return found
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -132,7 +161,7 @@ def begin_backward_at(features: Tensor, owner: object, current: Pass) -> None:
     def begin(_: Tensor) -> None:
         key = torch._C._current_graph_task_id(), id(owner)
         other = _in_backward.get(key)
-        same = other is None or (other is not _MIXED and other.thread == current.thread)
+        same = other is None or (other is not _MIXED and other.thread is current.thread)
         _in_backward[key] = current if same else _MIXED
 
     features.register_hook(cast(Any, begin))

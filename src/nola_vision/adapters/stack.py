@@ -151,12 +151,12 @@ class AdapterStack(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """Features `[batch, features]` to logits `[batch, classes]`, each sample by its own adapter's head."""
         settings = context.settings(self)
+        _check_batch(settings, features)
         adapters, place = self._serving(settings)
         weight, bias = self._heads(settings, adapters)
         features = features.to(weight.dtype)
         if place is None:
             return F.linear(features, weight[0], bias[0])
-        _check_batch(place, features)
         return torch.baddbmm(bias[place].unsqueeze(1), features.unsqueeze(1), weight[place].transpose(1, 2)).squeeze(1)
 
     def head(self) -> tuple[Tensor, Tensor]:
@@ -268,11 +268,11 @@ class AdapterStack(nn.Module):
         return self._backbone[0]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def make_pass(self, targets: Sequence[Target]) -> Pass:
-        """A new pass over some targets, of the adapters that this thread routes to."""
-        settings = context.settings(self)
+    def make_pass(self, targets: Sequence[Target], settings: Settings | None = None) -> Pass:
+        """A new pass over some targets, with this thread's settings unless others are given."""
+        settings = context.settings(self) if settings is None else settings
         adapters, place = self._serving(settings)
-        return Pass(self._changes(targets, settings, adapters), place)
+        return Pass(self._changes(targets, settings, adapters), place, settings)
 
     def _probe(self, backbone: nn.Module, probe: Tensor) -> None:
         """One pass with random A and B = 0: the features' gradient reaches each B whose change would move them."""
@@ -418,9 +418,9 @@ class AdapterStack(nn.Module):
         return self._merged_adapter is not None
 
 
-def _check_batch(place: Tensor, batch: Tensor) -> None:
-    if len(batch) != len(place):
-        raise NolaVisionError(f"the index names adapters for {len(place)} samples, but the batch has {len(batch)}")
+def _check_batch(settings: Settings, batch: Tensor) -> None:
+    if settings.route is not None and len(batch) != (samples := len(settings.route.place)):
+        raise NolaVisionError(f"the index names adapters for {samples} samples, but the batch has {len(batch)}")
 
 
 class _PassForward:
@@ -434,9 +434,17 @@ class _PassForward:
         stack = self.stack
         if stack.merged:
             return self.inner(*args, **options)
-        current = stack.make_pass(stack.targets)
-        if current.place is not None and args:
-            _check_batch(current.place, args[0])
+        settings = None
+        if context.in_backward():  # checkpointing around the whole backbone repeats it
+            if (first := context.pass_in_backward(stack)) is None:
+                raise NolaVisionError(
+                    "the backbone runs again in a backward pass and its forward pass cannot be found: use "
+                    "checkpoint(..., use_reentrant=False), or set_grad_checkpointing() of the backbone"
+                )
+            settings = first.settings
+        current = stack.make_pass(stack.targets, settings)
+        if args:
+            _check_batch(current.settings, args[0])
         with context.running(stack, current):
             features = self.inner(*args, **options)
         if isinstance(features, Tensor) and features.requires_grad:
