@@ -236,7 +236,7 @@ MISTAKES = {
     "strategy": ([*FIT, "--trainer.strategy=dpp"], "dpp"),
     "accelerator": ([*FIT, "--trainer.accelerator=tpu"], "cannot be set up"),
     "checkpoint": ([*FIT, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
-    "checkpoint that is not there": ([*FIT, "--ckpt_path=nothing.ckpt"], "there is no checkpoint nothing.ckpt"),
+    "checkpoint that is not there": ([*FIT, "--ckpt_path=nothing.ckpt"], "the checkpoint nothing.ckpt does not exist"),
     "image size": ([*FIT, "--model.backbone.img_size=-4"], "img_size is -4"),
     "methods as a list": (["fit", "--config=quickstart.yaml", "--config=listed.yaml"], "`methods` of the config"),
     "no end": ([*FIT, "--trainer.max_epochs=-1"], "needs an end"),

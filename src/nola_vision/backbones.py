@@ -34,6 +34,7 @@ from nola_vision.adapters.basis import basis_key, uniform
 from nola_vision.adapters.file import add_tensor
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types
+from nola_vision.files import why_not_a_file
 from nola_vision.tags import split_tag
 
 _logger = logging.getLogger(__name__)
@@ -289,8 +290,8 @@ def local_files(tag: str, file: str | None) -> dict[str, Path]:
     if file is not None or kind == "local-dir":
         found["weights"] = _weights_in(Path(name if file is None else file))
     elif not kind:  # the quick start's weights come with the package
-        config = timm.models.get_pretrained_cfg(tag) if timm.is_model(tag.partition(".")[0]) else None
-        found |= {"weights": Path(config.file)} if config is not None and config.file else {}
+        config = _registered_cfg(tag)
+        found |= {"weights": Path(config.file)} if config.file else {}
     return {key: path for key, path in found.items() if path.is_file()}
 
 
@@ -366,7 +367,9 @@ def _weights_in(path: Path) -> Path:
                 return file
         raise NolaVisionError(f"the folder {path} holds no weights: it must have a file model.safetensors")
     if not path.is_file():
-        raise NolaVisionError(f"the weights file {path} does not exist: give the path of a .safetensors or .pth file")
+        raise NolaVisionError(
+            f"the weights file {path} {why_not_a_file(path)}: give the path of a .safetensors or .pth file"
+        )
     return path
 
 

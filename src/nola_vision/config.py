@@ -48,6 +48,7 @@ def _load_value(text: str) -> Any:
     return text if void and ":" not in text.strip().rstrip(":") else value
 
 
+_MOST_THREADS = 1024  # more crash torch
 _RATE = "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
 
 set_parsing_settings(subclasses_enabled=[methods.Method])
@@ -223,8 +224,8 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     check_trainer(full["trainer"])
     settings = full["model"]["method"].get("init_args") or {}
     check_precision(full["trainer"]["precision"], identity.method_class(full), bool(settings.get("train_norms")))
-    if full["threads"] is not None and full["threads"] < 1:
-        raise NolaVisionError(f"threads is {full['threads']}: it must be at least 1")
+    if full["threads"] is not None and not 1 <= full["threads"] <= _MOST_THREADS:
+        raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
     full["content"] = _content(full)
     full["model"]["method"].setdefault("init_args", {})
     asked = str(_within(config, "model", "method", "class_path") or "").rpartition(".")[2]
@@ -264,8 +265,7 @@ def _content(run_config: identity.Config) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     backbone, files = run_config["model"]["backbone"], {}
-    with suppress(NolaVisionError):
-        files = backbones.local_files(backbone["tag"], backbone["file"])
+    files = backbones.local_files(backbone["tag"], backbone["file"])
     named = [(name, path, None) for name, path in files.items()]
     for name, path, most in (*named, ("manifest", run_config["data"]["manifest"], MOST_BYTES)):
         if path is not None and (digest := file_digest(path, most)) is not None:

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import why_not_a_file
 
 SHIPPED = Path(__file__).parent / "configs"
 PARTS = SHIPPED / "parts"
@@ -57,8 +58,8 @@ def load_config(name: str) -> Config:
     for path in (Path(name), Path(f"{name}.yaml")):
         if path.is_file():
             return _read(path)
-    if Path(name).is_dir():
-        raise NolaVisionError(f"the config {name} is a folder: name a file in it")
+    if Path(name).exists():
+        raise NolaVisionError(f"the config {name} {why_not_a_file(name)}: give a YAML file")
     bare = name.removesuffix(".yaml")
     if (path := SHIPPED / f"{bare}.yaml") in shipped_files():
         config = _read(path)

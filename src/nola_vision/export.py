@@ -17,6 +17,7 @@ from typing import Any, cast
 import safetensors.torch
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nola_vision.adapter_header import parse_header
@@ -160,8 +161,9 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
         (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         _compare(temporary, probe, expected, model)
         os.replace(temporary, out)
-    except OSError as error:
-        raise NolaVisionError(f"{out} cannot be written ({error.strerror}): give another path") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise NolaVisionError(f"{out} cannot be written ({reason}): make room, or give another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     own = timm.models.model_entrypoint(source.architecture).__module__.startswith("nola_vision.")

@@ -21,6 +21,13 @@ def write_file(path: str | Path, content: bytes) -> None:
         raise NolaVisionError(f"{path} cannot be written ({error.strerror}): give another path") from error
 
 
+def why_not_a_file(path: str | Path) -> str:
+    """Why a path is not one of a regular file, for a message: `does not exist`, `is a folder`, ..."""
+    if os.path.isdir(path):
+        return "is a folder"
+    return "is not a regular file" if os.path.lexists(path) else "does not exist"
+
+
 def refuse_existing(path: Path) -> None:
     """Raises NolaVisionError where something has that name already: what a person wrote there would be lost."""
     if path.exists():
@@ -28,12 +35,17 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Writes a file by way of a temporary one beside it: a reader, or a crash, meets the old content or the new.
+    """Writes a file by way of a temporary one next to it: a reader, or a crash, meets the old content or the new.
+
+    A symbolic link keeps pointing to its file. A device or a FIFO, such as /dev/stdout, is written to.
 
     Raises:
         OSError: the folder is missing or cannot be written to; nothing is left behind.
     """
-    path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        Path(path).write_bytes(content)
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -120,6 +121,7 @@ def check_classes(config: Any, packages: Sequence[str], where: str = "") -> None
     if isinstance(config, Mapping):
         if isinstance(path := config.get("class_path"), str):
             _check_class(path, packages, where)
+            config = {**config, "init_args": _without_defaults(path, config.get("init_args"))}
         for key, value in config.items():
             check_classes(value, packages, f"{where}.{key}".lstrip("."))
     elif isinstance(config, list | tuple):
@@ -146,6 +148,18 @@ def _check_class(path: str, packages: Sequence[str], where: str) -> None:
             f"{where}: {found.__name__} sends the run's settings over the network: give --allow-import {needed} if you "
             "want that"
         )
+
+
+def _without_defaults(path: str, arguments: Any) -> Any:
+    """The arguments of a class that differ from its defaults, where they are functions: the parser writes those out."""
+    if not isinstance(arguments, Mapping):
+        return arguments
+    parameters = inspect.signature(resolve(path)).parameters
+    return {
+        key: value
+        for key, value in arguments.items()
+        if not (callable(value) and key in parameters and value is parameters[key].default)
+    }
 
 
 def resolve(path: str) -> Any:

@@ -155,7 +155,7 @@ class AdaptedModel(nn.Module):
         Raises:
             NolaVisionError: the logits differ, so something that training changed is not in the file.
         """
-        restored = _assemble(self.card.backbone, self.card)
+        restored = _assemble(_to_fill(self.card), self.card, verify=False)
         _fill(restored, open_adapter(path).tensors(), path)
         restored.to(images.device, self._dtype(images.dtype))
         training = self.training
@@ -277,13 +277,28 @@ def adapt(
     return model
 
 
+def _to_fill(card: Card) -> BackboneSpec:
+    """The backbone that a file's tensors are copied into: a Full-FT file contains every weight."""
+    if not isinstance(card.method, FullFinetune):
+        return card.backbone
+    return dataclasses.replace(card.backbone, base="zero", file=None)
+
+
 def _trains_norms(method: Method) -> bool:
     return isinstance(method, FullFinetune) or bool(getattr(method, "train_norms", False))
 
 
 @torch.inference_mode(False)  # whoever loads an adapter while predicting: the probe needs gradients
-def _assemble(spec: BackboneSpec, card: Card, header: Header | None = None) -> AdaptedModel:
-    """The model of a card, its targets found by the method's patterns, or by exact name where a file lists them."""
+def _assemble(spec: BackboneSpec, card: Card, header: Header | None = None, verify: bool = True) -> AdaptedModel:
+    """The model of a card.
+
+    Args:
+        spec: what its backbone is made from.
+        card: which model.
+        header: of the file that the model is for, which lists the targets by exact name; else the method's patterns
+            find them.
+        verify: take the fingerprint of the weights, and probe that each target has an effect.
+    """
     card = dataclasses.replace(card, method=settle(card.method, card.backbone.base))
     backbone = create_backbone(spec, card.basis_seed)
     if spec.base != "pretrained" and not _trains_norms(card.method):
@@ -297,13 +312,13 @@ def _assemble(spec: BackboneSpec, card: Card, header: Header | None = None) -> A
         backbone = edited_by_peft(backbone, card.method, card.run_seed)
         card = dataclasses.replace(card, method=with_module_names(card.method, backbone))
     fixed = None
-    if not isinstance(card.method, FullFinetune):
+    if verify and not isinstance(card.method, FullFinetune):
         fixed = fingerprint(backbone, backbone_tensors(backbone, card.method) if isinstance(card.method, PEFT) else ())
     if spec.int8:
         to_int8(backbone)
     # with all weights zero nothing reaches the features, and norms that train may start at zero
-    probed = spec.base == "pretrained" or (spec.base == "random" and not _trains_norms(card.method))
-    stack.attach(backbone, probe_batch(backbone) if probed else None)
+    alive = spec.base == "pretrained" or (spec.base == "random" and not _trains_norms(card.method))
+    stack.attach(backbone, probe_batch(backbone) if verify and alive else None)
     if isinstance(card.method, FullFinetune):
         backbone.requires_grad_(True)
     elif isinstance(card.method, Adapter) and card.method.train_norms:
@@ -360,7 +375,7 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     """
     file = open_adapter(path)
     header = parse_header(file.metadata, file.path, weights)
-    spec, method = header.card.backbone, header.card.method
+    spec = header.card.backbone
     if ":" in spec.tag and not (weights is not None and Path(weights).is_dir()):
         raise NolaVisionError(
             f"{path} names the backbone {spec.tag}, and only you may name what is fetched from a hub or read from a "
@@ -368,9 +383,7 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
         )
     _check_agreement(file, header)
     tensors = file.tensors()
-    # a fully fine-tuned model's file holds every weight, so the backbone's own are not needed
-    whole = isinstance(method, FullFinetune)
-    model = _assemble(dataclasses.replace(spec, base="zero", file=None) if whole else spec, header.card, header)
+    model = _assemble(_to_fill(header.card), header.card, header)
     if header.fingerprint != model.fingerprint:
         raise NolaVisionError(
             f"{path} was made for other weights of {spec.tag} than the ones here: give the file it was trained with by "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import signal
@@ -51,20 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a file name may have bytes that the terminal's encoding lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w")
     words, debug = _without_debug(sys.argv[1:] if arguments is None else arguments)
     verb, *rest = words or ["--help"]
-    if verb in ("-h", "--help"):
-        print(_USAGE)
-        return 0
-    if verb == "--version":
-        print(f"nola-vision {__version__}")
-        return 0
     try:
+        if verb in ("-h", "--help", "--version"):
+            print(f"nola-vision {__version__}" if verb == "--version" else _USAGE, flush=True)
+            return 0
         if verb not in VERBS:
             close = difflib.get_close_matches(verb, VERBS) or list(VERBS)
             raise NolaVisionError(f"there is no verb '{verb}': did you mean {' or '.join(close)}?")
         module = "fit" if verb in ("validate", "test") else verb
         status: int = importlib.import_module(f"nola_vision.cli.{module}").main(rest, verb)
+        sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         hint = {
@@ -74,9 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nola-vision: interrupted{hint.get(verb, '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # perhaps the output itself
+            _drop_output()
         if debug:
             traceback.print_exc()
         status, message = _report(error)
@@ -85,6 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if arguments is None:  # the process ends: everything is written, and Python's own exit takes a while
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere: Python would try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _without_debug(words: Sequence[str]) -> tuple[list[str], bool]:
@@ -104,6 +112,8 @@ def _report(error: Exception) -> tuple[int, str]:
         return 2, f"{found} do not belong together: install both again from one index"
     if isinstance(error, OSError) and error.filename:
         return 2, f"{error.strerror or error} ({os.fsdecode(error.filename)})"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 2, f"{error.strerror}: make room"
     package = Path(__file__).parents[1]
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if Path(f.filename).is_relative_to(package)), frames[-1])

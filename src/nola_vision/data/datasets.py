@@ -370,6 +370,8 @@ def get_dataset(name: str) -> DatasetEntry:
         from nola_vision.data.hugging_face import HuggingFace
 
         path, _, columns = name.removeprefix(HUB_PREFIX).partition("#")
+        if not path:
+            raise NolaVisionError(f"the data set {name!r} has no name after {HUB_PREFIX}: write {HUB_PREFIX}NAME")
         label, _, image = columns.partition("#")
         return HuggingFace(path, label, image)
     if name not in DATASETS:
