@@ -483,6 +483,18 @@ def test_a_hugging_face_data_set_in_a_local_folder(tmp_path: Path, monkeypatch: 
         get_dataset(f"hf:{tmp_path / 'insects'}#species").open(str(tmp_path / "cache"), "train")
 
 
+def test_large_files_of_a_local_hugging_face_data_set_are_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Parquet file is often larger than an image may be; two that differ are two data sets."""
+    monkeypatch.setattr(datasets, "MOST_BYTES", 10)
+    found = set()
+    for content in (b"a" * 20, b"b" * 20):
+        (tmp_path / "train.parquet").write_bytes(content)
+        found.add(get_dataset(f"hf:{tmp_path}").own_content(None))
+    assert len(found) == 2
+
+
 def write_hub(folder: Path, feature: object = None, **labels: list[int | str | None]) -> DatasetEntry:
     """A data set of Hugging Face's in a local folder, of these labels a split; the entry that opens it."""
     library = pytest.importorskip("datasets")

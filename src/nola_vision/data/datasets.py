@@ -134,7 +134,8 @@ class Folder(DatasetEntry):
         """The name and the SHA-256 of every image in the splits' folders."""
         place = data_root(root)
         folders = [place / name for name in self.FOLDERS if (place / name).is_dir()]
-        return content_list(place, [path for folder in folders for path in _images(_files(folder))])
+        images = [path for folder in folders for path in _images(_files(folder))]
+        return content_list(place, images, MOST_BYTES)  # a larger image is refused when it is read
 
     def other_files(self, root: str | None, split: Split) -> Counter[str]:
         return _other_suffixes(path for folder in self._class_folders(root)[split].values() for path in _files(folder))
@@ -478,9 +479,15 @@ def _other_suffixes(files: Iterable[Path]) -> Counter[str]:
     return Counter(suffix or "without suffix" for suffix in suffixes if suffix not in image_suffixes())
 
 
-def content_list(base: Path, paths: list[Path]) -> bytes:
-    """The name under `base` and the SHA-256 of each file, one per line; a file that cannot be read has none."""
-    digests = file_digests(base, paths, MOST_BYTES)
+def content_list(base: Path, paths: list[Path], most_bytes: int | None = None) -> bytes:
+    """The name under `base` and the SHA-256 of each file, one per line.
+
+    Args:
+        base: the folder that all paths are under.
+        paths: of the files.
+        most_bytes: a larger file has no digest, as one that cannot be read.
+    """
+    digests = file_digests(base, paths, most_bytes)
     names = [name_text(path.relative_to(base).as_posix()) for path in paths]
     return "".join(f"{name}\0{found or ''}\n" for name, found in zip(names, digests, strict=True)).encode()
 
