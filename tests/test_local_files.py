@@ -33,10 +33,17 @@ def files(folder: Path, *contents: str) -> list[Path]:
     return [folder / str(number) for number in range(len(contents))]
 
 
+def next_process() -> None:
+    """Only the cache folder outlives a process."""
+    local_files._in_process.clear()
+
+
 def test_an_unchanged_file_is_read_once(settled: Path, counted: tuple, tmp_path: Path) -> None:
     read, compute = counted
     paths = files(tmp_path / "data", "a", "b", "c")
     assert remembered("x", tmp_path, paths, compute) == ["a", "b", "c"] and sorted(read) == ["0", "1", "2"]
+    assert remembered("x", tmp_path, paths[1:], compute) == ["b", "c"] and len(read) == 3
+    next_process()
     assert remembered("x", tmp_path, paths[1:], compute) == ["b", "c"] and len(read) == 3
     times = paths[1].stat()
     paths[1].write_text("B")
@@ -56,6 +63,35 @@ def test_a_file_that_has_just_changed_is_not_trusted(
     for _ in range(2):
         assert remembered("x", tmp_path, paths, compute) == ["a"]
     assert read == ["0", "0"] and not (tmp_path / "cache").exists()
+
+
+def test_without_a_cache_folder_a_process_reads_each_file_once(
+    settled: Path, counted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    monkeypatch.setattr(local_files, "_warned", False)
+    read, compute = counted
+    paths = files(tmp_path / "data", "a", "b")
+    for kind in ("x", "x", "y"):
+        assert remembered(kind, tmp_path, paths, compute) == ["a", "b"]
+    assert sorted(read) == ["0", "0", "1", "1"]
+    (warning,) = caplog.messages
+    assert warning.startswith("cannot store what was computed from files (/dev/null/nola-vision/files: Not a directory)")
+    paths[0].write_text("A")
+    assert remembered("x", tmp_path, paths, compute) == ["A", "b"] and read[4:] == ["0"]
+
+
+def test_a_warning_says_that_there_is_no_home_folder(
+    settled: Path, counted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(local_files, "_warned", False)
+    assert remembered("x", tmp_path, files(tmp_path / "data", "a"), counted[1]) == ["a"]
+    assert "(there is no home folder)" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "changed", "nested", "a folder", "no cache"])
@@ -81,6 +117,7 @@ def test_a_damaged_cache_is_not_used(
             cache.mkdir()
         case "no cache":
             monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    next_process()
     assert remembered("x", tmp_path, paths, compute) == ["a", "b"] and len(read) == 4
 
 
