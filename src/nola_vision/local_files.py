@@ -2,7 +2,7 @@
 
 `remembered` stores what was computed from a file in this process and in the user's cache folder, so that neither this
 process nor the next reads 10,000 images again. An entry is reused only while size, times and inode of the file are the
-same. The cache folder can be deleted at any time; if it cannot be read or written, each process computes everything once.
+same. The cache folder can be deleted at any time; if it cannot be read or written, each process computes all once.
 """
 
 from __future__ import annotations
