@@ -205,21 +205,27 @@ def test_pixels_without_a_white_are_refused(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "most"),
+    ("name", "values", "factor"),
     [
-        ("12_bits.png", np.array([[0, 4080]], dtype=np.uint16), 4080),
-        ("8_bits.tif", np.array([[0, 255]], dtype=np.int32), 255),
-        ("10_bits.tif", np.array([[1, 1023]], dtype=np.uint16), 1023),
+        ("1_bit.png", np.array([[0, 1]], dtype=np.uint16), 32768),
+        ("8_bits.tif", np.array([[0, 255]], dtype=np.int32), 256),
+        ("10_bits.tif", np.array([[1, 1023]], dtype=np.uint16), 64),
+        ("12_bits.png", np.array([[0, 4080]], dtype=np.uint16), 16),
+        ("12_bits_and_white.png", np.array([[0, 4096]], dtype=np.uint16), 8),
+        ("14_bits.tif", np.array([[0, 16383]], dtype=np.int32), 4),
     ],
 )
-def test_few_bits_in_many_are_refused(tree: Path, name: str, values: np.ndarray, most: int) -> None:
+def test_few_bits_in_many_are_refused(tree: Path, name: str, values: np.ndarray, factor: int) -> None:
     """Scaled by 65535 they would be black, and scaled by themselves the images of a data set would differ in scale."""
     save(tree / "train/ant" / f"0{name}", Image.fromarray(values))
-    with pytest.raises(NolaVisionError, match=rf"grey values reach {most} where white is 65535.*save it with 8 bits"):
+    message = (
+        rf"values reach {values.max()}, .* white is expected at 65535: multiply .*\(by at most {factor} for .* 8 bits"
+    )
+    with pytest.raises(NolaVisionError, match=message):
         DATASETS["folder"].open(str(tree), "train").image(0)
-    for accepted in (np.zeros((1, 2), values.dtype), np.array([[0, 4096]], values.dtype)):
+    for accepted in (np.zeros((1, 2), values.dtype), np.array([[0, 16384]], values.dtype), values * factor):
         save(tree / "train/ant" / f"0{name}", Image.fromarray(accepted))
-        assert DATASETS["folder"].open(str(tree), "train").image(0).getextrema()[0] == (0, accepted.max() // 256)
+        assert DATASETS["folder"].open(str(tree), "train").image(0).getextrema()[0] == (0, round(accepted.max() / 257))
 
 
 def test_what_pillow_decodes_is_read_and_the_rest_is_counted(tree: Path) -> None:
