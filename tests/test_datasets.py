@@ -94,6 +94,24 @@ def test_names_in_unicodes_two_forms_are_one_name(tree: Path) -> None:
         DATASETS["folder"].open(str(tree), "train")
 
 
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [("\xe9.png", "e\u0301.png"), ("deep/\xe9/1.png", "deep/e\u0301/1.png"), ("\\xe9.png", os.fsdecode(b"\xe9.png"))],
+)
+def test_two_files_of_one_name_are_refused(one: str, two: str, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, paths, walk = DATASETS["folder"], [save(tree / "train/ant" / name) for name in (one, two)], os.walk
+    with pytest.raises(NolaVisionError, match="one name in Unicode's two forms.*: rename one$") as caught:
+        entry.open(str(tree), "train")
+    assert all(ascii(str(path)) in str(caught.value) for path in paths) and str(caught.value).isascii()
+    paths[1].unlink()
+    for name, colour in ((one, "red"), (two, "blue")):  # where `test` is used, `val` is only part of the hash
+        save(tree / "val/ant" / name, Image.new("RGB", (5, 4), colour))
+    assert len(entry.open(str(tree), "train")) == 5
+    content = entry.own_content(str(tree))
+    monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in list(walk(*a, **k))[::-1]))
+    assert content.count(b"\n") == 10 and entry.own_content(str(tree)) == content
+
+
 def test_a_link_that_leads_back_is_followed_once(tree: Path) -> None:
     (tree / "train/ant/self").symlink_to(tree / "train/ant")
     (tree / "train/naïve bée/elsewhere").symlink_to(tree / "test/ant")

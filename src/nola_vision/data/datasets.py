@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class Folder(DatasetEntry):
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
         folders = self._class_folders(root)[split]
-        files = [image_files(folder) for folder in folders.values()]
+        files = [_class_images(folder) for folder in folders.values()]
         labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in files])
         return FileSource([path for paths in files for path in paths], labels, tuple(folders), data_root(root))
 
@@ -320,7 +321,7 @@ class ImageNet100(DatasetEntry):
         if gone := [name for name in names if not (base / name).is_dir()]:
             reason = f"{base} lacks {len(gone)} of the {len(names)} class folders, {gone[0]} for one"
             raise NolaVisionError(_missing("ImageNet-100", self, data_root(root), reason))
-        files = [image_files(base / name) for name in names]
+        files = [_class_images(base / name) for name in names]
         labels = np.repeat(np.arange(len(names)), [len(paths) for paths in files])
         return FileSource([path for paths in files for path in paths], labels, names, data_root(root))
 
@@ -436,6 +437,22 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     return names
 
 
+def _class_images(folder: Path) -> list[Path]:
+    """`image_files` of a class, which a draw and a manifest must be able to tell apart by their names.
+
+    Raises:
+        NolaVisionError: as `image_files`, or two have one name.
+    """
+    images = image_files(folder)
+    for (one, (name, _)), (two, (other, _)) in pairwise((path, _order(path)) for path in images):
+        if name == other:
+            raise NolaVisionError(
+                f"{ascii(str(one))} and {ascii(str(two))} are one name in Unicode's two forms, or after bytes that are "
+                "not UTF-8 are written as text: rename one"
+            )
+    return images
+
+
 def image_files(folder: Path) -> list[Path]:
     """Sorted image files under a folder, by the suffixes of `image_suffixes`.
 
@@ -454,7 +471,12 @@ def image_files(folder: Path) -> list[Path]:
 def _images(files: Iterable[Path]) -> list[Path]:
     """Those of the files with an image's suffix, sorted."""
     images = [path for path in files if path.suffix.lower() in image_suffixes()]
-    return sorted(images, key=lambda path: name_text(path.as_posix()))
+    return sorted(images, key=_order)
+
+
+def _order(path: Path) -> tuple[str, bytes]:
+    """The key that files are sorted by: their name as text, and then as bytes."""
+    return name_text(path.as_posix()), os.fsencode(path)
 
 
 def _files(folder: Path) -> list[Path]:
