@@ -94,6 +94,24 @@ def test_names_in_unicodes_two_forms_are_one_name(tree: Path) -> None:
         DATASETS["folder"].open(str(tree), "train")
 
 
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [("\xe9.png", "e\u0301.png"), ("deep/\xe9/1.png", "deep/e\u0301/1.png"), ("\\xe9.png", os.fsdecode(b"\xe9.png"))],
+)
+def test_two_files_of_one_name_are_refused(one: str, two: str, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, paths, walk = DATASETS["folder"], [save(tree / "train/ant" / name) for name in (one, two)], os.walk
+    with pytest.raises(NolaVisionError, match="one name in Unicode's two forms.*: rename one$") as caught:
+        entry.open(str(tree), "train")
+    assert all(ascii(str(path)) in str(caught.value) for path in paths) and str(caught.value).isascii()
+    paths[1].unlink()
+    for name, colour in ((one, "red"), (two, "blue")):  # where `test` is used, `val` is only part of the hash
+        save(tree / "val/ant" / name, Image.new("RGB", (5, 4), colour))
+    assert len(entry.open(str(tree), "train")) == 5
+    content = entry.own_content(str(tree))
+    monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in list(walk(*a, **k))[::-1]))
+    assert content.count(b"\n") == 10 and entry.own_content(str(tree)) == content
+
+
 def test_a_link_that_leads_back_is_followed_once(tree: Path) -> None:
     (tree / "train/ant/self").symlink_to(tree / "train/ant")
     (tree / "train/naïve bée/elsewhere").symlink_to(tree / "test/ant")
@@ -205,21 +223,27 @@ def test_pixels_without_a_white_are_refused(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "most"),
+    ("name", "values", "factor"),
     [
-        ("12_bits.png", np.array([[0, 4080]], dtype=np.uint16), 4080),
-        ("8_bits.tif", np.array([[0, 255]], dtype=np.int32), 255),
-        ("10_bits.tif", np.array([[1, 1023]], dtype=np.uint16), 1023),
+        ("1_bit.png", np.array([[0, 1]], dtype=np.uint16), 32768),
+        ("8_bits.tif", np.array([[0, 255]], dtype=np.int32), 256),
+        ("10_bits.tif", np.array([[1, 1023]], dtype=np.uint16), 64),
+        ("12_bits.png", np.array([[0, 4080]], dtype=np.uint16), 16),
+        ("12_bits_and_white.png", np.array([[0, 4096]], dtype=np.uint16), 8),
+        ("14_bits.tif", np.array([[0, 16383]], dtype=np.int32), 4),
     ],
 )
-def test_few_bits_in_many_are_refused(tree: Path, name: str, values: np.ndarray, most: int) -> None:
+def test_few_bits_in_many_are_refused(tree: Path, name: str, values: np.ndarray, factor: int) -> None:
     """Scaled by 65535 they would be black, and scaled by themselves the images of a data set would differ in scale."""
     save(tree / "train/ant" / f"0{name}", Image.fromarray(values))
-    with pytest.raises(NolaVisionError, match=rf"grey values reach {most} where white is 65535.*save it with 8 bits"):
+    message = (
+        rf"values reach {values.max()}, .* white is expected at 65535: multiply .*\(by at most {factor} for .* 8 bits"
+    )
+    with pytest.raises(NolaVisionError, match=message):
         DATASETS["folder"].open(str(tree), "train").image(0)
-    for accepted in (np.zeros((1, 2), values.dtype), np.array([[0, 4096]], values.dtype)):
+    for accepted in (np.zeros((1, 2), values.dtype), np.array([[0, 16384]], values.dtype), values * factor):
         save(tree / "train/ant" / f"0{name}", Image.fromarray(accepted))
-        assert DATASETS["folder"].open(str(tree), "train").image(0).getextrema()[0] == (0, accepted.max() // 256)
+        assert DATASETS["folder"].open(str(tree), "train").image(0).getextrema()[0] == (0, round(accepted.max() / 257))
 
 
 def test_what_pillow_decodes_is_read_and_the_rest_is_counted(tree: Path) -> None:
@@ -481,6 +505,18 @@ def test_a_hugging_face_data_set_in_a_local_folder(tmp_path: Path, monkeypatch: 
         get_dataset(f"hf:{tmp_path / 'nowhere'}").open(str(tmp_path / "cache"), "train")
     with pytest.raises(NolaVisionError, match=r"which of image, label is the label is not clear"):
         get_dataset(f"hf:{tmp_path / 'insects'}#species").open(str(tmp_path / "cache"), "train")
+
+
+def test_large_files_of_a_local_hugging_face_data_set_are_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Parquet file is often larger than an image may be; two that differ are two data sets."""
+    monkeypatch.setattr(datasets, "MOST_BYTES", 10)
+    found = set()
+    for content in (b"a" * 20, b"b" * 20):
+        (tmp_path / "train.parquet").write_bytes(content)
+        found.add(get_dataset(f"hf:{tmp_path}").own_content(None))
+    assert len(found) == 2
 
 
 def write_hub(folder: Path, feature: object = None, **labels: list[int | str | None]) -> DatasetEntry:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from nola_vision import local_files
 from nola_vision.data.datasets import get_dataset
-from nola_vision.local_files import file_digest, read_file, remembered
+from nola_vision.local_files import file_digest, open_regular, read_file, remembered
 
 
 @pytest.fixture
@@ -33,10 +33,17 @@ def files(folder: Path, *contents: str) -> list[Path]:
     return [folder / str(number) for number in range(len(contents))]
 
 
+def next_process() -> None:
+    """Only the cache folder outlives a process."""
+    local_files._in_process.clear()
+
+
 def test_an_unchanged_file_is_read_once(settled: Path, counted: tuple, tmp_path: Path) -> None:
     read, compute = counted
     paths = files(tmp_path / "data", "a", "b", "c")
     assert remembered("x", tmp_path, paths, compute) == ["a", "b", "c"] and sorted(read) == ["0", "1", "2"]
+    assert remembered("x", tmp_path, paths[1:], compute) == ["b", "c"] and len(read) == 3
+    next_process()
     assert remembered("x", tmp_path, paths[1:], compute) == ["b", "c"] and len(read) == 3
     times = paths[1].stat()
     paths[1].write_text("B")
@@ -56,6 +63,37 @@ def test_a_file_that_has_just_changed_is_not_trusted(
     for _ in range(2):
         assert remembered("x", tmp_path, paths, compute) == ["a"]
     assert read == ["0", "0"] and not (tmp_path / "cache").exists()
+
+
+def test_without_a_cache_folder_a_process_reads_each_file_once(
+    settled: Path, counted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    monkeypatch.setattr(local_files, "_warned", False)
+    read, compute = counted
+    paths = files(tmp_path / "data", "a", "b")
+    for kind in ("x", "x", "y"):
+        assert remembered(kind, tmp_path, paths, compute) == ["a", "b"]
+    assert sorted(read) == ["0", "0", "1", "1"]
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        "cannot store what was computed from files (/dev/null/nola-vision/files: Not a directory)"
+    )
+    paths[0].write_text("A")
+    assert remembered("x", tmp_path, paths, compute) == ["A", "b"] and read[4:] == ["0"]
+
+
+def test_a_warning_says_that_there_is_no_home_folder(
+    settled: Path, counted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(local_files, "_warned", False)
+    assert remembered("x", tmp_path, files(tmp_path / "data", "a"), counted[1]) == ["a"]
+    assert "(there is no home folder)" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "changed", "nested", "a folder", "no cache"])
@@ -81,7 +119,33 @@ def test_a_damaged_cache_is_not_used(
             cache.mkdir()
         case "no cache":
             monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    next_process()
     assert remembered("x", tmp_path, paths, compute) == ["a", "b"] and len(read) == 4
+
+
+def test_a_result_is_not_remembered_if_the_file_changed_meanwhile(
+    settled: Path, counted: tuple, tmp_path: Path
+) -> None:
+    read, compute = counted
+    paths, link = files(tmp_path / "data", "a", "b"), tmp_path / "link"
+    link.symlink_to(paths[0])
+
+    def replaced(path: Path) -> str:
+        link.unlink()
+        link.symlink_to(paths[1])
+        return path.read_text()
+
+    def rewritten(path: Path) -> str:
+        content = path.read_text()
+        path.write_text("c")
+        return content
+
+    assert remembered("x", tmp_path, [link], replaced) == ["b"]
+    link.unlink()
+    link.symlink_to(paths[0])  # its times and inode are again those from before `replaced`
+    assert remembered("x", tmp_path, [link], rewritten) == ["a"]
+    assert not settled.exists()
+    assert remembered("x", tmp_path, [link], compute) == ["c"]
 
 
 def test_only_regular_files_of_a_sane_size_are_read(tmp_path: Path) -> None:
@@ -98,6 +162,30 @@ def test_only_regular_files_of_a_sane_size_are_read(tmp_path: Path) -> None:
         with pytest.raises(OSError) as caught:
             read_file(path, 2**20)
         assert reason in (caught.value.strerror or "") and file_digest(path, 2**20) is None
+
+
+@pytest.mark.parametrize(
+    ("swapped", "reason"), [("fifo", "a FIFO, not a regular file"), ("large", "larger than 1 MiB")]
+)
+def test_a_file_that_is_replaced_before_it_is_opened_is_refused(
+    swapped: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = tmp_path / "file", os.open
+    path.write_text("a")
+
+    def swap(name: Path, flags: int) -> int:
+        path.unlink()
+        if swapped == "fifo":
+            os.mkfifo(path)
+        else:
+            path.write_bytes(bytes(2**21))
+        assert flags & os.O_NONBLOCK  # or this test waits
+        return opened(name, flags)
+
+    monkeypatch.setattr(os, "open", swap)
+    with pytest.raises(OSError) as caught, open_regular(path, 2**20):
+        pass
+    assert reason in (caught.value.strerror or "")
 
 
 def test_the_contents_of_a_folder_are_in_its_hash(settled: Path, tmp_path: Path) -> None:

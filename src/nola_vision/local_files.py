@@ -1,8 +1,8 @@
 """Reading the user's files: regular files of a sane size only, and facts about them that are remembered.
 
-`remembered` stores what was computed from a file in the user's cache folder, so that the next process need not read
-10,000 images again. An entry is reused only while size, times and inode of the file are the same. The cache can be
-deleted at any time, and where it cannot be read or written everything is computed.
+`remembered` stores what was computed from a file in this process and in the user's cache folder, so that neither this
+process nor the next reads 10,000 images again. An entry is reused only while size, times and inode of the file are the
+same. The cache folder can be deleted at any time; if it cannot be read or written, each process computes all once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from nola_vision.files import write_whole
+from nola_vision.text import printable
 
 _log = logging.getLogger(__name__)
 
 RACY_NS = 2 * 10**9  # a file that changed so recently may change again without its times showing it
 _MOST_THREADS = 8
 _ANNOUNCED_BYTES = 2**30  # reading more than this is announced
+
+Entries = dict[str, list[Any]]  # `[size, mtime, ctime, inode, value]` of a file by its path under a folder
+
+_in_process: dict[tuple[str, Path], Entries] = {}  # by kind and folder
 
 
 @contextmanager
@@ -109,18 +114,26 @@ def remembered(
         compute: must depend on the file's content only, and be safe in threads. None is not remembered.
         most_bytes: the result is None for larger files, as for what is not a regular file.
     """
-    cache = _cache_file(kind, base)
-    known = _read_cache(cache)
-    keys = [os.path.relpath(path, base) for path in paths]
-    before = [_identity(path, most_bytes) for path in paths]
+    place = base.resolve()
+    known = _in_process.setdefault((kind, place), {})
+    keys = [str(path).removeprefix(f"{base}{os.sep}") for path in paths]
+    identities = [_identity(path, most_bytes) for path in paths]
     results: list[str | None] = [None] * len(paths)
-    missing: dict[int, list[int]] = {}
-    for index, identity in enumerate(before):
-        *found, value = known.get(keys[index], [None])
-        if identity is not None and found == identity:
-            results[index] = value
-        elif identity is not None:
-            missing[index] = identity
+    missing = {index: identity for index, identity in enumerate(identities) if identity is not None}
+
+    def look_up(entries: Entries) -> None:  # moves what it finds from `missing` to `results`
+        for index, identity in [*missing.items()]:
+            *found, value = entries.get(keys[index], [None])
+            if found == identity:
+                known[keys[index]], results[index] = [*identity, value], value
+                del missing[index]
+
+    look_up(known)
+    if not missing:
+        return results
+    cache = _cache_file(kind, place)
+    stored = _read_cache(cache)
+    look_up(stored)
     size = sum(identity[0] for identity in missing.values())
     if size > _ANNOUNCED_BYTES:
         _log.warning("reading %d files in %s, %.1f GB: this is done once", len(missing), base, size / 1e9)
@@ -130,14 +143,15 @@ def remembered(
     finally:
         threads.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all files
     recent = time.time_ns() - RACY_NS
-    new = {}
+    new: Entries = {}
     for index, value in values.items():
         results[index], identity = value, missing[index]
         _, modified, changed, _ = identity
         if value is not None and identity == _identity(paths[index], most_bytes) and max(modified, changed) < recent:
             new[keys[index]] = [*identity, value]
+    known |= new
     if new:
-        _write_cache(cache, known | new)
+        _write_cache(cache, stored | known)
     return results
 
 
@@ -151,35 +165,53 @@ def _identity(path: Path, most_bytes: int | None) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _cache_file(kind: str, base: Path) -> Path | None:
-    """Where facts of a kind about the files under a folder are stored; None without a home folder."""
+def _cache_file(kind: str, place: Path) -> Path | None:
+    """Where facts of a kind about the files under a resolved folder are stored; None without a home folder."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
         return None
-    name = hashlib.sha256(os.fsencode(f"{kind}\0{base.resolve()}")).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(f"{kind}\0{place}")).hexdigest()[:32]
     return folder / "nola-vision" / "files" / f"{name}.json"
 
 
-def _read_cache(path: Path | None) -> dict[str, list[Any]]:
-    """The entries of a cache file, `[size, mtime, ctime, inode, value]` by path; none if the file is damaged."""
+def _read_cache(path: Path | None) -> Entries:
+    """The entries of a cache file; none if the file is damaged."""
     if path is None:
         return {}
     try:
         checksum, _, text = read_file(path, 2**28).partition(b"\n")
         if hashlib.sha256(text).hexdigest().encode() != checksum:
             return {}
-        loaded: dict[str, list[Any]] = json.loads(text)
+        loaded: Entries = json.loads(text)
         return loaded
     except (OSError, ValueError):
         return {}
 
 
-def _write_cache(path: Path | None, entries: dict[str, list[Any]]) -> None:
+def _write_cache(path: Path | None, entries: Entries) -> None:
     text = json.dumps(entries, separators=(",", ":")).encode()  # ASCII, so file names of any bytes are kept
+    if path is None:
+        return _warn_not_stored("there is no home folder")
     try:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-    except OSError:
-        pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    except OSError as error:
+        _warn_not_stored(f"{path.parent}: {error.strerror}")
+
+
+_warned = False
+
+
+def _warn_not_stored(reason: str) -> None:
+    """Warns once per process."""
+    global _warned
+    if not _warned:
+        _warned = True
+        _log.warning(
+            "%s",
+            printable(
+                f"cannot store what was computed from files ({reason}), so every process reads all of them again: "
+                "set XDG_CACHE_HOME to a folder that can be written"
+            ),
+        )

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class Folder(DatasetEntry):
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
         folders = self._class_folders(root)[split]
-        files = [image_files(folder) for folder in folders.values()]
+        files = [_class_images(folder) for folder in folders.values()]
         labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in files])
         return FileSource([path for paths in files for path in paths], labels, tuple(folders), data_root(root))
 
@@ -134,7 +135,8 @@ class Folder(DatasetEntry):
         """The name and the SHA-256 of every image in the splits' folders."""
         place = data_root(root)
         folders = [place / name for name in self.FOLDERS if (place / name).is_dir()]
-        return content_list(place, [path for folder in folders for path in _images(_files(folder))])
+        images = [path for folder in folders for path in _images(_files(folder))]
+        return content_list(place, images, MOST_BYTES)  # a larger image is refused when it is read
 
     def other_files(self, root: str | None, split: Split) -> Counter[str]:
         return _other_suffixes(path for folder in self._class_folders(root)[split].values() for path in _files(folder))
@@ -319,7 +321,7 @@ class ImageNet100(DatasetEntry):
         if gone := [name for name in names if not (base / name).is_dir()]:
             reason = f"{base} lacks {len(gone)} of the {len(names)} class folders, {gone[0]} for one"
             raise NolaVisionError(_missing("ImageNet-100", self, data_root(root), reason))
-        files = [image_files(base / name) for name in names]
+        files = [_class_images(base / name) for name in names]
         labels = np.repeat(np.arange(len(names)), [len(paths) for paths in files])
         return FileSource([path for paths in files for path in paths], labels, names, data_root(root))
 
@@ -437,6 +439,22 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     return names
 
 
+def _class_images(folder: Path) -> list[Path]:
+    """`image_files` of a class, which a draw and a manifest must be able to tell apart by their names.
+
+    Raises:
+        NolaVisionError: as `image_files`, or two have one name.
+    """
+    images = image_files(folder)
+    for (one, (name, _)), (two, (other, _)) in pairwise((path, _order(path)) for path in images):
+        if name == other:
+            raise NolaVisionError(
+                f"{ascii(str(one))} and {ascii(str(two))} are one name in Unicode's two forms, or after bytes that are "
+                "not UTF-8 are written as text: rename one"
+            )
+    return images
+
+
 def image_files(folder: Path) -> list[Path]:
     """Sorted image files under a folder, by the suffixes of `image_suffixes`.
 
@@ -455,7 +473,12 @@ def image_files(folder: Path) -> list[Path]:
 def _images(files: Iterable[Path]) -> list[Path]:
     """Those of the files with an image's suffix, sorted."""
     images = [path for path in files if path.suffix.lower() in image_suffixes()]
-    return sorted(images, key=lambda path: name_text(path.as_posix()))
+    return sorted(images, key=_order)
+
+
+def _order(path: Path) -> tuple[str, bytes]:
+    """The key that files are sorted by: their name as text, and then as bytes."""
+    return name_text(path.as_posix()), os.fsencode(path)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -480,9 +503,15 @@ def _other_suffixes(files: Iterable[Path]) -> Counter[str]:
     return Counter(suffix or "without suffix" for suffix in suffixes if suffix not in image_suffixes())
 
 
-def content_list(base: Path, paths: list[Path]) -> bytes:
-    """The name under `base` and the SHA-256 of each file, one per line; a file that cannot be read has none."""
-    digests = file_digests(base, paths, MOST_BYTES)
+def content_list(base: Path, paths: list[Path], most_bytes: int | None = None) -> bytes:
+    """The name under `base` and the SHA-256 of each file, one per line.
+
+    Args:
+        base: the folder that all paths are under.
+        paths: of the files.
+        most_bytes: a larger file has no digest, as one that cannot be read.
+    """
+    digests = file_digests(base, paths, most_bytes)
     names = [name_text(path.relative_to(base).as_posix()) for path in paths]
     return "".join(f"{name}\0{found or ''}\n" for name, found in zip(names, digests, strict=True)).encode()
 

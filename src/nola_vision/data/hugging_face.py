@@ -102,7 +102,7 @@ class HuggingFace(DatasetEntry):
         return HubSource(f"{HUB_PREFIX}{self.name}[{split}]", data[image], labels, tuple(map(str, values)))
 
     def own_content(self, root: str | None) -> bytes:
-        """The name and the SHA-256 of every file of a local path."""
+        """The name and the SHA-256 of every file of a local path, whatever its size: one file may have all images."""
         place = Path(self.name)
         files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else []
         return content_list(place, sorted(files))

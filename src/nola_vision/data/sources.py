@@ -157,19 +157,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image in mode RGB: 16-bit grey is scaled to 8 bits, alpha is dropped.
 
     White is 65535 for every grey image of more than 8 bits, so that all images of a data set are scaled equally. One
-    that stores fewer bits in that range is refused: it would be nearly black, with at most 16 grey levels.
+    that stays under 2^14 is refused: most store fewer bits in that range, and a quarter of the grey levels or fewer
+    would be left. An image that is all black is accepted.
 
     Raises:
-        NolaVisionError: floating-point pixels, or grey values outside 0 to 65535 or all under 4096.
+        NolaVisionError: floating-point pixels, or grey values outside 0 to 65535 or with a maximum of 1 to 16383.
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise NolaVisionError(f"pixel mode {image.mode} has no agreed white, save it with 8 or 16 bits")
-        if 0 < values.max() < 4096:
+        most = int(values.max())
+        if 0 < most < 2**14:
             raise NolaVisionError(
-                f"its grey values reach {values.max()} where white is 65535, so it would be nearly black: save it with "
-                "8 bits, or scaled to 16"
+                f"its grey values reach {most}, but in 16 bits white is expected at 65535: multiply all images of the "
+                f"data set by the same power of two (by at most {2 ** (16 - most.bit_length())} for this one), or save "
+                "them with 8 bits"
             )
         image = Image.fromarray(np.round(values.astype(np.float64) / 257).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
