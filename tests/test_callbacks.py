@@ -53,10 +53,15 @@ def test_the_best_epoch_is_saved_validated_and_tested(tmp_path: Path, capsys: py
     run.evaluate(config, tmp_path, "test", "last")
     printed = re.search(r"test_accuracy\W+([\d.]+)", capsys.readouterr().out)
     assert printed and float(printed[1]) == pytest.approx(row.test_accuracy, abs=1e-6)
-    best.unlink()
     (folder / "row.json").unlink()
-    with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* is missing or damaged"):
+    best.write_bytes(b"damaged")
+    with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* is damaged: train again"):
         run.run(config, tmp_path, ckpt_path="last")
+    best.unlink()
+    with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* does not exist: put the file back"):
+        run.run(config, tmp_path, ckpt_path="last")
+    with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* does not exist: put the file back"):
+        run.evaluate(config, tmp_path, "test", None)
 
 
 def test_learning_rates_are_logged_and_loggers_are_a_list(tmp_path: Path) -> None:

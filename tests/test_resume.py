@@ -1,6 +1,7 @@
 """Runs that are interrupted at any moment, and the one command that finishes them: `fit ... --ckpt_path last`."""
 
 import csv
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,31 @@ def test_a_run_stopped_in_training_is_finished(call: int, tmp_path: Path, monkey
     assert row is not None and row.status == "interrupted"
     run.run(config, tmp_path / "stopped", ckpt_path="last")
     assert result(config, tmp_path / "stopped") == result(config, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_best_epoch_is_found_under_another_path(
+    moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("nola4", trainer={"callbacks": [BEST]})
+    monkeypatch.chdir(tmp_path)
+    whole = run.run(config, Path("whole"))
+    assert whole.epoch == 0
+    with monkeypatch.context() as patch:
+        once(patch, Classifier, "training_step", ctrl_c, 5)  # in the last epoch
+        interrupted(config, Path("stopped"))
+    out = tmp_path / "stopped"
+    if moved:
+        out = out.rename(tmp_path / "moved")
+    run.run(config, out, ckpt_path="last")
+    assert result(config, out) == result(config, tmp_path / "whole")
+    (best,) = out.rglob("val_loss/*.ckpt")  # the other epochs' files are gone
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for place in (out, tmp_path / "whole"):
+        run.evaluate(config, place, "test", None)
+        printed = re.search(r"test_accuracy\W+([\d.]+)", capsys.readouterr().out)
+        assert printed and float(printed[1]) == pytest.approx(whole.test_accuracy, abs=1e-6)
 
 
 def test_ctrl_c_while_the_row_is_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

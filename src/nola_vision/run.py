@@ -31,7 +31,7 @@ from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
-from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, monitoring
+from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, checkpoint_folder, current_path, monitoring
 
 ADAPTER_FILE = "adapter.safetensors"
 _CHECKED_IMAGES = 4  # of the training set, to compare the saved adapter with the trained one
@@ -436,11 +436,13 @@ def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path:
         if ckpt_path is not None:
             checkpoint = read_checkpoint(ckpt_path)
             best = monitoring(built.trainer.callbacks)  # type: ignore[attr-defined]
-            if own and best is not None and isinstance(checkpoint.get("callbacks"), dict):
-                state = checkpoint["callbacks"].get(best.state_key)
-                if isinstance(state, dict) and (path := state.get("best_model_path")):
-                    checkpoint = read_checkpoint(str(path))
-            built.model.load_weights(checkpoint)
+            states = checkpoint.get("callbacks")
+            state = states.get(best.state_key) if own and best is not None and isinstance(states, dict) else None
+            if best is not None and isinstance(state, dict) and (path := state.get("best_model_path")):
+                place = checkpoint_folder(folder, best)  # `best.dirpath` is in the verb's own folder
+                built.model.load_best(current_path(str(path), state.get("dirpath"), place))
+            else:
+                built.model.load_weights(checkpoint)
         step = built.trainer.validate if verb == "validate" else built.trainer.test
         try:
             step(built.model, datamodule=built.datamodule)
