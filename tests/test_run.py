@@ -289,6 +289,23 @@ def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
     assert store.read_row(folder / "row.json").status == "failed" and not (folder / run.ADAPTER_FILE).exists()
 
 
+def test_a_damaged_row_is_replaced_and_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    path = identity.run_folder(tmp_path, config("linear"), "final") / "row.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\xff")
+    monkeypatch.setattr("nola_vision.model.AdaptedModel.save", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        run.run(config("linear"), tmp_path)
+    row = store.read_row(path)
+    assert row.status == "failed" and "the disk is full" in str(row.error)
+    assert f"replaces one that cannot be read: {path}" in caplog.text
+
+
 def test_ctrl_c_leaves_a_row_marked_interrupted(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nola_vision.cli.main", "fit", "--config", "quickstart.yaml", "--threads=1"]
     quiet = ["--trainer.max_epochs=100000", "--trainer.enable_progress_bar=false", f"--out={tmp_path}"]

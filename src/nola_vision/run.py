@@ -236,9 +236,18 @@ def _run(
                 pass
             elif not begun:
                 _remove_empty(folder, out)
-            elif status == "completed" or find_completed(folder) is None:
+            elif status == "completed" or not _has_completed_row(folder):
                 write_row(folder, finished)
     return finished
+
+
+def _has_completed_row(folder: Path) -> bool:
+    """Whether the folder has the row of a completed run; one that cannot be read does not count."""
+    try:
+        return find_completed(folder) is not None
+    except NolaVisionError as error:
+        _log.warning("the row of this run replaces one that cannot be read: %s", error)
+        return False
 
 
 def _remove_empty(folder: Path, out: Path) -> None:
