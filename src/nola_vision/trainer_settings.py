@@ -47,7 +47,7 @@ class LastCheckpoint(Checkpoint):
             return
         part = self.path.with_suffix(".part")
         # Lightning copies the file from the system's temporary folder, which takes a while on another disk
-        trainer.save_checkpoint(part)
+        trainer.save_checkpoint(part, weights_only=False)
         if trainer.is_global_zero:
             os.replace(part, self.path)
 
