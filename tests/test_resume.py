@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch._utils import ExceptionWrapper
 
 from nola_vision import run
 from nola_vision.data.datamodule import KShotDataModule
@@ -281,20 +280,6 @@ def test_weights_that_are_not_finite_are_named_before_training(tmp_path: Path) -
         with pytest.raises(NolaVisionError, match=r"w\.pth hold a number that is not finite, in blocks.2.mlp.fc1.bias"):
             run.run(tiny(method, model={"backbone": backbone}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_an_error_of_a_data_loaders_worker_is_its_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raised(*_: Any) -> None:
-        try:
-            corrupt()
-        except NolaVisionError:
-            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
-
-    monkeypatch.setattr(KShotDataModule, "test_dataloader", raised)
-    with pytest.raises(NolaVisionError, match="^the image 3.png cannot be decoded$"):
-        run.run(tiny("linear"), tmp_path)
-    row = store.find_row(identity.run_folder(tmp_path, tiny("linear"), "final"))
-    assert row is not None and row.error == "the image 3.png cannot be decoded"
 
 
 def test_validate_and_test_evaluate_what_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

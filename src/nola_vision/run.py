@@ -210,15 +210,12 @@ def _run(
             if status != "completed":
                 status, measured["error"] = "interrupted", "interrupted before it ended"
             raise KeyboardInterrupt from None
-        except Exception as failed:
-            error = _of_a_worker(failed)
+        except Exception as error:
             expected = isinstance(error, NolaVisionError)
             measured["error"] = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
             begun = (begun or not expected) and (keep_going or not isinstance(error, CheckpointError))
             if not expected or (begun and error.__cause__ is not None):
                 (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            if error is not failed and not keep_going:
-                raise error from failed
             if not keep_going:
                 raise
         finally:
@@ -375,12 +372,6 @@ def _fit(built: RunCLI, ckpt_path: str | None) -> None:
         ) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
-
-
-def _of_a_worker(error: Exception) -> Exception:
-    """The user error that a data loader's worker process met: torch makes its traceback the message."""
-    found = re.match(r"Caught NolaVisionError in .*\bNolaVisionError: (.*)", str(error), re.DOTALL)
-    return NolaVisionError(found[1].strip()) if found and isinstance(error, NolaVisionError) else error
 
 
 def _one_line(error: BaseException) -> str:
