@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nola_vision import run
-from nola_vision.config import parse
+from nola_vision.config import build, parse
 from nola_vision.config_files import overlay
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store
 from nola_vision.trainer_settings import LAST_CHECKPOINT
@@ -123,6 +125,16 @@ def test_a_monitor_that_is_not_logged_is_named(tmp_path: Path) -> None:
     with pytest.raises(NolaVisionError, match="check_val_every_n_epoch is 5 and trainer.max_epochs 3"):
         run.run(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_monitors_are_checked_in_each_process_of_a_distributed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KShotDataModule, "_pool_indices", lambda *_: np.empty(0, np.int64))  # the classes are too small
+    built = build(with_callbacks(callback("EarlyStopping", monitor="val_loss")), tmp_path)
+    with pytest.raises(NolaVisionError, match="EarlyStopping monitors 'val_loss', but there are no validation images"):
+        built.trainer.fit(built.model, datamodule=built.datamodule)  # as in `run` where the world has two processes
+    assert not built.model.began
 
 
 @pytest.mark.parametrize(

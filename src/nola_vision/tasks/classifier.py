@@ -18,12 +18,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torchmetrics import MeanMetric
 
 from nola_vision.backbones import BackboneSpec, batch_norms
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import PEFT, FullFinetune, Method
 from nola_vision.model import adapt, backbone_tensors, first_not_finite
 from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
-from nola_vision.trainer_settings import monitoring, update_paths
+from nola_vision.trainer_settings import check_monitors, monitoring, update_paths
 
 _LOOK_EVERY = 50  # steps on a GPU
 
@@ -231,6 +232,10 @@ class Classifier(L.LightningModule):
                 "this method trains batch norms, whose statistics each device would take of its own images: use one "
                 "device, or GPUs with --trainer.sync_batchnorm true"
             )
+        # `run` has not done it where several processes train: it opens no images before `fit`
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, KShotDataModule):
+            check_monitors(self.trainer, data.describe()["counts"]["validation"] > 0)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_other_checkpoint(checkpoint)
