@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nola_vision import run
-from nola_vision.config import parse
+from nola_vision.config import build, parse
 from nola_vision.config_files import overlay
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store
 from nola_vision.trainer_settings import LAST_CHECKPOINT
@@ -53,10 +55,15 @@ def test_the_best_epoch_is_saved_validated_and_tested(tmp_path: Path, capsys: py
     run.evaluate(config, tmp_path, "test", "last")
     printed = re.search(r"test_accuracy\W+([\d.]+)", capsys.readouterr().out)
     assert printed and float(printed[1]) == pytest.approx(row.test_accuracy, abs=1e-6)
-    best.unlink()
     (folder / "row.json").unlink()
-    with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* is missing or damaged"):
+    best.write_bytes(b"damaged")
+    with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* is damaged: train again"):
         run.run(config, tmp_path, ckpt_path="last")
+    best.unlink()
+    with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* does not exist: put the file back"):
+        run.run(config, tmp_path, ckpt_path="last")
+    with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* does not exist: put the file back"):
+        run.evaluate(config, tmp_path, "test", None)
 
 
 def test_learning_rates_are_logged_and_loggers_are_a_list(tmp_path: Path) -> None:
@@ -118,6 +125,16 @@ def test_a_monitor_that_is_not_logged_is_named(tmp_path: Path) -> None:
     with pytest.raises(NolaVisionError, match="check_val_every_n_epoch is 5 and trainer.max_epochs 3"):
         run.run(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_monitors_are_checked_in_each_process_of_a_distributed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KShotDataModule, "_pool_indices", lambda *_: np.empty(0, np.int64))  # the classes are too small
+    built = build(with_callbacks(callback("EarlyStopping", monitor="val_loss")), tmp_path)
+    with pytest.raises(NolaVisionError, match="EarlyStopping monitors 'val_loss', but there are no validation images"):
+        built.trainer.fit(built.model, datamodule=built.datamodule)  # as in `run` where the world has two processes
+    assert not built.model.began
 
 
 @pytest.mark.parametrize(

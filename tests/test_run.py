@@ -206,9 +206,10 @@ def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
     assert math.isnan(built.trainer.callback_metrics["val_loss"])
 
 
-def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     uneven = config("linear", trainer={"check_val_every_n_epoch": 2})
     run.run(uneven, tmp_path)
+    assert "weights_only" not in caplog.text  # Lightning would log a line for each epoch
     folder = identity.run_folder(tmp_path, uneven, "final")
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     trained = load_adapter(folder / run.ADAPTER_FILE)
@@ -287,6 +288,23 @@ def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
         run.run(blown, tmp_path)
     folder = identity.run_folder(tmp_path, blown, "final")
     assert store.read_row(folder / "row.json").status == "failed" and not (folder / run.ADAPTER_FILE).exists()
+
+
+def test_a_damaged_row_is_replaced_and_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    path = identity.run_folder(tmp_path, config("linear"), "final") / "row.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\xff")
+    monkeypatch.setattr("nola_vision.model.AdaptedModel.save", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        run.run(config("linear"), tmp_path)
+    row = store.read_row(path)
+    assert row.status == "failed" and "the disk is full" in str(row.error)
+    assert f"replaces one that cannot be read: {path}" in caplog.text
 
 
 def test_ctrl_c_leaves_a_row_marked_interrupted(tmp_path: Path) -> None:

@@ -38,7 +38,13 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.local_files import file_digest
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
-from nola_vision.trainer_settings import CHECKPOINTS, LAST_CHECKPOINT, LastCheckpoint, check_precision, check_trainer
+from nola_vision.trainer_settings import (
+    LAST_CHECKPOINT,
+    LastCheckpoint,
+    check_precision,
+    check_trainer,
+    checkpoint_folder,
+)
 
 
 def _load_value(text: str) -> Any:
@@ -125,7 +131,7 @@ class RunCLI(LightningCLI):
         callbacks: list[L.Callback] = list(_listed(given["callbacks"]))
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.folder / CHECKPOINTS / (callback.monitor or "unmonitored"))
+                callback.dirpath = str(checkpoint_folder(self.folder, callback))
         if given["enable_checkpointing"] is not False:
             callbacks.append(LastCheckpoint(self.folder / LAST_CHECKPOINT))
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

@@ -31,7 +31,7 @@ from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
-from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, monitoring
+from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, checkpoint_folder, current_path, monitoring
 
 ADAPTER_FILE = "adapter.safetensors"
 _CHECKED_IMAGES = 4  # of the training set, to compare the saved adapter with the trained one
@@ -211,15 +211,12 @@ def _run(
             if status != "completed":
                 status, measured["error"] = "interrupted", "interrupted before it ended"
             raise KeyboardInterrupt from None
-        except Exception as failed:
-            error = _of_a_worker(failed)
+        except Exception as error:
             expected = isinstance(error, NolaVisionError)
             measured["error"] = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
             begun = (begun or not expected) and (keep_going or not isinstance(error, CheckpointError))
             if not expected or (begun and error.__cause__ is not None):
                 (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            if error is not failed and not keep_going:
-                raise error from failed
             if not keep_going:
                 raise
         finally:
@@ -237,9 +234,18 @@ def _run(
                 pass
             elif not begun:
                 _remove_empty(folder, out)
-            elif status == "completed" or find_completed(folder) is None:
+            elif status == "completed" or not _has_completed_row(folder):
                 write_row(folder, finished)
     return finished
+
+
+def _has_completed_row(folder: Path) -> bool:
+    """Whether the folder has the row of a completed run; one that cannot be read does not count."""
+    try:
+        return find_completed(folder) is not None
+    except NolaVisionError as error:
+        _log.warning("the row of this run replaces one that cannot be read: %s", error)
+        return False
 
 
 def _remove_empty(folder: Path, out: Path) -> None:
@@ -369,12 +375,6 @@ def _fit(built: RunCLI, ckpt_path: str | None) -> None:
         raise KeyboardInterrupt
 
 
-def _of_a_worker(error: Exception) -> Exception:
-    """The user error that a data loader's worker process met: torch makes its traceback the message."""
-    found = re.match(r"Caught NolaVisionError in .*\bNolaVisionError: (.*)", str(error), re.DOTALL)
-    return NolaVisionError(found[1].strip()) if found and isinstance(error, NolaVisionError) else error
-
-
 def _one_line(error: BaseException) -> str:
     return textwrap.shorten(str(error), 200)
 
@@ -437,11 +437,13 @@ def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path:
         if ckpt_path is not None:
             checkpoint = read_checkpoint(ckpt_path)
             best = monitoring(built.trainer.callbacks)  # type: ignore[attr-defined]
-            if own and best is not None and isinstance(checkpoint.get("callbacks"), dict):
-                state = checkpoint["callbacks"].get(best.state_key)
-                if isinstance(state, dict) and (path := state.get("best_model_path")):
-                    checkpoint = read_checkpoint(str(path))
-            built.model.load_weights(checkpoint)
+            states = checkpoint.get("callbacks")
+            state = states.get(best.state_key) if own and best is not None and isinstance(states, dict) else None
+            if best is not None and isinstance(state, dict) and (path := state.get("best_model_path")):
+                place = checkpoint_folder(folder, best)  # `best.dirpath` is in the verb's own folder
+                built.model.load_best(current_path(str(path), state.get("dirpath"), place))
+            else:
+                built.model.load_weights(checkpoint)
         step = built.trainer.validate if verb == "validate" else built.trainer.test
         try:
             step(built.model, datamodule=built.datamodule)

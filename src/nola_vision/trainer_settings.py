@@ -47,7 +47,7 @@ class LastCheckpoint(Checkpoint):
             return
         part = self.path.with_suffix(".part")
         # Lightning copies the file from the system's temporary folder, which takes a while on another disk
-        trainer.save_checkpoint(part)
+        trainer.save_checkpoint(part, weights_only=False)
         if trainer.is_global_zero:
             os.replace(part, self.path)
 
@@ -56,6 +56,41 @@ def monitoring(callbacks: Sequence[L.Callback]) -> ModelCheckpoint | None:
     """The first ModelCheckpoint that keeps the best epoch of a metric: that epoch is the run's result."""
     kept = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None and c.save_top_k != 0)
     return next(kept, None)
+
+
+def checkpoint_folder(folder: Path, callback: ModelCheckpoint) -> Path:
+    """Where the run in `folder` stores the files of a ModelCheckpoint without a `dirpath`."""
+    return folder / CHECKPOINTS / (callback.monitor or "unmonitored")
+
+
+def current_path(stored: str, stored_folder: Any, folder: str | Path) -> str:
+    """The path of a ModelCheckpoint's file after its folder was moved, or is spelled differently.
+
+    Args:
+        stored: the path that the checkpoint holds.
+        stored_folder: the ModelCheckpoint's `dirpath` that the checkpoint holds.
+        folder: its `dirpath` now.
+
+    Returns:
+        The same file name in `folder`; `stored` if the file exists only there.
+    """
+    try:
+        inner = Path(stored).relative_to(stored_folder)
+    except (TypeError, ValueError):
+        inner = Path(Path(stored).name)
+    here = Path(folder) / inner
+    return stored if not here.exists() and Path(stored).exists() else str(here)
+
+
+def update_paths(state: dict[str, Any], folder: str) -> None:
+    """Updates the paths in a ModelCheckpoint's state; Lightning drops the best score if `dirpath` is another string."""
+    stored_folder, state["dirpath"] = state.get("dirpath"), folder
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        if state.get(key):
+            state[key] = current_path(state[key], stored_folder, folder)
+    state["best_k_models"] = {
+        current_path(path, stored_folder, folder): score for path, score in state.get("best_k_models", {}).items()
+    }
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:

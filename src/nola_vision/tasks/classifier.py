@@ -10,6 +10,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -17,12 +18,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torchmetrics import MeanMetric
 
 from nola_vision.backbones import BackboneSpec, batch_norms
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import PEFT, FullFinetune, Method
 from nola_vision.model import adapt, backbone_tensors, first_not_finite
 from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
-from nola_vision.trainer_settings import monitoring
+from nola_vision.trainer_settings import check_monitors, monitoring, update_paths
 
 _LOOK_EVERY = 50  # steps on a GPU
 
@@ -114,18 +116,27 @@ class Classifier(L.LightningModule):
         """Takes the best epoch's weights, if a ModelCheckpoint kept them, and rounds to what the file will hold."""
         best = monitoring(self.trainer.callbacks)  # type: ignore[attr-defined]
         if best is not None and (path := self.trainer.strategy.broadcast(best.best_model_path)):
-            self.epoch, self.monitor = self._load_best(path), best.monitor
+            self.epoch, self.monitor = self.load_best(path), best.monitor
         self.model.compute_with_stored_bits(False)
         self.model.round_to_stored_bits()
 
-    def _load_best(self, path: str) -> int:
-        """Loads the weights that a ModelCheckpoint kept in this run and returns their epoch."""
+    def load_best(self, path: str) -> int:
+        """Loads the weights that a ModelCheckpoint kept in this run and returns their epoch.
+
+        Raises:
+            NolaVisionError: the file does not exist, is damaged, or fails `refuse_other_checkpoint`.
+        """
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             epoch = int(checkpoint["epoch"])
+        except FileNotFoundError as error:
+            raise NolaVisionError(
+                f"the best epoch's checkpoint {path} does not exist: put the file back, or train again without "
+                "--ckpt_path"
+            ) from error
         except Exception as error:  # a damaged file fails in any way
             raise NolaVisionError(
-                f"the best epoch's checkpoint {path} is missing or damaged: train again without --ckpt_path"
+                f"the best epoch's checkpoint {path} is damaged: train again without --ckpt_path"
             ) from error
         self.load_weights(checkpoint)
         return epoch
@@ -221,6 +232,10 @@ class Classifier(L.LightningModule):
                 "this method trains batch norms, whose statistics each device would take of its own images: use one "
                 "device, or GPUs with --trainer.sync_batchnorm true"
             )
+        # `run` has not done it where several processes train: it opens no images before `fit`
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, KShotDataModule):
+            check_monitors(self.trainer, data.describe()["counts"]["validation"] > 0)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_other_checkpoint(checkpoint)
@@ -228,6 +243,10 @@ class Classifier(L.LightningModule):
             loss = checkpoint.get("train_loss")
             self.train_loss, self.epoch = None if loss is None else torch.tensor(loss), checkpoint["epoch"]
             self.trainer.should_stop = bool(checkpoint.get("stopped"))
+            states = checkpoint.get("callbacks") or {}
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ModelCheckpoint) and (state := states.get(callback.state_key)):
+                    update_paths(state, str(callback.dirpath))  # before Lightning restores the callback
 
     def refuse_other_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the numbers of a checkpoint mean here what they meant where it was written.
