@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,16 @@ class LastCheckpoint(Checkpoint):
             return
         part = self.path.with_suffix(".part")
         # Lightning copies the file from the system's temporary folder, which takes a while on another disk
-        trainer.save_checkpoint(part, weights_only=False)
-        if trainer.is_global_zero:
-            os.replace(part, self.path)
+        try:
+            trainer.save_checkpoint(part, weights_only=False)
+            if trainer.is_global_zero:
+                os.replace(part, self.path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            part.unlink(missing_ok=True)
+            raise NolaVisionError(
+                f"the checkpoint {self.path} cannot be written ({textwrap.shorten(str(error), 150)}): make room, or give "
+                "another folder by --out"
+            ) from error
 
 
 def monitoring(callbacks: Sequence[L.Callback]) -> ModelCheckpoint | None:
@@ -119,6 +127,11 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if (value := settings.get(name)) == 0:
             raise NolaVisionError(f"trainer.{name} is {value}, which leaves nothing to train: give more")
+    if (value := settings.get("limit_test_batches")) == 0:
+        raise NolaVisionError(f"trainer.limit_test_batches is {value}, which leaves nothing to test: give more")
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if (value := settings.get(name)) is not None and value < 1:
+            raise NolaVisionError(f"trainer.{name} is {value}: it must be at least 1")
     epochs, steps = settings.get("max_epochs"), settings.get("max_steps")
     for name, value in (("max_epochs", epochs), ("max_steps", steps)):
         if value is not None and value < -1:

@@ -189,7 +189,10 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
-        self.trainer.fit_loop.setup_data()  # with max_steps alone, Lightning has not counted the batches yet
+        try:
+            self.trainer.fit_loop.setup_data()  # with max_steps alone, Lightning has not counted the batches yet
+        except ValueError as error:  # limits that do not fit the number of batches
+            raise NolaVisionError(f"Lightning cannot train with these settings: {_short(error)}") from error
         steps, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
         if not math.isfinite(steps) or not math.isfinite(batches):
             raise NolaVisionError("the cosine schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
