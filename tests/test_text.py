@@ -1,6 +1,8 @@
 """Names as text: nothing in them drives a terminal, breaks a file's encoding or runs in a spreadsheet."""
 
 import os
+import sys
+from unicodedata import category
 
 import pytest
 
@@ -17,12 +19,22 @@ from nola_vision.text import csv_cell, name_text, printable
         (os.fsdecode(b"stra\xdfe.png"), "stra\\xdfe.png"),
         ("\ud83d", "\\ud83d"),
         ("line\u2028two\r", "line\\u2028two\\r"),
+        ("c\u200bat c\xadat \ufeffcat", "c\\u200bat c\\xadat \\ufeffcat"),
+        ("cat\U000e0041 cat\ufe0f cat\u3164", "cat\\U000e0041 cat\\ufe0f cat\\u3164"),
+        ("👩\u200d🚀 👍🏽 cafe\u0301", "👩\\u200d🚀 👍🏽 cafe\u0301"),
     ],
 )
 def test_printable(text: str, expected: str) -> None:
     assert printable(text) == expected == printable(expected)
     assert str(NolaVisionError(text)) == expected  # every error is one line, whatever names are in it
     expected.encode()
+
+
+def test_every_format_character_is_escaped() -> None:
+    """Of the Unicode version of this Python, which may be newer than the ranges."""
+    hidden = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    unsafe = [character for character in map(chr, range(sys.maxunicode + 1)) if category(character) in hidden]
+    assert len(unsafe) > 2000 and printable("".join(unsafe)).isascii()
 
 
 @pytest.mark.parametrize(
@@ -36,6 +48,7 @@ def test_printable(text: str, expected: str) -> None:
         ("+1e3", "+1e3"),
         ("cat", "cat"),
         ("\t=1", "\\t=1"),
+        ("\u200b=1", "\\u200b=1"),
         ("", ""),
     ],
 )

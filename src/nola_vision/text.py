@@ -6,14 +6,23 @@ import os
 import re
 import unicodedata
 
-# C0 and C1 controls, line and paragraph separators, marks that reorder what is displayed, and lone surrogates
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 and C1 controls, line and paragraph separators, and lone surrogates; Unicode's format characters (category Cf),
+# which reorder what is displayed or are not displayed; and the other characters that are not displayed: fillers,
+# variation selectors and tags (property Default_Ignorable_Code_Point). Emoji are not exempt: a joiner between two that
+# the font does not combine is not displayed either.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+    "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 
 def printable(text: str) -> str:
-    """The text on one line and valid as UTF-8, with everything that could drive a terminal written as an escape.
+    """The text on one line and valid as UTF-8, with what drives a terminal or is not displayed written as an escape.
 
-    A newline becomes `\\n`, the escape character `\\x1b`; a byte of a file name that is not UTF-8 becomes `\\xNN`.
+    A newline becomes `\\n`, the escape character `\\x1b`, a zero-width space `\\u200b`; a byte of a file name that is
+    not UTF-8 becomes `\\xNN`. An emoji of several characters is shown as its parts, with escapes for its joiners and
+    variation selectors. Letters that look the same, such as Latin and Cyrillic a, are not escaped.
     """
     return _UNSAFE.sub(_escaped, text)
 
