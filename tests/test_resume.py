@@ -135,6 +135,22 @@ def test_ctrl_c_while_the_row_is_written_loses_nothing(tmp_path: Path, monkeypat
     assert run.run(config, tmp_path, ckpt_path="last") == row  # and the hint on the screen is right
 
 
+def test_a_ctrl_c_that_arrives_twice_is_handled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    def twice() -> None:  # the terminal and a sweep's engine send one each
+        try:
+            ctrl_c()
+        finally:
+            ctrl_c()
+            ended.append("cleanup")
+
+    once(monkeypatch, AdaptedModel, "save", twice)
+    row = interrupted(tiny("linear"), tmp_path)
+    assert row is not None and row.status == "interrupted" and row.train_loss is not None
+    assert ended == ["cleanup"]  # the second one did not interrupt it
+
+
 def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny("linear")
     once(monkeypatch, run, "build", ctrl_c)
