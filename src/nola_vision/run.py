@@ -163,6 +163,7 @@ def run(
     """
     folder = identity.run_folder(out, run_config, stage)
     finish = ckpt_path == "last"
+    from_scratch = False
     if not identity.has_init(run_config):
         if ckpt_path is not None and not finish:
             raise NolaVisionError(
@@ -170,14 +171,15 @@ def run(
             )
         ckpt_path = None
     elif finish and not (folder / LAST_CHECKPOINT).is_file():
-        _log.warning("this run has no checkpoint yet: it starts from scratch")
-        ckpt_path = None
+        ckpt_path, from_scratch = None, True
     ckpt_path = checkpoint_path(ckpt_path, folder)
     main = is_main_process(run_config)
     # the processes of a distributed run share the first one's claim
     with claim(folder) if main else nullcontext():
         if (keep_going or finish) and (row := find_completed(folder)) is not None:
             return row
+        if from_scratch and main:
+            _log.warning("this run has no checkpoint yet: it starts from scratch")
         return _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat)
 
 
