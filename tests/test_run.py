@@ -191,7 +191,10 @@ def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
         assert (folder / "metrics.csv").read_text() == "an old log"  # refused before anything is touched
         assert run.run(other, tmp_path, ckpt_path=str(saved), keep_going=True).status == "failed"
     saved.write_bytes(b"damaged")
-    with pytest.raises(NolaVisionError, match="damaged or no checkpoint"):
+    with pytest.raises(NolaVisionError, match="damaged or not a checkpoint"):
+        run.evaluate(config("linear"), tmp_path, "test", None)
+    torch.save([1], saved)
+    with pytest.raises(NolaVisionError, match="last.ckpt is not a Lightning checkpoint"):
         run.evaluate(config("linear"), tmp_path, "test", None)
     with pytest.raises(NolaVisionError, match="1nn trains nothing"):
         run.run(config("1nn"), tmp_path, ckpt_path=str(saved))

@@ -66,9 +66,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is not a checkpoint fails in any way
-        raise CheckpointError(f"{path} is damaged or no checkpoint: give one that `fit` wrote") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: give one that `fit` wrote") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is no Lightning checkpoint: give one that `fit` wrote")
+        raise CheckpointError(f"{path} is not a Lightning checkpoint: give one that `fit` wrote")
     return checkpoint
 
 
@@ -327,7 +327,7 @@ def _measure(
         measured |= {"epoch": task.epoch, "monitor": task.monitor}
         measured["train_loss"] = _number(task.train_loss)
         if measured["train_loss"] is None:
-            raise NolaVisionError("training ended with a loss that is no number: try a smaller learning rate or scale")
+            raise NolaVisionError("training ended with a loss that is not finite: try a smaller learning rate or scale")
         if trainer.is_global_zero:
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
             peak = _peak_memory_mib(device)  # before the check, which takes a second backbone
