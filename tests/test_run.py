@@ -125,10 +125,14 @@ def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.Mo
         raise AssertionError("the test set was touched")
 
     monkeypatch.setattr("nola_vision.data.datamodule.KShotDataModule.test_dataloader", touched)
+    checks: list[int] = []
+    monkeypatch.setattr("nola_vision.model.AdaptedModel.check_saved", lambda *_: checks.append(1))
     row = run.run(config("linear"), tmp_path, "search")
     assert row.stage == "search" and row.test_accuracy is None and row.val_accuracy is not None
+    assert not checks  # of the saved file
     with pytest.raises(AssertionError):
         run.run(config("linear"), tmp_path, "final")
+    assert checks == [1]
 
 
 def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) -> None:

@@ -330,12 +330,13 @@ def _measure(
             raise NolaVisionError("training ended with a loss that is not finite: try a smaller learning rate or scale")
         if trainer.is_global_zero:
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
-            peak = _peak_memory_mib(device)  # before the check, which takes a second backbone
-            known = data.reference_dataloader().dataset
-            images = torch.stack([known[i][0] for i in range(min(_CHECKED_IMAGES, len(known)))])
-            task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
-            if device.type == "cpu":
-                _reset_peak_memory(device)
+            if stage == "final":  # the check loads a second backbone: too slow for every run of a search
+                peak = _peak_memory_mib(device)
+                known = data.reference_dataloader().dataset
+                images = torch.stack([known[i][0] for i in range(min(_CHECKED_IMAGES, len(known)))])
+                task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
+                if device.type == "cpu":
+                    _reset_peak_memory(device)
     quiet = {"datamodule": data, "verbose": False}
     trainer.validate(task, **quiet)
     measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
