@@ -224,7 +224,7 @@ MISTAKES = {
     "a split in a sweep": (["sweep", *FIT[1:], "--data.split_seed=3"], "--splits"),
     "a method's setting in a sweep": (["sweep", "--config=quickstart.yaml", "--model.method.rank=2"], "`methods`"),
     "format": (["report", "empty", "--format=word"], "choose from"),
-    "damaged checkpoint": ([*FIT, "--ckpt_path=one.png"], "one.png is damaged or no checkpoint"),
+    "damaged checkpoint": ([*FIT, "--ckpt_path=one.png"], "one.png is damaged or not a checkpoint"),
     "method": (["fit", "--config", "quickstart.yaml", "--method", "nolla"], "nola"),
     "method without config": (["fit", "--method", "nola"], "--config"),
     "stray config": (["fit", "quickstart.yaml"], "--config quickstart.yaml"),

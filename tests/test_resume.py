@@ -135,12 +135,39 @@ def test_ctrl_c_while_the_row_is_written_loses_nothing(tmp_path: Path, monkeypat
     assert run.run(config, tmp_path, ckpt_path="last") == row  # and the hint on the screen is right
 
 
-def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ctrl_c_that_arrives_twice_is_handled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    def twice() -> None:  # the terminal and a sweep's engine send one each
+        try:
+            ctrl_c()
+        finally:
+            ctrl_c()
+            ended.append("cleanup")
+
+    once(monkeypatch, AdaptedModel, "save", twice)
+    row = interrupted(tiny("linear"), tmp_path)
+    assert row is not None and row.status == "interrupted" and row.train_loss is not None
+    assert ended == ["cleanup"]  # the second one did not interrupt it
+
+
+def test_ctrl_c_before_training_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     config = tiny("linear")
     once(monkeypatch, run, "build", ctrl_c)
     assert interrupted(config, tmp_path / "out") is None
     assert not (tmp_path / "out").exists()
-    assert run.run(config, tmp_path / "out", ckpt_path="last").status == "completed"
+    row = run.run(config, tmp_path / "out", ckpt_path="last")
+    assert row.status == "completed" and "it starts from scratch" in caplog.text
+    (identity.run_folder(tmp_path / "out", config, "final") / LAST_CHECKPOINT).unlink()
+    caplog.clear()
+    assert run.run(config, tmp_path / "out", ckpt_path="last") == row
+    with monkeypatch.context() as patch:  # another process of a distributed run
+        patch.setattr(run, "is_main_process", lambda *_: False)
+        patch.setattr(run, "_run", lambda *_: None)
+        run.run(config, tmp_path / "other", ckpt_path="last")
+    assert "from scratch" not in caplog.text
 
 
 def test_dropout_is_the_same_after_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

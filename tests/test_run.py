@@ -125,10 +125,14 @@ def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.Mo
         raise AssertionError("the test set was touched")
 
     monkeypatch.setattr("nola_vision.data.datamodule.KShotDataModule.test_dataloader", touched)
+    checks: list[int] = []
+    monkeypatch.setattr("nola_vision.model.AdaptedModel.check_saved", lambda *_: checks.append(1))
     row = run.run(config("linear"), tmp_path, "search")
     assert row.stage == "search" and row.test_accuracy is None and row.val_accuracy is not None
+    assert not checks  # of the saved file
     with pytest.raises(AssertionError):
         run.run(config("linear"), tmp_path, "final")
+    assert checks == [1]
 
 
 def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) -> None:
@@ -191,7 +195,10 @@ def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
         assert (folder / "metrics.csv").read_text() == "an old log"  # refused before anything is touched
         assert run.run(other, tmp_path, ckpt_path=str(saved), keep_going=True).status == "failed"
     saved.write_bytes(b"damaged")
-    with pytest.raises(NolaVisionError, match="damaged or no checkpoint"):
+    with pytest.raises(NolaVisionError, match="damaged or not a checkpoint"):
+        run.evaluate(config("linear"), tmp_path, "test", None)
+    torch.save([1], saved)
+    with pytest.raises(NolaVisionError, match="last.ckpt is not a Lightning checkpoint"):
         run.evaluate(config("linear"), tmp_path, "test", None)
     with pytest.raises(NolaVisionError, match="1nn trains nothing"):
         run.run(config("1nn"), tmp_path, ckpt_path=str(saved))

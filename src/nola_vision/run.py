@@ -67,9 +67,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is not a checkpoint fails in any way
-        raise CheckpointError(f"{path} is damaged or no checkpoint: give one that `fit` wrote") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: give one that `fit` wrote") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is no Lightning checkpoint: give one that `fit` wrote")
+        raise CheckpointError(f"{path} is not a Lightning checkpoint: give one that `fit` wrote")
     return checkpoint
 
 
@@ -164,6 +164,7 @@ def run(
     """
     folder = identity.run_folder(out, run_config, stage)
     finish = ckpt_path == "last"
+    from_scratch = False
     if not identity.has_init(run_config):
         if ckpt_path is not None and not finish:
             raise NolaVisionError(
@@ -171,14 +172,15 @@ def run(
             )
         ckpt_path = None
     elif finish and not (folder / LAST_CHECKPOINT).is_file():
-        _log.warning("this run has no checkpoint yet: it starts from scratch")
-        ckpt_path = None
+        ckpt_path, from_scratch = None, True
     ckpt_path = checkpoint_path(ckpt_path, folder)
     main = is_main_process(run_config)
     # the processes of a distributed run share the first one's claim
     with claim(folder) if main else nullcontext():
         if (keep_going or finish) and (row := find_completed(folder)) is not None:
             return row
+        if from_scratch and main:
+            _log.warning("this run has no checkpoint yet: it starts from scratch")
         return _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat)
 
 
@@ -326,15 +328,16 @@ def _measure(
         measured |= {"epoch": task.epoch, "monitor": task.monitor}
         measured["train_loss"] = _number(task.train_loss)
         if measured["train_loss"] is None:
-            raise NolaVisionError("training ended with a loss that is no number: try a smaller learning rate or scale")
+            raise NolaVisionError("training ended with a loss that is not finite: try a smaller learning rate or scale")
         if trainer.is_global_zero:
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
-            peak = _peak_memory_mib(device)  # before the check, which takes a second backbone
-            known = data.reference_dataloader().dataset
-            images = torch.stack([known[i][0] for i in range(min(_CHECKED_IMAGES, len(known)))])
-            task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
-            if device.type == "cpu":
-                _reset_peak_memory(device)
+            if stage == "final":  # the check loads a second backbone: too slow for every run of a search
+                peak = _peak_memory_mib(device)
+                known = data.reference_dataloader().dataset
+                images = torch.stack([known[i][0] for i in range(min(_CHECKED_IMAGES, len(known)))])
+                task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
+                if device.type == "cpu":
+                    _reset_peak_memory(device)
     quiet = {"datamodule": data, "verbose": False}
     trainer.validate(task, **quiet)
     measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
