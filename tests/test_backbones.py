@@ -80,7 +80,9 @@ def test_local_files(folder: Path) -> None:
     assert local_files("hf-hub:a/b", str(folder)) == {"config": config, "weights": weights}
     assert local_files(GLYPHS, str(folder)) == local_files(GLYPHS, str(weights)) == {"weights": weights}
     assert local_files(GLYPHS, None)["weights"].name == "vit_glyph_patch4_32.safetensors"
-    assert local_files("hf-hub:a/b", None) == local_files("test_vit.r160_in1k", None) == local_files("no", None) == {}
+    assert local_files("hf-hub:a/b", None) == local_files("test_vit.r160_in1k", None) == {}
+    with pytest.raises(NolaVisionError, match="has no pretrained tag 'typo': use one of r160_in1k"):
+        local_files("test_vit.typo", None)
 
 
 def test_a_folder_that_is_not_a_model_is_refused(folder: Path) -> None:

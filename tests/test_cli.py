@@ -99,7 +99,7 @@ def test_a_local_config_wins_over_a_shipped_one(tmp_path: Path, capsys: pytest.C
 def test_validate_and_test_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--config", "quickstart.yaml", "--method=linear", *QUICK]
     assert main(["test", *options]) == 2
-    assert "there is no checkpoint" in capsys.readouterr().err
+    assert "last.ckpt does not exist: give one by --ckpt_path" in capsys.readouterr().err
     assert main(["fit", *options]) == 0
     ((row,), _) = store.read_rows("runs")
     capsys.readouterr()
@@ -235,8 +235,7 @@ MISTAKES = {
     "devices": ([*FIT, "--trainer.devices=0"], "cannot be set up"),
     "strategy": ([*FIT, "--trainer.strategy=dpp"], "dpp"),
     "accelerator": ([*FIT, "--trainer.accelerator=tpu"], "cannot be set up"),
-    "checkpoint": ([*FIT, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
-    "checkpoint that is not there": ([*FIT, "--ckpt_path=nothing.ckpt"], "the checkpoint nothing.ckpt does not exist"),
+    "checkpoint": ([*FIT, "--ckpt_path=nowhere.ckpt"], "the checkpoint nowhere.ckpt does not exist"),
     "image size": ([*FIT, "--model.backbone.img_size=-4"], "img_size is -4"),
     "methods as a list": (["fit", "--config=quickstart.yaml", "--config=listed.yaml"], "`methods` of the config"),
     "no end": ([*FIT, "--trainer.max_epochs=-1"], "needs an end"),
@@ -368,7 +367,7 @@ def broken(error: BaseException):  # noqa: ANN201
     ("error", "status", "expected"),
     [
         (ValueError("first line\nsecond \x1b[31mline"), 1, r"unexpected ValueError at nola_vision/cli/main.py:"),
-        (OSError(28, "No space left on device"), 1, "No space left on device; run again with --debug"),
+        (OSError(28, "No space left on device"), 2, "No space left on device: make room"),
         (FileNotFoundError(2, "No such file or directory", "x.csv"), 2, "No such file or directory (x.csv)"),
         (MemoryError(), 1, "out of memory at nola_vision/cli/main.py:"),
         (RecursionError("too deep"), 1, "unexpected RecursionError at"),

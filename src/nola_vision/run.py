@@ -146,15 +146,15 @@ def run(
 ) -> Row:
     """Trains, validates and (in the final stage) tests one run, and leaves its row whatever happens.
 
+    A run that is completed is not repeated: its row is returned.
+
     Args:
         run_config: what `parse` returns.
         out: the folder of all runs; this one's own folder in it is `identity.run_folder`.
         stage: `search` stops before the test set.
         ckpt_path: resume from this checkpoint of the run. `last` finishes the run whatever has interrupted it: it
-            resumes from the run's own checkpoint, starts from scratch if there is none yet, and returns the row of a
-            run that is completed.
-        keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same. One that another
-            process has completed meanwhile gives that one's row.
+            resumes from the run's own checkpoint, or starts from scratch if there is none yet.
+        keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same.
         beat: called after every batch, to tell that the run goes on.
 
     Raises:
@@ -163,24 +163,25 @@ def run(
             other error, and Ctrl-C, are raised after the row is written.
     """
     folder = identity.run_folder(out, run_config, stage)
-    finish = ckpt_path == "last"
-    from_scratch = False
-    if not identity.has_init(run_config):
-        if ckpt_path is not None and not finish:
+    last, trains = ckpt_path == "last", identity.has_init(run_config)
+    if ckpt_path is not None and not last:
+        if not trains:
             raise NolaVisionError(
                 f"{run_config['method']} trains nothing, so it has no checkpoint: leave --ckpt_path out"
             )
-        ckpt_path = None
-    elif finish and not (folder / LAST_CHECKPOINT).is_file():
-        ckpt_path, from_scratch = None, True
-    ckpt_path = checkpoint_path(ckpt_path, folder)
+        ckpt_path = checkpoint_path(ckpt_path, folder)
     main = is_main_process(run_config)
     # the processes of a distributed run share the first one's claim
     with claim(folder) if main else nullcontext():
-        if (keep_going or finish) and (row := find_completed(folder)) is not None:
+        if (row := _completed_row(folder)) is not None:
+            if not keep_going and main:
+                _log.warning("this run is completed, and its row stands: to train it again, delete %s", folder)
             return row
-        if from_scratch and main:
-            _log.warning("this run has no checkpoint yet: it starts from scratch")
+        if last:
+            found = trains and (folder / LAST_CHECKPOINT).is_file()
+            ckpt_path = str(folder / LAST_CHECKPOINT) if found else None
+            if main and trains:
+                _log.warning("this run %s", "resumes" if found else "has no checkpoint yet: it starts from scratch")
         return _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat)
 
 
@@ -231,23 +232,22 @@ def _run(
                 seconds_total=round(time.perf_counter() - clock, 3),
                 **{"threads": torch.get_num_threads(), "learning_rate": learning_rate, **measured},
             )
-            # the other processes of a distributed run have the same numbers; no later trial costs a completed row
-            if not is_main_process(run_config):
-                pass
-            elif not begun:
-                _remove_empty(folder, out)
-            elif status == "completed" or not _has_completed_row(folder):
-                write_row(folder, finished)
+            # the other processes of a distributed run have the same numbers
+            if is_main_process(run_config):
+                if begun:
+                    write_row(folder, finished)
+                else:
+                    _remove_empty(folder, out)
     return finished
 
 
-def _has_completed_row(folder: Path) -> bool:
-    """Whether the folder has the row of a completed run; one that cannot be read does not count."""
+def _completed_row(folder: Path) -> Row | None:
+    """The row of a completed run, if the folder has one; a row that cannot be read does not count."""
     try:
-        return find_completed(folder) is not None
+        return find_completed(folder)
     except NolaVisionError as error:
         _log.warning("the row of this run replaces one that cannot be read: %s", error)
-        return False
+        return None
 
 
 def _remove_empty(folder: Path, out: Path) -> None:
@@ -444,9 +444,12 @@ def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path:
             state = states.get(best.state_key) if own and best is not None and isinstance(states, dict) else None
             if best is not None and isinstance(state, dict) and (path := state.get("best_model_path")):
                 place = checkpoint_folder(folder, best)  # `best.dirpath` is in the verb's own folder
-                built.model.load_best(current_path(str(path), state.get("dirpath"), place))
+                ckpt_path = current_path(str(path), state.get("dirpath"), place)
+                built.model.load_best(ckpt_path)
             else:
                 built.model.load_weights(checkpoint)
+            if is_main_process():
+                print(f"checkpoint: {ckpt_path}")
         step = built.trainer.validate if verb == "validate" else built.trainer.test
         try:
             step(built.model, datamodule=built.datamodule)

@@ -55,8 +55,8 @@ class LastCheckpoint(Checkpoint):
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             part.unlink(missing_ok=True)
             raise NolaVisionError(
-                f"the checkpoint {self.path} cannot be written ({textwrap.shorten(str(error), 150)}): make room, or give "
-                "another folder by --out"
+                f"the checkpoint {self.path} cannot be written ({textwrap.shorten(str(error), 150)}): make room, or "
+                "give another folder by --out"
             ) from error
 
 
@@ -212,6 +212,6 @@ def _check_strategy(strategy: str | Mapping[str, Any]) -> None:
         name, known = made.__name__, made in (SingleDeviceStrategy, DDPStrategy) and start in (None, "popen")
     if not known:
         raise NolaVisionError(
-            f"trainer.strategy {name} is not supported, since it splits the model or starts processes in its own way: "
-            "use ddp for several devices, or leave it out"
+            f"trainer.strategy {name} is not supported: use ddp for several devices, or leave it out (others split the "
+            "model, or start processes in their own way)"
         )

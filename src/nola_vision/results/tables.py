@@ -153,6 +153,7 @@ def row_panel(row: Row) -> Panel:
         "parameters": f"adapter {_count(row.adapter_parameters)}, head {_count(row.head_parameters)}, "
         f"other {_count(row.other_parameters)}",
         "adapter file": _bytes(row.adapter_file_bytes),
+        **({"best epoch": f"{row.epoch} (from 0), by {row.monitor}"} if row.monitor is not None else {}),
         "seconds": _NOT_MEASURED if row.seconds_total is None else f"{row.seconds_total:.1f}",
         "peak memory": _NOT_MEASURED if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f} MiB",
     }
