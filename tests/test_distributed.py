@@ -11,6 +11,8 @@ import pytest
 from nola_vision.results import store
 from nola_vision.results.row import Row
 
+pytestmark = pytest.mark.slow  # processes of their own, each of which imports torch
+
 FIT = """fit --config quickstart.yaml --threads 1 --trainer.max_epochs 3 --trainer.check_val_every_n_epoch 3
     --trainer.enable_progress_bar false --data.shots 3 --data.batch_size 10 --data.test_limit 101""".split()
 

@@ -21,6 +21,8 @@ from nola_vision.results.row import DETERMINISTIC, Row
 from nola_vision.sweep import local, plan
 from nola_vision.sweep.plan import RunSpec
 
+pytestmark = pytest.mark.slow  # processes of their own, each of which imports torch
+
 OPTIONS = ["--threads=1", "--trainer.max_steps=20", "--data.test_limit=50", "--trainer.enable_checkpointing=false"]
 
 

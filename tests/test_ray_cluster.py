@@ -18,6 +18,8 @@ from nola_vision.sweep import local, ray_cluster
 from nola_vision.sweep.plan import RunSpec
 from test_local_engine import light, results, specs
 
+pytestmark = pytest.mark.slow  # processes of their own, each of which imports torch
+
 # Ray reads them once, when it is imported
 os.environ.update(
     RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a-token-of-the-tests-that-is-long-enough", RAY_USAGE_STATS_ENABLED="0"

@@ -290,7 +290,7 @@ def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
     assert run.run(failing, tmp_path, keep_going=True).status == "failed"
     row = store.read_row(identity.run_folder(tmp_path, failing, "final") / "row.json")
     assert row.status == "failed" and "75" in row.error and row.test_accuracy is None
-    blown = config("nola", model={"method": {"init_args": {"lr": 1e30}}}, trainer={"gradient_clip_val": None})
+    blown = config("nola", model={"method": {"init_args": {"lr": 1e9}}}, trainer={"gradient_clip_val": None})
     with pytest.raises(NolaVisionError, match=r"after step \d adapter\.\S+ of blocks\.0\.\S+ is not finite"):
         run.run(blown, tmp_path)
     folder = identity.run_folder(tmp_path, blown, "final")
