@@ -164,9 +164,9 @@ def test_a_file_of_one_adapter_of_several(tmp_path: Path) -> None:
     model.stack = make_stack(model.backbone, model.card.method, 2, num_adapters=3)
     model.stack.attach(model.backbone)
     shake(model.stack)
-    with pytest.raises(NolaVisionError, match="the model holds 3 adapters and a file contains one: choose it by"):
+    with pytest.raises(NolaVisionError, match="the model has 3 adapters and a file contains one: choose it by"):
         model.save(tmp_path / "a.safetensors")
-    with pytest.raises(NolaVisionError, match="there is no adapter 3 to save"):
+    with pytest.raises(NolaVisionError, match="adapter 3 does not exist"):
         model.save(tmp_path / "a.safetensors", adapter=3)
     model.save(tmp_path / "a.safetensors", adapter=1)
     with model.stack.route(torch.tensor([1, 1, 1])):

@@ -25,7 +25,9 @@ MAX_TARGETS = 4096
 MAX_SEED = 2**63 - 1
 # pixels: attention costs the fourth power of the side, and the largest side in timm is 1,024
 MAX_SIDE = 1024
-MAX_SIDE_FACTOR = 4  # for models of a fixed size: a position embedding of one side says little about a much larger one
+MAX_SIDE_FACTOR = (
+    4  # for models of a fixed size: a position embedding of one side does not carry over to a much larger one
+)
 _MAX_TEXT = 1000  # characters of a tag, a weight's name, a setting
 _FIELDS_OF_BACKBONE = ("tag", "img_size", "base", "int8")
 T = TypeVar("T")
@@ -33,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Card:
-    """What an adapter file states besides its numbers.
+    """What an adapter file states in addition to its tensors.
 
     Args:
         backbone: the model it belongs to.

@@ -237,7 +237,7 @@ class Source:
         architecture: timm's name for it.
         tag: timm's own tag, or None where the config comes from a folder or a repository.
         cfg: timm's config; `cfg.file` is the local file with the weights, if there is one.
-        model_args: what the model is made with besides the usual.
+        model_args: further arguments that the model is made with.
     """
 
     architecture: str

@@ -43,7 +43,7 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
     shown = re.search(r"(?:Given value|Got value): (.*)$", message)
     if keys and (missing := re.search(r"Expected a dot import path string: (\S+)", message)):
         classes = settings.get(key, ())
-        return f"{key} is '{shorten(missing[1])}', which is no class's name{_instead(missing[1], classes)}"
+        return f"{key} is '{shorten(missing[1])}', which is not the name of a class{_instead(missing[1], classes)}"
     if keys and shown and (kinds := _kinds(message)):
         return f"{key} is '{shorten(shown[1])}': it must be {' or '.join(kinds)}"
     return shorten(message, 600)

@@ -135,9 +135,9 @@ class AdaptedModel(nn.Module):
         """
         count = self.stack.num_adapters
         if count > 1 and adapter is None:
-            raise NolaVisionError(f"the model holds {count} adapters and a file contains one: choose it by `adapter=`")
+            raise NolaVisionError(f"the model has {count} adapters and a file contains one: choose it by `adapter=`")
         if not 0 <= (adapter := adapter or 0) < count:
-            raise NolaVisionError(f"there is no adapter {adapter} to save: the model holds {count}, from 0 on")
+            raise NolaVisionError(f"adapter {adapter} does not exist: the model has {count}, counted from 0")
         if self.stack.merged:
             raise NolaVisionError("a merged adapter cannot be saved: unmerge() it first")
         if broken := self.not_finite(adapter):
@@ -362,8 +362,8 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     """The adapted model of an adapter file, in eval mode.
 
-    The file is data: nothing that it names is run, and it decides on no more memory than its own numbers take, besides
-    the backbone. `docs/security.md` has the details. Each step below is checked before the next one costs anything.
+    The file is data: nothing that it names is run, and it takes no more memory than its own tensors and the backbone do.
+    `docs/security.md` has the details. Each step below is checked before the next one costs anything.
 
     Args:
         path: the adapter file.

@@ -204,7 +204,7 @@ class Basis:
         self._kept = None if self._kept is None else self._kept.to(device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}  # a pickled basis is made again from its keys
+        return {**self.__dict__, "_kept": None}  # a pickled basis is recomputed from its keys
 
     def __deepcopy__(self, memo: object) -> Basis:
         return replace(self)  # the bytes never change, so copies share them

@@ -47,7 +47,7 @@ class Settings:
     Args:
         route: the adapter of each sample; None for the only adapter.
         prefix: the share of the coefficients that is used, the first ones.
-        bits: stored bits by parameter name: compute with what a file of so many bits contains.
+        bits: stored bits by parameter name: compute with the values that a file of these bits contains.
     """
 
     route: Route | None = None

@@ -281,7 +281,7 @@ def _rows_and_count(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _fault(tensor: Tensor) -> str | None:
-    """What is wrong with a tensor of trained numbers, or None."""
+    """What is wrong with a tensor of trained values, or None."""
     if not tensor.is_floating_point() or not tensor.numel():
         return None
     largest = float(tensor.abs().max())
