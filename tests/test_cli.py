@@ -216,7 +216,7 @@ MISTAKES = {
     "abbreviation": ([*FIT, "--data.shot", "3"], "there is no option --data.shot: did you mean shots"),
     "choice": ([*FIT, "--model.method.scope=all"], "model.method.scope is 'all': it must be shared or per_layer"),
     "precision": ([*FIT, "--trainer.precision=8"], "trainer.precision is '8': it must be"),
-    "method on the command line": ([*FIT, "--model.method=NOLAA"], "which is not the name of a class: did you mean NOLA"),
+    "method on the command line": ([*FIT, "--model.method=NOLAA"], "not the name of a class: did you mean NOLA"),
     "key of a group": ([*FIT, "--config=nested.yaml"], "`data` has no key 'init_args.shots'"),
     "top-level key": ([*FIT, "--thread=2"], "there is no option --thread: did you mean threads"),
     "method as a word": ([*FIT[:1], "--config=word.yaml"], "the method is 'NOLA'"),

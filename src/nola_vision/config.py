@@ -82,6 +82,10 @@ class RunCLI(LightningCLI):
         # a copy: jsonargparse replaces the mappings in lists by its own, in place
         settings: identity.Config = plain(config)
         self.packages: list[str] = settings.pop("allow_import", [])
+        method = _within(settings, "model", "method")
+        if (known := methods.METHODS.get(_within(method, "class_path"))) is not None:
+            # jsonargparse would look for a short name among the classes of every module
+            method["class_path"] = f"{known.__module__}.{known.__qualname__}"
         named = [value for key, value in _pairs(options) if key in ("model.method", "model.method.class_path")]
         for class_path in (_within(settings, "model", "method", "class_path"), *named):
             self.packages = [*self.packages, *import_policy.register_method(class_path, self.packages)]

@@ -362,7 +362,7 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     """The adapted model of an adapter file, in eval mode.
 
-    The file is data: nothing that it names is run, and it takes no more memory than its own tensors and the backbone do.
+    The file is data: nothing that it names is run, and it takes no more memory than its tensors and the backbone do.
     `docs/security.md` has the details. Each step below is checked before the next one costs anything.
 
     Args:
