@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import fuzz_configs
+from fuzzing import cheap
 from nola_vision import import_policy, methods
 from nola_vision.cli.main import main
 from nola_vision.config import build, parse
@@ -242,8 +243,7 @@ def test_any_config_is_understood_or_refused_in_one_line(tmp_path: Path) -> None
     @settings(max_examples=300, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(fuzz_configs.inputs())
     def feed(example: tuple[str, tuple[str, list[str]]]) -> None:
-        ended = fuzz_configs.outcome(example[1], tmp_path)
-        assert ended.seconds < 2 and ended.mib < 100
+        cheap(fuzz_configs.outcome(example[1], tmp_path))
 
     fuzz_configs.warm_up(tmp_path)
     feed()

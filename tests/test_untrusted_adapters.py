@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 
 import fuzz_adapters
-from fuzz_adapters import MLP, Outcome, originals, outcome, written
+from fuzz_adapters import MLP, originals, outcome, written
+from fuzzing import cheap
 from nola_vision import NOLA, PEFT, BackboneSpec, LoRA, adapt, load_adapter, memo, peft_bridge
 from nola_vision.adapters.file import METADATA_KEY
 from nola_vision.errors import NolaVisionError
@@ -31,11 +32,6 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(memo, "_kept", {})
         fuzz_adapters.warm_up(tmp_path_factory.mktemp("warm"))
         yield
-
-
-def cheap(ended: Outcome) -> None:
-    """Processor time, since the machine may be busy."""
-    assert ended.seconds < 1 and ended.mib < 100, ended
 
 
 def ending(name: str, folder: Path, tensors: dict[str, Any] | None = None, **changes: Any) -> str | None:
