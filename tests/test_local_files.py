@@ -8,6 +8,7 @@ from PIL import Image
 
 from nola_vision import local_files
 from nola_vision.data.datasets import get_dataset
+from nola_vision.files import write_whole
 from nola_vision.local_files import file_digest, open_regular, read_file, remembered
 
 
@@ -207,3 +208,17 @@ def test_the_contents_of_a_folder_are_in_its_hash(settled: Path, tmp_path: Path)
     (root / "test/b/1.bmp").unlink()
     os.mkfifo(root / "test/b/1.bmp")  # reported by the run; the digests of the others stay in the hash
     assert entry.own_content(str(root)) not in (before, changed)
+
+
+def test_what_is_written_goes_through_links_and_into_pipes(tmp_path: Path) -> None:
+    """A link keeps pointing to its file, and /dev/stdout is not replaced by a file."""
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_whole(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", b"sent")
+    assert os.read(reader, 10) == b"sent" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import safetensors.torch
@@ -178,6 +179,7 @@ def test_resuming_a_finished_run_keeps_it(tmp_path: Path) -> None:
     folder = identity.run_folder(tmp_path, config("linear"), "final")
     log = (folder / "metrics.csv").read_text()
     assert run.run(config("linear"), tmp_path, ckpt_path="last") == done
+    assert run.run(config("linear"), tmp_path) == done  # as for `fit` typed twice
     assert store.read_row(folder / "row.json") == done
     assert (folder / "metrics.csv").read_text() == log
 
@@ -221,6 +223,18 @@ def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path, caplog: pytest
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     trained = load_adapter(folder / run.ADAPTER_FILE)
     assert torch.equal(checkpoint["model.stack.head_weight"], trained.stack.head_weight)
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(trainer: L.Trainer, path: Path, **_: object) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
+    with pytest.raises(NolaVisionError, match=r"last.ckpt cannot be written \(PytorchStreamWriter .*\): make room"):
+        run.run(config("linear"), tmp_path)
+    assert not list((identity.run_folder(tmp_path, config("linear"), "final") / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
