@@ -259,8 +259,8 @@ def plain(value: Any, where: str = "") -> Any:
             if isinstance(key, bool) or not isinstance(key, str | int):
                 raise ValueError(f"the key {key!r} of {where or 'the config'} is not text: write it in quotes")
             if str(key).startswith("__") or "\0" in str(key):
-                raise ValueError(f"{where or 'the config'} has no key {key!r:.100}")
-            copied[str(key)] = plain(inner, f"{where}.{key:.100}".lstrip("."))
+                raise ValueError(f"{where or 'the config'} has no key {key!r}")
+            copied[str(key)] = plain(inner, f"{where}.{key}".lstrip("."))
         return copied
     if isinstance(value, list | tuple):
         return [plain(inner, where) for inner in value]
