@@ -43,7 +43,7 @@ def measured(use: Callable[[], object]) -> Outcome:
         use()
     except NolaVisionError as error:
         refusal = str(error)
-        assert refusal == printable(refusal) and len(refusal) < 6000, ascii(refusal)[:1000]
+        assert refusal == printable(refusal) and len(refusal) < 2010, ascii(refusal)[:1000]
     return Outcome(refusal, time.process_time() - start, _memory("VmHWM") - before)
 
 

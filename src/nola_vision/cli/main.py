@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nola_vision import __version__
-from nola_vision.errors import NolaVisionError
+from nola_vision.errors import LONGEST_MESSAGE, NolaVisionError
 from nola_vision.text import printable
 
 VERBS = {
@@ -42,7 +42,6 @@ _USAGE = "\n".join(
         "The traceback of an error:  --debug with any verb, or NOLA_VISION_DEBUG=1",
     ]
 )
-_LONGEST = 2000  # characters of an error message
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,7 +128,7 @@ def _report(error: Exception) -> tuple[int, str]:
 def _one_line(message: str) -> str:
     """A message on one line of a bounded length, without characters that control a terminal."""
     text = printable(" ".join(message.split()))
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
 
 
 if __name__ == "__main__":
