@@ -3,7 +3,7 @@
 import csv
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stopped early": ("linear", {"trainer": {"callbacks": [EARLY], "max_epochs": 9}}),
     "best": ("nola", {"trainer": {"callbacks": [BEST]}}),
 }
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts() -> Iterator[None]:
+    """A shell's background jobs, and what they start, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def result(config: identity.Config, out: Path) -> tuple[dict[str, Any], bytes]:
