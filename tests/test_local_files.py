@@ -8,7 +8,7 @@ from PIL import Image
 
 from nola_vision import local_files
 from nola_vision.data.datasets import get_dataset
-from nola_vision.files import write_whole
+from nola_vision.files import write_file
 from nola_vision.local_files import file_digest, open_regular, read_file, remembered
 
 
@@ -214,11 +214,11 @@ def test_what_is_written_goes_through_links_and_into_pipes(tmp_path: Path) -> No
     """A link keeps pointing to its file, and /dev/stdout is not replaced by a file."""
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("file")
-    write_whole(tmp_path / "link", b"new")
+    write_file(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    write_whole(tmp_path / "pipe", b"sent")
+    write_file(tmp_path / "pipe", b"sent")
     assert os.read(reader, 10) == b"sent" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]

@@ -10,13 +10,16 @@ from nola_vision.errors import NolaVisionError
 
 
 def write_file(path: str | Path, content: bytes) -> None:
-    """Writes a file that a person named, as `write_whole` does.
+    """Writes a file that a person named, as `write_whole` does; into a device or a pipe, such as /dev/stdout.
 
     Raises:
         NolaVisionError: it cannot be written.
     """
     try:
-        write_whole(path, content)
+        if os.path.exists(path) and not os.path.isfile(path):
+            Path(path).write_bytes(content)
+        else:
+            write_whole(path, content)
     except OSError as error:
         raise NolaVisionError(f"{path} cannot be written ({error.strerror}): give another path") from error
 
@@ -37,14 +40,11 @@ def refuse_existing(path: Path) -> None:
 def write_whole(path: str | Path, content: bytes) -> None:
     """Writes a file by way of a temporary one next to it: a reader, or a crash, meets the old content or the new.
 
-    A symbolic link keeps pointing to its file. A device or a FIFO, such as /dev/stdout, is written to.
+    A symbolic link keeps pointing to its file.
 
     Raises:
         OSError: the folder is missing or cannot be written to; nothing is left behind.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        Path(path).write_bytes(content)
-        return
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
