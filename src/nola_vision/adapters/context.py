@@ -55,6 +55,16 @@ class Settings:
     bits: Mapping[str, int] = field(default_factory=dict)
 
 
+class _Threads(threading.local):
+    """An object for each thread: the system gives the number of a thread that has ended to another."""
+
+    def __init__(self) -> None:
+        self.token = object()
+
+
+_threads = _Threads()
+
+
 @dataclass(frozen=True, eq=False)
 class Pass:
     """What one forward pass computes with, also where activation checkpointing repeats its layers.
@@ -69,21 +79,7 @@ class Pass:
     changes: Mapping[str, Change]
     place: Tensor | None
     settings: Settings = field(default_factory=Settings)
-    thread: object = field(default_factory=lambda: _this_thread())
-
-
-class _Threads(threading.local):
-    """An object for each thread: the system gives the number of a thread that has ended to another."""
-
-    def __init__(self) -> None:
-        self.token = object()
-
-
-_threads = _Threads()
-
-
-def _this_thread() -> object:
-    return _threads.token
+    thread: object = field(default_factory=lambda: _threads.token)
 
 
 # pairs of an owner (a stack) and what it set, innermost first: a model may contain another

@@ -15,8 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nola_vision import __version__
-from nola_vision.errors import LONGEST_MESSAGE, NolaVisionError
-from nola_vision.text import printable
+from nola_vision.errors import NolaVisionError, one_line
 
 VERBS = {
     "fit": "train one run, test it, print its row and the table so far",
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         status, message = _report(error)
-        print(f"nola-vision: {_one_line(message)}", file=sys.stderr)
+        print(f"nola-vision: {one_line(' '.join(message.split()))}", file=sys.stderr)
         return status
     finally:
         if arguments is None:  # the process ends: everything is written, and Python's own exit takes a while
@@ -123,12 +122,6 @@ def _report(error: Exception) -> tuple[int, str]:
         return 1, f"out of memory at {place}: give a smaller batch_size or fewer workers ({error})"
     kind = type(error).__name__
     return 1, f"unexpected {kind} at {place}: {error}; run again with --debug for the traceback"
-
-
-def _one_line(message: str) -> str:
-    """A message on one line of a bounded length, without characters that control a terminal."""
-    text = printable(" ".join(message.split()))
-    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
 
 
 if __name__ == "__main__":
