@@ -527,6 +527,12 @@ def own_side(spec: BackboneSpec) -> tuple[int, bool]:
     return int(config.input_size[-1]), bool(config.fixed_input_size)
 
 
+def largest_side(spec: BackboneSpec, most: int) -> int | None:
+    """`most` where timm's own image side is larger and the model takes `most`; None where its own is to be used."""
+    source = resolve(spec)
+    return most if source.cfg.input_size[-1] > most and _takes(source, most) else None
+
+
 def skeleton(spec: BackboneSpec) -> nn.Module:
     """A backbone's modules and shapes on torch's meta device: nothing is downloaded, read, drawn or stored.
 

@@ -19,6 +19,7 @@ from nola_vision.errors import NolaVisionError, one_line
 
 VERBS = {
     "fit": "train one run, test it, print its row and the table so far",
+    "init": "write the config of `fit PHOTOS` to a YAML file",
     "validate": "a checkpoint's accuracy on the validation pool",
     "test": "a checkpoint's accuracy on the test set",
     "sweep": "every split x init x method of a config, with the learning rates chosen on validation images",
