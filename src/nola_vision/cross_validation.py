@@ -98,11 +98,12 @@ def _with_best_rate(
         tried = copy.deepcopy(_with(run_config, "data", hold_out=hold_out))
         tried["model"]["method"]["init_args"]["lr"] = rate
         rows.append(run.run(tried, out, "search", **options))
-    completed = [(search_rank(row), rate) for row, rate in zip(rows, rates, strict=True) if row.val_accuracy is not None]
+    completed = [
+        (search_rank(row), rate) for row, rate in zip(rows, rates, strict=True) if row.val_accuracy is not None
+    ]
     if not completed:
-        raise NolaVisionError(
-            f"no learning rate of {run_config['method']} can be chosen: {rows[-1].error or 'there is no image to spare'}"
-        )
+        reason = rows[-1].error or "there is no image to spare"
+        raise NolaVisionError(f"no learning rate of {run_config['method']} can be chosen: {reason}")
     chosen = copy.deepcopy(run_config)
     chosen["model"]["method"]["init_args"]["lr"] = min(completed)[1]
     return chosen

@@ -13,20 +13,24 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from nola_vision.calibration import Calibration, cross_fitted
 from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import why_not_a_file, write_whole
 from nola_vision.interrupts import Interrupts
-from nola_vision.model import first_not_finite
+from nola_vision.model import first_not_finite, set_temperature
 from nola_vision.predictions import Predictions, load_predictions, pool
 from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
@@ -35,7 +39,14 @@ from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
-from nola_vision.trainer_settings import CHECKPOINTS, LAST_CHECKPOINT, check_monitors, checkpoint_folder, current_path, monitoring
+from nola_vision.trainer_settings import (
+    CHECKPOINTS,
+    LAST_CHECKPOINT,
+    check_monitors,
+    checkpoint_folder,
+    current_path,
+    monitoring,
+)
 
 ADAPTER_FILE = "adapter.safetensors"
 _CHECKED_IMAGES = 4  # of the training set, to compare the saved adapter with the trained one
@@ -255,8 +266,23 @@ def _run(
     return dataclasses.replace(finished, folder=folder)
 
 
-def _pooled(held_out: Sequence[Row]) -> tuple[Estimate, Predictions] | None:
-    """The estimate that the rows of all folds make, and the predictions for every image that was held out.
+@dataclass(frozen=True)
+class _HeldOut:
+    """What the folds of a run found: the estimate, the predictions for every image, and the fold that tested each."""
+
+    estimate: Estimate
+    predictions: Predictions
+    folds: npt.NDArray[np.int64]
+
+    def calibrate(self) -> tuple[Calibration, dict[str, Any]]:
+        """A temperature for the final model, and the columns that state it."""
+        assert self.predictions.logits is not None
+        found = cross_fitted(self.predictions.logits, self.predictions.label, self.folds)
+        return found, {"estimate": self.estimate.to_dict(), "calibrated_on": "folds", **found.columns()}
+
+
+def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
+    """What the rows of all folds of a run found; None if there are none.
 
     Raises:
         NolaVisionError: a fold was not completed, or its predictions are gone.
@@ -266,24 +292,26 @@ def _pooled(held_out: Sequence[Row]) -> tuple[Estimate, Predictions] | None:
     parts = []
     for fold, row in enumerate(held_out):
         found = load_predictions(row.folder) if row.status == "completed" and row.folder is not None else None
-        if found is None:
+        if found is None or found.logits is None:
             reason = row.error or "its predictions are gone: delete its folder and run again"
             raise NolaVisionError(f"fold {fold + 1} of {len(held_out)}: {reason}")
         parts.append(found)
     untested = held_out[0].data.get("untested_classes") or []
-    return Estimate.of([(int(part.correct.sum()), len(part.index)) for part in parts], 1, untested), pool(parts)
+    estimate = Estimate.of([(int(part.correct.sum()), len(part.index)) for part in parts], 1, untested)
+    folds = np.repeat(np.arange(len(parts)), [len(part.index) for part in parts])
+    order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
+    return _HeldOut(estimate, pool(parts), folds[order])
 
 
 def _with_estimate(row: Row, folder: Path, held_out: Sequence[Row]) -> Row:
     """A completed row with the estimate that was skipped when its run trained."""
     pooled = _pooled(held_out)
     assert pooled is not None
-    assert pooled[1].logits is not None
-    found = cross_fitted(pooled[1].logits, pooled[1].label)
-    size = set_temperature(folder / ADAPTER_FILE, found.temperature, "folds", found.images)
-    _stored(pooled[1], row.stage).save(folder)
-    columns = {"calibrated_on": "folds", **found.columns()}
-    row = dataclasses.replace(row, estimate=pooled[0].to_dict(), adapter_file_bytes=size, **columns)
+    found, columns = pooled.calibrate()
+    set_temperature(folder / ADAPTER_FILE, found.temperature, "folds", found.images)
+    columns["adapter_file_bytes"] = (folder / ADAPTER_FILE).stat().st_size
+    _stored(pooled.predictions, row.stage).save(folder)
+    row = dataclasses.replace(row, **columns)
     write_row(folder, row)
     return row
 
@@ -360,7 +388,7 @@ def _measure(
     folder: Path,
     stage: identity.Stage,
     ckpt_path: str | None,
-    pooled: tuple[Estimate, Predictions] | None,
+    pooled: _HeldOut | None,
     measured: dict[str, Any],
 ) -> None:
     """Fills in `measured` as the run goes on, so that a failed run keeps what was known."""
@@ -382,9 +410,11 @@ def _measure(
         if measured["train_loss"] is None:
             raise NolaVisionError("training ended with a loss that is not finite: try a smaller learning rate or scale")
         if pooled is not None:
-            measured |= _calibrate(task.model, pooled[1], "folds")
-            measured["estimate"] = pooled[0].to_dict()
-            _stored(pooled[1], stage).save(folder)
+            found, columns = pooled.calibrate()
+            task.model.temperature, task.model.calibrated_on = found.temperature, "folds"
+            task.model.calibration_images = found.images
+            measured |= columns
+            _stored(pooled.predictions, stage).save(folder)
         if trainer.is_global_zero and stage != "fold":
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
             if stage == "final":  # the check loads a second backbone: too slow for every run of a search

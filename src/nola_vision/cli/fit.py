@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nola_vision import photos
-from nola_vision.cli.options import config_options, positional, refuse_strays
+from nola_vision.cli.options import (
+    Options,
+    add_photo_options,
+    config_options,
+    photo_settings,
+    refuse_strays,
+    refuse_without_photos,
+    take_photos,
+)
 from nola_vision.cli.progress import duration, say
 from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
@@ -23,51 +31,19 @@ if TYPE_CHECKING:
 
 LONGEST_ESTIMATE = 600.0  # seconds that the folds may take unless they are asked for
 
-HELP = "\n".join(
-    [
-        "usage: nola-vision {verb} --config FILE [--method NAME] [--out DIR] [--ckpt_path FILE] [--KEY VALUE ...]",
-        "{photos}",
-        "  --config FILE     a config, shipped or local; may be given several times, later ones win",
-        "  --method NAME     which entry of the config's `methods` (default: the config's `method`)",
-        "  --out DIR         the folder of all runs (default: runs)",
-        "  --ckpt_path FILE  a checkpoint to {purpose}",
-        "  --allow-import P  a package whose classes the config may name, such as a callback of your own",
-        "  --debug           print the traceback of an error",
-        "{estimate}",
-        "Every key of the config is an option too, such as --data.shots 10, --model.method.rank 8 or",
-        "--trainer.max_epochs 100; --print_config prints the whole config. All of them:",
-        "",
-    ]
-)
-_ESTIMATE_HELP = "\n".join(
-    [
-        "  --estimate WHEN   without a test split: `folds` trains on each fold whatever it takes, `none` on no fold",
-        "                    (default: unless they take more than 10 minutes)",
-        "  --search          choose the learning rate among the entry's `learning_rates`, on held-out images",
-        "  --again           repeat a run that is completed",
-        "",
-    ]
-)
+_EPILOG = """Every key of the config is an option too, such as --data.shots 10, --model.method.rank 8 or
+--trainer.max_epochs 100; --print_config prints the whole config. All of them:
+"""
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
-    options = config_options(verb)
-    options.add_argument("--method")
-    options.add_argument("--ckpt_path")
-    if verb == "fit":
-        photos.add_options(options)
-        options.add_argument("--estimate", choices=("folds", "none"))
-        options.add_argument("--search", action="store_true")
-        options.add_argument("--again", action="store_true")
+    options = _options(verb)
     known, rest = options.parse_known_args(arguments)
     if "-h" in rest or "--help" in rest:
-        purpose = "resume from, or 'last' for this run's own" if verb == "fit" else "evaluate"
-        own = {"photos": photos.HELP, "estimate": _ESTIMATE_HELP} if verb == "fit" else {"photos": "", "estimate": ""}
-        print(HELP.format(verb=verb, purpose=purpose, **own), flush=True)
-    place, rest = positional(rest) if verb == "fit" else (None, rest)
+        print(options.format_help(), flush=True)
+    place, rest = take_photos(rest) if verb == "fit" else (None, rest)
     refuse_strays(rest, options)
-    config = _config(known, place, rest, verb)
-    raw = config
+    raw = config = _config(known, place, rest, verb)
     if "methods" in config:
         config = identity.resolve(config, known.method)
     elif known.method is not None:
@@ -83,20 +59,44 @@ def main(arguments: Sequence[str], verb: str) -> int:
     return _fit(run_config, raw, known, [verb, *arguments])
 
 
+def _options(verb: str) -> Options:
+    options = config_options(verb)
+    options.formatter_class = argparse.RawDescriptionHelpFormatter
+    options.epilog = _EPILOG
+    options.usage = f"nola-vision {verb} --config FILE [options] [--KEY VALUE ...]"
+    purpose = "resume from, or 'last' for this run's own" if verb == "fit" else "evaluate"
+    options.add_argument("--ckpt_path", metavar="FILE", help=f"a checkpoint to {purpose}")
+    if verb != "fit":
+        options.add_argument("--method", metavar="NAME", help="entry of the config's `methods`")
+        return options
+    options.usage = f"nola-vision fit PHOTOS [options] [--KEY VALUE ...]\n       {options.usage}"
+    options.description = f"PHOTOS: {photos.PHOTOS}"
+    estimate = "folds: train on each fold, whatever it takes; none (default: unless it takes over 10 minutes)"
+    options.add_argument("--estimate", choices=("folds", "none"), help=f"without a test split. {estimate}")
+    options.add_argument(
+        "--search", action="store_true", help="choose among the entry's learning_rates, on held-out images"
+    )
+    options.add_argument("--again", action="store_true", help="repeat a run that is completed")
+    add_photo_options(options)
+    return options
+
+
 def _config(known: argparse.Namespace, place: str | None, rest: Sequence[str], verb: str) -> identity.Config:
+    """The config that PHOTOS or --config stand for."""
     if place is None:
-        given = [name for name in photos.OPTIONS if verb == "fit" and getattr(known, name) is not None]
-        if given:
-            raise NolaVisionError(
-                f"--{given[0]} goes with a folder of photos: nola-vision fit PHOTOS --{given[0]} {getattr(known, given[0])}"
-            )
+        if verb == "fit":
+            refuse_without_photos(known)
         if not known.config and not rest:
-            start = "a folder of photos, or a config such as --config quickstart.yaml"
-            raise NolaVisionError(f"nola-vision {verb} needs {start if verb == 'fit' else 'a config: give --config FILE'}")
+            start = (
+                "a folder of photos, or --config quickstart.yaml" if verb == "fit" else "a config: give --config FILE"
+            )
+            raise NolaVisionError(f"nola-vision {verb} needs {start}")
         return load_configs(known.config)
     if known.config:
-        raise NolaVisionError(f"both '{place}' and --config are given: `nola-vision init {place}` writes a config of it")
-    return photos.config(place, method=known.method, **{name: getattr(known, name) for name in photos.OPTIONS})
+        raise NolaVisionError(
+            f"both '{place}' and --config are given: `nola-vision init {place}` writes a config of it"
+        )
+    return photos.config(place, **photo_settings(known))
 
 
 def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Namespace, words: Sequence[str]) -> int:
@@ -178,7 +178,14 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
         method = {"class_path": class_name, "init_args": entry.get("init_args") or {}}
         one = {key: value for key, value in run_config.items() if key != "content"}
         # one device and no callbacks: those of the run may need epochs
-        trainer = {**one["trainer"], "devices": 1, "num_nodes": 1, "strategy": "auto", "callbacks": None, "logger": None}
+        trainer = {
+            **one["trainer"],
+            "devices": 1,
+            "num_nodes": 1,
+            "strategy": "auto",
+            "callbacks": None,
+            "logger": None,
+        }
         one |= {"method": name, "model": {**one["model"], "method": method}, "trainer": trainer}
         rows.append(run.run(parse(one, [], known.allow_import), known.out, again=known.again))
         say(f"  {printable(name):14s}{accuracy_text(rows[-1])}")
@@ -195,7 +202,9 @@ def _announce(
     total = each * (folds - 1)  # every fold leaves out one part of the images
     if known.estimate is None and total > LONGEST_ESTIMATE:
         command = shlex.join(["nola-vision", *words, "--estimate", "folds"])
-        say(f"{folds} folds would take about {duration(total)}, so the adapter gets no estimate; to run them: {command}")
+        say(
+            f"{folds} folds would take about {duration(total)}, so the adapter gets no estimate; to run them: {command}"
+        )
         return 0, command
     say(f"{run_config['method']}: {folds} folds in about {duration(total)}, then all images in about {duration(each)}")
     return folds, None

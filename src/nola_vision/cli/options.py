@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NoReturn
 
 from nola_vision.errors import NolaVisionError
@@ -25,24 +24,6 @@ def refuse_strays(rest: Sequence[str], options: argparse.ArgumentParser) -> None
             raise NolaVisionError(f"there is no option {option}: did you mean {close[0]}?")
     if rest and not rest[0].startswith("-"):
         raise NolaVisionError(f"'{rest[0]}' is no option: a config is given by --config {rest[0]}")
-
-
-def positional(rest: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The one word among those for Lightning's parser that is not the value of an option, and the others.
-
-    Raises:
-        NolaVisionError: there are several.
-    """
-    places = [
-        at
-        for at, (before, word) in enumerate(pairwise(["", *rest]))
-        if not word.startswith("-") and ("=" in before or not before.startswith("--") or before == "--")
-    ]
-    if len(places) > 1:
-        first, second = rest[places[0]], rest[places[1]]
-        raise NolaVisionError(f"'{first}' and '{second}' are given: name one folder, CSV or text list")
-    others = [word for at, word in enumerate(rest) if at not in places and word != "--"]
-    return (rest[places[0]] if places else None), others
 
 
 class Options(argparse.ArgumentParser):
@@ -92,7 +73,9 @@ def add_photo_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("options for PHOTOS").add_argument
     add("--backbone", metavar="TAG", help="a timm tag, or quickstart: the small one that ships, weak on photos")
     add("--weights", metavar="FILE", help="local file with the backbone's weights: nothing is downloaded")
-    add("--method", metavar="NAME", help="nola, lora-r4, linear, full-ft, logistic, nearest-mean or 1nn (default: nola)")
+    add(
+        "--method", metavar="NAME", help="nola, lora-r4, linear, full-ft, logistic, nearest-mean or 1nn (default: nola)"
+    )
     add("--shots", type=shots_number, metavar="N", help="training images per class, or all (default: all)")
     add("--epochs", type=whole_number, metavar="N", help="passes over them (default: 10 to 50, fewer for more images)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
