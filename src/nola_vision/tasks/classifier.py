@@ -217,6 +217,7 @@ class Classifier(L.LightningModule):
     def _identity(self) -> dict[str, Any]:
         """What the stored numbers mean something for; learning rates may differ."""
         metadata = self.model.metadata()
+        del metadata["weights"], metadata["calibration"]  # the fingerprint is of the weights themselves
         settings = metadata["method"]["init_args"]
         metadata["method"] = {"class": metadata["method"]["class_path"], **settings, "lr": None, "head_lr": None}
         return metadata
