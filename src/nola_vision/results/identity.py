@@ -164,12 +164,28 @@ def entry_hash(run_config: Mapping[str, Any]) -> str:
 
     A `basis_seed` that follows `run_seed` (null) is left out; a fixed one is a setting of the entry and stays.
     """
+    return _digest(_of_entry(run_config))
+
+
+def entry_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `entry_hash` is taken of, by the key of each value: `{"model.method.init_args.rank": 8, ...}`."""
+    return _flat(_of_entry(run_config))
+
+
+def _of_entry(run_config: Mapping[str, Any]) -> Config:
     config = _relevant(run_config)
     config["data"].pop("split_seed", None)
     config["model"].pop("run_seed", None)
     if config["model"].get("basis_seed") is None:
         config["model"].pop("basis_seed", None)
-    return _digest(config)
+    return config
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:
