@@ -416,6 +416,25 @@ def _takes(source: Source, side: int) -> bool:
     return not cuts
 
 
+def weights_file(spec: BackboneSpec) -> Path | None:
+    """The file on this machine that a pretrained backbone's weights are read from; None if it would be downloaded.
+
+    Raises:
+        NolaVisionError: as `resolve`, or there are no weights at the path that is given.
+    """
+    if spec.file is not None:
+        return _weights_in(Path(spec.file))
+    cfg = resolve(spec).cfg
+    return Path(cfg.file) if cfg.file else _downloaded(cfg)
+
+
+def repository(spec: BackboneSpec) -> str | None:
+    """The hub repository that a backbone's weights come from; None for a local file and for what the package ships."""
+    if spec.file is not None or not (name := resolve(spec).cfg.hf_hub_id) or resolve(spec).cfg.file:
+        return None
+    return str(name).partition("@")[0]
+
+
 def _downloaded(cfg: PretrainedCfg) -> Path | None:
     """The file of a config's weights in the download caches of the hub and of torch, if it is there."""
     if cfg.hf_hub_id:
