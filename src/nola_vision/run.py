@@ -20,11 +20,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from nola_vision.calibration import cross_fitted
 from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import why_not_a_file, write_whole
 from nola_vision.interrupts import Interrupts
-from nola_vision.model import first_not_finite
+from nola_vision.model import first_not_finite, set_temperature
 from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.row import Row
@@ -342,6 +343,12 @@ def _measure(
     trainer.validate(task, **quiet)
     measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
     measured["val_loss"] = _number(trainer.callback_metrics.get("val_loss"))
+    if stage == "final" and isinstance(task, Classifier):
+        measured |= _calibrate(task)
+        if trainer.is_global_zero and task.model.calibrated_on is not None:
+            path, model = folder / ADAPTER_FILE, task.model
+            set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
+            measured["adapter_file_bytes"] = path.stat().st_size
     if stage == "final":
         clock = time.perf_counter()
         trainer.test(task, **quiet)
@@ -356,6 +363,17 @@ def _measure(
     later = _peak_memory_mib(device)
     measured["peak_memory_mib"] = max(peak, later) if peak is not None and later is not None else later
     measured["data"] = data.describe()
+
+
+def _calibrate(task: Classifier) -> dict[str, Any]:
+    """Fits the model's temperature on the validation pool, if there is one; the columns of the row."""
+    if task.validated is None or not all(bool(values.isfinite().all()) for values in task.validated):
+        return {}
+    logits, labels = task.validated
+    found = cross_fitted(logits.numpy(), labels.numpy())
+    model = task.model
+    model.temperature, model.calibrated_on, model.calibration_images = found.temperature, "validation", found.images
+    return found.columns() | {"calibrated_on": model.calibrated_on}
 
 
 def _fit(built: RunCLI, ckpt_path: str | None) -> None:
