@@ -40,7 +40,10 @@ def main(arguments: Sequence[str], verb: str) -> int:
     from nola_vision.model import load_adapter
 
     if known.merged is not None:
-        print(f"{target}: {export.write_merged(load_adapter(known.adapter, known.weights), target, known.dequantise)}")
+        model = load_adapter(known.adapter, known.weights)
+        print(f"{target}: {export.write_merged(model, target, known.dequantise)}")
+        if model.calibrated_on is not None:
+            print(f"calibrated probabilities: softmax(logits / {model.temperature:g}), as its config.json states")
     else:
         print(f"{target}: {export.shorten(known.adapter, target, known.max_bytes, known.bits):,} bytes")
     return 0

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
-from torchmetrics import MeanMetric
+from torchmetrics import CatMetric, MeanMetric
 
 from nola_vision.backbones import BackboneSpec, batch_norms
 from nola_vision.data.datamodule import KShotDataModule
@@ -74,6 +74,9 @@ class Classifier(L.LightningModule):
         self.confusions: Tensor | None = None
         self.predictions: Predictions | None = None  # of the last test
         self.test_logits: Tensor | None = None  # of the same images, in the same order
+        # logits and labels of the validation pool, of all processes; known after `validate`
+        self.validated: tuple[Tensor, Tensor] | None = None
+        self.held_out = nn.ModuleDict({name: CatMetric(nan_strategy="disable") for name in ("logits", "labels")})
         # a metric weights each process by its images, where `sync_dist` would average the processes
         self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
@@ -151,6 +154,8 @@ class Classifier(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Every evaluation sees the values as a file holds them; during training they stay as they are."""
+        for metric in self.held_out.values():
+            cast(CatMetric, metric).reset()
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.model.compute_with_stored_bits()
         else:
@@ -172,6 +177,14 @@ class Classifier(L.LightningModule):
         metric(F.cross_entropy(logits, labels), weight=len(labels))
         self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
         log_accuracy(self, self.accuracy, stage, logits, labels)
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            for name, values in (("logits", logits.float()), ("labels", labels)):
+                cast(CatMetric, self.held_out[name]).update(values)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            logits, labels = (cast(CatMetric, self.held_out[name]).compute().cpu() for name in ("logits", "labels"))
+            self.validated = logits, labels.long()
 
     def on_test_epoch_end(self) -> None:
         self.confusions = count_confusions(self.accuracy)
