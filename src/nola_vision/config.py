@@ -38,12 +38,15 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.local_files import file_digest
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
+from nola_vision.tasks.classifier import Classifier
 from nola_vision.trainer_settings import (
     LAST_CHECKPOINT,
     LastCheckpoint,
     check_precision,
+    check_stop_early,
     check_trainer,
     checkpoint_folder,
+    early_stopping,
 )
 
 
@@ -133,6 +136,8 @@ class RunCLI(LightningCLI):
         assert self.folder is not None
         given = self.config_init["trainer"]
         callbacks: list[L.Callback] = list(_listed(given["callbacks"]))
+        if (patience := self.config["model.stop_early"]) is not None and isinstance(self.model, Classifier):
+            callbacks += early_stopping(patience)
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(checkpoint_folder(self.folder, callback))
@@ -232,6 +237,12 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     if full["model"]["run_seed"] < 0 or full["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")
     check_trainer(full["trainer"])
+    check_stop_early(full["model"]["stop_early"], full["trainer"]["callbacks"])
+    if full["model"]["class_weights"] == "balanced" and full["data"]["shots"] != "all":
+        raise NolaVisionError(
+            f"model.class_weights is balanced, but data.shots is {full['data']['shots']} and all classes have equally "
+            "many images: leave it out, or give data.shots all"
+        )
     settings = full["model"]["method"].get("init_args") or {}
     check_precision(full["trainer"]["precision"], identity.method_class(full), bool(settings.get("train_norms")))
     if full["threads"] is not None and not 1 <= full["threads"] <= _MOST_THREADS:

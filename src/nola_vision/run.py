@@ -280,6 +280,12 @@ class _HeldOut:
         return cross_fitted(self.predictions.logits, self.predictions.label, self.folds)
 
 
+def _fold_predictions(of_fold: Row) -> Predictions | None:
+    if of_fold.status != "completed" or of_fold.folder is None:
+        return None
+    return load_predictions(of_fold.folder)
+
+
 def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
     """What the rows of all folds of a run found; None if there are none.
 
@@ -289,10 +295,10 @@ def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
     if not held_out:
         return None
     parts = []
-    for fold, row in enumerate(held_out):
-        found = load_predictions(row.folder) if row.status == "completed" and row.folder is not None else None
+    for fold, of_fold in enumerate(held_out):
+        found = _fold_predictions(of_fold)
         if found is None or found.logits is None:
-            reason = row.error or "its predictions are gone: delete its folder and run again"
+            reason = of_fold.error or "its predictions are gone: delete its folder and run again"
             raise NolaVisionError(f"fold {fold + 1} of {len(held_out)}: {reason}")
         parts.append(found)
     untested = held_out[0].data.get("untested_classes") or []

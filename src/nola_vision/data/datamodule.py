@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
@@ -390,6 +391,12 @@ class KShotDataModule(L.LightningDataModule):
     def reference_dataloader(self) -> DataLoader[Any]:
         """The k-shot set in order and not augmented: what nearest neighbour compares with."""
         return self._loader(self._plain(*self._train_set, self._kept), self.eval_batch_size)
+
+    @property
+    def train_labels(self) -> npt.NDArray[np.int64]:
+        """The class indices of the training images, in the order of the draw."""
+        source, indices = self._train_set
+        return source.labels[indices]
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a run's row and its adapter file; opens the training set if that has not been done.
