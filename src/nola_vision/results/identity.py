@@ -18,7 +18,8 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.tags import short_tag
 
 Config = dict[str, Any]
-Stage = Literal["final", "search"]
+Stage = Literal["final", "search", "fold"]
+TRAINS_NOTHING = ("NearestNeighbor", "NearestMean", "LogisticRegression")  # nothing in them depends on `run_seed`
 
 # `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
 # are names (they are in the folder's path), and `methods`, the other entries.
@@ -103,8 +104,8 @@ def method_class(run_config: Mapping[str, Any]) -> str:
 
 
 def has_init(run_config: Mapping[str, Any]) -> bool:
-    """Say whether `run_seed` matters: 1-NN trains nothing, so it has one run a split."""
-    return method_class(run_config) != "NearestNeighbor"
+    """Whether `run_seed` matters: a method on frozen features trains nothing by steps, so it has one run per split."""
+    return method_class(run_config) not in TRAINS_NOTHING
 
 
 def cell_name(run_config: Mapping[str, Any]) -> str:
@@ -163,11 +164,16 @@ def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def run_folder(out: str | Path, run_config: Mapping[str, Any], stage: Stage) -> Path:
-    """Return `OUT/<cell>/<method name>/split0-init0-<hash>`; 1-NN has no init, a search run the prefix `search-`."""
+    """Return `OUT/<cell>/<method name>/split0-init0-<hash>`.
+
+    A method on frozen features has no init; a search run has the prefix `search-`, the run of a fold `fold2-`.
+    """
     name = f"split{need(run_config, 'data', 'split_seed')}-"
     if has_init(run_config):
         name += f"init{need(run_config, 'model', 'run_seed')}-"
+    fold = need(run_config, "data").get("fold")
     prefix = "search-" if stage == "search" else ""
+    prefix += f"fold{fold}-" if fold is not None else ""
     method = _safe(str(need(run_config, "method")))
     return Path(out) / cell_name(run_config) / method / f"{prefix}{name}{run_hash(run_config, stage)}"
 

@@ -29,6 +29,12 @@ DETERMINISTIC = (
     "other_parameters",
     "adapter_file_bytes",
     "test_accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "top5_accuracy",
+    "test_nll",
+    "estimate",
+    "temperature",
     "val_accuracy",
     "train_loss",
     "val_loss",
@@ -41,7 +47,15 @@ _MOST_KEYS = 1000  # each becomes a column of the frame; a run has about 150
 _MOST_DEPTH = 50
 _MOST_BRACKETS = 100_000  # in the text, those in names included: 32 MB of empty lists would take 700 MB
 _SIGNED = ("basis_seed", "train_loss", "val_loss")  # every other number is at least 0
-_FRACTIONS = ("test_accuracy", "val_accuracy")
+_FRACTIONS = (
+    "test_accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "top5_accuracy",
+    "val_accuracy",
+    "held_out_ece",
+    "held_out_ece_calibrated",
+)
 _NAMES = ("cell", "run_hash", "entry_hash")
 _LABELS = ("method", "method_class")
 _MOST_CHARACTERS = 255  # of a label, which is a file name or a class
@@ -79,8 +93,11 @@ class Row:
     `split` and `init` are the run's place in its entry (`init` is None for 1-NN); `config` is its run config;
     `data` what the datamodule says of the draw; `started` ISO 8601 in UTC; `error` one sentence. `epoch` is the epoch,
     counted from 0, whose weights were saved and tested: the last one, or the best by the metric `monitor` of a
-    ModelCheckpoint. `train_loss` is that of the last epoch. `folder` is not a column: it is where the row was read
-    from, None for a row that was not read.
+    ModelCheckpoint. `train_loss` is that of the last epoch. `test_nll` is the mean cross-entropy of the test images.
+    `estimate` is the accuracy by cross-validation of a data set without a test split, as `estimates.Estimate` writes
+    it. `temperature` divides the logits of the adapter file; it was fitted on the predictions for `calibrated_on`
+    ("folds" or "validation" images), whose NLL and expected calibration error the columns `held_out_...` give.
+    `folder` is not a column: it is where the row was read from, None for a row that was not read.
     """
 
     status: Status
@@ -102,6 +119,17 @@ class Row:
     other_parameters: int | None = None
     adapter_file_bytes: int | None = None
     test_accuracy: float | None = None
+    balanced_accuracy: float | None = None
+    macro_f1: float | None = None
+    top5_accuracy: float | None = None
+    test_nll: float | None = None
+    estimate: dict[str, Any] | None = None
+    temperature: float | None = None
+    calibrated_on: str | None = None
+    held_out_nll: float | None = None
+    held_out_nll_calibrated: float | None = None
+    held_out_ece: float | None = None
+    held_out_ece_calibrated: float | None = None
     val_accuracy: float | None = None
     train_loss: float | None = None
     val_loss: float | None = None

@@ -1,0 +1,89 @@
+"""What a run predicted for each image that it tested: the file next to its row, so that two runs can be paired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from nola_vision.errors import NolaVisionError
+from nola_vision.files import write_whole
+
+PREDICTIONS_FILE = "predictions.safetensors"
+_MOST_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The tested images of one run, in ascending order of their index.
+
+    Args:
+        index: int64 `[n]`, positions of the images in their source; two runs on one data set are paired by them.
+        label: int64 `[n]`, true class indices.
+        predicted: int64 `[n]`, predicted class indices.
+        probability: float32 `[n]`, of the predicted class, not calibrated.
+        logits: float32 `[n, classes]`, or None where they are not stored.
+    """
+
+    index: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    probability: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(cls, index: npt.ArrayLike, label: npt.ArrayLike, logits: npt.ArrayLike) -> Predictions:
+        """The predictions that logits `[n, classes]` give; the images may be in any order."""
+        positions, scores = np.asarray(index, dtype=np.int64), np.asarray(logits, dtype=np.float32)
+        order = np.argsort(positions, kind="stable")
+        scores = scores[order]
+        shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)
+        probability = 1 / np.exp(shifted).sum(axis=1)  # of the class with the largest logit
+        labels = np.asarray(label, dtype=np.int64)[order]
+        return cls(positions[order], labels, scores.argmax(axis=1), probability.astype(np.float32), scores)
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Whether each image's class was predicted, `[n]`."""
+        return np.equal(self.predicted, self.label)
+
+    def save(self, folder: Path) -> None:
+        """Writes the file into a run's folder, whole or not at all."""
+        tensors = {name: np.ascontiguousarray(array) for name, array in vars(self).items() if array is not None}
+        write_whole(folder / PREDICTIONS_FILE, safetensors.numpy.save(tensors))
+
+
+def pool(parts: list[Predictions]) -> Predictions:
+    """The predictions of several runs on different images as one, such as those of all folds."""
+    names = ("index", "label", "predicted", "probability")
+    order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names}
+    logits = [part.logits for part in parts if part.logits is not None]
+    return Predictions(**columns, logits=np.concatenate(logits)[order] if len(logits) == len(parts) else None)
+
+
+def load_predictions(folder: Path) -> Predictions | None:
+    """The predictions in a run's folder; None if it has none.
+
+    Raises:
+        NolaVisionError: the file is damaged.
+    """
+    path = folder / PREDICTIONS_FILE
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError("too large")
+        found = safetensors.numpy.load(path.read_bytes())
+        predictions = Predictions(**found)
+        count = len(predictions.index)
+        if any(array.shape[0] != count or array.dtype.kind not in "if" for array in found.values()):
+            raise ValueError("columns of different lengths")
+    except (SafetensorError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise NolaVisionError(f"{path} is damaged: delete the run's folder and run again") from error
+    return predictions
