@@ -5,7 +5,7 @@ unless given); printed are the least, the median and the largest of the wall sec
 
     first     from the start of the process to the first byte on stdout or stderr, for every verb that imports torch
     mistakes  from the start to the end of the process, for mistakes that need no model
-    busy      `fit --config quickstart.yaml --method nola` and its training alone, for each way in which OpenMP's threads
+    busy      `fit --config quickstart.yaml --method nola` and its training alone, for each way in which threads
               wait for each other (`--epochs`; the printed adapters' digests show that results do not depend on it)
 """
 
@@ -56,8 +56,8 @@ POLICIES: dict[str, dict[str, str]] = {
     "as shipped": {},
     "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},
     "passive": {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"},
-    "spin 1,000": {"GOMP_SPINCOUNT": "1000"},
-    "spin 10,000": {"GOMP_SPINCOUNT": "10000"},
+    "spin 1000": {"GOMP_SPINCOUNT": "1000"},
+    "spin 10000": {"GOMP_SPINCOUNT": "10000"},
     "1 thread": {"OMP_WAIT_POLICY": "passive", "THREADS": "1"},
 }
 

@@ -41,12 +41,14 @@ from nola_vision.methods import (
     FullFinetune,
     HashedNet,
     Method,
+    stored_bits,
+)
+from nola_vision.stacks import (
     edited_by_peft,
     feature_width,
     make_stack,
     method_targets,
     settle,
-    stored_bits,
     tensor_shapes,
     with_module_names,
 )

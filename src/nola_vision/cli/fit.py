@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nola_vision import early_checks, progress
 from nola_vision.cli.options import config_options, refuse_strays
 from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity, store, tables
+from nola_vision.results import identity, store
 
 HELP = "\n".join(
     [
@@ -25,8 +26,7 @@ HELP = "\n".join(
         "  --debug           print the traceback of an error",
         "",
         "Every key of the config is an option too, such as --data.shots 10, --model.method.rank 8 or",
-        "--trainer.max_epochs 100; --print_config prints the whole config. All of them:",
-        "",
+        "--trainer.max_epochs 100; --print_config prints the whole config, and --help=all lists all of them.",
     ]
 )
 
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if "-h" in rest or "--help" in rest:
         purpose = "resume from, or 'last' for this run's own" if verb == "fit" else "evaluate"
         print(HELP.format(verb=verb, purpose=purpose), flush=True)
+        return 0
+    rest = ["--help" if word == "--help=all" else word for word in rest]
     refuse_strays(rest, options)
     if not known.config and not rest:
         raise NolaVisionError(f"nola-vision {verb} needs a config: give --config quickstart.yaml, for one")
@@ -48,6 +50,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     elif known.method is not None:
         raise NolaVisionError(f"--method {known.method} needs a config with `methods`: give one by --config")
 
+    if "--help" not in rest:
+        early_checks.check_run(config, rest, known.ckpt_path)
+    progress.say_start(verb)
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
     from nola_vision.config import parse
 
@@ -58,6 +63,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     row = run.run(run_config, known.out, ckpt_path=known.ckpt_path)
     if not run.is_main_process():
         return 0
+    from nola_vision.results import tables  # pandas takes a while to import
+
     rows, problems = store.read_rows(Path(known.out) / row.cell)
     console = Console()
     console.print(tables.row_panel(row))

@@ -43,6 +43,13 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def device(text: str) -> str:
+    """The type of an option that takes a device, by torch's name for it."""
+    if text.partition(":")[0] == "gpu":
+        raise argparse.ArgumentTypeError(f"the device '{text}' is called '{text.replace('gpu', 'cuda', 1)}': give that")
+    return text
+
+
 def config_options(verb: str, help: bool = False) -> Options:
     """A parser of the options that every verb with a config shares; other options are Lightning's."""
     parser = Options(verb, add_help=help)
