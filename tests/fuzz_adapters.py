@@ -22,7 +22,6 @@ from PIL import Image
 from fuzzing import Outcome, measured
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
 from nola_vision.adapters.file import METADATA_KEY, digest
-from nola_vision.predict import predict
 
 GOLDEN = Path(__file__).parent / "golden"
 MLP = BackboneSpec("mlp_784_256.untrained", base="random")
@@ -211,7 +210,7 @@ def outcome(content: bytes, folder: Path) -> Outcome:
 
     def load() -> None:
         with torch.inference_mode():
-            assert len(list(predict(load_adapter(path), [picture]))) == 1
+            assert len(load_adapter(path).predict([picture])) == 1
 
     return measured(load)
 

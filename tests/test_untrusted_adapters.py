@@ -20,7 +20,6 @@ from nola_vision import NOLA, PEFT, BackboneSpec, LoRA, adapt, load_adapter, mem
 from nola_vision.adapters.file import METADATA_KEY
 from nola_vision.errors import NolaVisionError
 from nola_vision.export import shorten
-from nola_vision.predict import predict
 
 GLYPHS, TINY = "v1-nola.safetensors", "nola"
 
@@ -191,7 +190,7 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_class(tmp_path: Path)
     with torch.no_grad():
         model.stack.head_bias.fill_(float("inf"))
     with pytest.raises(NolaVisionError, match="logits are not finite"):
-        list(predict(model, [fuzz_adapters.image(tmp_path)]))
+        model.predict([fuzz_adapters.image(tmp_path)])
 
 
 def test_a_file_is_a_regular_file_and_its_header_is_small(tmp_path: Path) -> None:

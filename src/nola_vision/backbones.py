@@ -24,7 +24,12 @@ import torch
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models._hub import (
+    HF_WEIGHTS_NAME,
+    _get_safe_alternatives,
+    load_model_config_from_hf,
+    load_model_config_from_path,
+)
 from torch import nn
 
 import nola_vision.glyph_vit
@@ -393,24 +398,50 @@ def _takes(source: Source, side: int) -> bool:
     return not cuts
 
 
+def weights_file(spec: BackboneSpec) -> Path | None:
+    """The file on this machine that a pretrained backbone's weights are read from; None if it would be downloaded.
+
+    Raises:
+        NolaVisionError: as `resolve`, or there are no weights at the path that is given.
+    """
+    if spec.file is not None:
+        return weights_in(Path(spec.file))
+    cfg = resolve(spec).cfg
+    return Path(cfg.file) if cfg.file else _downloaded(cfg)
+
+
+def repository(spec: BackboneSpec) -> str | None:
+    """The hub repository that a backbone's weights come from; None for a local file and for what the package ships."""
+    if spec.file is not None or not (name := resolve(spec).cfg.hf_hub_id) or resolve(spec).cfg.file:
+        return None
+    return str(name).partition("@")[0]
+
+
+def _downloaded(cfg: PretrainedCfg) -> Path | None:
+    """The file of a config's weights in the download caches of the hub and of torch, if it is there."""
+    if cfg.hf_hub_id:
+        name, _, revision = cfg.hf_hub_id.partition("@")
+        file = cfg.hf_hub_filename or HF_WEIGHTS_NAME
+        files = [*_get_safe_alternatives(file), file]  # timm's order
+        found = (huggingface_hub.try_to_load_from_cache(name, one, revision=revision or None) for one in files)
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+    if not cfg.url:
+        return None
+    file = os.path.basename(cfg.url) if isinstance(cfg.url, str) else cfg.url[1]
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    return path if path.is_file() else None
+
+
 def _announce_download(spec: BackboneSpec, source: Source) -> None:
     """Logs what timm is about to fetch and from where, if anything."""
     cfg = source.cfg
     if cfg.file or not (cfg.hf_hub_id or cfg.url) or huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     if cfg.hf_hub_id:
-        repository, _, revision = cfg.hf_hub_id.partition("@")
-        names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-        cached = any(
-            isinstance(huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None), str)
-            for name in names
-        )
-        place = f"huggingface.co/{repository}"
+        place = f"huggingface.co/{cfg.hf_hub_id.partition('@')[0]}"
     else:
         place = cfg.url if isinstance(cfg.url, str) else cfg.url[0]  # type: ignore[index]
-        name = os.path.basename(place) if isinstance(cfg.url, str) else cfg.url[1]  # type: ignore[index]
-        cached = Path(torch.hub.get_dir(), "checkpoints", name).is_file()
-    if not cached:
+    if _downloaded(cfg) is None:
         with torch.device("meta"):
             numbers = sum(p.numel() for p in source.create(num_classes=cfg.num_classes).parameters())
         _logger.warning(f"downloading the weights of {spec.tag} from {place} (about {4 * numbers / 1e6:.0f} MB)")
@@ -510,6 +541,12 @@ def own_side(spec: BackboneSpec) -> tuple[int, bool]:
     """The image side that timm gives for a backbone, and whether the model is made for one size only."""
     config = resolve(spec).cfg
     return int(config.input_size[-1]), bool(config.fixed_input_size)
+
+
+def largest_side(spec: BackboneSpec, most: int) -> int | None:
+    """`most` where timm's own image side is larger and the model takes `most`; None where its own is to be used."""
+    source = resolve(spec)
+    return most if source.cfg.input_size[-1] > most and _takes(source, most) else None
 
 
 def skeleton(spec: BackboneSpec) -> nn.Module:

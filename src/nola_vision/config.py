@@ -290,6 +290,17 @@ def build(run_config: identity.Config, folder: Path) -> RunCLI:
         ) from error
 
 
+def open_data(run_config: identity.Config) -> KShotDataModule:
+    """The datamodule of a run config, its training images open.
+
+    Raises:
+        NolaVisionError: as `KShotDataModule.setup`.
+    """
+    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
+    module.prepare_data()
+    return module
+
+
 def has_validation_images(run_config: identity.Config) -> bool:
     """Opens the training images of a run config, so that a data set that is not there is found before any run.
 
@@ -299,9 +310,7 @@ def has_validation_images(run_config: identity.Config) -> bool:
     Raises:
         NolaVisionError: as `KShotDataModule.setup`.
     """
-    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
-    module.prepare_data()
-    return module.describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]
+    return open_data(run_config).describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from nola_vision.adapters.settings import Storage
 
-FORMAT_VERSION = 1
+BASIS_VERSION = 1  # part of every key: a new adapter format does not change it
 ENTRIES_PER_COUNTER = 16
 _MASK = 0xFFFFFFFF
 _SIGN = 0x80000000
@@ -54,7 +54,7 @@ def basis_key(basis_seed: int, identity: str, factor: str) -> Key:
         identity: `shape 768x3072` in shared scope, `weight blocks.0.mlp.fc1.weight` in per-layer scope and for A0.
         factor: `A`, `B`, `A0` (NOLA); `P` (PRANC), `hash` (HashedNet), `base` (random weights), `head` (its start).
     """
-    text = f"nola-vision basis {FORMAT_VERSION}\n{basis_seed}\n{identity}\n{factor}"
+    text = f"nola-vision basis {BASIS_VERSION}\n{basis_seed}\n{identity}\n{factor}"
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 

@@ -328,15 +328,20 @@ def _best_rate(method: str, specs: list[RunSpec], searched: Mapping[tuple[str, s
             raise NolaVisionError(
                 f"the search run of {method!r} at learning rate {spec.learning_rate} has not ended: sweep again"
             )
-        accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
         errors += [row.error] if row.error else []
-        ranked.append((-accuracy, _or(row.val_loss, math.inf), spec.learning_rate))
+        ranked.append((search_rank(row), spec.learning_rate))
     best = min(ranked)
-    if best[0] == math.inf:
+    if best[0][0] == math.inf:
         raise NolaVisionError(
             f"all search runs of {method!r} failed: {errors[-1] if errors else 'none has a validation accuracy'}"
         )
-    return best[2]
+    return best[1]
+
+
+def search_rank(row: Row) -> tuple[float, float]:
+    """What search runs are sorted by, the best first: validation accuracy, then loss; a failed one comes last."""
+    accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
+    return -accuracy, _or(row.val_loss, math.inf)
 
 
 def _or(value: float | None, otherwise: float) -> float:

@@ -202,7 +202,7 @@ def _work(
     if not ray.get_gpu_ids():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves it alone where a task was given none
     from nola_vision import memo
-    from nola_vision.run import run
+    from nola_vision.cross_validation import run_with_estimate
 
     memo.keep()
     with suppress(OSError):
@@ -217,7 +217,7 @@ def _work(
 
     try:
         with TemporaryDirectory(prefix="nola-vision-") as out:
-            run(config, out, stage, keep_going=True, beat=beat)
+            run_with_estimate(config, out, stage, keep_going=True, beat=beat)
             folder = identity.run_folder(out, config, stage)
             files = [path for path in folder.iterdir() if path.is_file() and path.name != LOCK_FILE]
             return {path.name: path.read_bytes() for path in files}

@@ -23,7 +23,8 @@ from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import PEFT, FullFinetune, Method
 from nola_vision.model import adapt, backbone_tensors, first_not_finite
-from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
+from nola_vision.predictions import Predictions
+from nola_vision.tasks.accuracy import accuracies, collect_predictions, count_confusions, log_accuracy
 from nola_vision.trainer_settings import check_monitors, monitoring, update_paths
 
 _LOOK_EVERY = 50  # steps on a GPU
@@ -71,6 +72,8 @@ class Classifier(L.LightningModule):
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
         self.accuracy = accuracies(len(class_names))
         self.confusions: Tensor | None = None
+        self.predictions: Predictions | None = None  # of the last test
+        self.test_logits: Tensor | None = None  # of the same images, in the same order
         # a metric weights each process by its images, where `sync_dist` would average the processes
         self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
@@ -172,6 +175,7 @@ class Classifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.confusions = count_confusions(self.accuracy)
+        self.predictions, self.test_logits = collect_predictions(self, self.accuracy)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
@@ -213,6 +217,7 @@ class Classifier(L.LightningModule):
     def _identity(self) -> dict[str, Any]:
         """What the stored numbers mean something for; learning rates may differ."""
         metadata = self.model.metadata()
+        del metadata["weights"], metadata["calibration"]  # the fingerprint is of the weights themselves
         settings = metadata["method"]["init_args"]
         metadata["method"] = {"class": metadata["method"]["class_path"], **settings, "lr": None, "head_lr": None}
         return metadata

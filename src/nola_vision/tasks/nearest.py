@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nola_vision.backbones import BackboneSpec, create_backbone, to_int8
-from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
+from nola_vision.predictions import Predictions
+from nola_vision.tasks.accuracy import accuracies, collect_predictions, count_confusions, log_accuracy
 
 
 class NearestNeighborClassifier(L.LightningModule):
@@ -31,6 +32,8 @@ class NearestNeighborClassifier(L.LightningModule):
             to_int8(self.backbone)
         self.accuracy = accuracies(len(class_names))
         self.confusions: Tensor | None = None
+        self.predictions: Predictions | None = None  # of the last test
+        self.test_logits: Tensor | None = None
         self._reference: tuple[Tensor, Tensor] | None = None
         self.beat: Callable[[], None] = lambda: None  # called after each batch of training images
 
@@ -64,6 +67,7 @@ class NearestNeighborClassifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.confusions = count_confusions(self.accuracy)
+        self.predictions, self.test_logits = collect_predictions(self, self.accuracy)
 
     def configure_optimizers(self) -> Any:
         return None

@@ -1,0 +1,95 @@
+"""Cross-validation folds over labelled images: a pure function of labels, duplicates and a seed.
+
+The splitter is scikit-learn's `StratifiedKFold` over the distinct images. Copies of an image follow it, so none is on
+both sides. All index arrays are int64 positions in the labels that were given.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nola_vision.data.kshot import Indices
+
+MOST_FOLDS = 5
+
+
+def number_of_folds(labels: npt.ArrayLike, groups: npt.ArrayLike) -> int:
+    """How many folds the images allow: the distinct images of the smallest class that has two or more, at most 5.
+
+    Args:
+        labels: `[n]` class indices.
+        groups: `[n]` numbers; equal ones are copies of one image. An image under two labels counts in the rarer class,
+            and not at all if it is the only one of a class.
+
+    Returns:
+        2 to 5, or 0 if no class has two distinct images.
+    """
+    _, _, strata = _testable(np.asarray(labels, dtype=np.int64), np.asarray(groups))
+    counts = np.unique(strata, return_counts=True)[1]
+    return int(counts[counts > 1].min(initial=MOST_FOLDS)) if (counts > 1).any() else 0
+
+
+def folds(labels: npt.ArrayLike, groups: npt.ArrayLike, seed: int) -> list[tuple[Indices, Indices]]:
+    """Stratified folds: each image of a class with two or more distinct images is tested once.
+
+    Every training part has every class, so the only image of a class is always trained on and never tested. An image
+    under two labels is stratified by the rarer class, and never tested if a training part would lack a class without
+    it.
+
+    Args:
+        labels: `[n]` class indices.
+        groups: `[n]` numbers; equal ones are copies of one image, which are on one side of every fold.
+        seed: of the shuffle within the classes.
+
+    Returns:
+        Sorted training and test indices of each of `number_of_folds(labels, groups)` folds. The same on any machine for
+        one version of scikit-learn.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    labels, groups = np.asarray(labels, dtype=np.int64), np.asarray(groups)
+    if (count := number_of_folds(labels, groups)) == 0:
+        return []
+    image, testable, strata = _testable(labels, groups)
+    splitter = StratifiedKFold(count, shuffle=True, random_state=seed % 2**32)
+    made = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # of images under two labels
+        split = list(splitter.split(testable, strata))
+    for _, chosen in split:
+        tested = np.isin(image, testable[chosen])
+        for label in np.setdiff1d(labels, labels[~tested]):  # happens only with images under two labels
+            tested &= image != image[labels == label][0]
+        made.append((np.flatnonzero(~tested).astype(np.int64), np.flatnonzero(tested).astype(np.int64)))
+    return made
+
+
+def hold_out(labels: npt.ArrayLike, groups: npt.ArrayLike, seed: int) -> tuple[Indices, Indices]:
+    """Training and validation indices for choosing settings: the first of the `folds`.
+
+    Returns:
+        Sorted indices; validation is empty if no class has two distinct images.
+    """
+    everything = np.arange(len(np.asarray(labels)), dtype=np.int64)
+    return next(iter(folds(labels, groups, seed)), (everything, everything[:0]))
+
+
+def _testable(labels: npt.NDArray[np.int64], groups: npt.NDArray[Any]) -> tuple[Indices, Indices, Indices]:
+    """Which distinct images can be tested: those that are not the only one of a class.
+
+    Returns:
+        The number of each image's distinct image `[n]`, counted in the order of the data; the testable ones of these
+        numbers `[m]`; and their classes `[m]`, the rarest where an image has several.
+    """
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    image = np.argsort(np.argsort(first))[inverse]
+    pairs = np.unique(np.stack([image, labels]), axis=1)
+    images = np.bincount(pairs[1])[pairs[1]]  # how many distinct images the class of a pair has
+    pairs, images = pairs[:, (order := np.lexsort((pairs[1], images, pairs[0])))], images[order]
+    distinct, rarest = np.unique(pairs[0], return_index=True)
+    several = images[rarest] > 1
+    return image, distinct[several], pairs[1][rarest][several]
