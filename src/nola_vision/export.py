@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nola_vision.adapter_header import parse_header
 from nola_vision.adapters.file import adapter_bytes, open_adapter
 from nola_vision.adapters.paths import is_quantised
-from nola_vision.adapters.quantise import check_bits
+from nola_vision.adapters.settings import check_bits
 from nola_vision.adapters.stack import is_nested, prefix_length
 from nola_vision.backbones import Source, resolve
 from nola_vision.errors import NolaVisionError

@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nola_vision.calibration import Calibration, cross_fitted
 from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import why_not_a_file, write_whole
+from nola_vision.files import need_checkpoint_file, write_whole
 from nola_vision.interrupts import Interrupts
 from nola_vision.model import first_not_finite, set_temperature
 from nola_vision.predictions import Predictions, load_predictions, pool
@@ -65,11 +65,8 @@ def checkpoint_path(given: str | None, folder: Path) -> str | None:
         NolaVisionError: it does not exist.
     """
     path = folder / LAST_CHECKPOINT if given == "last" else given and Path(given)
-    if path and not path.is_file():
-        raise NolaVisionError(
-            f"the checkpoint {path} {why_not_a_file(path)}: give one by --ckpt_path ('last' is that of a run with "
-            "these very settings)"
-        )
+    if path:
+        need_checkpoint_file(path)
     return str(path) if path else None
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nola_vision.adapters.settings import check_bits
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import need_adapter_file, weights_in
+from nola_vision.progress import say_start
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -35,7 +38,13 @@ def main(arguments: Sequence[str], verb: str) -> int:
     target = Path(known.merged or known.out)
     if not target.absolute().parent.is_dir():
         raise NolaVisionError(f"the folder of {target} does not exist: make it first")
+    need_adapter_file(known.adapter)
+    if known.bits is not None:
+        check_bits("bits", known.bits)
+    if known.weights is not None:
+        weights_in(known.weights)
 
+    say_start(verb)
     from nola_vision import export
     from nola_vision.model import load_adapter
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nola_vision import photos
+from nola_vision import early_checks, photos
 from nola_vision.cli.options import (
     Options,
     add_photo_options,
@@ -20,9 +20,9 @@ from nola_vision.cli.options import (
     refuse_without_photos,
     take_photos,
 )
-from nola_vision.cli.progress import duration, say
 from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
+from nola_vision.progress import duration, say, say_start
 from nola_vision.results import identity
 from nola_vision.text import printable
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LONGEST_ESTIMATE = 600.0  # seconds that the folds may take unless they are asked for
 
 _EPILOG = """Every key of the config is an option too, such as --data.shots 10, --model.method.rank 8 or
---trainer.max_epochs 100; --print_config prints the whole config. All of them:
+--trainer.max_epochs 100; --print_config prints the whole config, and --help=all lists all of them.
 """
 
 
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     known, rest = options.parse_known_args(arguments)
     if "-h" in rest or "--help" in rest:
         print(options.format_help(), flush=True)
+        return 0
+    rest = ["--help" if word == "--help=all" else word for word in rest]
     place, rest = take_photos(rest) if verb == "fit" else (None, rest)
     refuse_strays(rest, options)
     raw = config = _config(known, place, rest, verb)
@@ -49,6 +51,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     elif known.method is not None:
         raise NolaVisionError(f"--method {known.method} needs a config with `methods`: give one by --config")
 
+    if "--help" not in rest:
+        early_checks.check_run(config, rest, known.ckpt_path)
+    say_start(verb)
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
     from nola_vision.config import parse
 
