@@ -433,7 +433,7 @@ def _measure(
     if pooled is not None:
         measured["estimate"] = pooled.estimate.to_dict()
         _stored(pooled.predictions, stage).save(folder)
-    if stage != "search" and data.has_test:
+    if stage != "search" and data.test_name is not None:
         clock = time.perf_counter()
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)

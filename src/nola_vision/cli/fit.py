@@ -119,7 +119,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     rates = _learning_rates(raw, run_config) if known.search else []
     data = open_data(run_config)
     if main:
-        say(data.summary())
+        say(_summary(run_config, data.describe()))
     frozen: list[Row] = []
     if main and identity.has_init(run_config):
         frozen = _frozen_rows(run_config, raw, known)
@@ -155,6 +155,14 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     return 0
 
 
+def _summary(run_config: identity.Config, described: dict[str, Any]) -> str:
+    """What is about to happen, in one line."""
+    classes, images = len(described["class_names"]), described["counts"]["train"]
+    tested = "cross-validated" if described["folds"] else "tested on its test images"
+    backbone = f"{run_config['model']['backbone']['tag']} at {described['transform']['size']} pixels"
+    return f"{images:,} training images of {classes} classes, {tested}; backbone {backbone}"
+
+
 def _learning_rates(raw: identity.Config, run_config: identity.Config) -> list[float]:
     """The learning rates of the entry, for --search."""
     entry = raw.get("methods", {}).get(run_config["method"]) or {}
@@ -170,7 +178,6 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
     """The rows of the methods on frozen features, each printed when it is known."""
     from nola_vision import run
     from nola_vision.config import parse
-    from nola_vision.results.tables import accuracy_text
     from nola_vision.tasks.frozen import FROZEN_METHODS
 
     if run_config["model"]["backbone"]["base"] != "pretrained":
@@ -193,8 +200,18 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
         }
         one |= {"method": name, "model": {**one["model"], "method": method}, "trainer": trainer}
         rows.append(run.run(parse(one, [], known.allow_import), known.out, again=known.again))
-        say(f"  {printable(name):14s}{accuracy_text(rows[-1])}")
+        say(f"  {printable(name):14s}{_accuracy(rows[-1])}")
     return rows
+
+
+def _accuracy(row: Row) -> str:
+    """A row's accuracy in per cent; of folds with their standard deviation and number."""
+    if row.estimate is not None:
+        from nola_vision.results.estimates import Estimate
+
+        found = Estimate.from_dict(row.estimate)
+        return f"{100 * found.mean:.1f} (std {100 * found.std:.1f} over {len(found.folds)} folds)"
+    return "-" if row.test_accuracy is None else f"{100 * row.test_accuracy:.1f}"
 
 
 def _announce(
