@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,6 +131,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     if done is not None and (not folds or done.estimate is not None):
         if main:
             say(f"this run is completed, and its row stands: --again repeats it ({folder})")
+        folds = 0
     elif folds:
         folds, skipped = _announce(run_config, known, rates, folds, words)
     clock = time.monotonic()
@@ -149,7 +151,8 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     console.print(tables.row_panel(row))
     console.print(tables.cell_table(rows, row.cell))
     for sentence in _verdict(row, frozen, data.class_names, known, skipped):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=False)
+        # a command is for copying: a terminal that breaks its line puts it together again
+        print(sentence if sentence.startswith("Next: ") else textwrap.fill(sentence, console.width))
     for _, problem in problems:
         print(problem, file=sys.stderr)
     return 0
