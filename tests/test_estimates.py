@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from nola_vision.predictions import Predictions
-from nola_vision.results.estimates import Estimate, compare, wilson
+from nola_vision.results.estimates import Estimate, clopper_pearson, compare, wilson
 from nola_vision.results.row import Row
 from nola_vision.results.verdict import verdict
 
@@ -71,10 +71,21 @@ def test_wilson_is_scipys(confidence: float) -> None:
             assert 0 <= ours[0] <= correct / images <= ours[1] <= 1
 
 
+def test_clopper_pearson_leaves_a_fortieth_in_each_tail() -> None:
+    for correct, images in ((0, 9), (1, 2), (34, 40), (198, 200), (50, 50)):
+        low, high = clopper_pearson(correct, images)
+        if correct:
+            assert binom.sf(correct - 1, images, low) == pytest.approx(0.025)
+        if correct < images:
+            assert binom.cdf(correct, images, high) == pytest.approx(0.025)
+        assert (low == 0) == (correct == 0) and (high == 1) == (correct == images)
+
+
+@pytest.mark.parametrize("interval", [wilson, clopper_pearson])
 @pytest.mark.parametrize(("correct", "images"), [(0, 0), (3, 2), (-1, 2)])
-def test_wilson_refuses_what_is_not_a_proportion(correct: int, images: int) -> None:
+def test_an_interval_refuses_what_is_not_a_proportion(interval: Any, correct: int, images: int) -> None:
     with pytest.raises(ValueError, match="not a proportion"):
-        wilson(correct, images)
+        interval(correct, images)
 
 
 def table(both: int, only_a: int, only_b: int, neither: int) -> tuple[Predictions, Predictions]:
@@ -130,7 +141,7 @@ def test_the_interval_of_a_comparison_covers() -> None:
 def test_an_estimate_pools_the_first_repeat_and_averages_all() -> None:
     found = Estimate.of([(3, 4), (2, 3), (1, 4), (3, 3)], repeats=2, untested_classes=["x"])
     assert (found.correct, found.images, found.accuracy, found.number_of_folds) == (5, 7, 5 / 7, 2)
-    assert (found.low, found.high) == wilson(5, 7)
+    assert (found.low, found.high) == clopper_pearson(5, 7)
     assert found.mean == pytest.approx((3 / 4 + 2 / 3 + 1 / 4 + 1) / 4)
     assert found.std == pytest.approx(np.std([3 / 4, 2 / 3, 1 / 4, 1]))
     assert Estimate.from_dict(json.loads(json.dumps(found.to_dict()))) == found
@@ -197,8 +208,8 @@ def test_a_verdict_of_folds() -> None:
         ["nola-vision predict --adapter a.safetensors PHOTO"],
     )
     assert lines == [
-        "nola: 85.0 % accuracy, 95 % interval 70.9 to 92.9 (34 of 40 images right in 5-fold cross-validation).",
-        "Best of 2 frozen-feature methods: logistic, 50.0 % (35.2 to 64.8); choosing the best of several is "
+        "nola: 85.0 % accuracy, 95 % interval 70.2 to 94.3 (34 of 40 images right in 5-fold cross-validation).",
+        "Best of 2 frozen-feature methods: logistic, 50.0 % (33.8 to 66.2); choosing the best of several is "
         "optimistic.",
         "nola against logistic, image by image: 35.0 points better (95 % interval +12.8 to +53.9).",
         "The intervals leave out how results vary between training sets, and each fold trained on fewer images than "

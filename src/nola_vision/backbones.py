@@ -40,7 +40,7 @@ from nola_vision.adapters.basis import basis_key, uniform
 from nola_vision.adapters.file import add_tensor
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types
-from nola_vision.files import why_not_a_file
+from nola_vision.files import weights_in
 from nola_vision.tags import split_tag
 from nola_vision.text import printable
 
@@ -140,7 +140,7 @@ def _create(spec: BackboneSpec, seed: int) -> nn.Module:
     source = resolve(spec)
     if spec.file is not None:
         # `custom_load` is about the weights that the config names; the file may have a head of any number of classes
-        file = str(_weights_in(Path(spec.file)))
+        file = str(weights_in(Path(spec.file)))
         cfg = replace(source.cfg, file=file, source=None, custom_load=False, num_classes=-1)
         source = replace(source, cfg=cfg)
     if spec.img_size is not None:
@@ -296,7 +296,7 @@ def local_files(tag: str, file: str | None) -> dict[str, Path]:
     if kind == "local-dir":
         found["config"] = Path(name, "config.json")
     if file is not None or kind == "local-dir":
-        found["weights"] = _weights_in(Path(name if file is None else file))
+        found["weights"] = weights_in(Path(name if file is None else file))
     elif not kind:  # the quick start's weights come with the package
         config = _registered_cfg(tag)
         found |= {"weights": Path(config.file)} if config.file else {}
@@ -334,7 +334,7 @@ def _read_folder(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:
             f"local-dir:{name} has no config.json: give a folder that `export --merged` or timm's save_for_hf wrote "
             "(predict: --weights FOLDER)"
         )
-    return _parsed(f"local-dir:{name}", load_model_config_from_path, name, file=str(_weights_in(folder)), source=None)
+    return _parsed(f"local-dir:{name}", load_model_config_from_path, name, file=str(weights_in(folder)), source=None)
 
 
 @functools.lru_cache  # each look asks the network whether the repository has changed
@@ -364,21 +364,6 @@ def _parsed(tag: str, read: Any, name: str, **changes: Any) -> tuple[PretrainedC
     if not known:
         raise NolaVisionError(f"the config.json of {tag} names the architecture '{architecture}', which timm lacks")
     return parsed, architecture, dict(model_args)
-
-
-def _weights_in(path: Path) -> Path:
-    """A weights file, or the one in a folder, in timm's order of preference."""
-    if path.is_dir():
-        files = [file for suffix in ("safetensors", "bin", "pth") for file in sorted(path.glob(f"*.{suffix}"))]
-        for file in (path / "model.safetensors", path / "pytorch_model.bin", *files):
-            if file.is_file():
-                return file
-        raise NolaVisionError(f"the folder {path} holds no weights: it must have a file model.safetensors")
-    if not path.is_file():
-        raise NolaVisionError(
-            f"the weights file {path} {why_not_a_file(path)}: give the path of a .safetensors or .pth file"
-        )
-    return path
 
 
 def _check_img_size(spec: BackboneSpec, source: Source) -> None:
@@ -423,7 +408,7 @@ def weights_file(spec: BackboneSpec) -> Path | None:
         NolaVisionError: as `resolve`, or there are no weights at the path that is given.
     """
     if spec.file is not None:
-        return _weights_in(Path(spec.file))
+        return weights_in(Path(spec.file))
     cfg = resolve(spec).cfg
     return Path(cfg.file) if cfg.file else _downloaded(cfg)
 
