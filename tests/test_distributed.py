@@ -38,6 +38,9 @@ def test_two_processes_train_as_one(method: str, tmp_path: Path) -> None:
     # 101 test images and 177 of validation do not divide by two
     assert two.val_loss == pytest.approx(one.val_loss, rel=1e-3)
     assert (two.val_accuracy, two.test_accuracy) == (one.val_accuracy, one.test_accuracy)
+    # each process has a part of the validation pool, and the temperature is of all
+    assert two.temperature == pytest.approx(one.temperature, rel=1e-3) and two.calibrated_on == "validation"
+    assert two.held_out_nll == pytest.approx(one.held_out_nll, rel=1e-3)
     assert printed.count("test accuracy") == 1  # the second process prints nothing
 
 

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from nola_vision import load_adapter, run
+from nola_vision.calibration import fit_temperature
 from nola_vision.config import build, parse
 from nola_vision.config_files import load_configs, overlay
 from nola_vision.errors import NolaVisionError
@@ -80,6 +81,21 @@ def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
             total += len(labels)
     assert right / total == pytest.approx(rows["nola"].test_accuracy, abs=1e-6)
     assert (folder / run.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
+
+
+def test_the_temperature_is_fitted_on_the_validation_pool(rows: dict) -> None:
+    row, folder = rows["nola"], identity.run_folder(rows["out"], config("nola"), "final")
+    model, built = load_adapter(folder / run.ADAPTER_FILE), build(config("nola"), folder / "again")
+    built.datamodule.setup("fit")
+    with torch.inference_mode():
+        batches = [(model(images), labels) for images, labels in built.datamodule.val_dataloader()]
+    logits, labels = torch.cat([one for one, _ in batches]), torch.cat([labels for _, labels in batches])
+    assert model.temperature == row.temperature == pytest.approx(fit_temperature(logits, labels), rel=1e-4)
+    assert (model.calibrated_on, model.calibration_images) == (row.calibrated_on, len(labels)) == ("validation", 177)
+    assert row.held_out_nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert row.held_out_nll == pytest.approx(row.val_loss, rel=1e-5)
+    assert row.held_out_nll_calibrated < row.held_out_nll and row.held_out_ece is None  # of fewer than 500 images
+    assert rows["1nn"].temperature is None
 
 
 def test_the_same_seeds_give_the_same_columns(rows: dict, tmp_path: Path) -> None:
