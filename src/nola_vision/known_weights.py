@@ -116,7 +116,7 @@ def _candidates(wanted: WeightsOrigin) -> Iterator[Path]:
         if not os.path.isdir(folder):
             raise NolaVisionError(f"{FOLDER_VARIABLE} is {folder!r}, which is not a folder: set it to one, or unset it")
         paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(SUFFIXES)]
-        yield from sorted(paths, key=lambda path: (path.name != wanted.file, path))
+        yield from sorted(paths, key=lambda path: (_name(path) != wanted.file, path))
     yield from (Path(path) for path, entry in read_cache(_list_file()).items() if entry == [wanted.sha256])
 
 

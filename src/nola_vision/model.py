@@ -46,14 +46,7 @@ from nola_vision.methods import (
     FullFinetune,
     HashedNet,
     Method,
-    edited_by_peft,
-    feature_width,
-    make_stack,
-    method_targets,
-    settle,
     stored_bits,
-    tensor_shapes,
-    with_module_names,
 )
 from nola_vision.predict import (
     Images,
@@ -64,6 +57,15 @@ from nola_vision.predict import (
     one_or_several,
     probabilities,
     ranked,
+)
+from nola_vision.stacks import (
+    edited_by_peft,
+    feature_width,
+    make_stack,
+    method_targets,
+    settle,
+    tensor_shapes,
+    with_module_names,
 )
 from nola_vision.tags import short_tag
 

@@ -239,8 +239,8 @@ _COMMENTS = {
     "methods.1nn": "On the frozen backbone's features, nothing is trained: `fit` reports these three first.",
     "methods.linear": "Only the head is trained.",
     "methods.nola": f"""\
-The adapter: {MAX_PARAMETERS:,} coefficients, spread over the targets, are 24 KiB in the file, next to the head. A budget keeps
-the file this small on every backbone. `max_bytes` sets the size of the whole file; `bits: 4` makes it smaller.""",
+The adapter: {MAX_PARAMETERS:,} coefficients, spread over the targets: 24 KiB of the file, next to the head. The budget
+keeps the file as small on every backbone. `max_bytes` sets the size of the whole file; `bits: 4` makes it smaller.""",
     "methods.lora-r4": "For comparison: LoRA, and training every weight.",
     "model.backbone": f"""\
 Any timm tag; `file` is a local weights file. img_size: the image side in pixels. Twice the side takes four times as
@@ -250,5 +250,5 @@ long, so that it is at most {LARGEST_SIDE} unless set here.""",
     "data.augmentation": "Random crops, and mirrored images, since photos show much the same mirrored.",
     "data.flip": "Set flip: false where left and right differ in meaning: text, traffic signs, left and right hands.",
     "trainer.max_epochs": f"""\
-Passes over the training images. The default makes {STEPS} steps of the optimizer, within {EPOCHS[0]} to {EPOCHS[1]} passes.""",
+Passes over the training images: as many as make {STEPS} steps of the optimizer, but {EPOCHS[0]} to {EPOCHS[1]}.""",
 }

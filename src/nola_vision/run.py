@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nola_vision.calibration import Calibration, cross_fitted
 from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import why_not_a_file, write_whole
+from nola_vision.files import need_checkpoint_file, write_whole
 from nola_vision.interrupts import Interrupts
 from nola_vision.model import first_not_finite, set_temperature
 from nola_vision.predictions import Predictions, load_predictions, pool
@@ -65,11 +65,8 @@ def checkpoint_path(given: str | None, folder: Path) -> str | None:
         NolaVisionError: it does not exist.
     """
     path = folder / LAST_CHECKPOINT if given == "last" else given and Path(given)
-    if path and not path.is_file():
-        raise NolaVisionError(
-            f"the checkpoint {path} {why_not_a_file(path)}: give one by --ckpt_path ('last' is that of a run with "
-            "these very settings)"
-        )
+    if path:
+        need_checkpoint_file(path)
     return str(path) if path else None
 
 
@@ -274,11 +271,16 @@ class _HeldOut:
     predictions: Predictions
     folds: npt.NDArray[np.int64]
 
-    def calibrate(self) -> tuple[Calibration, dict[str, Any]]:
-        """A temperature for the final model, and the columns that state it."""
+    def calibration(self) -> Calibration:
+        """A temperature for the final model."""
         assert self.predictions.logits is not None
-        found = cross_fitted(self.predictions.logits, self.predictions.label, self.folds)
-        return found, {"estimate": self.estimate.to_dict(), "calibrated_on": "folds", **found.columns()}
+        return cross_fitted(self.predictions.logits, self.predictions.label, self.folds)
+
+
+def _fold_predictions(of_fold: Row) -> Predictions | None:
+    if of_fold.status != "completed" or of_fold.folder is None:
+        return None
+    return load_predictions(of_fold.folder)
 
 
 def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
@@ -290,10 +292,10 @@ def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
     if not held_out:
         return None
     parts = []
-    for fold, row in enumerate(held_out):
-        found = load_predictions(row.folder) if row.status == "completed" and row.folder is not None else None
+    for fold, of_fold in enumerate(held_out):
+        found = _fold_predictions(of_fold)
         if found is None or found.logits is None:
-            reason = row.error or "its predictions are gone: delete its folder and run again"
+            reason = of_fold.error or "its predictions are gone: delete its folder and run again"
             raise NolaVisionError(f"fold {fold + 1} of {len(held_out)}: {reason}")
         parts.append(found)
     untested = held_out[0].data.get("untested_classes") or []
@@ -307,11 +309,11 @@ def _with_estimate(row: Row, folder: Path, held_out: Sequence[Row]) -> Row:
     """A completed row with the estimate that was skipped when its run trained."""
     pooled = _pooled(held_out)
     assert pooled is not None
-    found, columns = pooled.calibrate()
-    set_temperature(folder / ADAPTER_FILE, found.temperature, "folds", found.images)
-    columns["adapter_file_bytes"] = (folder / ADAPTER_FILE).stat().st_size
+    found, path = pooled.calibration(), folder / ADAPTER_FILE
+    set_temperature(path, found.temperature, "folds", found.images)
     _stored(pooled.predictions, row.stage).save(folder)
-    row = dataclasses.replace(row, **columns)
+    columns = {"estimate": pooled.estimate.to_dict(), "calibrated_on": "folds", **found.columns()}
+    row = dataclasses.replace(row, adapter_file_bytes=path.stat().st_size, **columns)
     write_row(folder, row)
     return row
 
@@ -409,12 +411,6 @@ def _measure(
         measured["train_loss"] = _number(task.train_loss)
         if measured["train_loss"] is None:
             raise NolaVisionError("training ended with a loss that is not finite: try a smaller learning rate or scale")
-        if pooled is not None:
-            found, columns = pooled.calibrate()
-            task.model.temperature, task.model.calibrated_on = found.temperature, "folds"
-            task.model.calibration_images = found.images
-            measured |= columns
-            _stored(pooled.predictions, stage).save(folder)
         if trainer.is_global_zero and stage != "fold":
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
             if stage == "final":  # the check loads a second backbone: too slow for every run of a search
@@ -428,7 +424,16 @@ def _measure(
     trainer.validate(task, **quiet)
     measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
     measured["val_loss"] = _number(trainer.callback_metrics.get("val_loss"))
-    if stage != "search" and data.has_test:
+    if stage == "final" and isinstance(task, Classifier):
+        measured |= _calibrate(task, pooled)
+        if trainer.is_global_zero and task.model.calibrated_on is not None:
+            path, model = folder / ADAPTER_FILE, task.model
+            set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
+            measured["adapter_file_bytes"] = path.stat().st_size
+    if pooled is not None:
+        measured["estimate"] = pooled.estimate.to_dict()
+        _stored(pooled.predictions, stage).save(folder)
+    if stage != "search" and data.test_name is not None:
         clock = time.perf_counter()
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
@@ -449,6 +454,20 @@ def _measure(
 def _stored(predictions: Predictions, stage: identity.Stage) -> Predictions:
     """What is written of a run's predictions: logits of a fold only, for the calibration of the final run."""
     return predictions if stage == "fold" else dataclasses.replace(predictions, logits=None)
+
+
+def _calibrate(task: Classifier, pooled: _HeldOut | None) -> dict[str, Any]:
+    """Fits the model's temperature on what the folds held out or on the validation pool; the columns of the row."""
+    if pooled is not None:
+        found, source = pooled.calibration(), "folds"
+    elif task.validated is not None and all(bool(values.isfinite().all()) for values in task.validated):
+        logits, labels = task.validated
+        found, source = cross_fitted(logits.numpy(), labels.numpy()), "validation"
+    else:
+        return {}
+    model = task.model
+    model.temperature, model.calibrated_on, model.calibration_images = found.temperature, source, found.images
+    return found.columns() | {"calibrated_on": source}
 
 
 def _fit(built: RunCLI, ckpt_path: str | None) -> None:

@@ -20,11 +20,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from nola_vision.adapters.settings import Storage
 
 BASIS_VERSION = 1  # part of every key: a new adapter format does not change it
 ENTRIES_PER_COUNTER = 16
@@ -39,7 +41,6 @@ _DECODE_BYTES_ELSEWHERE = 64 * 2**20
 _STREAM_BYTES_AN_ENTRY = 7  # its byte and the word it came from, its float, and what holds them together
 
 Key = tuple[int, int]
-Storage = Literal["cached", "streamed"]
 
 
 def basis_key(basis_seed: int, identity: str, factor: str) -> Key:

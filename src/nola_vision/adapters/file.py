@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nola_vision.adapters.quantise import FLOAT_BITS, GROUP, dequantise, pack, quantise, rows_of, unpack
+from nola_vision.adapters.quantise import GROUP, dequantise, pack, quantise, rows_of, unpack
+from nola_vision.adapters.settings import FLOAT_BITS
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_file
+from nola_vision.files import need_adapter_file, write_file
 
 FORMAT = "nola-vision adapter"
 FORMAT_VERSION = 2  # `basis.BASIS_VERSION` is another number
@@ -181,12 +182,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _refuse_other_files(path: Path) -> None:
-    if path.is_dir():
-        raise NolaVisionError(f"the adapter file {path} is a folder: name the file in it")
-    if not path.exists():
-        raise NolaVisionError(f"the adapter file {path} does not exist: give the path of a file that `fit` wrote")
-    if not path.is_file():  # a pipe would block, a device may have no end
-        raise NolaVisionError(f"{path} is not a regular file: give the path of a file that `fit` wrote")
+    need_adapter_file(path)
     try:
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nola_vision import photos
+from nola_vision import early_checks, photos
 from nola_vision.cli.options import (
     Options,
     add_photo_options,
@@ -20,9 +21,9 @@ from nola_vision.cli.options import (
     refuse_without_photos,
     take_photos,
 )
-from nola_vision.cli.progress import duration, say
 from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
+from nola_vision.progress import duration, say, say_start
 from nola_vision.results import identity
 from nola_vision.text import printable
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 LONGEST_ESTIMATE = 600.0  # seconds that the folds may take unless they are asked for
 
 _EPILOG = """Every key of the config is an option too, such as --data.shots 10, --model.method.rank 8 or
---trainer.max_epochs 100; --print_config prints the whole config. All of them:
+--trainer.max_epochs 100; --print_config prints the whole config, and --help=all lists all of them.
 """
 
 
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     known, rest = options.parse_known_args(arguments)
     if "-h" in rest or "--help" in rest:
         print(options.format_help(), flush=True)
+        return 0
+    rest = ["--help" if word == "--help=all" else word for word in rest]
     place, rest = take_photos(rest) if verb == "fit" else (None, rest)
     refuse_strays(rest, options)
     raw = config = _config(known, place, rest, verb)
@@ -49,6 +52,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     elif known.method is not None:
         raise NolaVisionError(f"--method {known.method} needs a config with `methods`: give one by --config")
 
+    if "--help" not in rest:
+        early_checks.check_run(config, rest, known.ckpt_path)
+    say_start(verb)
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
     from nola_vision.config import parse
 
@@ -114,7 +120,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     rates = _learning_rates(raw, run_config) if known.search else []
     data = open_data(run_config)
     if main:
-        say(data.summary())
+        say(_summary(run_config, data.describe()))
     frozen: list[Row] = []
     if main and identity.has_init(run_config):
         frozen = _frozen_rows(run_config, raw, known)
@@ -125,6 +131,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     if done is not None and (not folds or done.estimate is not None):
         if main:
             say(f"this run is completed, and its row stands: --again repeats it ({folder})")
+        folds = 0
     elif folds:
         folds, skipped = _announce(run_config, known, rates, folds, words)
     clock = time.monotonic()
@@ -144,10 +151,19 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     console.print(tables.row_panel(row))
     console.print(tables.cell_table(rows, row.cell))
     for sentence in _verdict(row, frozen, data.class_names, known, skipped):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=False)
+        # a command is for copying: a terminal that breaks its line puts it together again
+        print(sentence if sentence.startswith("Next: ") else textwrap.fill(sentence, console.width))
     for _, problem in problems:
         print(problem, file=sys.stderr)
     return 0
+
+
+def _summary(run_config: identity.Config, described: dict[str, Any]) -> str:
+    """What is about to happen, in one line."""
+    classes, images = len(described["class_names"]), described["counts"]["train"]
+    tested = "cross-validated" if described["folds"] else "tested on its test images"
+    backbone = f"{run_config['model']['backbone']['tag']} at {described['transform']['size']} pixels"
+    return f"{images:,} training images of {classes} classes, {tested}; backbone {backbone}"
 
 
 def _learning_rates(raw: identity.Config, run_config: identity.Config) -> list[float]:
@@ -165,7 +181,6 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
     """The rows of the methods on frozen features, each printed when it is known."""
     from nola_vision import run
     from nola_vision.config import parse
-    from nola_vision.results.tables import accuracy_text
     from nola_vision.tasks.frozen import FROZEN_METHODS
 
     if run_config["model"]["backbone"]["base"] != "pretrained":
@@ -188,8 +203,18 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
         }
         one |= {"method": name, "model": {**one["model"], "method": method}, "trainer": trainer}
         rows.append(run.run(parse(one, [], known.allow_import), known.out, again=known.again))
-        say(f"  {printable(name):14s}{accuracy_text(rows[-1])}")
+        say(f"  {printable(name):14s}{_accuracy(rows[-1])}")
     return rows
+
+
+def _accuracy(row: Row) -> str:
+    """A row's accuracy in per cent; of folds with their standard deviation and number."""
+    if row.estimate is not None:
+        from nola_vision.results.estimates import Estimate
+
+        found = Estimate.from_dict(row.estimate)
+        return f"{100 * found.mean:.1f} (std {100 * found.std:.1f} over {len(found.folds)} folds)"
+    return "-" if row.test_accuracy is None else f"{100 * row.test_accuracy:.1f}"
 
 
 def _announce(

@@ -73,9 +73,7 @@ def add_photo_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("options for PHOTOS").add_argument
     add("--backbone", metavar="TAG", help="a timm tag, or quickstart: the small one that ships, weak on photos")
     add("--weights", metavar="FILE", help="local file with the backbone's weights: nothing is downloaded")
-    add(
-        "--method", metavar="NAME", help="nola, lora-r4, linear, full-ft, logistic, nearest-mean or 1nn (default: nola)"
-    )
+    add("--method", metavar="NAME", help="nola (default), lora-r4, linear, full-ft, logistic, nearest-mean or 1nn")
     add("--shots", type=shots_number, metavar="N", help="training images per class, or all (default: all)")
     add("--epochs", type=whole_number, metavar="N", help="passes over them (default: 10 to 50, fewer for more images)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import why_not_a_file, write_file
+from nola_vision.files import need_adapter_file, weights_in, write_file
+from nola_vision.progress import PlainCount, say_aside, say_start
 from nola_vision.text import csv_cell, printable
 
 if TYPE_CHECKING:
@@ -72,12 +73,11 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.scores and kind is None:
         raise NolaVisionError("--scores needs --format csv or --format jsonl")
     paths = find_images(known.images)
-    if not Path(known.adapter).is_file():
-        raise NolaVisionError(
-            f"the adapter file {known.adapter} {why_not_a_file(known.adapter)}: give the path of a file that `fit` "
-            "wrote"
-        )
+    need_adapter_file(known.adapter)
+    if known.weights is not None:
+        weights_in(known.weights)
 
+    say_start(verb)
     import torch
 
     from nola_vision.model import load_adapter
@@ -106,6 +106,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
     unreadable: list[NolaVisionError] = []
     count = 0
+    progress = PlainCount("predicting", "images", say=say_aside)
     for kept, batch in batches(model, paths, known.batch_size, unreadable):
         for path, row in zip(kept, probabilities(model, batch), strict=True):
             best = ranked(row, names, top_k)
@@ -115,6 +116,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
             count += 1
         if known.out is None:
             sys.stdout.flush()
+        if known.out is not None or not sys.stdout.isatty():
+            progress.show(count + len(unreadable), len(paths))
     if known.out is not None and count:
         write_file(known.out, "".join(lines).encode())
         print(printable(f"{count} predictions in {known.out}"), file=sys.stderr)

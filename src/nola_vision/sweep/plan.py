@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from nola_vision.errors import NolaVisionError
@@ -132,7 +132,7 @@ def complete(
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a sweep has to do for one entry; `seconds` is the mean of its completed runs, None before the first."""
+    """What a sweep has to do for one entry; `seconds` is the median of its completed runs, None before the first."""
 
     method: str
     search: int
@@ -165,7 +165,7 @@ def outlook(
         final = [spec for spec in every if (spec.method, spec.split, spec.init) in mine]
         seconds = [row.seconds_total for row in completed if row.method == method and row.seconds_total is not None]
         done = sum((method, spec.run_hash) in hashes for spec in (*search, *(final if rates or not search else ())))
-        lines.append(Outlook(method, len(search), len(final), done, fmean(seconds) if seconds else None))
+        lines.append(Outlook(method, len(search), len(final), done, median(seconds) if seconds else None))
     return lines
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
+from nola_vision.progress import let_idle_threads_sleep
 from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, ROW_FILE, BusyError, claim, read_row, write_row
@@ -194,6 +195,7 @@ def _work(
             raise NolaVisionError(
                 f"the node {socket.gethostname()} has {name} {own} and the driver {versions[name]}: give them the same"
             )
+    let_idle_threads_sleep()  # the environment is that of `ray start`
     faulthandler.dump_traceback_later(FIRST_BATCH * hang_seconds, exit=True)
     import ray
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, cast
 
 import lightning as L
@@ -121,15 +120,11 @@ def count_confusions(metrics: nn.ModuleDict) -> Tensor | None:
     return cast(Metric, metrics["confusion"]).compute().cpu() if "confusion" in metrics else None
 
 
-def collect_predictions(task: L.LightningModule, metrics: nn.ModuleDict) -> tuple[Predictions, Tensor | None]:
-    """The predictions for the tested images of all processes, at a test's end.
+def collect_predictions(task: L.LightningModule, metrics: nn.ModuleDict) -> Predictions:
+    """The predictions for the tested images of all processes, at a test's end, with their logits in float32.
 
     An image's index is its position in the source, by the datamodule's `test_indices`; of another datamodule, its
-    position in the test loader.
-
-    Returns:
-        The predictions without logits, and the logits float32 `[n, classes]` in the same order; None where the task
-        gives class indices, whose probability is stated as 1.
+    position in the test loader. A task that gives class indices has no logits, and states 1 as their probability.
     """
     tested = cast(Metric, metrics["tested"])
     positions, labels, predicted = tested.compute()
@@ -137,10 +132,8 @@ def collect_predictions(task: L.LightningModule, metrics: nn.ModuleDict) -> tupl
     index, indices = positions.numpy(), getattr(getattr(task.trainer, "datamodule", None), "test_indices", None)
     if indices is not None:
         index = np.asarray(indices)[index]
-    if predicted.ndim == 1:
-        order = index.argsort()
-        ones = np.ones(len(index), dtype=np.float32)
-        return Predictions(index[order], labels.numpy()[order], predicted.numpy()[order], ones), None
-    found = Predictions.of(index, labels.numpy(), predicted.float().numpy())
-    assert found.logits is not None
-    return dataclasses.replace(found, logits=None), torch.from_numpy(found.logits)
+    if predicted.ndim == 2:
+        return Predictions.of(index, labels.numpy(), predicted.float().numpy())
+    order = index.argsort()
+    ones = np.ones(len(index), dtype=np.float32)
+    return Predictions(index[order], labels.numpy()[order], predicted.numpy()[order], ones)

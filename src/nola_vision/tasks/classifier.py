@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,7 +17,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
-from torchmetrics import MeanMetric
+from torchmetrics import CatMetric, MeanMetric
 
 from nola_vision.backbones import BackboneSpec, batch_norms
 from nola_vision.data.datamodule import KShotDataModule
@@ -27,6 +29,7 @@ from nola_vision.predictions import Predictions
 from nola_vision.tasks.accuracy import accuracies, collect_predictions, count_confusions, log_accuracy
 from nola_vision.trainer_settings import check_monitors, monitoring, update_paths
 
+ClassWeights = Literal["none", "balanced"]
 _LOOK_EVERY = 50  # steps on a GPU
 
 
@@ -42,6 +45,7 @@ class Classifier(L.LightningModule):
         basis_seed: int | None,
         optimizer: OptimizerCallable,
         label_smoothing: float,
+        class_weights: ClassWeights,
         warmup_epochs: int,
         min_lr: float,
         grad_checkpointing: bool = False,
@@ -69,11 +73,15 @@ class Classifier(L.LightningModule):
         self.epoch: int | None = None
         self.monitor: str | None = None
         self._bad_step: Tensor | None = None  # the first step since the last look whose loss is not finite, else -1
+        self.class_weights = class_weights
+        self.register_buffer("weights", None, persistent=False)  # `[classes]`, of a training with class weights
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
         self.accuracy = accuracies(len(class_names))
         self.confusions: Tensor | None = None
         self.predictions: Predictions | None = None  # of the last test
-        self.test_logits: Tensor | None = None  # of the same images, in the same order
+        # logits and labels of the validation pool, of all processes; known after `validate`
+        self.validated: tuple[Tensor, Tensor] | None = None
+        self.held_out = nn.ModuleDict({name: CatMetric(nan_strategy="disable") for name in ("logits", "labels")})
         # a metric weights each process by its images, where `sync_dist` would average the processes
         self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
@@ -91,10 +99,20 @@ class Classifier(L.LightningModule):
         images, labels = batch
         nested = getattr(self.method, "nested", False)
         with self.model.stack.using(prefix=_prefix(self.run_seed, self.global_step) if nested else None):
-            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+            loss = self._loss(self(images), labels)
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the batch of the weighted cross-entropy, which divides by images and not by their weights.
+
+        So the mean over processes is the mean over their images, and balanced weights do not change a loss's scale.
+        """
+        if self.weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        return (losses * self.weights[labels]).mean()
 
     def on_train_epoch_start(self) -> None:
         """What a layer draws (dropout) depends on the seed and the epoch alone, so that a resumed run repeats it."""
@@ -151,6 +169,8 @@ class Classifier(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Every evaluation sees the values as a file holds them; during training they stay as they are."""
+        for metric in self.held_out.values():
+            cast(CatMetric, metric).reset()
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.model.compute_with_stored_bits()
         else:
@@ -172,10 +192,18 @@ class Classifier(L.LightningModule):
         metric(F.cross_entropy(logits, labels), weight=len(labels))
         self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
         log_accuracy(self, self.accuracy, stage, logits, labels)
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            for name, values in (("logits", logits.float()), ("labels", labels)):
+                cast(CatMetric, self.held_out[name]).update(values)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            logits, labels = (cast(CatMetric, self.held_out[name]).compute().cpu() for name in ("logits", "labels"))
+            self.validated = logits, labels.long()
 
     def on_test_epoch_end(self) -> None:
         self.confusions = count_confusions(self.accuracy)
-        self.predictions, self.test_logits = collect_predictions(self, self.accuracy)
+        self.predictions = collect_predictions(self, self.accuracy)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
@@ -242,6 +270,8 @@ class Classifier(L.LightningModule):
             )
         # `run` has not done it where several processes train: it opens no images before `fit`
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.class_weights == "balanced":
+            self.weights = balanced_weights(data.train_labels, data.num_classes).to(self.device)
         if isinstance(data, KShotDataModule):
             check_monitors(self.trainer, data.describe()["counts"]["validation"] > 0)
 
@@ -280,6 +310,12 @@ class Classifier(L.LightningModule):
             )
         if broken := first_not_finite(stored):
             raise NolaVisionError(f"the checkpoint is damaged (its {broken} is not finite): give another one")
+
+
+def balanced_weights(labels: npt.NDArray[np.int64], num_classes: int) -> Tensor:
+    """n / (classes * n_c) for each class c `[classes]`; 0 for one without images."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return torch.tensor(len(labels) / (num_classes * counts.clip(1)) * (counts > 0), dtype=torch.float32)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

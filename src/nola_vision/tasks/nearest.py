@@ -33,7 +33,6 @@ class NearestNeighborClassifier(L.LightningModule):
         self.accuracy = accuracies(len(class_names))
         self.confusions: Tensor | None = None
         self.predictions: Predictions | None = None  # of the last test
-        self.test_logits: Tensor | None = None
         self._reference: tuple[Tensor, Tensor] | None = None
         self.beat: Callable[[], None] = lambda: None  # called after each batch of training images
 
@@ -67,7 +66,7 @@ class NearestNeighborClassifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.confusions = count_confusions(self.accuracy)
-        self.predictions, self.test_logits = collect_predictions(self, self.accuracy)
+        self.predictions = collect_predictions(self, self.accuracy)
 
     def configure_optimizers(self) -> Any:
         return None
