@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from nola_vision.methods import (
     FullFinetune,
     HashedNet,
     Method,
+    NearestNeighbor,
     edited_by_peft,
     feature_width,
     make_stack,
@@ -70,7 +71,16 @@ class AdaptedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with self.stack.using(bits=self._stored_bits) if self._stored_bits else nullcontext():
-            return self.stack.logits(self.backbone(images.to(self._dtype(images.dtype))))
+            return self.stack.logits(self.embedded(images))
+
+    def embedded(self, images: Tensor) -> Tensor:
+        """Images to features `[batch, features]`, in the dtype that the backbone computes in."""
+        return cast(Tensor, self.backbone(images.to(self._dtype(images.dtype))))
+
+    def classified(self, features: Tensor) -> Tensor:
+        """Features to logits `[batch, classes]`: the second half of a forward pass."""
+        with self.stack.using(bits=self._stored_bits) if self._stored_bits else nullcontext():
+            return self.stack.logits(features)
 
     def _dtype(self, otherwise: torch.dtype) -> torch.dtype:
         """The dtype that the backbone computes in: that of its first parameter."""
@@ -138,6 +148,11 @@ class AdaptedModel(nn.Module):
             raise NolaVisionError(f"the model has {count} adapters and a file contains one: choose it by `adapter=`")
         if not 0 <= (adapter := adapter or 0) < count:
             raise NolaVisionError(f"adapter {adapter} does not exist: the model has {count}, counted from 0")
+        if isinstance(self.card.method, NearestNeighbor):
+            raise NolaVisionError(
+                "1-NN compares with every training image, which an adapter file does not hold: save NearestMean or "
+                "LogisticRegression instead"
+            )
         if self.stack.merged:
             raise NolaVisionError("a merged adapter cannot be saved: unmerge() it first")
         if broken := self.not_finite(adapter):

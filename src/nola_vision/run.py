@@ -30,7 +30,7 @@ from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
-from nola_vision.tasks.nearest import NearestNeighborClassifier
+from nola_vision.tasks.frozen import FrozenClassifier
 from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, checkpoint_folder, current_path, monitoring
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -205,8 +205,6 @@ def _run(
                 built = _prepared(run_config, folder, stage, ckpt_path)
                 begun = True
                 if beat is not None:
-                    if isinstance(built.model, NearestNeighborClassifier):
-                        built.model.beat = beat
                     built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
                 _measure(built, folder, stage, ckpt_path, measured)
                 status = "completed"
@@ -271,6 +269,9 @@ class _Heartbeat(L.Callback):
         self._beat()
 
     def on_test_batch_end(self, *_: Any) -> None:
+        self._beat()
+
+    def on_features_batch_end(self, *_: Any) -> None:
         self._beat()
 
 
@@ -338,6 +339,12 @@ def _measure(
                 task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
                 if device.type == "cpu":
                     _reset_peak_memory(device)
+    elif isinstance(task, FrozenClassifier):
+        clock = time.perf_counter()
+        task.fit_to(data, trainer)
+        measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
+        if trainer.is_global_zero and task.savable:
+            measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
     quiet = {"datamodule": data, "verbose": False}
     trainer.validate(task, **quiet)
     measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
@@ -412,8 +419,10 @@ def _peak_memory_mib(device: torch.device) -> float | None:
 
 def _counts(task: L.LightningModule) -> dict[str, int]:
     """Trainable numbers: the adapter's (Full-FT: the backbone's), the head's, and any others."""
-    if not isinstance(task, Classifier):
-        return {"adapter_parameters": 0, "head_parameters": 0, "other_parameters": 0}
+    if isinstance(task, FrozenClassifier):
+        head = task.model.stack.head_parameters() if task.savable else []
+        return {"adapter_parameters": 0, "head_parameters": sum(p.numel() for p in head), "other_parameters": 0}
+    assert isinstance(task, Classifier)
     groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in task.parameter_groups()}
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     adapter, head = groups.get("adapter", 0), groups.get("head", 0)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
@@ -26,7 +28,7 @@ from nola_vision.backbones import BackboneSpec, InputConfig
 from nola_vision.data.datasets import data_root, get_dataset, open_split
 from nola_vision.data.integrity import refuse_unreadable
 from nola_vision.data.kshot import Indices, classes_without_pool, draw, evenly_spaced, keyed_hashes, validation_pool
-from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
+from nola_vision.data.manifest import content, locate, read_manifest, refuse_other_settings
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
 from nola_vision.data.transforms import Augmentation, Transform, check_augmentation, eval_transform, train_transform
@@ -58,6 +60,21 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """`[n]` class indices."""
+        return self._source.labels[self._indices]
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Which images these are, as long as their source is open; it does not keep the source in memory."""
+        return weakref.ref(self._source), self._indices.tobytes()
+
+    def copies(self) -> Indices:
+        """`[n]` numbers; equal ones are exact copies of one image."""
+        contents = [content(self._source, index) for index in self._indices.tolist()]
+        return np.unique(contents, return_inverse=True)[1].astype(np.int64)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
         position, seed = key if isinstance(key, tuple) else (key, key)
@@ -100,6 +117,10 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
 
 def _collated(items: list[Any]) -> Any:
     return items[0] if isinstance(items[0], NolaVisionError) else default_collate(items)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 class Loader(DataLoader[Any]):
@@ -203,6 +224,8 @@ class KShotDataModule(L.LightningDataModule):
         self.augmentation, self.flip = augmentation, flip
         self.memory_limit_mib, self.test_limit, self.manifest = memory_limit_mib, test_limit, manifest
         self.warnings: list[str] = []  # what a run's row should tell of the data
+        # What a task that needs features only puts in place of images, given their loader: see `features.use_features`
+        self.as_features: Callable[[DataLoader[Any]], Dataset[Any]] | None = None
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -397,6 +420,14 @@ class KShotDataModule(L.LightningDataModule):
         return ImageSubset(source, indices, eval_transform(self.input_config), kept)
 
     def _loader(self, subset: ImageSubset, batch_size: int, sampler: Sampler[Any] | None = None) -> DataLoader[Any]:
+        if self.as_features is None:
+            return self._image_loader(subset, batch_size, sampler)
+        instead = self.as_features(self._image_loader(subset, self.eval_batch_size))
+        return DataLoader(instead, batch_size, sampler=sampler, collate_fn=_unchanged, generator=torch.Generator())
+
+    def _image_loader(
+        self, subset: ImageSubset, batch_size: int, sampler: Sampler[Any] | None = None
+    ) -> DataLoader[Any]:
         return Loader(
             subset,
             batch_size,

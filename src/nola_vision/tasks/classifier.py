@@ -21,12 +21,14 @@ from nola_vision.backbones import BackboneSpec, batch_norms
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import PEFT, FullFinetune, Method
+from nola_vision.features import drops_nothing, use_features
+from nola_vision.methods import PEFT, FullFinetune, LinearProbe, Method
 from nola_vision.model import adapt, backbone_tensors, first_not_finite
 from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
 from nola_vision.trainer_settings import check_monitors, monitoring, update_paths
 
 _LOOK_EVERY = 50  # steps on a GPU
+_OWN_CALLBACKS = ("lightning.", "nola_vision.")
 
 
 class Classifier(L.LightningModule):
@@ -59,6 +61,8 @@ class Classifier(L.LightningModule):
             self.model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         # in a list: the compiled model is no second submodule
         self._computed: list[Callable[[Tensor], Tensor]] = [torch.compile(self.model) if compile else self.model]
+        self._compiled = compile
+        self._on_features = False  # the batches hold features instead of images
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
         self.method, self.optimizer, self.run_seed = self.model.card.method, optimizer, run_seed
         self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
@@ -75,8 +79,38 @@ class Classifier(L.LightningModule):
         self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self._computed[0](images)
+        """Logits of images; while the trainer runs a linear probe on features, of these (see `setup`)."""
+        logits: Tensor = self.model.classified(images) if self._on_features else self._computed[0](images)
         return logits
+
+    def setup(self, stage: str) -> None:
+        self._on_features = self._needs_only_features()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        use_features(data, self.model if self._on_features else None, self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        self._on_features = False
+        use_features(self.trainer.datamodule, None, self.trainer)  # type: ignore[attr-defined]
+
+    def _needs_only_features(self) -> bool:
+        """Whether every pass over the images gives the same features, and all of them are needed.
+
+        That is a linear probe without augmentation and dropout, on one device. Callbacks of other packages may look at
+        the images, and a part of the batches may cost less than the features of all.
+        """
+        data, trainer = self.trainer.datamodule, self.trainer  # type: ignore[attr-defined]
+        if not isinstance(self.method, LinearProbe) or not isinstance(data, KShotDataModule):
+            return False
+        count = data.describe()["counts"]["train"]
+        return (
+            data.augmentation == "none"
+            and trainer.world_size == 1
+            and not self._compiled
+            and trainer.limit_train_batches == trainer.limit_val_batches == trainer.limit_test_batches == 1.0
+            and all(type(c).__module__.startswith(_OWN_CALLBACKS) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            and count * self.model.stack.num_features * 4 <= data.memory_limit_mib * 2**20
+            and drops_nothing(self.model)
+        )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Quantisation-aware training begins once its share of the steps is over."""
