@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -13,6 +15,10 @@ from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import refuse_existing
 from nola_vision.text import printable
+
+if TYPE_CHECKING:
+    from nola_vision.data.datasets import DatasetEntry
+    from nola_vision.data.sources import ImageSource
 
 SHOWN = 10  # lines of each kind of trouble
 
@@ -26,7 +32,10 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("what", choices=["check", "manifest"])
     options.add_argument("name", help="a data set, such as cifar100")
     options.add_argument(
-        "--root", "--data.root", metavar="DIR", help="where it lies (default: the variable NOLA_VISION_DATA)"
+        "--root",
+        "--data.root",
+        metavar="PLACE",
+        help="its folder, or the list's file (default: the variable NOLA_VISION_DATA)",
     )
     options.add_argument(
         "--download",
@@ -52,8 +61,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
 def _check(name: str, root: str | None, download: bool) -> int:
     from nola_vision.data.check import SplitReport, check_split, in_both
-    from nola_vision.data.datasets import get_dataset
-    from nola_vision.data.splits import SPLITS, Split
+    from nola_vision.data.datasets import get_dataset, kinds_of_files, open_split
+    from nola_vision.data.splits import Split
 
     entry, console = get_dataset(name), Console(highlight=False)
     _print(console, f"{name}: {entry.expects}")
@@ -61,7 +70,7 @@ def _check(name: str, root: str | None, download: bool) -> int:
     missing: dict[Split, NolaVisionError] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        for split in SPLITS:
+        for split in entry.splits(root):
             task = bar.add_task(split, total=None)
             try:
                 reports[split] = check_split(entry, root, split, download, partial(_show, bar, task))
@@ -72,7 +81,7 @@ def _check(name: str, root: str | None, download: bool) -> int:
     for split, report in reports.items():
         counts = report.counts
         fewest, most = min(counts, key=lambda named: named[1]), max(counts, key=lambda named: named[1])
-        line = f"{split}: {sum(count for _, count in counts):,} images in {len(counts)} classes"
+        line = f"{_called(entry, root, split)}: {sum(count for _, count in counts):,} images in {len(counts)} classes"
         even = fewest[1] == most[1]
         line += f", {most[1]} each" if even else f", {fewest[1]} ({fewest[0]}) to {most[1]} ({most[0]}):"
         _print(console, line)
@@ -82,15 +91,37 @@ def _check(name: str, root: str | None, download: bool) -> int:
         _listed(console, f"twice in {split}", report.repeated)
         _listed(console, f"twice in {split} and the labels differ", report.contradictory)
         if others := report.other_files:
-            kinds = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
-            _print(console, f"  files that are not read in {split}: {others.total()} ({kinds})")
+            _print(console, f"  files that are not read in {split}: {others.total()} ({kinds_of_files(others)})")
     for split, reason in missing.items():
         _print(console, f"{split}: {reason}")
-    both = [] if missing else in_both(reports["train"], reports["test"])
-    _listed(console, "in train and in test", both)
+    for note in entry.notes(root):
+        _print(console, note)
+    both = []
+    for (one, first), (two, second) in combinations(reports.items(), 2):
+        both += (pairs := in_both(first, second))
+        _listed(console, f"in {one} and in {two}", pairs)
+    if "test" not in {*reports, *missing}:
+        _print(console, _estimate(open_split(entry, root, "train")))
     bad = missing or both or any(report.unreadable or report.contradictory for report in reports.values())
     console.print("Dataset check failed. Fix the problems listed above." if bad else "fit for use")
     return 1 if bad else 0
+
+
+def _called(entry: DatasetEntry, root: str | None, split: str) -> str:
+    """A split for a heading, with what else should be known of it."""
+    if split == "train" and "test" not in entry.splits(root):
+        return "all images"
+    return "test (named validation)" if split == "test" and entry.test_name(root) == "validation" else split
+
+
+def _estimate(source: ImageSource) -> str:
+    """How the accuracy on a data set without test images is estimated."""
+    from nola_vision.data.duplicates import groups
+    from nola_vision.data.folds import number_of_folds
+
+    count = number_of_folds(source.labels, groups(source))
+    estimate = f"by cross-validation in {count} folds" if count else "not at all: every class has one image only"
+    return f"there are no test images, so the accuracy is estimated {estimate}"
 
 
 def _show(bar: Progress, task: TaskID, seen: int, total: int) -> None:
@@ -116,7 +147,8 @@ def _manifest(name: str, root: str | None, shots: int, split: int, out: Path) ->
     from nola_vision.data.manifest import make_manifest, write_manifest
 
     refuse_existing(out)
-    source = open_split(get_dataset(name), root, "train")
-    made = make_manifest(source, name, shots, split)
+    entry = get_dataset(name)
+    source = open_split(entry, root, "train")
+    made = make_manifest(source, name, shots, split, entry.splits(root))
     write_manifest(made, out)
     print(printable(f"{out}: {len(made.images)} images; train on them with --data.manifest {out}"))

@@ -44,7 +44,7 @@ def check_split(
     Args:
         entry: the data set.
         root: its folder.
-        split: "train" or "test".
+        split: one of the data set's.
         download: fetch it if it is missing, where that is possible.
         progress: called with the number of images seen and of all.
 
@@ -77,7 +77,7 @@ def check_split(
 
 
 def in_both(train: SplitReport, test: SplitReport) -> list[str]:
-    """Pairs of a training image and a test image that are the same, with their classes if these differ."""
+    """Pairs of equal images of two splits, with their classes if these differ."""
     pairs = []
     for found, (name, label) in test.contents.items():
         if found in train.contents:

@@ -11,8 +11,10 @@ import dataclasses
 import itertools
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import combinations
 from typing import Any, Literal
 
 import lightning as L
@@ -25,18 +27,30 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from nola_vision import backbones, memo
 from nola_vision.backbones import BackboneSpec, InputConfig
-from nola_vision.data.datasets import data_root, get_dataset, open_split
+from nola_vision.data.datasets import get_dataset, kinds_of_files, open_split
+from nola_vision.data.duplicates import groups, in_both, under_two_labels
+from nola_vision.data.folds import folds, hold_out, number_of_folds
 from nola_vision.data.integrity import refuse_unreadable
-from nola_vision.data.kshot import Indices, classes_without_pool, draw, evenly_spaced, keyed_hashes, validation_pool
+from nola_vision.data.kshot import (
+    Indices,
+    candidates,
+    classes_without_pool,
+    draw,
+    evenly_spaced,
+    keyed_hashes,
+    validation_pool,
+)
 from nola_vision.data.manifest import content, locate, read_manifest, refuse_other_settings
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
 from nola_vision.data.transforms import Augmentation, Transform, check_augmentation, eval_transform, train_transform
 from nola_vision.errors import NolaVisionError
+from nola_vision.text import printable
 
-Kept = torch.Tensor | bytes  # uint8 pixels [3, h, w], or an image file's content
+Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w], an image file's content, or not kept
 
 _log = logging.getLogger(__name__)
+_told: set[tuple[str, str | None, str]] = set()  # the warnings that this process has logged
 
 
 class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
@@ -182,6 +196,12 @@ class KShotDataModule(L.LightningDataModule):
             images beyond it, which are decoded each time, and what is beyond that is read each time too.
         manifest: a file of `nola-vision data manifest`: train on its images, which must be of these shots and split.
         test_limit: test on this many images only, evenly spaced over each class, for quick trials.
+        fold: for data without a test set: test on this fold's images and train on the others, on at most `shots` per
+            class. `split_seed` shuffles the images into folds. Without it, all images may train and none are tested.
+        hold_out: for data without a test set: take a validation pool out of the training images.
+
+    Attributes:
+        warnings: sentences about the data for a run's row.
 
     Raises:
         NolaVisionError: an unknown data set, no folder for it, or a setting that is not possible.
@@ -204,6 +224,8 @@ class KShotDataModule(L.LightningDataModule):
         memory_limit_mib: int = 2048,
         test_limit: int | None = None,
         manifest: str | None = None,
+        fold: int | None = None,
+        hold_out: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -217,13 +239,14 @@ class KShotDataModule(L.LightningDataModule):
         check_augmentation(augmentation, flip)
         self.entry = get_dataset(dataset)
         if self.entry.needs_root:  # said before a backbone's weights are fetched
-            data_root(root)
+            self.entry.place(root)
         self.backbone, self.dataset, self.root, self.download = backbone, dataset, root, download
         self.shots, self.split_seed, self.run_seed = shots, split_seed, run_seed
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.augmentation, self.flip = augmentation, flip
         self.memory_limit_mib, self.test_limit, self.manifest = memory_limit_mib, test_limit, manifest
-        self.warnings: list[str] = []  # what a run's row should tell of the data
+        self.fold, self.hold_out = fold, hold_out
+        self.warnings: list[str] = []
         # What a task that needs features only puts in place of images, given their loader: see `features.use_features`
         self.as_features: Callable[[DataLoader[Any]], Dataset[Any]] | None = None
 
@@ -238,6 +261,51 @@ class KShotDataModule(L.LightningDataModule):
         return len(self.class_names)
 
     @cached_property
+    def _splits(self) -> tuple[Split, ...]:
+        return self.entry.splits(self.root)
+
+    @property
+    def has_test(self) -> bool:
+        """Whether the data set has test images; without them its accuracy is estimated by cross-validation."""
+        return "test" in self._splits
+
+    @property
+    def number_of_folds(self) -> int | None:
+        """How many folds cross-validation has (0 if no class has two different images); None with a test set."""
+        return None if self.has_test else number_of_folds(self._open("train").labels, self.groups)
+
+    @property
+    def untested_classes(self) -> list[str]:
+        """The classes that no fold tests: those of one image."""
+        if self.has_test:
+            return []
+        tested = {int(label) for _, test in self._folds for label in self._open("train").labels[test]}
+        return [name for label, name in enumerate(self.class_names) if label not in tested]
+
+    @property
+    def test_name(self) -> str | None:
+        """What the tested images are: "test", "validation", such as "fold 2 of 5", or None if there are none."""
+        if self.has_test:
+            return self.entry.test_name(self.root)
+        return None if self.fold is None else f"fold {self.fold + 1} of {self.number_of_folds}"
+
+    @property
+    def majority_share(self) -> float:
+        """The share of the largest class among the test images, or among all images where there is no test set."""
+        labels = self._test_source.labels[self._test_positions] if self.has_test else self._open("train").labels
+        return float(np.bincount(labels).max() / len(labels))
+
+    @cached_property
+    def groups(self) -> Indices:
+        """`[n]` numbers of the images of the training split; equal ones are exact copies of one image."""
+        return memo.once("groups", (self.dataset, self.root), lambda: groups(self._open("train")))
+
+    @property
+    def test_indices(self) -> Indices:
+        """The positions of the test images in their source, in the order of `test_dataloader`."""
+        return self._test_set[1]
+
+    @cached_property
     def input_config(self) -> InputConfig:
         """What the backbone takes."""
         return backbones.input_config(self.backbone)
@@ -247,7 +315,8 @@ class KShotDataModule(L.LightningDataModule):
         it; in one process of a machine.
 
         Raises:
-            NolaVisionError: as `setup`, or an image of the validation pool or the test set cannot be read.
+            NolaVisionError: as `setup`, or an image of the validation pool or the test set (without one, any image)
+                cannot be read.
         """
         if self.download:
             self.entry.open(self.root, "train", download=True)
@@ -257,13 +326,44 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def _checked(self) -> bool:
         """True once the images of the validation pool and the test set were found to be readable."""
-        self._refuse_small_test_limit()
-        source = self._train_set[0]
-        refuse_unreadable(source, self._pool_indices(source))
-        refuse_unreadable(self._test_source, self._test_indices)
+        self._refuse_impossible()
+        refuse_unreadable(*self._pool_set)
+        if self.has_test:
+            refuse_unreadable(self._test_source, self._test_positions)
+        else:
+            source = self._open("train")
+            refuse_unreadable(source, np.arange(len(source), dtype=np.int64))
+        if self.entry.own_images:
+            self._warn_of_mistakes()
         return True
 
-    def _refuse_small_test_limit(self) -> None:
+    def _warn_of_mistakes(self) -> None:
+        """Warns of files that are not read and of copies; images are digested once."""
+        skipped = sum((self.entry.other_files(self.root, split) for split in self._splits), Counter())
+        if skipped:
+            self._warn(f"files that are not read: {kinds_of_files(skipped)}")
+        for note in self.entry.notes(self.root):
+            self._warn(note)
+        sources = {split: self._open(split) for split in self._splits}
+        found = {f"under two labels in {split}": under_two_labels(source) for split, source in sources.items()}
+        for (one, first), (two, second) in combinations(sources.items(), 2):
+            found[f"in both {one} and {two}"] = in_both(first, second)
+        for where, pairs in found.items():
+            if pairs:
+                self._warn(f"images {where}: {len(pairs)}, such as {pairs[0]}")
+
+    def _refuse_impossible(self) -> None:
+        """Refuses settings that do not fit the data."""
+        if self.has_test:
+            if self.fold is not None or self.hold_out:
+                name = "hold_out" if self.fold is None else "fold"
+                raise NolaVisionError(f"data.{name} is for data without test images, and these have some: leave it out")
+        elif self.test_limit is not None:
+            raise NolaVisionError("data.test_limit takes a part of the test images, and there are none: leave it out")
+        elif self.fold is not None and self.manifest is not None:
+            raise NolaVisionError("data.fold takes its images from all, and data.manifest names some: leave one out")
+        elif self.fold is not None and not 0 <= self.fold < len(self._folds):
+            raise NolaVisionError(f"data.fold is {self.fold}, but there are {len(self._folds)} folds, counted from 0")
         if self.test_limit is not None and self.test_limit < self.num_classes:
             raise NolaVisionError(
                 f"test_limit is {self.test_limit}, but there are {self.num_classes} classes: give one for each"
@@ -276,7 +376,7 @@ class KShotDataModule(L.LightningDataModule):
             NolaVisionError: files are missing or corrupt, a class has fewer images than shots, or `test_limit` is less
                 than one image a class.
         """
-        self._refuse_small_test_limit()  # before training, not after
+        self._refuse_impossible()  # before training, not after
         if stage in ("fit", "validate"):
             _ = self._kept
         elif stage == "test":
@@ -303,26 +403,45 @@ class KShotDataModule(L.LightningDataModule):
         subset = self._pool
         return self._loader(subset, self.eval_batch_size, self._shard(subset)) if len(subset) else []
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test set in order."""
-        subset = self._plain(*self._test_set)
-        return self._loader(subset, self.eval_batch_size, self._shard(subset))
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The test images in the order of `test_indices`; an empty list if there are none."""
+        source, indices = self._test_set
+        kept = self._shared_images(indices) if self._shares_images else None
+        subset = self._plain(source, indices, kept)
+        return self._loader(subset, self.eval_batch_size, self._shard(subset)) if len(subset) else []
 
     def reference_dataloader(self) -> DataLoader[Any]:
         """The k-shot set in order and not augmented: what nearest neighbour compares with."""
         return self._loader(self._plain(*self._train_set, self._kept), self.eval_batch_size)
+
+    def cross_validation_dataloader(self) -> DataLoader[Any]:
+        """All images of a data set without a test split, in order and not augmented."""
+        source = self._open("train")
+        indices = np.arange(len(source), dtype=np.int64)
+        return self._loader(self._plain(source, indices, self._shared_images(indices)), self.eval_batch_size)
+
+    def draw_of_fold(self, train: Indices) -> Indices:
+        """The images to train on out of a fold's training part: at most `shots` per class."""
+        source = self._open("train")
+        return draw(source.labels, self.shots, self.split_seed, source.class_names, train, at_most=True)
+
+    @property
+    def train_indices(self) -> Indices:
+        """The positions of the training images in their source, in the order of `reference_dataloader`."""
+        return self._train_set[1]
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a run's row and its adapter file; opens the training set if that has not been done.
 
         Returns:
             dataset, class_names, transform (size, mean, std, interpolation, crop_pct), counts (train, validation and,
-            if the test set is open, test) and draw, the training images' indices (None where shots is "all").
+            if the test set is open, test), draw, the training images' indices (None where shots is "all"),
+            majority_share (None if the test set is not open), test_name, folds and untested_classes.
         """
         source, indices = self._train_set
-        counts = {"train": len(indices), "validation": len(self._pool_indices(source))}
-        if "_test_set" in self.__dict__:
-            counts["test"] = len(self._test_set[1])
+        counts = {"train": len(indices), "validation": len(self._pool_set[1])}
+        if is_open := "_test_set" in self.__dict__:
+            counts["test"] = len(self.test_indices)
         transform = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self.input_config).items()
@@ -333,13 +452,20 @@ class KShotDataModule(L.LightningDataModule):
             "transform": transform,
             "counts": counts,
             "draw": None if self.shots == "all" else indices.tolist(),
+            "majority_share": self.majority_share if is_open or not self.has_test else None,
+            "test_name": self.test_name,
+            "folds": self.number_of_folds,
+            "untested_classes": self.untested_classes,
         }
 
     @cached_property
     def _train_set(self) -> tuple[ImageSource, Indices]:
         """The opened training images and the draw."""
+        self._refuse_impossible()
         source = self._open("train")
         indices = self._draw(source)
+        if self._splits != ("train", "test"):  # no pool, or one of its own
+            return source, indices
         small = [source.class_names[label] for label in classes_without_pool(source.labels)]
         if small:
             listed = ", ".join(map(repr, small[:5])) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
@@ -350,9 +476,38 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def _kept(self) -> list[Kept]:
         """The drawn images as they are kept in memory."""
+        if self._shares_images:
+            return self._shared_images(self._train_set[1])
         limit = self.memory_limit_mib * 2**20
         key = (self.dataset, self.root, self._train_set[1].tobytes(), limit)
         return memo.once("training images", key, lambda: self._plain(*self._train_set).keep(limit))
+
+    @property
+    def _shares_images(self) -> bool:
+        """Whether all images of the training split are kept, for all folds and for the run on all of them."""
+        return not self.has_test and (self.fold is not None or self.shots == "all")
+
+    def _shared_images(self, indices: Indices) -> list[Kept]:
+        """Some of the images that are kept for all folds; None for one that is not."""
+        limit, source = self.memory_limit_mib * 2**20, self._open("train")
+        everything = self._plain(source, np.arange(len(source), dtype=np.int64))
+        kept = memo.once("images", (self.dataset, self.root, limit), lambda: everything.keep(limit))
+        return [kept[index] if index < len(kept) else None for index in indices]
+
+    @cached_property
+    def _folds(self) -> list[tuple[Indices, Indices]]:
+        return folds(self._open("train").labels, self.groups, self.split_seed)
+
+    @cached_property
+    def _parts(self) -> tuple[Indices, Indices, Indices]:
+        """Of the training split: what may train, the validation pool and the test images, without a test split."""
+        labels = self._open("train").labels
+        everything, nothing = np.arange(len(labels), dtype=np.int64), np.empty(0, dtype=np.int64)
+        train, test = (everything, nothing) if self.fold is None else self._folds[self.fold]
+        if not self.hold_out:
+            return train, nothing, test
+        inner, validation = hold_out(labels[train], self.groups[train], self.split_seed)
+        return train[inner], train[validation], test
 
     def _open(self, split: Split) -> ImageSource:
         open_it = partial(open_split, self.entry, self.root, split, self.download)
@@ -360,7 +515,9 @@ class KShotDataModule(L.LightningDataModule):
 
     def _draw(self, source: ImageSource) -> Indices:
         if self.manifest is None:
-            return draw(source.labels, self.shots, self.split_seed, source.class_names)
+            among = candidates(source.labels, self._splits) if self.has_test else self._parts[0]
+            at_most = self.fold is not None or self.hold_out
+            return draw(source.labels, self.shots, self.split_seed, source.class_names, among, at_most)
         manifest = read_manifest(self.manifest)
         settings = {"dataset": self.dataset, "shots": self.shots, "split_seed": self.split_seed}
         refuse_other_settings(manifest, self.manifest, **settings)
@@ -369,21 +526,32 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def _pool(self) -> ImageSubset:
         """The validation pool; what the k-shot set leaves of the memory limit keeps it decoded."""
-        source = self._train_set[0]
-        indices = self._pool_indices(source)
+        source, indices = self._pool_set
+        if self._shares_images:
+            return self._plain(source, indices, self._shared_images(indices))
         used = sum(image.numel() for image in self._kept if isinstance(image, torch.Tensor))
         limit = self.memory_limit_mib * 2**20 - used
-        key = (self.dataset, self.root, indices.tobytes())
+        key = (self.dataset, self.root, self._splits, indices.tobytes())
         kept = memo.once("validation images", key, lambda: self._plain(source, indices).keep(limit))
         return self._plain(source, indices, kept)
 
-    def _pool_indices(self, source: ImageSource) -> Indices:
-        return np.setdiff1d(validation_pool(source.labels), self._train_set[1])  # a manifest may hold some of the pool
+    @property
+    def _pool_set(self) -> tuple[ImageSource, Indices]:
+        """The images of the validation pool."""
+        if "validation" in self._splits:
+            source = self._open("validation")
+            return source, np.arange(len(source), dtype=np.int64)
+        source, drawn = self._train_set
+        pool = validation_pool(source.labels) if self.has_test else self._parts[1]
+        return source, np.setdiff1d(pool, drawn)  # a manifest may have some of the pool
 
     def _warn(self, sentence: str) -> None:
+        """Adds a warning, and logs it once per process: a fit has several runs on the same data."""
         if sentence not in self.warnings:
             self.warnings.append(sentence)
-            _log.warning(sentence)
+        if (told := (self.dataset, self.root, sentence)) not in _told:
+            _told.add(told)
+            _log.warning("%s", printable(sentence))
 
     @property
     def _processes(self) -> int:
@@ -404,8 +572,8 @@ class KShotDataModule(L.LightningDataModule):
         return self._open("test")
 
     @property
-    def _test_indices(self) -> Indices:
-        """Which test images are used."""
+    def _test_positions(self) -> Indices:
+        """Which images of the test split are used."""
         source = self._test_source
         if self.test_limit is None:
             return np.arange(len(source), dtype=np.int64)
@@ -414,7 +582,10 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def _test_set(self) -> tuple[ImageSource, Indices]:
         """The opened test images and which of them are used."""
-        return self._test_source, self._test_indices
+        if self.has_test:
+            return self._test_source, self._test_positions
+        self._refuse_impossible()
+        return self._open("train"), self._parts[2]
 
     def _plain(self, source: ImageSource, indices: Indices, kept: list[Kept] | None = None) -> ImageSubset:
         return ImageSubset(source, indices, eval_transform(self.input_config), kept)

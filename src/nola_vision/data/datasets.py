@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -18,10 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from nola_vision.data.sources import MOST_BYTES, ArraySource, FileSource, ImageSource, image_suffixes
+from nola_vision.data.list_file import Listed, parse_list
+from nola_vision.data.sources import (
+    HEIF_INSTALL,
+    HEIF_SUFFIXES,
+    MOST_BYTES,
+    ArraySource,
+    FileSource,
+    ImageSource,
+    decoders,
+    image_suffixes,
+    is_image,
+    name_under,
+)
 from nola_vision.data.splits import Split, class_of, read_list
 from nola_vision.errors import NolaVisionError
-from nola_vision.local_files import file_digests, read_file
+from nola_vision.local_files import file_digests, read_file, remembered
 from nola_vision.text import name_text
 
 MOST_LIST_BYTES = 2**26  # of a text file that lists images or classes
@@ -37,12 +49,37 @@ class DatasetEntry:
         downloads: whether it can be fetched.
         needs_root: whether it lies in a folder that a person names.
         in_files: whether each image is stored separately, so that one may be damaged or missing.
+        own_images: whether the images are the user's own, so that `fit` reports skipped files and copies.
     """
 
     expects: str
     downloads: bool = False
     needs_root: bool = True
     in_files: bool = True
+    own_images: bool = False
+
+    def place(self, root: str | None) -> Path:
+        """Where the data are: the folder given, else that of the environment.
+
+        Raises:
+            NolaVisionError: there is neither, or it is not a folder.
+        """
+        return data_root(root)
+
+    def splits(self, root: str | None) -> tuple[Split, ...]:
+        """The splits that `open` takes. Without "test" the accuracy is estimated by cross-validation.
+
+        Args:
+            root: the folder the data lie in, as for `open`.
+
+        Raises:
+            NolaVisionError: they depend on files, and these are missing or not as they should be.
+        """
+        return ("train", "test")
+
+    def test_name(self, root: str | None) -> str:
+        """What the test images are called by whoever made the data set: test or validation."""
+        return "test"
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         """The names by class index, without reading an image.
@@ -57,11 +94,11 @@ class DatasetEntry:
         raise NotImplementedError
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        """Opens one split; the other is not touched.
+        """Opens one split; the others are not touched.
 
         Args:
             root: the folder the data lie in; without it the environment variable `NOLA_VISION_DATA`.
-            split: "train" or "test".
+            split: one of `splits`.
             download: fetch missing files, where the data set can.
 
         Raises:
@@ -82,9 +119,17 @@ class DatasetEntry:
 
         Args:
             root: the folder the data are in, as for `open`.
-            split: "train" or "test".
+            split: one of `splits`.
         """
         return Counter()
+
+    def notes(self, root: str | None) -> list[str]:
+        """What else is not read, and why: one sentence each.
+
+        Args:
+            root: the folder the data are in, as for `open`.
+        """
+        return []
 
 
 class Digits(DatasetEntry):
@@ -111,45 +156,197 @@ class Digits(DatasetEntry):
         return ArraySource("digits", pixels, bunch.target[part], self.class_names(root))
 
 
-class Folder(DatasetEntry):
-    """Image files in `root/train/<class>/` and `root/test/<class>/` (or `val` where there is no `test`).
+@dataclass(frozen=True)
+class _Layout:
+    """How a folder of images is laid out.
 
-    Class indices follow the sorted class names, images the sorted paths. Hidden files and files without an image's
-    suffix are skipped; folders beneath a class belong to it. That both splits have the same class folders is checked
-    whichever is opened, so that a mistake shows before training.
+    Args:
+        folders: where the class folders of each split are.
+        flat: whether they are directly in the root, without a folder `train`.
+        test_name: what the test images are called on disk: test or validation.
     """
 
-    FOLDERS = ("train", "test", "val")
-    expects = "train/<class>/<image> and test/<class>/<image> (or val/) beneath the root"
+    folders: dict[Split, Path]
+    flat: bool
+    test_name: str
+
+
+class Folder(DatasetEntry):
+    """Image files in class folders: `root/<class>/`, or `root/train/<class>/` with other splits next to `train/`.
+
+    Without `train/`, every folder that has images is a class (the flat layout). With `train/`, only the split folders
+    are read: `test/` has the test images and `val/` (or `valid/`, `validation/`) the validation pool; without `test/`,
+    `val/` has the test images. The case of these names does not matter.
+
+    Class indices follow the sorted class names, images the sorted paths. Hidden files are skipped; folders under a
+    class belong to it. That all splits have the same class folders is checked whichever is opened, so that a mistake
+    shows before training.
+    """
+
+    expects = (
+        "<class>/<image> under the root, or train/<class>/<image>, with test/<class>/<image>, val/<class>/<image> or "
+        "both next to train/"
+    )
+    own_images = True
+    VALIDATION_NAMES = ("val", "valid", "validation")
+    SPLIT_NAMES = ("train", "test", *VALIDATION_NAMES, "training", "testing")  # the last two are refused
+
+    def splits(self, root: str | None) -> tuple[Split, ...]:
+        return tuple(self._layout(root).folders)
+
+    def test_name(self, root: str | None) -> str:
+        return self._layout(root).test_name
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
-        return tuple(_class_folders(data_root(root) / "train"))
+        layout = self._layout(root)
+        folders = _class_folders(layout.folders["train"])
+        return tuple(_with_images(folders) if layout.flat else folders)
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        folders = self._class_folders(root)[split]
+        folders = self._class_folders(self._layout(root))[split]
         files = [_class_images(folder) for folder in folders.values()]
         labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in files])
         return FileSource([path for paths in files for path in paths], labels, tuple(folders), data_root(root))
 
     def own_content(self, root: str | None) -> bytes:
         """The name and the SHA-256 of every image in the splits' folders."""
-        place = data_root(root)
-        folders = [place / name for name in self.FOLDERS if (place / name).is_dir()]
-        images = [path for folder in folders for path in _images(_files(folder))]
+        layout, place = self._layout(root), data_root(root)
+        folders = _class_folders(place) if layout.flat else layout.folders
+        images = [path for folder in folders.values() for path in _images(folder, _files(folder))]
         return content_list(place, images, MOST_BYTES)  # a larger image is refused when it is read
 
     def other_files(self, root: str | None, split: Split) -> Counter[str]:
-        return _other_suffixes(path for folder in self._class_folders(root)[split].values() for path in _files(folder))
+        folders = self._class_folders(self._layout(root))[split].values()
+        return sum((_other_suffixes(folder, _files(folder)) for folder in folders), Counter())
 
-    def _class_folders(self, root: str | None) -> dict[Split, dict[str, Path]]:
+    def notes(self, root: str | None) -> list[str]:
+        layout, place = self._layout(root), data_root(root)
+        read = self._class_folders(layout)["train"] if layout.flat else layout.folders
+        notes = []
+        if ignored := [f"{path.name}/" for path in _folders(place) if path not in read.values()]:
+            splits = " and ".join(f"{path.name}/" for path in layout.folders.values())
+            why = "without an image" if layout.flat else f"next to {splits}"
+            notes.append(f"folders in {place} that are not read, {why}: {_some(ignored)}")
+        for folder in dict.fromkeys([place, *layout.folders.values()]):
+            files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+            if loose := _images(folder, files):
+                named = _some([path.name for path in loose])
+                notes.append(f"images directly in {folder}, in no class folder, that are not read: {named}")
+        return notes
+
+    def _class_folders(self, layout: _Layout) -> dict[Split, dict[str, Path]]:
         """The class folders of each split by name, in sorted order."""
-        train, test, val = (data_root(root) / name for name in self.FOLDERS)
-        test = val if val.exists() and not test.exists() else test
-        folders, others = _class_folders(train), _class_folders(test)
-        if odd := sorted(folders.keys() ^ others.keys()):
-            listed = ", ".join(f"'{name}' is only in {train if name in folders else test}" for name in odd[:5])
-            raise NolaVisionError(f"{train} and {test} must have the same class folders, but {listed}: rename them")
-        return {"train": folders, "test": {name: others[name] for name in folders}}
+        found = {split: _class_folders(folder) for split, folder in layout.folders.items()}
+        train = found["train"] = _with_images(found["train"]) if layout.flat else found["train"]
+        for split, folder in layout.folders.items():
+            if odd := sorted(train.keys() ^ found[split].keys()):
+                one = layout.folders["train"]
+                where = ", ".join(f"'{name}' is only in {one if name in train else folder}" for name in odd[:5])
+                raise NolaVisionError(f"{one} and {folder} must have the same class folders, but {where}: rename them")
+        return {split: {name: folders[name] for name in train} for split, folders in found.items()}
+
+    def _layout(self, root: str | None) -> _Layout:
+        place = data_root(root)
+        named: dict[str, Path] = {}
+        for path in _folders(place):
+            if (name := path.name.lower()) in self.SPLIT_NAMES:
+                if name in named:
+                    raise NolaVisionError(f"{named[name]} and {path} differ in case only: rename one")
+                named[name] = path
+        if "train" not in named:
+            if named:
+                name = next(iter(named.values())).name
+                raise NolaVisionError(
+                    f"{place} has the folder {name!r} but no folder 'train': name the folder of the training images "
+                    f"train, or, if {name!r} is a class, move all class folders into {place / 'train'}"
+                )
+            return _Layout({"train": place}, True, "test")
+        validation = [named[name] for name in self.VALIDATION_NAMES if name in named]
+        if len(validation) > 1:
+            raise NolaVisionError(
+                f"{' and '.join(map(str, validation))} are folders of validation images, but only one is read: merge "
+                "them or remove one"
+            )
+        test = [named["test"]] if "test" in named else []
+        parts: dict[Split, list[Path]] = {
+            "train": [named["train"]], "validation": validation if test else [], "test": test or validation
+        }  # fmt: skip
+        folders = {split: place for split, found in parts.items() for place in found}
+        return _Layout(folders, False, "test" if test else "validation")
+
+
+class ListFile(DatasetEntry):
+    """The image files of a user's list (`data/list_file.py` has its forms), whose path is the root.
+
+    Relative paths are relative to the folder of the list. Class indices follow the sorted labels, images the lines. The
+    splits are as in `Folder`: val without test has the test images.
+    """
+
+    expects = (
+        "a CSV file with the columns path, label and perhaps split (train, val, test), or a text file with "
+        "a path and a label per line, as the root"
+    )
+    own_images = True
+
+    def place(self, root: str | None) -> Path:
+        chosen = given_root(root)
+        if not chosen:
+            raise NolaVisionError(f"this data set needs a list of images: pass --data.root FILE or set {ROOT_VARIABLE}")
+        return Path(chosen)
+
+    def splits(self, root: str | None) -> tuple[Split, ...]:
+        return tuple(self._splits(root))
+
+    def test_name(self, root: str | None) -> str:
+        splits = self._splits(root)
+        return splits["test"] if "test" in splits else "test"
+
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
+        return tuple(sorted({row.label for row in self._rows(root)}))
+
+    def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
+        file, rows, names = self.place(root), self._rows(root), self.class_names(root)
+        if gone := [row for row in rows if not os.path.exists(file.parent / row.path)]:
+            raise NolaVisionError(
+                f"{len(gone)} of the {len(rows)} images of the list {file} do not exist, the first is {gone[0].path!r} "
+                f"in line {gone[0].line}: correct the paths, which are relative to {file.parent.absolute()}"
+            )
+        wanted = self._splits(root).get(split)
+        rows = tuple(row for row in rows if row.split == wanted)
+        index = {name: label for label, name in enumerate(names)}
+        return FileSource(
+            [file.parent / row.path for row in rows], [index[row.label] for row in rows], names, file.parent
+        )
+
+    def own_content(self, root: str | None) -> bytes:
+        """The list, and the name and the SHA-256 of every image in it."""
+        base = self.place(root).parent
+        images = [base / row.path for row in self._rows(root)]
+        return self._content(root) + b"\0" + content_list(base, images, MOST_BYTES)
+
+    def _splits(self, root: str | None) -> dict[Split, Split]:
+        """The splits, each with the name that the list has for it."""
+        listed = {row.split for row in self._rows(root)}
+        found: dict[Split, Split] = {"train": "train"}
+        if "test" in listed:
+            found |= {"validation": "validation"} if "validation" in listed else {}
+            found["test"] = "test"
+        elif "validation" in listed:
+            found["test"] = "validation"
+        return found
+
+    def _rows(self, root: str | None) -> tuple[Listed, ...]:
+        return parse_list(self._content(root), str(self.place(root)))
+
+    def _content(self, root: str | None) -> bytes:
+        file = self.place(root)
+        try:
+            return read_file(file, MOST_LIST_BYTES)
+        except OSError as error:
+            raise NolaVisionError(
+                f"cannot read the list {file} ({error.strerror}): give a CSV or text file of paths and labels by "
+                "--data.root"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -209,7 +406,7 @@ class TorchvisionFiles(DatasetEntry):
 
 
 @dataclass(frozen=True)
-class Listed(DatasetEntry):
+class ShippedList(DatasetEntry):
     """A data set without an official split: a list that ships says which image is for what (`data/splits.py`).
 
     Args:
@@ -340,7 +537,8 @@ class ImageNet100(DatasetEntry):
 
     def other_files(self, root: str | None, split: Split) -> Counter[str]:
         base = data_root(root) / ("train" if split == "train" else "val")
-        return _other_suffixes(path for name in self.class_names(root) for path in _files(base / name))
+        folders = [base / name for name in self.class_names(root)]
+        return sum((_other_suffixes(folder, _files(folder)) for folder in folders), Counter())
 
 
 def _torchvision(reader: str, base: Path, entry: DatasetEntry, download: bool, **options: Any) -> Any:
@@ -411,7 +609,10 @@ def data_root(root: str | None) -> Path:
         raise NolaVisionError(f"this data set needs a folder: pass --data.root FOLDER or set {ROOT_VARIABLE}")
     path, whence = Path(chosen), f"--data.root{'' if root else f' (now from {ROOT_VARIABLE})'}"
     if path.is_file():
-        raise NolaVisionError(f"the data root {path} is a file: give the folder of the data set by {whence}")
+        raise NolaVisionError(
+            f"the data root {path} is a file: give the folder of the data set by {whence}, or read the file as a list "
+            "of images by --data.dataset list"
+        )
     return path
 
 
@@ -421,22 +622,50 @@ def given_root(root: str | None) -> str | None:
     return str(Path(chosen).expanduser()) if chosen else None
 
 
-def _class_folders(folder: Path) -> dict[str, Path]:
-    """The folders in a folder, by their names in sorted order."""
-    if not folder.parent.is_dir():
-        raise NolaVisionError(f"the data root {folder.parent} does not exist: check --data.root")
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted by name; hidden ones are left out.
+
+    Raises:
+        NolaVisionError: the folder cannot be read.
+    """
     try:
-        inner = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-        names = dict(sorted((name_text(entry.name), entry) for entry in inner))
-        if len(names) < len(inner):
-            raise NolaVisionError(f"two class folders of {folder} have one name in Unicode's two forms: rename one")
+        inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    except FileNotFoundError as error:
+        raise NolaVisionError(f"the data root {folder} does not exist: check --data.root") from error
     except OSError as error:
         raise NolaVisionError(
             f"cannot read the folder {folder} ({error.strerror}): put images there as {folder / '<class>' / '<image>'}"
         ) from error
+    return sorted(inner, key=lambda path: name_text(path.name))
+
+
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder, by their names in sorted order."""
+    inner = _folders(folder)
+    names = {name_text(path.name): path for path in inner}
+    if len(names) < len(inner):
+        raise NolaVisionError(f"two class folders of {folder} have one name in Unicode's two forms: rename one")
     if not names:
         raise NolaVisionError(f"{folder} has no class folders: put images there as {folder / '<class>' / '<image>'}")
     return names
+
+
+def _with_images(folders: dict[str, Path]) -> dict[str, Path]:
+    """Those of the class folders that have images.
+
+    Raises:
+        NolaVisionError: none has.
+    """
+    found = {
+        name: folder
+        for name, folder in folders.items()
+        # with photos that need another package it is a class all the same: reading it names the package
+        if _images(folder, files := _files(folder)) or any(path.suffix.lower() in HEIF_SUFFIXES for path in files)
+    }
+    if not found:
+        folder = next(iter(folders.values())).parent
+        raise NolaVisionError(f"no folder in {folder} has images: put images there as {folder / '<class>' / '<image>'}")
+    return found
 
 
 def _class_images(folder: Path) -> list[Path]:
@@ -456,24 +685,34 @@ def _class_images(folder: Path) -> list[Path]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Sorted image files under a folder, by the suffixes of `image_suffixes`.
+    """Sorted image files under a folder: those with one of the `image_suffixes`, and those without any suffix that
+    Pillow identifies by their content.
 
     Raises:
         NolaVisionError: there are none, or a folder cannot be read.
     """
     files = _files(folder)
-    images = _images(files)
+    images = _images(folder, files)
     if not images:
-        others = ", ".join(f"{count} {suffix}" for suffix, count in _other_suffixes(files).most_common(5))
+        others = kinds_of_files(_other_suffixes(folder, files))
         has = f"files of other kinds: {others}" if others else f"{', '.join(sorted(image_suffixes()))}"
         raise NolaVisionError(f"{folder} has no images ({has}): add some, or remove the folder")
     return images
 
 
-def _images(files: Iterable[Path]) -> list[Path]:
-    """Those of the files with an image's suffix, sorted."""
-    images = [path for path in files if path.suffix.lower() in image_suffixes()]
+def _images(folder: Path, files: Iterable[Path]) -> list[Path]:
+    """Those of the files under a folder that are images, sorted."""
+    files = list(files)
+    suffixes = image_suffixes()
+    images = [path for path in files if path.suffix.lower() in suffixes]
+    if bare := [path for path in files if not path.suffix]:
+        found = remembered(f"identified by {decoders()}", folder, bare, _identified, MOST_BYTES)
+        images += [path for path, kind in zip(bare, found, strict=True) if kind == "image"]
     return sorted(images, key=_order)
+
+
+def _identified(path: Path) -> str:
+    return "image" if is_image(path) else "other"
 
 
 def _order(path: Path) -> tuple[str, bytes]:
@@ -497,22 +736,37 @@ def _files(folder: Path) -> list[Path]:
     return paths
 
 
-def _other_suffixes(files: Iterable[Path]) -> Counter[str]:
-    """How many files do not have an image's suffix, by suffix."""
-    suffixes = (path.suffix.lower() for path in files)
-    return Counter(suffix or "without suffix" for suffix in suffixes if suffix not in image_suffixes())
+def _other_suffixes(folder: Path, files: Iterable[Path]) -> Counter[str]:
+    """How many files under a folder are not images, by suffix."""
+    files = list(files)
+    images = {*_images(folder, files)}
+    return Counter(path.suffix.lower() or "without suffix" for path in files if path not in images)
+
+
+def kinds_of_files(others: Counter[str]) -> str:
+    """Suffixes and their counts for a message, such as `12 .heic (pip install 'nola-vision[heic]'), 1 .txt`."""
+    named = []
+    for suffix, count in others.most_common(5):
+        named.append(f"{count} {suffix}" + (f" ({HEIF_INSTALL})" if suffix in HEIF_SUFFIXES else ""))
+    rest = others.total() - sum(count for _, count in others.most_common(5))
+    return ", ".join(named) + (f" and {rest} more" if rest else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some names and their number, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def content_list(base: Path, paths: list[Path], most_bytes: int | None = None) -> bytes:
     """The name under `base` and the SHA-256 of each file, one per line.
 
     Args:
-        base: the folder that all paths are under.
+        base: the folder that paths are under.
         paths: of the files.
         most_bytes: a larger file has no digest, as one that cannot be read.
     """
     digests = file_digests(base, paths, most_bytes)
-    names = [name_text(path.relative_to(base).as_posix()) for path in paths]
+    names = [name_under(base, path) for path in paths]
     return "".join(f"{name}\0{found or ''}\n" for name, found in zip(names, digests, strict=True)).encode()
 
 
@@ -537,6 +791,7 @@ _IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, and both for t10k in {
 DATASETS: dict[str, DatasetEntry] = {
     "digits": Digits(),
     "folder": Folder(),
+    "list": ListFile(),
     "cifar10": TorchvisionArray(
         "CIFAR10",
         "data_batch_1 to data_batch_5, test_batch, batches.meta in cifar-10-batches-py/ beneath the root",
@@ -561,13 +816,13 @@ DATASETS: dict[str, DatasetEntry] = {
         train="trainval",
         files="_images",
     ),
-    "caltech101": Listed(
+    "caltech101": ShippedList(
         "caltech101_v1",
         "caltech101/101_ObjectCategories",
         "Caltech101",
         "caltech101/101_ObjectCategories/<class>/image_<number>.jpg beneath the root",
     ),
-    "sun397": Listed(
+    "sun397": ShippedList(
         "sun397_v1", "SUN397", "SUN397", "SUN397/<letter>/<class>/sun_<name>.jpg beneath the root", strip=2
     ),
     "cub200": Cub200(),

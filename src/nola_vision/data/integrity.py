@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import PIL
-
-from nola_vision import __version__
 from nola_vision.data.kshot import Indices
-from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource, decoded, to_rgb
+from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource, decoded, decoders, to_rgb
 from nola_vision.local_files import read_file, remembered
 
 
@@ -27,12 +24,10 @@ def refuse_unreadable(source: ImageSource, indices: Indices) -> None:
     if not isinstance(source, FileSource):
         return
     paths = [source.paths[index] for index in indices]
-    for index, found in zip(indices.tolist(), remembered(_KIND, source.base, paths, _decodes), strict=True):
+    readable = remembered(f"decoded by {decoders()}", source.base, paths, _decodes)
+    for index, found in zip(indices.tolist(), readable, strict=True):
         if found is None:
             source.image(index)
-
-
-_KIND = f"decoded by nola-vision {__version__} and Pillow {PIL.__version__}"
 
 
 def _decodes(path: Path) -> str | None:

@@ -54,6 +54,22 @@ def validation_pool(labels: npt.ArrayLike) -> Indices:
     return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
 
 
+def candidates(labels: npt.ArrayLike, splits: Sequence[str]) -> Indices:
+    """The training images that a draw may take.
+
+    Args:
+        labels: `[n]` class indices of the training split.
+        splits: what the data set has. The validation pool is taken out of the training split only where there is a test
+            split but no validation split.
+
+    Returns:
+        Sorted indices.
+    """
+    everything = np.arange(len(np.asarray(labels)), dtype=np.int64)
+    has_pool = "test" in splits and "validation" not in splits
+    return np.setdiff1d(everything, validation_pool(labels)) if has_pool else everything
+
+
 def classes_without_pool(labels: npt.ArrayLike) -> list[int]:
     """The classes too small (fewer than 20 images) to give any to the validation pool."""
     return [label for label, members in _by_class(labels).items() if len(members) < POOL_SMALLEST_CLASS]
@@ -64,8 +80,10 @@ def draw(
     shots: int | Literal["all"],
     split_seed: int,
     class_names: Sequence[str] | None = None,
+    among: Indices | None = None,
+    at_most: bool = False,
 ) -> Indices:
-    """Draws the k-shot training set from the images outside the validation pool.
+    """Draws the k-shot training set.
 
     The images of a class are ranked by a hash of (split_seed, class index, rank within the class), and the first
     `shots` are taken. So the 5-shot set is the first five of each class's 10-shot set, and no class has a part in
@@ -73,10 +91,12 @@ def draw(
 
     Args:
         labels: `[n]` class indices.
-        shots: images a class, or "all" for every image outside the pool.
+        shots: images per class, or "all".
         split_seed: which draw.
         class_names: names of all classes, by index: for the error message, and so that a class without images is
             noticed.
+        among: the images that may be drawn; by default those outside the validation pool.
+        at_most: take all images of a class that has fewer than `shots`.
 
     Returns:
         `[classes * shots]` indices, class after class, each in the order of its ranking; for "all", sorted indices.
@@ -88,15 +108,17 @@ def draw(
         raise NolaVisionError(f"shots is {shots!r}, but it must be a whole number from 1 up, or 'all'")
     by_class = _by_class(labels)
     names = [str(label) for label in range(max(by_class, default=-1) + 1)] if class_names is None else class_names
-    pool = set(validation_pool(labels).tolist())
+    allowed = set((candidates(labels, ("train", "test")) if among is None else among).tolist())
     ranked: dict[int, Indices] = {}
     for label in by_class if class_names is None else range(len(names)):
         members = by_class.get(label, np.empty(0, dtype=np.int64)).tolist()
-        free = [(rank, index) for rank, index in enumerate(members) if index not in pool]
+        free = [(rank, index) for rank, index in enumerate(members) if index in allowed]
         if shots != "all":
             free = sorted((keyed_hash("draw", split_seed, label, rank), index) for rank, index in free)
         ranked[label] = np.array([index for _, index in free], dtype=np.int64)
-    _check_counts([(names[label], len(indices)) for label, indices in ranked.items()], 1 if shots == "all" else shots)
+    counts = [(names[label], len(indices)) for label, indices in ranked.items()]
+    where = " outside the validation pool" if len(allowed) < sum(map(len, by_class.values())) else ""
+    _check_counts(counts, 1 if shots == "all" or at_most else shots, where)
     if shots == "all":
         return np.sort(np.concatenate(list(ranked.values())))
     return np.concatenate([indices[:shots] for indices in ranked.values()])
@@ -135,7 +157,7 @@ def _by_class(labels: npt.ArrayLike) -> dict[int, Indices]:
     return dict(zip(classes.tolist(), members, strict=False))
 
 
-def _check_counts(counts: Sequence[tuple[str, int]], needed: int) -> None:
+def _check_counts(counts: Sequence[tuple[str, int]], needed: int, where: str) -> None:
     """Refuses a draw that some class, of (name, images), is too small for."""
     short = [f"{name!r} has {count}" for name, count in counts if count < needed]
     if not short:
@@ -147,6 +169,4 @@ def _check_counts(counts: Sequence[tuple[str, int]], needed: int) -> None:
         if most
         else "add images, or remove the class"
     )
-    raise NolaVisionError(
-        f"{needed} shots need that many images in every class outside the validation pool, but {listed}: {mend}"
-    )
+    raise NolaVisionError(f"{needed} shots need that many images in every class{where}, but {listed}: {mend}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nola_vision.data.kshot import Indices, draw
+from nola_vision.data.kshot import Indices, candidates, draw
 from nola_vision.data.sources import ImageSource
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types
@@ -44,13 +45,23 @@ class Manifest:
     images: tuple[tuple[str, int, str], ...]
 
 
-def make_manifest(source: ImageSource, dataset: str, shots: int, split_seed: int) -> Manifest:
+def make_manifest(
+    source: ImageSource, dataset: str, shots: int, split_seed: int, splits: Sequence[str] = ("train", "test")
+) -> Manifest:
     """The manifest of a draw from a data set's training images.
+
+    Args:
+        source: the training images.
+        dataset: its name in the registry.
+        shots: images per class.
+        split_seed: of the draw.
+        splits: what the data set has, see `candidates`.
 
     Raises:
         NolaVisionError: as `draw`, or an image cannot be read.
     """
-    indices = draw(source.labels, shots, split_seed, source.class_names).tolist()
+    among = candidates(source.labels, splits)
+    indices = draw(source.labels, shots, split_seed, source.class_names, among).tolist()
     images = tuple((source.name(i), int(source.labels[i]), content(source, i)) for i in indices)
     return Manifest(dataset, shots, split_seed, source.class_names, images)
 

@@ -9,16 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from nola_vision import __version__
 from nola_vision.errors import NolaVisionError
-from nola_vision.local_files import read_file
+from nola_vision.local_files import open_regular, read_file
 from nola_vision.text import name_text, printable
 
-# What Pillow decodes itself. Others are left out on purpose: EPS starts Ghostscript, HDF5 and GRIB only name a plug-in.
+# What Pillow decodes itself, and HEIF by pi-heif. Others are left out on purpose: EPS starts Ghostscript, HDF5 and GRIB
+# only name a plug-in.
 FORMATS = (
-    "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
+    "AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
+HEIF_SUFFIXES = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
+HEIF_INSTALL = "pip install 'nola-vision[heic]'"
 MOST_BYTES = 2**29  # of an image's file
 
 
@@ -56,6 +61,8 @@ class ImageSource:
             reason = str(error)
             if isinstance(error, UnidentifiedImageError):
                 reason = "not an image, or of an unsupported format"
+                if "HEIF" not in _formats() and Path(self.where(index)).suffix.lower() in HEIF_SUFFIXES:
+                    reason = f"HEIC needs {HEIF_INSTALL}"
             elif isinstance(error, OSError) and error.strerror:
                 reason = error.strerror
             raise NolaVisionError(
@@ -118,7 +125,7 @@ class FileSource(ImageSource):
         return printable(str(self.paths[index]))
 
     def name(self, index: int) -> str:
-        return name_text(self.paths[index].relative_to(self.base).as_posix())
+        return name_under(self.base, self.paths[index])
 
     def encoded(self, index: int) -> bytes:
         try:
@@ -132,18 +139,44 @@ class FileSource(ImageSource):
         return decoded(read_file(self.paths[index], MOST_BYTES))
 
 
+def name_under(base: Path, path: Path) -> str:
+    """A file's path under a folder as text that every file can store; its own path if it is elsewhere."""
+    return name_text((path.relative_to(base) if path.is_relative_to(base) else path).as_posix())
+
+
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of files that are read as images, in lower case: those of `FORMATS` that this Pillow can decode."""
-    kinds = {*_formats(), "MPO"}  # which Pillow opens as a JPEG
+    kinds = {*_formats(), "MPO"}  # MPO is what Pillow opens as a JPEG
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """The `FORMATS` that this Pillow was built with."""
+    """The `FORMATS` that this Pillow was built with, and HEIF if pi-heif is installed."""
     Image.init()
-    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+    formats = tuple(kind for kind in FORMATS if kind in Image.OPEN and kind != "HEIF")
+    try:
+        import pi_heif  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return formats
+    pi_heif.register_heif_opener()
+    return (*formats, "HEIF")
+
+
+def decoders() -> str:
+    """What decides which files are images, for the name of a cache."""
+    return f"nola-vision {__version__} and Pillow {PIL.__version__} for {' '.join(_formats())}"
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's content begins like an image that is read, whatever its name; TGA has no such beginning."""
+    formats = [kind for kind in _formats() if kind != "TGA"]
+    try:
+        with open_regular(path, MOST_BYTES) as file, Image.open(file, formats=formats):
+            return True
+    except Exception:  # Pillow raises many types
+        return False
 
 
 def decoded(content: bytes) -> Image.Image:

@@ -14,8 +14,7 @@ from importlib import resources
 from itertools import groupby
 from typing import Literal
 
-Split = Literal["train", "test"]
-SPLITS: tuple[Split, ...] = ("train", "test")
+Split = Literal["train", "validation", "test"]
 
 
 def split_by_rule(dataset: str, paths: Iterable[str], train: int, test: int | None) -> dict[Split, list[str]]:

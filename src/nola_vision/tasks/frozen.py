@@ -81,9 +81,7 @@ class FrozenClassifier(L.LightningModule):
         best = cosines.new_full((len(features), len(self.model.card.class_names)), -2.0)
         return DEFAULT_SCALE * best.scatter_reduce(1, labels.expand_as(cosines), cosines, "amax")
 
-    def fit(
-        self, features: Tensor, labels: Tensor, groups: Sequence[int] | npt.NDArray[np.int64] | None = None
-    ) -> None:
+    def fit(self, features: Tensor, labels: Tensor, groups: Indices | None = None) -> None:
         """Fits the method to features `[n, width]` with class indices `[n]`.
 
         Args:
@@ -111,15 +109,15 @@ class FrozenClassifier(L.LightningModule):
     def fit_to(self, data: KShotDataModule, trainer: L.Trainer) -> None:
         """Fits the method to the training images of a datamodule, if that has not been done."""
         if not self._fitted:
-            self._prepare(trainer)
-            use_features(data, None, trainer)
+            self.prepare(trainer)
+            use_features(data, None, trainer)  # a stage has its loaders by now
             loader = data.reference_dataloader()
             images = loader.dataset
             assert isinstance(images, ImageSubset)
             groups = images.copies() if isinstance(self.method, LogisticRegression) else None
             self.fit(features(self.model, trainer, loader), torch.from_numpy(images.labels), groups)
 
-    def _prepare(self, trainer: L.Trainer) -> None:
+    def prepare(self, trainer: L.Trainer) -> None:
         """Moves the backbone to the trainer's device and precision, as Lightning does at the start of a stage."""
         trainer.precision_plugin.convert_module(self)
         self.to(trainer.strategy.root_device)
@@ -268,6 +266,32 @@ class CrossValidated:
     predictions: Predictions
 
 
+def evaluate(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) -> CrossValidated | None:
+    """Cross-validates a method on a data set without a test split, then fits it to the images of the final run.
+
+    The features of all images are computed once. The first repeat has the folds of the datamodule, so that its
+    predictions and those of an adapter's fold runs are for the same images from the same training images.
+
+    Args:
+        task: of the method; it is fitted as the final run's is when this returns.
+        data: without a test split.
+        trainer: of the run.
+
+    Returns:
+        None if no class has two distinct images.
+    """
+    task.prepare(trainer)
+    use_features(data, None, trainer)
+    loader = data.cross_validation_dataloader()
+    images = loader.dataset
+    assert isinstance(images, ImageSubset)
+    known, labels, groups = features(task.model, trainer, loader), torch.from_numpy(images.labels), data.groups
+    found = cross_validate(task, known, labels, groups, data.split_seed, data.draw_of_fold)
+    drawn = data.train_indices
+    task.fit(known[drawn], labels[drawn], groups[drawn])
+    return found
+
+
 def cross_validate(
     task: FrozenClassifier,
     features: Tensor,
@@ -276,14 +300,14 @@ def cross_validate(
     seed: int,
     draw: Callable[[Indices], Indices] = lambda train: train,
 ) -> CrossValidated | None:
-    """Repeated stratified cross-validation of a method on frozen features, every choice made inside a fold.
+    """Repeated stratified cross-validation of a method on features, every choice made inside a fold.
 
     Args:
-        task: of the method; it is fitted to a fold when this returns.
+        task: of the method; it is fitted to the last fold when this returns.
         features: of all images, `[n, width]`.
         labels: of all images, `[n]`.
         groups: `[n]` numbers; equal ones are copies of one image, which share a fold.
-        seed: of the first repeat's folds, as `folds` takes it: that of an adapter's folds.
+        seed: of the first repeat's folds.
         draw: the images to train on out of a fold's training part, both as positions among all images.
 
     Returns:
@@ -293,7 +317,7 @@ def cross_validate(
     repeats = number_of_repeats(features, y)
     results, parts = [], []
     for repeat in range(repeats):
-        for train, test in folds(y, groups, seed if repeat == 0 else keyed_hash("repeat", seed, repeat) >> 1):
+        for train, test in folds(y, groups, seed if repeat == 0 else keyed_hash("repeat", seed, repeat)):
             drawn = draw(train)
             task.fit(features[drawn], labels[drawn], groups[drawn])
             with torch.no_grad():
@@ -305,6 +329,6 @@ def cross_validate(
 
 
 def number_of_repeats(features: Tensor, labels: Indices) -> int:
-    """10, and fewer for many images, features and classes: all repeats take seconds."""
+    """10, and fewer where images, features and classes are many: all repeats together take seconds."""
     work = features.numel() * len(np.unique(labels))
     return int(np.clip(_REPEATED_WORK // work, 1, MOST_REPEATS))
