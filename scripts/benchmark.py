@@ -41,8 +41,9 @@ from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, adapt
 from nola_vision.adapters.basis import Basis, basis_key, basis_words
 from nola_vision.adapters.stack import AdapterStack
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.methods import Method, make_stack
+from nola_vision.methods import Method
 from nola_vision.results.store import read_rows
+from nola_vision.stacks import make_stack
 
 Step = Callable[[], Any]
 

@@ -22,10 +22,10 @@ from PIL import Image
 from fuzzing import Outcome, measured
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
 from nola_vision.adapters.file import METADATA_KEY, digest
-from nola_vision.predict import predict
 
 GOLDEN = Path(__file__).parent / "golden"
 MLP = BackboneSpec("mlp_784_256.untrained", base="random")
+GLYPHS = BackboneSpec("vit_glyph_patch4_32.glyphs")
 METHODS = {
     "nola": NOLA(targets=["all"], num_basis=5),
     "nola-head": NOLA(targets=["all", "head"], num_basis=5, bits=4, head_num_basis=70, nested=True, start="random"),
@@ -55,8 +55,9 @@ NASTY_NUMBERS = (
 def originals() -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
     """Metadata and stored tensors of valid files by name: the golden ones, and each method on a tiny backbone."""
     found = {path.name: _opened(path.read_bytes()) for path in sorted(GOLDEN.glob("*.safetensors"))}
-    for name, method in METHODS.items():
-        model = adapt(MLP, method, ["a", "b", "b"])
+    for name, method in {**METHODS, "calibrated": LinearProbe()}.items():
+        model = adapt(GLYPHS if name == "calibrated" else MLP, method, ["a", "b", "b"])
+        model.temperature, model.calibrated_on, model.calibration_images = 1.5, "folds", 30
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -211,7 +212,7 @@ def outcome(content: bytes, folder: Path) -> Outcome:
 
     def load() -> None:
         with torch.inference_mode():
-            assert len(list(predict(load_adapter(path), [picture]))) == 1
+            assert len(load_adapter(path).predict([picture])) == 1
 
     return measured(load)
 

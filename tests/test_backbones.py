@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import timm
 import torch
 
 from nola_vision import BackboneSpec, LinearProbe, adapt
-from nola_vision.backbones import create_backbone, input_config, local_files, resolve
+from nola_vision.backbones import create_backbone, input_config, local_files
 from nola_vision.config import parse
 from nola_vision.errors import NolaVisionError
 from nola_vision.export import write_merged
@@ -115,6 +115,8 @@ def test_a_repository_as_a_backbone(folder: Path, monkeypatch: pytest.MonkeyPatc
         "timm.models._builder.load_state_dict_from_hf",
         lambda name, **_: safetensors.torch.load_file(folder / "model.safetensors"),
     )
+    size = SimpleNamespace(size=7_000_000)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: size)
     spec, images = BackboneSpec("hf-hub:someone/glyphs"), torch.randn(2, 3, 32, 32)
     assert torch.equal(create_backbone(spec)(images), create_backbone(GLYPHS)(images))
     assert hashes(spec.tag)[0].startswith("hf-hub_someone_glyphs-")
@@ -162,28 +164,3 @@ def test_weights_files_that_lack_something_or_are_not_finite(tmp_path: Path) -> 
         save(broken)
         refused(spec, "w.safetensors: blocks.0.mlp.fc1.weight holds a number that is not finite: get the file again")
     assert timm.models._builder.load_pretrained.__module__ == "timm.models._builder"  # as it was
-
-
-def test_a_download_is_announced_once_before_it_begins(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    weights = timm.create_model("test_vit", num_classes=1000).state_dict()
-
-    def fetch(*_: object, **__: object) -> dict[str, torch.Tensor]:
-        assert len(caplog.messages) == 1
-        return dict(weights)
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetch)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    spec = BackboneSpec("test_vit.r160_in1k")
-    with caplog.at_level(logging.WARNING, "nola_vision"):
-        create_backbone(spec)
-        place = resolve(spec).cfg.hf_hub_id
-        assert caplog.messages == [f"downloading the weights of {spec.tag} from huggingface.co/{place} (about 1 MB)"]
-        caplog.clear()
-        cached = str(tmp_path / "model.safetensors")
-        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: cached)
-        monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(weights))
-        create_backbone(spec)
-        create_backbone(GLYPHS)
-        assert not caplog.messages

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from nola_vision import run
+from nola_vision import load_adapter, run
 from nola_vision.config import build, parse
 from nola_vision.config_files import overlay
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store
+from nola_vision.tasks.classifier import Classifier
 from nola_vision.trainer_settings import LAST_CHECKPOINT
 from tiny import TINY, tiny
 
@@ -64,6 +65,42 @@ def test_the_best_epoch_is_saved_validated_and_tested(tmp_path: Path, capsys: py
         run.run(config, tmp_path, ckpt_path="last")
     with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* does not exist: put the file back"):
         run.evaluate(config, tmp_path, "test", None)
+
+
+def test_stop_early_stops_and_keeps_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 0.5, 0.7, 0.6, 0.4, 0.1])
+    log_value = Classifier.log
+
+    def scripted(self: Classifier, name: str, value: Any, **options: Any) -> None:
+        if name == "val_loss" and self.trainer.state.fn == "fit":
+            value = torch.tensor(next(losses))  # the pool is one batch
+        log_value(self, name, value, **options)
+
+    monkeypatch.setattr(Classifier, "log", scripted)
+    config = tiny("nola", model={"stop_early": 2}, trainer={"max_epochs": 9})
+    assert identity.run_hash(config, "final") != identity.run_hash(tiny("nola", trainer={"max_epochs": 9}), "final")
+    row = run.run(config, tmp_path)
+    assert (row.status, row.epoch, row.monitor) == ("completed", 1, "val_loss")
+    assert next(losses) == 0.4  # the fourth validation was the last
+    folder = identity.run_folder(tmp_path, config, "final")
+    (best,) = (folder / "checkpoints" / "val_loss").glob("*.ckpt")
+    kept = torch.load(best, weights_only=True)["state_dict"]
+    saved = load_adapter(folder / run.ADAPTER_FILE).stack.state_dict()
+    assert kept and all(torch.equal(saved[name.removeprefix("model.stack.")], value) for name, value in kept.items())
+    assert run.run(tiny("1nn", model={"stop_early": 2}), tmp_path).status == "completed"
+
+
+def test_stop_early_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NolaVisionError, match="stop_early is 0: give the number of validations"):
+        tiny(model={"stop_early": 0})
+    for other in (callback("EarlyStopping", monitor="train_loss"), callback("ModelCheckpoint", monitor="train_loss")):
+        with pytest.raises(NolaVisionError, match="both choose the epoch"):
+            tiny(model={"stop_early": 1}, trainer={"callbacks": [other]})
+    assert tiny(model={"stop_early": 1}, trainer={"callbacks": [callback("ModelCheckpoint", save_last=True)]})
+    monkeypatch.setattr(KShotDataModule, "_pool_indices", lambda *_: np.empty(0, np.int64))
+    with pytest.raises(NolaVisionError, match="no validation images .*: leave model.stop_early out"):
+        run.run(tiny(model={"stop_early": 1}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_learning_rates_are_logged_and_loggers_are_a_list(tmp_path: Path) -> None:

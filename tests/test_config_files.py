@@ -24,9 +24,10 @@ from nola_vision.config_files import (
 )
 from nola_vision.data.datasets import DATASETS
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import FullFinetune, from_dict, make_stack
+from nola_vision.methods import FullFinetune, from_dict
 from nola_vision.results import identity
 from nola_vision.results.published import published_figures
+from nola_vision.stacks import make_stack
 
 PAPER = [name for name in cells() if load_config(name)["published"]]
 BACKBONES = {"vitb": "ViT-B", "vitb_mae": "ViT-B-MAE", "vitl": "ViT-L", "vitl_mae": "ViT-L-MAE"}

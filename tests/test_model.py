@@ -254,11 +254,11 @@ def test_damaged_files_are_refused(adapter: Path, tmp_path: Path) -> None:
 
 def test_files_for_something_else_are_refused(adapter: Path, tmp_path: Path) -> None:
     metadata, tensors = read_adapter(adapter)
-    path = tmp_path / "v2.safetensors"
-    newer = {**metadata, "format_version": 2}
+    path = tmp_path / "v3.safetensors"
+    newer = {**metadata, "format_version": 3}
     newer["digest"] = digest(newer, tensors)
     safetensors.torch.save_file(tensors, path, {METADATA_KEY: json.dumps(newer)})
-    refused(path, "format version 2 and this nola-vision reads version 1")
+    refused(path, "format version 3 and this nola-vision reads versions 1 to 2")
 
     refused(rewritten(adapter, tmp_path, backbone_fingerprint="0" * 64), "made for other weights of vit_glyph")
     refused(rewritten(adapter, tmp_path, backbone={"tag": "vit_nowhere", "img_size": None}), "timm has no model")

@@ -13,7 +13,8 @@ from nola_vision.adapters.basis import Basis, basis_key, combine
 from nola_vision.adapters.paths import additive_linear, dense_change, merged_linear, merges_exactly
 from nola_vision.backbones import probe_batch
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, Method, make_stack
+from nola_vision.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, Method
+from nola_vision.stacks import make_stack
 from nola_vision.targets import find_targets
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)

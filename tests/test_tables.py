@@ -161,7 +161,7 @@ def test_the_papers_figure_stands_beside_with_its_doubts() -> None:
 
 
 def test_latex_is_escaped_and_balanced() -> None:
-    text = latex_table([row("a_b & 50%", 0.801), row("c", 0.795)], CELL)
+    text = latex_table([row("a_b & 50%", 0.801), row("c", 0.795), row("c", 0.795, split=1)], CELL)
     assert r"a\_b \& 50\%" in text and r"\textbf{80.1 (0.0)}" in text and r"\underline{79.5 (0.0)}" in text
     assert text.count(r"\begin{") == text.count(r"\end{") == 4
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
@@ -205,6 +205,46 @@ def test_cells_are_kept_apart() -> None:
     assert [(item.cell, item.completed) for item in summaries] == [("another", 1), (CELL, 1)]
 
 
+def with_settings(method: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    config = copy.deepcopy(CONFIG) | sections
+    config["model"]["method"]["init_args"] = method
+    return config
+
+
+def test_a_label_names_the_settings_that_differ() -> None:
+    def labels(*configs: dict[str, Any]) -> list[str]:
+        rows = [row(config=config, entry_hash=f"{n}" * 10) for n, config in enumerate(configs)]
+        return [item.label for item in summarise(rows)]
+
+    one, other = {"rank": 4, "lr": 0.005, "targets": ["qkv"]}, {"rank": 8, "lr": 0.005, "targets": ["qkv"]}
+    assert labels(with_settings(one), with_settings(other)) == ["nola (rank=4)", "nola (rank=8)"]
+    both = {**other, "lr": 1e-3, "targets": ["qkv", "mlp"]}
+    assert labels(with_settings(one), with_settings(both)) == [
+        "nola (rank=4, lr=0.005, ...)",
+        "nola (rank=8, lr=0.001, ...)",
+    ]
+    assert labels(with_settings({"targets": ["qkv"]}), with_settings({"targets": ["qkv", "mlp"]})) == [
+        "nola (targets=qkv)",
+        "nola (targets=qkv+mlp)",
+    ]
+    # the trainer's, which an older row may lack, and one key in two places
+    longer = with_settings(one, trainer={"max_epochs": 9})
+    assert labels(with_settings(one), longer) == ["nola (max_epochs=null)", "nola (max_epochs=9)"]
+    twice = with_settings({"rank": 1}, trainer={"rank": 1})
+    assert labels(twice, with_settings({"rank": 2}, trainer={"rank": 2})) == [
+        "nola (model.method.init_args.rank=1, trainer.rank=1)",
+        "nola (model.method.init_args.rank=2, trainer.rank=2)",
+    ]
+    # where the first two settings do not tell three entries apart, the digits do
+    third = with_settings({**both, "targets": ["mlp"]})
+    assert labels(with_settings(one), with_settings(both), third)[1:] == [
+        "nola (rank=8, lr=0.001, ..., 1111)",
+        "nola (rank=8, lr=0.001, ..., 2222)",
+    ]
+    long = with_settings({"x": "y" * 99, "z": None}), with_settings({"x": "w", "z": True})
+    assert labels(*long) == [f"nola (x={'y' * 21}..., z=null)", "nola (x=w, z=true)"]
+
+
 def test_one_name_with_two_settings_is_two_lines() -> None:
     rows = [row(entry_hash="ab12000000"), row(entry_hash="cd34000000"), row(entry_hash="ab12000000", split=1)]
     summaries = summarise([*rows, row(method="lora")])
@@ -246,18 +286,19 @@ def test_markdown_table() -> None:
     assert [line for line in lines if "have no row" not in line] == [
         f"### {CELL}",
         "",
-        "| method | trainable | adapter file | top-1 % (std) | n | lr |",
+        "| method | trainable | file, bytes | top-1 % | n | lr |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| nn1 | - | - | 70.0 (0.0) | 1 | - |",
-        "| linear | 0 | 800 B | 75.0 (0.0) | 1 | - |",
+        "| linear | 0 | 800 | 75.0 (0.0) | 1 | - |",
         "| full | - | - | 78.9 (0.0) | 1 | - |",
         "| lora | - | - | 79.0 (0.0) | 1 | - |",
-        f"| nola | 24,552 | 96.3 KiB (98,612 B) | {close} | 2 | 0.005 |",
-        f"| nola-big | - | 3.0 MiB (3,145,728 B) | {best} | 1 | - |",
+        f"| nola | 24,552 | 98,612 | {close} | 2 | 0.005 |",
+        f"| nola-big | - | 3,145,728 | {best} | 1 | - |",
         "| other | - | - | 30.0 (0.0) | 1 | - |",
         "",
-        "- trainable: parameters without the head",
-        "- std over runs, ddof 0; the best in bold, those within one point of it underlined",
+        "- trainable: parameters without the head; if the head is all that is trained or fitted, the head's",
+        "- (std): over runs, ddof 0",
+        "- the best in bold, those within one point of it underlined",
         "- lora: 1 failed, 1 interrupted, not in its mean; the last failure: unknown",
     ]
 
@@ -274,13 +315,112 @@ def test_what_is_not_in_a_mean_is_said_beneath() -> None:
         row("late", split=1, init=0, error="no room", **failed),
         row("late", split=1, init=0, entry_hash="f" * 10, accuracy=None, status="interrupted"),
     ]
-    assert list(cell_sheets(rows, CELL)[0].notes[2:]) == [
+    assert list(cell_sheets(rows, CELL)[0].notes[3:]) == [
         "b: 2 failed, not in its mean; the last failure: the loss is" + " no number" * 18 + " no [...]",
         "late: none of its runs (1) was completed; the last failure: no room",
         "late: none of its runs (1) was completed",
         "1nn: 1 of 2 runs have no row (splits x inits of the others)",
         "c: 2 of 4 runs have no row (splits x inits of the others)",
     ]
+
+
+ESTIMATE = {"repeats": 1, "images": 100, "correct": 71, "low": 0.61, "high": 0.79, "untested_classes": []}
+
+
+def test_folds_count_where_there_is_no_test_set() -> None:
+    folded = row("nola", None, estimate={**ESTIMATE, "folds": [0.60, 0.75, 0.78]}, data={"majority_share": 0.5})
+    nearest = row("1nn", None, init=None, method_class="NearestNeighbor", data={"majority_share": 0.5},
+                  estimate={**ESTIMATE, "folds": [0.4, 0.5, 0.5]})  # fmt: skip
+    item = {item.method: item for item in summarise([folded, nearest])}["nola"]
+    assert (item.completed, item.n, item.untested, item.cross_validated) == (1, 3, 0, True)
+    assert item.mean == pytest.approx(71) and item.std == pytest.approx(np.std([60, 75, 78]))
+    assert item.interval is None and item.split_std is None
+    (results,) = cell_sheets([folded, nearest], CELL)
+    assert [[cell.text for cell in line] for line in results.lines] == [
+        ["1nn", "-", "-", "46.7 (4.7)", "3", "-"],
+        ["nola", "-", "-", "71.0 (7.9)", "3", "-"],
+    ]
+    assert list(results.notes[1:]) == [
+        "(std): over folds, ddof 0",
+        "cross-validated: there is no test set, n counts folds, whose models were trained on fewer images",
+        "chance: 50.0 %, the largest class's share of the tested images; no mark under it",
+        "the best in bold, those within one point of it underlined",
+    ]
+    found = paired_difference([folded], [nearest])
+    assert found is not None and found.mean == pytest.approx(71 - 140 / 3)
+    assert "71.0 % (7.9), mean and std of 3 folds" in text_of(row_panel(folded))
+    mixed = cell_sheets([folded, row("lora", 0.8)], CELL)[0]
+    assert {"(std): over runs or folds, ddof 0", "(std): over folds or runs, ddof 0"} & set(mixed.notes)
+    assert any(note.startswith("cross-validated (nola): ") for note in mixed.notes)
+
+
+def test_one_test_set_has_wilsons_interval() -> None:
+    data = {"counts": {"train": 50, "test": 81}, "majority_share": 0.1}
+    rows = [row("nola", 65 / 81, data=data), row("lora", 0.7, data=data), row("lora", 0.8, split=1, data=data)]
+    expected = scipy.stats.binomtest(65, 81).proportion_ci(method="wilson")
+    accuracies = {line[0].text: line[3].text for line in cell_sheets(rows, CELL)[0].lines}
+    assert accuracies == {
+        "nola": f"80.2 [{100 * expected.low:.1f}, {100 * expected.high:.1f}]",
+        "lora": "75.0 (5.0)",
+    }
+    notes = cell_sheets(rows, CELL)[0].notes
+    assert "[low, high]: one run; 95 % interval by Wilson, of the test images alone" in notes
+    assert f"80.25 %, 95 % interval [{100 * expected.low:.1f}" in text_of(row_panel(rows[0]))
+    part = row("nola", 0.8, data=data, config={**CONFIG, "trainer": {"limit_test_batches": 2}})
+    assert summarise([part])[0].interval is None
+
+
+def test_a_result_under_chance_is_not_marked() -> None:
+    def marks(best: float, other: float, share: float) -> list[str]:
+        rows = [row("a", best, data={"majority_share": share}), row("b", other, data={"majority_share": share})]
+        return [line[3].mark for line in cell_sheets(rows, CELL)[0].lines]
+
+    assert marks(0.42, 0.415, 0.40) == ["best", "close"]
+    assert marks(0.42, 0.415, 0.418) == ["best", "plain"]
+    assert marks(0.42, 0.415, 0.43) == ["plain", "plain"]
+    assert marks(float(np.float32(0.7)), 0.1, 0.7) == ["best", "plain"]  # chance itself, in a row's float32
+
+
+def test_heads_are_what_linear_methods_train() -> None:
+    counts = {"adapter_parameters": 0, "other_parameters": 0}
+    rows = [
+        row("linear", method_class="LinearProbe", head_parameters=1610, **counts),
+        row("1nn", method_class="NearestNeighbor", init=None, head_parameters=0, **counts),
+        row("nola", adapter_parameters=24, other_parameters=0, head_parameters=1610),
+    ]
+    assert [line[1].text for line in cell_sheets(rows, CELL)[0].lines] == ["0", "1,610", "24"]
+
+
+def test_further_metrics_by_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {"balanced_accuracy": 0.7, "macro_f1": 0.65, "top5_accuracy": 0.95, "test_nll": 1.23456}
+    rows = [row("nola", 0.8, **measured), row("lora", 0.7, macro_f1=0.5), row("lora", 0.7, split=1, macro_f1=0.7)]
+    (sheet, _) = cell_sheets(rows, CELL, ("balanced", "f1", "top5", "nll"))
+    assert sheet.columns == ("method", "trainable", "file, bytes", "top-1 %", "n",
+                             "balanced %", "macro F1 %", "top-5 %", "NLL", "lr")  # fmt: skip
+    assert {line[0].text: [cell.text for cell in line[5:9]] for line in sheet.lines} == {
+        "nola": ["70.0", "65.0", "95.0", "1.235"],
+        "lora": ["-", "60.0 (10.0)", "-", "-"],
+    }
+    panel = text_of(row_panel(rows[0]))
+    assert all(part in panel for part in ("balanced", "70.00 %", "macro F1", "top-5", "NLL", "1.235"))
+    for number, one in enumerate(rows):
+        (tmp_path / str(number)).mkdir()
+        store.write_row(tmp_path / str(number), one)
+    for name in ("table", "markdown", "latex"):
+        out, _ = report(tmp_path, "--format", name, "--columns", "nll,f1", capsys=capsys)
+        assert "1.235" in out and "macro F1" in out and "balanced" not in out, name
+    assert main(["report", str(tmp_path), "--columns", "f2"]) == 2
+    assert "'f2' is not a column: use some of balanced, f1, top5, nll" in capsys.readouterr().err
+
+
+def test_a_table_of_a_cell_is_readable_at_80_columns() -> None:
+    data = {"counts": {"test": 1000}, "majority_share": 0.1}
+    rows = [row("logistic", 0.7, init=None, data=data), row("nola", 0.8123, data=data, adapter_parameters=24_552,
+            adapter_file_bytes=98_612, learning_rate=0.0005)]  # fmt: skip
+    rows += [row("full-ft", 0.7, data=data, adapter_parameters=303_301_632, adapter_file_bytes=1_213_206_528)]
+    text = text_of(cell_table(rows, CELL), width=80)
+    for part in ("81.2 [78.7, 83.5]", "303,301,632", "1,213,206,528", "0.0005", "logistic"):
+        assert part in text
 
 
 def test_exactly_one_point_is_close() -> None:
@@ -294,7 +434,7 @@ def test_terminal_table_says_the_same() -> None:
     text = text_of(cell_table(ROWS, CELL))
     places = [text.index(name) for name in (CELL, "nn1", "linear", "full", "lora", "nola ", "nola-big", "other")]
     assert places == sorted(places)
-    for part in ("24,552", "96.3 KiB (98,612 B)", "80.0 (0.5)", "0.005", "ddof 0", "1 failed, 1 interrupted"):
+    for part in ("24,552", "98,612", "80.0 (0.5)", "0.005", "ddof 0", "1 failed, 1 interrupted"):
         assert part in text
     assert "elsewhere" not in text
 
@@ -332,6 +472,7 @@ def harmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harmed")
     rows = [
         row("fine", 0.75),
+        row("fine", 0.75, split=1),
         row(HARMFUL, 0.5, run_hash="a"),
         row("f", None, status="failed", error=f"50% {HARMFUL}\\end{{table}}", run_hash="b"),
         row("f", None, cell="other", status="failed", error=HARMFUL, run_hash="c", warnings=[HARMFUL]),
@@ -354,11 +495,11 @@ def test_a_bad_row_is_named_beside_the_whole_table(harmed: Path, capsys: pytest.
     for name in ("table", "markdown", "latex", "csv"):
         out, err = report(harmed, "--format", name, capsys=capsys)
         assert "fine" in out and ("75.0" in out or "0.75" in out), name
-        (named,) = [line for line in (out + err).splitlines() if f"{harmed / 'run4' / 'row.json'}" in line]
+        (named,) = [line for line in (out + err).splitlines() if f"{harmed / 'run5' / 'row.json'}" in line]
         assert "../d" in named and named.startswith("% ") == (name == "latex"), name
         assert "\x1b" not in out and "\u202e" not in out and "\x07" not in out, name
     report(harmed, "--format", "parquet", "--out", str(harmed / "rows.parquet"), capsys=capsys)
-    assert list(pd.read_parquet(harmed / "rows.parquet")["method"]) == ["fine", HARMFUL, "f", "f"]  # as it is
+    assert list(pd.read_parquet(harmed / "rows.parquet")["method"]) == ["fine", "fine", HARMFUL, "f", "f"]  # as it is
 
 
 def test_no_format_acts_on_a_name(harmed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,11 +519,11 @@ def test_no_format_acts_on_a_name(harmed: Path, capsys: pytest.CaptureFixture[st
 
     out, _ = report(harmed, "--format", "csv", capsys=capsys)
     table = pd.read_csv(io.StringIO(out))
-    assert len(table) == 4 and table["method"][1].startswith("'=cmd()|`a`")
+    assert len(table) == 5 and table["method"][2].startswith("'=cmd()|`a`")
 
     report(harmed, "--html", str(harmed / "p.html"), "--plots", str(harmed / "plots"), capsys=capsys)
     page = (harmed / "p.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page and "\x1b" not in page and "run4/row.json" in page
+    assert "<script" not in page and "&lt;script&gt;" in page and "\x1b" not in page and "run5/row.json" in page
     assert {path.name.partition("-accuracy")[0] for path in (harmed / "plots").glob("*-accuracy*")} == {CELL}
     assert "[red]" in text_of(row_panel(row(HARMFUL))) and "\x1b" not in text_of(row_panel(row(HARMFUL)))
 

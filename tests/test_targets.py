@@ -14,7 +14,8 @@ from torch import nn
 
 from nola_vision.backbones import BackboneSpec, create_backbone, probe_batch
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import LoRA, make_stack
+from nola_vision.methods import LoRA
+from nola_vision.stacks import make_stack
 from nola_vision.targets import TARGETS, find_targets, named_targets
 
 LINES = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()

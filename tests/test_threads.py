@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nola_vision import NOLA, LoRA, adapt, load_adapter
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import HashedNet, Method, make_stack
+from nola_vision.methods import HashedNet, Method
+from nola_vision.stacks import make_stack
 from test_stack import IMAGES, METHODS, attached, shake, vit
 
 PASSES, THREADS = 1000, 8

@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from nola_vision import NOLA, PEFT, BackboneSpec, LoRA, adapt, load_adapter, mem
 from nola_vision.adapters.file import METADATA_KEY
 from nola_vision.errors import NolaVisionError
 from nola_vision.export import shorten
-from nola_vision.predict import predict
 
 GLYPHS, TINY = "v1-nola.safetensors", "nola"
 
@@ -191,7 +191,7 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_class(tmp_path: Path)
     with torch.no_grad():
         model.stack.head_bias.fill_(float("inf"))
     with pytest.raises(NolaVisionError, match="logits are not finite"):
-        list(predict(model, [fuzz_adapters.image(tmp_path)]))
+        model.predict([fuzz_adapters.image(tmp_path)])
 
 
 def test_a_file_is_a_regular_file_and_its_header_is_small(tmp_path: Path) -> None:
@@ -261,11 +261,14 @@ def test_a_download_is_announced(
     def offline(*_: object, **__: object) -> None:
         raise OSError("no connection")
 
+    size = SimpleNamespace(size=1_300_000)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: size)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(NolaVisionError, match="could not be downloaded"):
         load_adapter(tmp_path / "a.safetensors")
-    assert caplog.messages == [f"downloading the weights of {tag} from huggingface.co/timm/{tag} (about 1 MB)"]
+    (line,) = caplog.messages
+    assert line.startswith(f"downloading {tag} from huggingface.co/timm/{tag} (1 MB, once; kept in ")
 
 
 PEFT_SETTINGS: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ and lengths. `adapt` accepts the same values, so that every file that is written
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any, TypeVar
 from nola_vision import methods, peft_bridge
 from nola_vision.adapters.target import HEAD
 from nola_vision.backbones import BackboneSpec, InputConfig, own_side
+from nola_vision.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types, quoted
+from nola_vision.known_weights import WeightsOrigin, is_file_name
 from nola_vision.methods import NOLA, PEFT, Adapter, FullFinetune, Method, check
 
 MAX_CLASSES = 2**16  # three times ImageNet-21k's
@@ -29,6 +32,7 @@ MAX_SIDE_FACTOR = (
     4  # for models of a fixed size: a position embedding of one side does not carry over to a much larger one
 )
 _MAX_TEXT = 1000  # characters of a tag, a weight's name, a setting
+_MOST_CALIBRATED_ON = 40  # characters
 _FIELDS_OF_BACKBONE = ("tag", "img_size", "base", "int8")
 T = TypeVar("T")
 
@@ -55,6 +59,21 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """How a file's logits are calibrated.
+
+    Args:
+        temperature: what divides them.
+        calibrated_on: the images that it was fitted on: `folds`, `validation` or another short text.
+        images: how many these are; None if that is not known.
+    """
+
+    temperature: float
+    calibrated_on: str
+    images: int | None = None
+
+
+@dataclass(frozen=True)
 class Header:
     """A file's header.
 
@@ -62,11 +81,43 @@ class Header:
         card: what it states for `adapt`.
         fingerprint: of the backbone's weights; None for a fully fine-tuned model.
         targets: name, shape and group of each adapted weight, in the order of the stack.
+        weights: the file that the backbone's weights were read from, if it is known.
+        scale: of the logits; None if they are not calibrated.
     """
 
     card: Card
     fingerprint: str | None
     targets: list[tuple[str, tuple[int, ...], str]]
+    weights: WeightsOrigin | None = None
+    scale: Scale | None = None
+
+
+def check_scale(scale: Scale) -> Scale:
+    """The calibration with Python's own numbers and a temperature of 6 digits, if a file can state it.
+
+    Raises:
+        NolaVisionError: a value of another type or out of range.
+    """
+    scale = check_types(dataclasses.replace(scale, temperature=_float(scale.temperature)))
+    if not MIN_TEMPERATURE <= scale.temperature <= MAX_TEMPERATURE:  # not a number fails too
+        raise NolaVisionError(
+            f"the temperature is {quoted(scale.temperature)}: it must be from {MIN_TEMPERATURE:g} to "
+            f"{MAX_TEMPERATURE:,.0f}"
+        )
+    text = scale.calibrated_on
+    if not 0 < len(text) <= _MOST_CALIBRATED_ON or not text.isprintable():
+        raise NolaVisionError(
+            f"calibrated_on is {quoted(text)}: give 'folds', 'validation' or up to {_MOST_CALIBRATED_ON} characters"
+        )
+    if scale.images is not None and not 0 < scale.images < 2**31:
+        raise NolaVisionError(
+            f"a temperature fitted on {quoted(scale.images)} images makes no sense: give their number"
+        )
+    return dataclasses.replace(scale, temperature=float(f"{scale.temperature:.6g}"))
+
+
+def _float(value: Any) -> Any:
+    return float(value) if type(value) is int and abs(value) < 2**31 else value
 
 
 def check_card(card: Card) -> Card:
@@ -150,6 +201,8 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
             for t in metadata["targets"]
         ]
         fingerprint = metadata["backbone_fingerprint"]
+        origin = None if metadata["weights"] is None else check_types(WeightsOrigin(**metadata["weights"]))
+        scale = None if metadata["calibration"] is None else check_scale(Scale(**metadata["calibration"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error!r}") from error
     if (fingerprint is None) != isinstance(method, FullFinetune) or not isinstance(fingerprint, str | None):
@@ -163,8 +216,15 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
             f"{path} gives PEFT's target_modules as a pattern, and a file's patterns are not run: train again with "
             "this release, which stores a list of module names"
         )
+    if origin is not None and not (
+        is_file_name(origin.file) and re.fullmatch("[0-9a-f]{64}", origin.sha256) and 0 < origin.bytes < 2**63
+    ):
+        raise NolaVisionError(
+            f"{path} names a weights file {quoted(origin.file)} of {quoted(origin.bytes)} bytes with the digest "
+            f"{quoted(origin.sha256)}, which cannot be one: get another file"
+        )
     _check_input(card, path)
-    return Header(card, fingerprint, targets)
+    return Header(card, fingerprint, targets, origin, scale)
 
 
 def _check_input(card: Card, path: Path) -> None:

@@ -21,10 +21,16 @@ from typing import Any, Literal, cast
 import huggingface_hub
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models._hub import (
+    HF_WEIGHTS_NAME,
+    _get_safe_alternatives,
+    load_model_config_from_hf,
+    load_model_config_from_path,
+)
 from torch import nn
 
 import nola_vision.glyph_vit
@@ -34,10 +40,12 @@ from nola_vision.adapters.basis import basis_key, uniform
 from nola_vision.adapters.file import add_tensor
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types
-from nola_vision.files import why_not_a_file
+from nola_vision.files import weights_in
 from nola_vision.tags import split_tag
+from nola_vision.text import printable
 
 _logger = logging.getLogger(__name__)
+_PATIENCE = 5.0  # seconds for the hub's first answer
 _loading = threading.Lock()  # of `_missing_keys`, which replaces a function of timm's
 
 Base = Literal["pretrained", "random", "zero"]
@@ -132,7 +140,7 @@ def _create(spec: BackboneSpec, seed: int) -> nn.Module:
     source = resolve(spec)
     if spec.file is not None:
         # `custom_load` is about the weights that the config names; the file may have a head of any number of classes
-        file = str(_weights_in(Path(spec.file)))
+        file = str(weights_in(Path(spec.file)))
         cfg = replace(source.cfg, file=file, source=None, custom_load=False, num_classes=-1)
         source = replace(source, cfg=cfg)
     if spec.img_size is not None:
@@ -288,7 +296,7 @@ def local_files(tag: str, file: str | None) -> dict[str, Path]:
     if kind == "local-dir":
         found["config"] = Path(name, "config.json")
     if file is not None or kind == "local-dir":
-        found["weights"] = _weights_in(Path(name if file is None else file))
+        found["weights"] = weights_in(Path(name if file is None else file))
     elif not kind:  # the quick start's weights come with the package
         config = _registered_cfg(tag)
         found |= {"weights": Path(config.file)} if config.file else {}
@@ -326,7 +334,7 @@ def _read_folder(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:
             f"local-dir:{name} has no config.json: give a folder that `export --merged` or timm's save_for_hf wrote "
             "(predict: --weights FOLDER)"
         )
-    return _parsed(f"local-dir:{name}", load_model_config_from_path, name, file=str(_weights_in(folder)), source=None)
+    return _parsed(f"local-dir:{name}", load_model_config_from_path, name, file=str(weights_in(folder)), source=None)
 
 
 @functools.lru_cache  # each look asks the network whether the repository has changed
@@ -356,21 +364,6 @@ def _parsed(tag: str, read: Any, name: str, **changes: Any) -> tuple[PretrainedC
     if not known:
         raise NolaVisionError(f"the config.json of {tag} names the architecture '{architecture}', which timm lacks")
     return parsed, architecture, dict(model_args)
-
-
-def _weights_in(path: Path) -> Path:
-    """A weights file, or the one in a folder, in timm's order of preference."""
-    if path.is_dir():
-        files = [file for suffix in ("safetensors", "bin", "pth") for file in sorted(path.glob(f"*.{suffix}"))]
-        for file in (path / "model.safetensors", path / "pytorch_model.bin", *files):
-            if file.is_file():
-                return file
-        raise NolaVisionError(f"the folder {path} holds no weights: it must have a file model.safetensors")
-    if not path.is_file():
-        raise NolaVisionError(
-            f"the weights file {path} {why_not_a_file(path)}: give the path of a .safetensors or .pth file"
-        )
-    return path
 
 
 def _check_img_size(spec: BackboneSpec, source: Source) -> None:
@@ -408,37 +401,110 @@ def _takes(source: Source, side: int) -> bool:
     return not cuts
 
 
+def weights_file(spec: BackboneSpec) -> Path | None:
+    """The file on this machine that a pretrained backbone's weights are read from; None if it would be downloaded.
+
+    Raises:
+        NolaVisionError: as `resolve`, or there are no weights at the path that is given.
+    """
+    if spec.file is not None:
+        return weights_in(Path(spec.file))
+    cfg = resolve(spec).cfg
+    return Path(cfg.file) if cfg.file else _downloaded(cfg)
+
+
+def repository(spec: BackboneSpec) -> str | None:
+    """The hub repository that a backbone's weights come from; None for a local file and for what the package ships."""
+    if spec.file is not None or not (name := resolve(spec).cfg.hf_hub_id) or resolve(spec).cfg.file:
+        return None
+    return str(name).partition("@")[0]
+
+
+def _downloaded(cfg: PretrainedCfg) -> Path | None:
+    """The file of a config's weights in the download caches of the hub and of torch, if it is there."""
+    if cfg.hf_hub_id:
+        name, _, revision = cfg.hf_hub_id.partition("@")
+        file = cfg.hf_hub_filename or HF_WEIGHTS_NAME
+        files = [*_get_safe_alternatives(file), file]  # timm's order
+        found = (huggingface_hub.try_to_load_from_cache(name, one, revision=revision or None) for one in files)
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+    if not cfg.url:
+        return None
+    file = os.path.basename(cfg.url) if isinstance(cfg.url, str) else cfg.url[1]
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    return path if path.is_file() else None
+
+
 def _announce_download(spec: BackboneSpec, source: Source) -> None:
-    """Logs what timm is about to fetch and from where, if anything."""
+    """Logs what timm is about to download, from where, its size, and where it is kept; nothing if it is there.
+
+    Raises:
+        NolaVisionError: the hub cannot be reached.
+    """
     cfg = source.cfg
-    if cfg.file or not (cfg.hf_hub_id or cfg.url) or huggingface_hub.constants.HF_HUB_OFFLINE:
+    if cfg.file or not (cfg.hf_hub_id or cfg.url) or _downloaded(cfg) or huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     if cfg.hf_hub_id:
-        repository, _, revision = cfg.hf_hub_id.partition("@")
-        names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-        cached = any(
-            isinstance(huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None), str)
-            for name in names
-        )
-        place = f"huggingface.co/{repository}"
+        size, cache = _size_on_hub(spec, cfg), huggingface_hub.constants.HF_HUB_CACHE
     else:
-        place = cfg.url if isinstance(cfg.url, str) else cfg.url[0]  # type: ignore[index]
-        name = os.path.basename(place) if isinstance(cfg.url, str) else cfg.url[1]  # type: ignore[index]
-        cached = Path(torch.hub.get_dir(), "checkpoints", name).is_file()
-    if not cached:
+        size, cache = None, torch.hub.get_dir()
+    about = ""
+    if size is None:
         with torch.device("meta"):
-            numbers = sum(p.numel() for p in source.create(num_classes=cfg.num_classes).parameters())
-        _logger.warning(f"downloading the weights of {spec.tag} from {place} (about {4 * numbers / 1e6:.0f} MB)")
+            about, size = "about ", 4 * sum(p.numel() for p in source.create(cfg.num_classes).parameters())
+    where = f"{_origin(cfg)} ({about}{size / 1e6:.0f} MB, once; kept in {_from_home(cache)})"
+    _logger.warning("%s", printable(f"downloading {spec.tag} from {where}"))
 
 
-def _no_weights(spec: BackboneSpec, config: PretrainedCfg) -> str:
-    source = config.hf_hub_id or config.url or config.file
-    if not (config.hf_hub_id or config.url):
+def _size_on_hub(spec: BackboneSpec, cfg: PretrainedCfg) -> int | None:
+    """The bytes of the weights file that timm will download from the hub.
+
+    The hub's own client tries for a minute, or for several where packets are dropped. This one request finds out
+    within `_PATIENCE` seconds that there is no network.
+
+    Raises:
+        NolaVisionError: the hub cannot be reached, or does not answer.
+    """
+    name, _, revision = str(cfg.hf_hub_id).partition("@")
+    file = cfg.hf_hub_filename or HF_WEIGHTS_NAME
+    for one in (*_get_safe_alternatives(file), file):
+        url = huggingface_hub.hf_hub_url(name, one, revision=revision or None)
+        try:
+            with _quiet("huggingface_hub"):
+                return huggingface_hub.get_hf_file_metadata(url, timeout=_PATIENCE).size
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # of the client's HTTP library, whatever it is
+            raise NolaVisionError(_no_weights(spec, cfg)) from error
+    return None
+
+
+def _origin(cfg: PretrainedCfg) -> str:
+    """Where timm downloads a config's weights from."""
+    if cfg.hf_hub_id:
+        host = huggingface_hub.constants.ENDPOINT.partition("://")[2]
+        return f"{host}/{cfg.hf_hub_id.partition('@')[0]}"
+    return str(cfg.url if isinstance(cfg.url, str) else cfg.url[0])  # type: ignore[index]
+
+
+def _no_weights(spec: BackboneSpec, cfg: PretrainedCfg) -> str:
+    if not (cfg.hf_hub_id or cfg.url):
         return f"timm has no weights for {spec.tag}: choose a tag that has, or give a file by --model.backbone.file"
+    copy = ""
+    if cfg.hf_hub_id:
+        folder = f"models--{cfg.hf_hub_id.partition('@')[0].replace('/', '--')}"
+        cache = _from_home(huggingface_hub.constants.HF_HUB_CACHE)
+        copy = f", or copy the folder {folder} of that machine's cache into {cache}"
     return (
-        f"the weights of {spec.tag} are not on this machine and could not be downloaded from {source}: name a local "
-        ".safetensors or .pth file with timm's keys (--model.backbone.file FILE; predict: --weights FILE)"
+        f"the weights of {spec.tag} are not on this machine and could not be downloaded from {_origin(cfg)}: fetch the "
+        f"file on another machine and give it by --weights FILE (with a config, --model.backbone.file FILE){copy}; or "
+        "use the small model that ships: fit PHOTOS --backbone quickstart"
     )
+
+
+def _from_home(path: str) -> str:
+    home = os.path.expanduser("~") + os.sep
+    return f"~{os.sep}{path.removeprefix(home)}" if path.startswith(home) else path
 
 
 @contextmanager
@@ -525,6 +591,12 @@ def own_side(spec: BackboneSpec) -> tuple[int, bool]:
     """The image side that timm gives for a backbone, and whether the model is made for one size only."""
     config = resolve(spec).cfg
     return int(config.input_size[-1]), bool(config.fixed_input_size)
+
+
+def largest_side(spec: BackboneSpec, most: int) -> int | None:
+    """`most` where timm's own image side is larger and the model takes `most`; None where its own is to be used."""
+    source = resolve(spec)
+    return most if source.cfg.input_size[-1] > most and _takes(source, most) else None
 
 
 def skeleton(spec: BackboneSpec) -> nn.Module:

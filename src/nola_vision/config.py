@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +26,35 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nola_vision import backbones, import_policy, methods
+from nola_vision import backbones, import_policy, methods, progress
 from nola_vision.backbones import BackboneSpec
-from nola_vision.config_errors import explain
-from nola_vision.config_files import load_yaml, plain
+from nola_vision.config_errors import TOP_KEYS, explain
+from nola_vision.config_files import plain
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets import get_dataset, given_root
 from nola_vision.data.manifest import MOST_BYTES
+from nola_vision.early_checks import load_value, option_pairs
 from nola_vision.errors import NolaVisionError
 from nola_vision.local_files import file_digest
+from nola_vision.plain_progress import PlainProgress
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
+from nola_vision.tasks.classifier import Classifier
 from nola_vision.trainer_settings import (
     LAST_CHECKPOINT,
     LastCheckpoint,
     check_precision,
+    check_stop_early,
     check_trainer,
     checkpoint_folder,
+    early_stopping,
 )
-
-
-def _load_value(text: str) -> Any:
-    """The value of an option. `a:` and `{a, b}` are text, although YAML makes mappings to null of them."""
-    value = load_yaml(text)
-    void = isinstance(value, dict) and value and not any(v is not None for v in value.values())
-    return text if void and ":" not in text.strip().rstrip(":") else value
-
 
 _MOST_THREADS = 1024  # more crash torch
 _RATE = "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
 
 set_parsing_settings(subclasses_enabled=[methods.Method])
-set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
+set_loader("yaml", load_value, exceptions=(yaml.YAMLError,))
 
 
 class _Parser(LightningArgumentParser):
@@ -86,7 +82,7 @@ class RunCLI(LightningCLI):
         if (known := methods.METHODS.get(_within(method, "class_path"))) is not None:
             # jsonargparse would look for a short name among the classes of every module
             method["class_path"] = f"{known.__module__}.{known.__qualname__}"
-        named = [value for key, value in _pairs(options) if key in ("model.method", "model.method.class_path")]
+        named = [value for key, value in option_pairs(options) if key in ("model.method", "model.method.class_path")]
         for class_path in (_within(settings, "model", "method", "class_path"), *named):
             self.packages = [*self.packages, *import_policy.register_method(class_path, self.packages)]
         with import_policy.allowing(self.packages):
@@ -133,13 +129,15 @@ class RunCLI(LightningCLI):
         assert self.folder is not None
         given = self.config_init["trainer"]
         callbacks: list[L.Callback] = list(_listed(given["callbacks"]))
+        if (patience := self.config["model.stop_early"]) is not None and isinstance(self.model, Classifier):
+            callbacks += early_stopping(patience)
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(checkpoint_folder(self.folder, callback))
         if given["enable_checkpointing"] is not False:
             callbacks.append(LastCheckpoint(self.folder / LAST_CHECKPOINT))
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar(leave=False))
+            callbacks.append(RichProgressBar(leave=False) if progress.is_live() else PlainProgress())
         loggers: list[Logger] = [CSVLogger(self.folder, name="", version=""), *_listed(given["logger"])]
         # a sweep saves no last checkpoint, but a ModelCheckpoint of the config still keeps the best epoch
         kwargs["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
@@ -151,16 +149,6 @@ def _listed(value: Any) -> list[Any]:
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _pairs(options: Sequence[str]) -> list[tuple[str, str]]:
-    """Command-line options as key and value, written as `--key=value` or `--key value`."""
-    found = []
-    for word, following in pairwise([*options, ""]):
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            found.append((key, value if equals else following))
-    return found
 
 
 def _within(config: Any, *path: str) -> Any:
@@ -187,7 +175,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     import_policy.check_packages(allow_import)
     if "allow_import" in config:
         raise NolaVisionError("a config has no key 'allow_import': it is given on the command line, as --allow-import")
-    pairs = _pairs(options)
+    pairs = option_pairs(options)
     for group in ("model", "model.backbone", "data", "trainer"):
         given = [_within(config, *group.split(".")), *(value for key, value in pairs if key == group)]
         if any(isinstance(value, str) and not value.lstrip().startswith("{") for value in given):
@@ -232,6 +220,12 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     if full["model"]["run_seed"] < 0 or full["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")
     check_trainer(full["trainer"])
+    check_stop_early(full["model"]["stop_early"], full["trainer"]["callbacks"])
+    if full["model"]["class_weights"] == "balanced" and full["data"]["shots"] != "all":
+        raise NolaVisionError(
+            f"model.class_weights is balanced, but data.shots is {full['data']['shots']} and all classes have equally "
+            "many images: leave it out, or give data.shots all"
+        )
     settings = full["model"]["method"].get("init_args") or {}
     check_precision(full["trainer"]["precision"], identity.method_class(full), bool(settings.get("train_norms")))
     if full["threads"] is not None and not 1 <= full["threads"] <= _MOST_THREADS:
@@ -257,9 +251,8 @@ def _settings() -> dict[str, list[str]]:
     """The names that each group of a config and each method takes."""
     groups: dict[str, Any] = {"data": KShotDataModule, "model": make_task, "trainer": L.Trainer, **methods.METHODS}
     named = {group: list(inspect.signature(made).parameters) for group, made in groups.items()}
-    top = ["protocol", "method", "threads", "model", "data", "trainer"]
     return {
-        "": top,
+        "": list(TOP_KEYS),
         **named,
         "model.backbone": [f.name for f in fields(BackboneSpec)],
         "model.method": list(methods.METHODS),
@@ -308,6 +301,17 @@ def build(run_config: identity.Config, folder: Path) -> RunCLI:
         ) from error
 
 
+def open_data(run_config: identity.Config) -> KShotDataModule:
+    """The datamodule of a run config, its training images open.
+
+    Raises:
+        NolaVisionError: as `KShotDataModule.setup`.
+    """
+    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
+    module.prepare_data()
+    return module
+
+
 def has_validation_images(run_config: identity.Config) -> bool:
     """Opens the training images of a run config, so that a data set that is not there is found before any run.
 
@@ -317,9 +321,7 @@ def has_validation_images(run_config: identity.Config) -> bool:
     Raises:
         NolaVisionError: as `KShotDataModule.setup`.
     """
-    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
-    module.prepare_data()
-    return module.describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]
+    return open_data(run_config).describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from nola_vision.field_types import KINDS
 
+TOP_KEYS = ("protocol", "method", "threads", "model", "data", "trainer")  # of a run config
 PACKAGES = ("torch.optim", "lightning", "nola_vision")  # whose classes a config may name
 
 
@@ -27,7 +28,7 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
     if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
         name = inside[1] if inside else key
         given = unknown[1] if name else unknown[1].partition(".")[0]
-        return f"{name or 'the config'} has no setting '{given}'{_instead(given, settings.get(name, ()))}"
+        return no_setting(name or "the config", given, settings.get(name, ()))
     if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
         group, option = unknown.groups()
         inner, _, last = f"{group}.{option}".rpartition(".")
@@ -47,6 +48,11 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
     if keys and shown and (kinds := _kinds(message)):
         return f"{key} is '{shorten(shown[1])}': it must be {' or '.join(kinds)}"
     return shorten(message, 600)
+
+
+def no_setting(name: str, given: str, known: Sequence[str]) -> str:
+    """What to say of an unknown setting."""
+    return f"{name} has no setting '{given}'{_instead(given, known)}"
 
 
 def refusal(class_path: str) -> str:

@@ -98,28 +98,33 @@ def split_cell(name: str) -> tuple[str, str, int, str] | None:
 
 
 def compose(backbone: str, dataset: str, shots: int, protocol: str = "default") -> Config:
-    """The config of a cell.
-
-    `method_defaults` of the protocol, by class, are laid under each entry of that class.
-    """
-    config: Config = {}
-    for kind, name in (("protocols", protocol), ("backbones", backbone), ("datasets", dataset)):
-        config = overlay(config, _read_part(kind, name))
-    config = overlay(config, {"protocol": protocol, "data": {"shots": shots}})
-    defaults = config.pop("method_defaults")
-    config["methods"] = {
-        name: {"class_path": entry["class_path"], **overlay(defaults.get(entry["class_path"], {}), entry)}
-        for name, entry in config["methods"].items()
-    }
+    """The config of a cell."""
+    parts = [("protocols", protocol), ("backbones", backbone), ("datasets", dataset)]
+    own = {"protocol": protocol, "data": {"shots": shots}}
+    config = assemble([*(read_part(kind, name) for kind, name in parts), own])
     config["published"] = published({**config["published"], "shots": shots})
     order = ("protocol", "method", "methods", "model", "data", "trainer", "published")
     return {key: config[key] for key in order}
 
 
-def _read_part(kind: str, name: str) -> Config:
+def assemble(parts: Sequence[Mapping[str, Any]]) -> Config:
+    """One config of parts, later ones win; `method_defaults`, by class, go under each entry of that class."""
+    config: Config = {}
+    for part in parts:
+        config = overlay(config, part)
+    defaults = config.pop("method_defaults")
+    config["methods"] = {
+        name: {"class_path": entry["class_path"], **overlay(defaults.get(entry["class_path"], {}), entry)}
+        for name, entry in config["methods"].items()
+    }
+    return config
+
+
+def read_part(kind: str, name: str) -> Config:
+    """A file of `configs/parts/`, with what it includes."""
     part = _read(PARTS / kind / f"{name}.yaml")
     below = part.pop("include", None)
-    return overlay(_read_part(kind, below), part) if below is not None else part
+    return overlay(read_part(kind, below), part) if below is not None else part
 
 
 def published(which: Mapping[str, Any]) -> list[Config]:
@@ -150,8 +155,8 @@ def published_config(tag: str | None, dataset: str | None, shots: int | str | No
         place = config.get("model", {}).get("backbone", {}).get("tag"), config.get("data", {}).get("dataset")
         if "published" in config and place == (tag, dataset) and config["data"]["shots"] == shots:
             return load_config(path.stem)
-    backbones = [n for n in part_names("backbones") if _read_part("backbones", n)["model"]["backbone"]["tag"] == tag]
-    datasets = [n for n in part_names("datasets") if _read_part("datasets", n)["data"]["dataset"] == dataset]
+    backbones = [n for n in part_names("backbones") if read_part("backbones", n)["model"]["backbone"]["tag"] == tag]
+    datasets = [n for n in part_names("datasets") if read_part("datasets", n)["data"]["dataset"] == dataset]
     if not backbones or not datasets or not isinstance(shots, int):
         return None
     config = compose(backbones[0], datasets[0], shots)
@@ -165,10 +170,10 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
-def dump(config: Config) -> str:
-    """A config as YAML that `load_config` reads back."""
-    options: dict[str, Any] = {"sort_keys": False, "width": 160, "allow_unicode": True, "default_flow_style": None}
-    text: str = yaml.dump(config, Dumper=_Plain, **options)
+def dump(config: Config, **options: Any) -> str:
+    """A config as YAML that `load_config` reads back. `options` replace those given to `yaml.dump`."""
+    defaults = {"sort_keys": False, "width": 160, "allow_unicode": True, "default_flow_style": None}
+    text: str = yaml.dump(config, Dumper=_Plain, **{**defaults, **options})
     return text
 
 

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from nola_vision.adapter_header import parse_header
 from nola_vision.adapters.file import adapter_bytes, open_adapter
 from nola_vision.adapters.paths import is_quantised
-from nola_vision.adapters.quantise import check_bits
+from nola_vision.adapters.settings import check_bits
 from nola_vision.adapters.stack import is_nested, prefix_length
 from nola_vision.backbones import Source, resolve
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
 from nola_vision.methods import PEFT, from_dict, stored_bits
 from nola_vision.model import AdaptedModel, file_bits, largest
+from nola_vision.predict import computed
 
 _STEPS = 4096  # shares of the coefficients that a cut chooses from
 
@@ -115,7 +116,8 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
     """Writes the backbone with the adapter merged, and the head as its classifier: a folder that timm alone loads.
 
     The folder has `model.safetensors` and `config.json`: architecture, number and names of the classes, image size,
-    mean, std, interpolation and crop. What was written is loaded by timm, and its logits are compared with the adapted
+    mean, std, interpolation and crop, and `temperature` where the adapter is calibrated: the probabilities are
+    softmax(logits / temperature). What was written is loaded by timm, and its logits are compared with the adapted
     model's, before it gets its name.
 
     Args:
@@ -261,27 +263,23 @@ def _config(model: AdaptedModel, source: Source, classifiers: Sequence[str]) -> 
         cfg.pop(key, None)
     cfg |= {"num_classes": len(card.class_names), "pool_size": None, "custom_load": False}
     cfg["classifier"] = classifiers[0] if len(classifiers) == 1 else classifiers
+    # timm does not read it: its logits are those of the adapted model
+    scale = {} if model.calibrated_on is None else {"temperature": model.temperature}
     return {
         "architecture": source.architecture,
         "num_classes": len(card.class_names),
         "label_names": list(card.class_names),
         "model_args": source.options(card.backbone.img_size),
         "pretrained_cfg": cfg | image,
+        **scale,
     }
 
 
-@torch.no_grad()
 def _probe(model: AdaptedModel) -> tuple[Tensor, Tensor]:
     """Two images of noise, and the model's logits for them."""
     size, parameter = model.card.input.size, next(model.backbone.parameters())
     probe = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        return probe, model(probe.to(parameter.device, parameter.dtype)).float().cpu()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    return probe, computed(model, model, probe.to(parameter.dtype)).float().cpu()
 
 
 @torch.no_grad()

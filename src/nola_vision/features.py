@@ -92,7 +92,7 @@ def _computed(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) 
         with torch.inference_mode(False), torch.no_grad():
             for images, _ in loader:
                 with precision.forward_context():
-                    parts.append(model.embedded(precision.convert_input(images.to(device))).cpu())
+                    parts.append(model.features(precision.convert_input(images.to(device))).cpu())
                 done += len(images)
                 for callback in watching:
                     callback.on_features_batch_end(trainer, done, total)

@@ -31,6 +31,43 @@ def why_not_a_file(path: str | Path) -> str:
     return "is not a regular file" if os.path.lexists(path) else "does not exist"
 
 
+def need_adapter_file(path: str | Path) -> None:
+    """Raises NolaVisionError unless `path` is an adapter's file, which a pipe or a device is not."""
+    if not os.path.isfile(path):
+        raise NolaVisionError(
+            f"the adapter file {path} {why_not_a_file(path)}: give the path of a file that `fit` wrote"
+        )
+
+
+def need_checkpoint_file(path: str | Path) -> None:
+    """Raises NolaVisionError unless there is a file."""
+    if not os.path.isfile(path):
+        raise NolaVisionError(
+            f"the checkpoint {path} {why_not_a_file(path)}: give one by --ckpt_path ('last' is that of a run with "
+            "these very settings)"
+        )
+
+
+def weights_in(path: str | Path) -> Path:
+    """A weights file, or the one in a folder, in timm's order of preference.
+
+    Raises:
+        NolaVisionError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [file for suffix in ("safetensors", "bin", "pth") for file in sorted(path.glob(f"*.{suffix}"))]
+        for file in (path / "model.safetensors", path / "pytorch_model.bin", *files):
+            if file.is_file():
+                return file
+        raise NolaVisionError(f"the folder {path} holds no weights: it must have a file model.safetensors")
+    if not path.is_file():
+        raise NolaVisionError(
+            f"the weights file {path} {why_not_a_file(path)}: give the path of a .safetensors or .pth file"
+        )
+    return path
+
+
 def refuse_existing(path: Path) -> None:
     """Raises NolaVisionError where something has that name already: what a person wrote there would be lost."""
     if path.exists():

@@ -132,7 +132,7 @@ def remembered(
     if not missing:
         return results
     cache = _cache_file(kind, place)
-    stored = _read_cache(cache)
+    stored = read_cache(cache)
     look_up(stored)
     size = sum(identity[0] for identity in missing.values())
     if size > _ANNOUNCED_BYTES:
@@ -151,7 +151,7 @@ def remembered(
             new[keys[index]] = [*identity, value]
     known |= new
     if new:
-        _write_cache(cache, stored | known)
+        write_cache(cache, stored | known)
     return results
 
 
@@ -167,15 +167,19 @@ def _identity(path: Path, most_bytes: int | None) -> list[int] | None:
 
 def _cache_file(kind: str, place: Path) -> Path | None:
     """Where facts of a kind about the files under a resolved folder are stored; None without a home folder."""
+    name = hashlib.sha256(os.fsencode(f"{kind}\0{place}")).hexdigest()[:32]
+    return None if (folder := cache_folder()) is None else folder / "files" / f"{name}.json"
+
+
+def cache_folder() -> Path | None:
+    """This package's folder in the user's cache, which need not exist yet; None without a home folder."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nola-vision"
     except RuntimeError:
         return None
-    name = hashlib.sha256(os.fsencode(f"{kind}\0{place}")).hexdigest()[:32]
-    return folder / "nola-vision" / "files" / f"{name}.json"
 
 
-def _read_cache(path: Path | None) -> Entries:
+def read_cache(path: Path | None) -> Entries:
     """The entries of a cache file; none if the file is damaged."""
     if path is None:
         return {}
@@ -189,7 +193,8 @@ def _read_cache(path: Path | None) -> Entries:
         return {}
 
 
-def _write_cache(path: Path | None, entries: Entries) -> None:
+def write_cache(path: Path | None, entries: Entries) -> None:
+    """Writes a cache file for `read_cache`; warns once per process where it cannot be written."""
     text = json.dumps(entries, separators=(",", ":")).encode()  # ASCII, so file names of any bytes are kept
     if path is None:
         return _warn_not_stored("there is no home folder")

@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, overload
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from nola_vision import methods
-from nola_vision.adapter_header import Card, Header, check_card, parse_header
+from nola_vision import known_weights, methods
+from nola_vision.adapter_header import Card, Header, Scale, check_card, check_scale, parse_header
 from nola_vision.adapters.file import AdapterFile, adapter_bytes, open_adapter, write_adapter
 from nola_vision.adapters.paths import is_quantised
 from nola_vision.adapters.quantise import rounded
@@ -30,9 +31,13 @@ from nola_vision.backbones import (
     probe_batch,
     skeleton,
     to_int8,
+    weights_file,
 )
+from nola_vision.data.transforms import eval_transform
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types, plain_number, quoted
+from nola_vision.files import write_file
+from nola_vision.known_weights import WeightsOrigin
 from nola_vision.methods import (
     NOLA,
     PEFT,
@@ -42,12 +47,24 @@ from nola_vision.methods import (
     HashedNet,
     Method,
     NearestNeighbor,
+    stored_bits,
+)
+from nola_vision.predict import (
+    Images,
+    Prediction,
+    batches,
+    check_counts,
+    computed,
+    one_or_several,
+    probabilities,
+    ranked,
+)
+from nola_vision.stacks import (
     edited_by_peft,
     feature_width,
     make_stack,
     method_targets,
     settle,
-    stored_bits,
     tensor_shapes,
     with_module_names,
 )
@@ -59,10 +76,27 @@ class AdaptedModel(nn.Module):
 
     Made by `adapt` or `load_adapter`. `stack.parameters()` are the adapter's and the head's; the backbone's own are
     frozen, but for all of `FullFinetune`, the batch norms of `train_norms` and what PEFT adds.
+
+    Attributes:
+        temperature: divides the logits for the probabilities of `predict`; `forward` does not use it. 1 if nothing was
+            fitted.
+        calibrated_on: the images that the temperature was fitted on, `folds` or `validation`; None: not calibrated.
+        calibration_images: how many images these were.
     """
 
-    def __init__(self, backbone: nn.Module, stack: AdapterStack, card: Card, fingerprint: str | None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        stack: AdapterStack,
+        card: Card,
+        fingerprint: str | None,
+        weights: WeightsOrigin | None = None,
+    ) -> None:
         super().__init__()
+        self.temperature = 1.0
+        self.calibrated_on: str | None = None
+        self.calibration_images: int | None = None
+        self.weights = weights
         self.backbone, self.stack, self.card = backbone, stack, card
         # of the weights as they were loaded: a run may cast them, round them to int8, or train them; a fully
         # fine-tuned model has none, since its file holds every weight and so fits any of the shape
@@ -71,16 +105,64 @@ class AdaptedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with self.stack.using(bits=self._stored_bits) if self._stored_bits else nullcontext():
-            return self.stack.logits(self.embedded(images))
+            return self.stack.logits(self.features(images))
 
-    def embedded(self, images: Tensor) -> Tensor:
-        """Images to features `[batch, features]`, in the dtype that the backbone computes in."""
-        return cast(Tensor, self.backbone(images.to(self._dtype(images.dtype))))
+    def features(self, images: Tensor) -> Tensor:
+        """The adapted backbone's features `[batch, features]`, which the head takes, of `[batch, 3, size, size]`."""
+        features: Tensor = self.backbone(images.to(self._dtype(images.dtype)))
+        return features
 
     def classified(self, features: Tensor) -> Tensor:
         """Features to logits `[batch, classes]`: the second half of a forward pass."""
         with self.stack.using(bits=self._stored_bits) if self._stored_bits else nullcontext():
             return self.stack.logits(features)
+
+    @overload
+    def predict(self, images: str | Path | Image.Image, top_k: int = 3, batch_size: int = 64) -> list[Prediction]: ...
+    @overload
+    def predict(self, images: Any, top_k: int = 3, batch_size: int = 64) -> Any: ...
+    def predict(self, images: Any, top_k: int = 3, batch_size: int = 64) -> Any:
+        """The most probable classes of an image, or of each of several, with their probabilities.
+
+            label, probability = model.predict("photo.jpg")[0]
+
+        Probabilities are softmax(logits / `temperature`). Modes and gradients of the model stay as they are. Several
+        threads may predict with one model at a time.
+
+        Args:
+            images: one image or an iterable of them. An image is a path; a PIL image; a NumPy array `[h, w]`,
+                `[h, w, 1]`, `[h, w, 3]` or `[h, w, 4]` of uint8, or `[h, w]` of uint16; or a tensor `[h, w]` or
+                `[1 or 3, h, w]` of uint8, or of floats from 0 to 1 (rounded to 8 bits). An array or a tensor with
+                four dimensions is several images. Images are turned as their EXIF states, and made RGB.
+            top_k: how many classes for each image; all if there are fewer.
+            batch_size: images at a time.
+
+        Returns:
+            `Prediction(label, probability)`, the most probable first: a list of them for one image, a list of such
+            lists for several.
+
+        Raises:
+            NolaVisionError: an image cannot be read or is none of the above, or a logit is not finite.
+        """
+        one, several = one_or_several(images)
+        check_counts(top_k=top_k, batch_size=batch_size)
+        found = [
+            ranked(row, self.card.class_names, top_k)
+            for _, batch in batches(self, several, batch_size)
+            for row in probabilities(self, batch)
+        ]
+        return found[0] if one else found
+
+    def embed(self, images: Any, batch_size: int = 64) -> Tensor:
+        """The adapted backbone's features of images as `predict` takes them: float32 `[n, features]` on the CPU."""
+        _, several = one_or_several(images)
+        check_counts(batch_size=batch_size)
+        found = [computed(self, self.features, batch).float().cpu() for _, batch in batches(self, several, batch_size)]
+        return torch.cat(found) if found else torch.empty(0, feature_width(self.backbone))
+
+    def transform(self, image: Any) -> Tensor:
+        """One image, as `predict` takes it, as the float32 tensor `[3, size, size]` that the model takes a batch of."""
+        return eval_transform(self.card.input)(Images([image]).image(0))
 
     def _dtype(self, otherwise: torch.dtype) -> torch.dtype:
         """The dtype that the backbone computes in: that of its first parameter."""
@@ -130,7 +212,15 @@ class AdaptedModel(nn.Module):
 
     def metadata(self) -> dict[str, Any]:
         """What the adapter file says besides its tensors."""
-        return file_metadata(self.card, self.stack, self.fingerprint)
+        if self.calibrated_on is None and self.temperature != 1:
+            raise NolaVisionError(
+                f"the model's temperature is {self.temperature} and its calibrated_on is None: state which images it "
+                "was fitted on, such as 'validation'"
+            )
+        scale = None
+        if self.calibrated_on is not None:
+            scale = check_scale(Scale(self.temperature, self.calibrated_on, self.calibration_images))
+        return file_metadata(self.card, self.stack, self.fingerprint, self.weights, scale)
 
     def save(self, path: str | Path, adapter: int | None = None) -> int:
         """Writes the adapter file and returns its size in bytes.
@@ -173,12 +263,8 @@ class AdaptedModel(nn.Module):
         restored = _assemble(_to_fill(self.card), self.card, verify=False)
         _fill(restored, open_adapter(path).tensors(), path)
         restored.to(images.device, self._dtype(images.dtype))
-        training = self.training
-        self.eval()
-        try:
-            expected, found = self(images).float(), restored.eval()(images).float()
-        finally:
-            self.train(training)
+        expected = computed(self, self, images).float()
+        found = restored.eval()(images).float()
         exact = self._dtype(images.dtype) in (torch.float32, torch.float64)
         tolerance = (1e-3 if exact else 5e-2) * max(1.0, float(expected.abs().max()))
         if not bool(((found - expected).abs() <= tolerance).all()):
@@ -239,7 +325,13 @@ def file_bits(names: Collection[str], method: Method) -> dict[str, int]:
     return widths | {name: head_bits for name in names if name.startswith((f"adapter.{HEAD}.", "head.weight"))}
 
 
-def file_metadata(card: Card, stack: AdapterStack, fingerprint: str | None) -> dict[str, Any]:
+def file_metadata(
+    card: Card,
+    stack: AdapterStack,
+    fingerprint: str | None,
+    weights: WeightsOrigin | None = None,
+    scale: Scale | None = None,
+) -> dict[str, Any]:
     """What an adapter file says besides its tensors, as plain values."""
     return {
         "backbone": {
@@ -247,6 +339,8 @@ def file_metadata(card: Card, stack: AdapterStack, fingerprint: str | None) -> d
             **{name: getattr(card.backbone, name) for name in ("img_size", "base", "int8")},
         },
         "backbone_fingerprint": fingerprint,
+        "weights": None if weights is None else dataclasses.asdict(weights),
+        "calibration": None if scale is None else dataclasses.asdict(scale),
         "method": methods.to_dict(card.method),
         "run_seed": card.run_seed,
         "basis_seed": card.basis_seed,
@@ -289,6 +383,7 @@ def adapt(
     model = _assemble(spec, check_card(Card(spec, method, names, run_seed, basis_seed, input_config(spec))))
     if spec.base == "random" and not _trains_norms(method):
         check_random_features(model.backbone, spec.tag)
+    known_weights.remember(spec)
     return model
 
 
@@ -318,8 +413,12 @@ def _assemble(spec: BackboneSpec, card: Card, header: Header | None = None, veri
     backbone = create_backbone(spec, card.basis_seed)
     if spec.base != "pretrained" and not _trains_norms(card.method):
         open_branches(backbone)
+    weights = header.weights if header is not None else None
+    if verify and weights is None:
+        weights = known_weights.origin(spec)
     if isinstance(card.method, NOLA) and card.method.max_bytes is not None:
-        card = dataclasses.replace(card, method=_spend_bytes(backbone, card, card.method, card.method.max_bytes))
+        method = _spend_bytes(backbone, card, weights, card.method, card.method.max_bytes)
+        card = dataclasses.replace(card, method=method)
     stack = _stack(backbone, card, None if header is None else [name for name, _, _ in header.targets])
     if spec.int8 and isinstance(card.method, FullFinetune | PEFT):
         raise NolaVisionError(f"{type(card.method).__name__} needs float weights: leave int8 out")
@@ -339,7 +438,7 @@ def _assemble(spec: BackboneSpec, card: Card, header: Header | None = None, veri
     elif isinstance(card.method, Adapter) and card.method.train_norms:
         for norm in batch_norms(backbone).values():
             norm.requires_grad_(True)
-    return AdaptedModel(backbone, stack, card, fixed)
+    return AdaptedModel(backbone, stack, card, fixed, weights)
 
 
 def _stack(backbone: nn.Module, card: Card, target_names: list[str] | None = None) -> AdapterStack:
@@ -347,14 +446,17 @@ def _stack(backbone: nn.Module, card: Card, target_names: list[str] | None = Non
     return make_stack(backbone, card.method, len(card.class_names), *seeds, base=base, target_names=target_names)
 
 
-def _spend_bytes(backbone: nn.Module, card: Card, method: NOLA, budget: int) -> NOLA:
-    """The method with the most coefficients a target whose adapter file is within a budget of bytes."""
+_LONGEST_SCALE = Scale(temperature=0.000123456, calibrated_on="validation", images=10**9)
+
+
+def _spend_bytes(backbone: nn.Module, card: Card, weights: WeightsOrigin | None, method: NOLA, budget: int) -> NOLA:
+    """The method with the most coefficients a target whose adapter file, calibrated, is within a budget of bytes."""
 
     def size(k: int) -> int:
         fixed = dataclasses.replace(method, num_basis=k, max_bytes=None)
         stack = _stack(backbone, dataclasses.replace(card, method=fixed))
         tensors = stack_tensors(stack) | {f"backbone.{n}": t for n, t in backbone_tensors(backbone, method).items()}
-        described = file_metadata(dataclasses.replace(card, method=fixed), stack, "0" * 64)
+        described = file_metadata(dataclasses.replace(card, method=fixed), stack, "0" * 64, weights, _LONGEST_SCALE)
         return len(adapter_bytes(described, tensors, file_bits(tensors, fixed)))
 
     if size(1) > budget:
@@ -382,7 +484,8 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
 
     Args:
         path: the adapter file.
-        weights: a local file with the backbone's weights; without it the weights that timm names.
+        weights: a local file with the backbone's weights. Without it the file that the adapter was trained with is
+            found by its digest (see `known_weights`); else the weights that timm names are taken.
 
     Raises:
         NolaVisionError: the file is damaged, states what an adapter cannot have, or was made for other weights, shapes
@@ -390,22 +493,62 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     """
     file = open_adapter(path)
     header = parse_header(file.metadata, file.path, weights)
-    spec = header.card.backbone
-    if ":" in spec.tag and not (weights is not None and Path(weights).is_dir()):
+    spec, wanted = header.card.backbone, header.weights
+    if isinstance(header.card.method, FullFinetune) and ":" not in spec.tag:
+        wanted = None  # the file contains every weight
+    if weights is None and wanted is not None and (found := known_weights.find(wanted, spec)) is not None:
+        spec = dataclasses.replace(spec, file=found)
+        header = dataclasses.replace(header, card=dataclasses.replace(header.card, backbone=spec))
+    missing = wanted if spec.file is None else None
+    if ":" in spec.tag and not (spec.file is not None and Path(spec.file).is_dir()):
         raise NolaVisionError(
             f"{path} names the backbone {spec.tag}, and only you may name what is fetched from a hub or read from a "
             "folder: give the folder with its config.json and weights by `weights` (--weights FOLDER)"
+            + (f"; {known_weights.how_to_find(missing)}" if missing else "")
         )
     _check_agreement(file, header)
     tensors = file.tensors()
-    model = _assemble(_to_fill(header.card), header.card, header)
+    try:
+        model = _assemble(_to_fill(header.card), header.card, header)
+    except NolaVisionError as error:
+        if missing is None or weights_file(spec) is not None:
+            raise
+        raise NolaVisionError(f"{path}: {known_weights.how_to_find(missing)} ({error})") from error
     if header.fingerprint != model.fingerprint:
         raise NolaVisionError(
-            f"{path} was made for other weights of {spec.tag} than the ones here: give the file it was trained with by "
-            "`weights` (--weights FILE)"
+            f"{path} was made for other weights of {spec.tag} than the ones here: "
+            + (known_weights.how_to_find(missing) if missing else "give the file it was trained with by `weights` ")
+            + ("" if missing else "(--weights FILE)")
         )
     _fill(model, tensors, path)
+    if header.scale is not None:
+        model.temperature, model.calibrated_on = header.scale.temperature, header.scale.calibrated_on
+        model.calibration_images = header.scale.images
+    known_weights.remember(spec)
     return model.eval()
+
+
+def set_temperature(path: str | Path, temperature: float, calibrated_on: str | None, images: int | None = None) -> None:
+    """Writes a temperature into an adapter file; what was trained stays as it is.
+
+    Args:
+        path: the adapter file. It is replaced, whole or not at all, and gets the newest format version.
+        temperature: as `calibration.fit_temperature` gives it.
+        calibrated_on: the images that it was fitted on, `folds`, `validation` or another short text; None marks the
+            file as uncalibrated, and the temperature must be 1.
+        images: how many images these were.
+
+    Raises:
+        NolaVisionError: the file is damaged, or cannot state these values.
+    """
+    file = open_adapter(path)
+    parse_header(file.metadata, file.path)
+    if calibrated_on is None and temperature != 1:
+        raise NolaVisionError(f"the temperature is {temperature} and calibrated_on None: state what it was fitted on")
+    scale = (
+        None if calibrated_on is None else dataclasses.asdict(check_scale(Scale(temperature, calibrated_on, images)))
+    )
+    write_file(path, file.rewritten({"calibration": scale}))
 
 
 @torch.no_grad()

@@ -10,13 +10,13 @@ import difflib
 import re
 import textwrap
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import quoted
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Without: prompts, which a vision backbone has no place for; what reads other models, data or files (XLora, Arrow);
 # what compiles CUDA (BOFT); what needs a call in each training step (AdaLora); what cannot be made without the weights
@@ -130,6 +130,8 @@ def edited(backbone: nn.Module, config: str, settings: Mapping[str, Any], seed: 
     Raises:
         NolaVisionError: PEFT is not installed, has no such config, or refuses its settings for this backbone.
     """
+    import torch  # not above: `check` needs none
+
     try:
         import peft
     except ImportError as error:

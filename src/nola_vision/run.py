@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
 import re
+import shutil
 import textwrap
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from nola_vision.calibration import Calibration, cross_fitted
 from nola_vision.config import RunCLI, build, quiet
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import why_not_a_file, write_whole
+from nola_vision.files import need_checkpoint_file, write_whole
 from nola_vision.interrupts import Interrupts
-from nola_vision.model import first_not_finite
+from nola_vision.model import first_not_finite, set_temperature
+from nola_vision.predictions import Predictions, load_predictions, pool
 from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
+from nola_vision.results.estimates import Estimate
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.frozen import FrozenClassifier
-from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, checkpoint_folder, current_path, monitoring
+from nola_vision.tasks.frozen import evaluate as evaluate_frozen
+from nola_vision.trainer_settings import (
+    CHECKPOINTS,
+    LAST_CHECKPOINT,
+    check_monitors,
+    checkpoint_folder,
+    current_path,
+    monitoring,
+)
 
 ADAPTER_FILE = "adapter.safetensors"
 _CHECKED_IMAGES = 4  # of the training set, to compare the saved adapter with the trained one
@@ -50,11 +67,8 @@ def checkpoint_path(given: str | None, folder: Path) -> str | None:
         NolaVisionError: it does not exist.
     """
     path = folder / LAST_CHECKPOINT if given == "last" else given and Path(given)
-    if path and not path.is_file():
-        raise NolaVisionError(
-            f"the checkpoint {path} {why_not_a_file(path)}: give one by --ckpt_path ('last' is that of a run with "
-            "these very settings)"
-        )
+    if path:
+        need_checkpoint_file(path)
     return str(path) if path else None
 
 
@@ -143,6 +157,8 @@ def run(
     ckpt_path: str | None = None,
     keep_going: bool = False,
     beat: Callable[[], None] | None = None,
+    again: bool = False,
+    held_out: Sequence[Row] = (),
 ) -> Row:
     """Trains, validates and (in the final stage) tests one run, and leaves its row whatever happens.
 
@@ -151,11 +167,14 @@ def run(
     Args:
         run_config: what `parse` returns.
         out: the folder of all runs; this one's own folder in it is `identity.run_folder`.
-        stage: `search` stops before the test set.
+        stage: `search` stops before the test set; `fold` is a training for an estimate, which keeps no adapter.
         ckpt_path: resume from this checkpoint of the run. `last` finishes the run whatever has interrupted it: it
             resumes from the run's own checkpoint, or starts from scratch if there is none yet.
         keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same.
         beat: called after every batch, to tell that the run goes on.
+        again: repeat a completed run; its row stands until the new one is written.
+        held_out: the rows of the folds that the estimate of a final run is made of. A completed run that has no
+            estimate yet gets it without a second training.
 
     Raises:
         BusyError: another process is at this run.
@@ -173,16 +192,19 @@ def run(
     main = is_main_process(run_config)
     # the processes of a distributed run share the first one's claim
     with claim(folder) if main else nullcontext():
-        if (row := _completed_row(folder)) is not None:
-            if not keep_going and main:
-                _log.warning("this run is completed, and its row stands: to train it again, delete %s", folder)
+        if not again and (row := _completed_row(folder)) is not None:
+            if held_out and row.estimate is None and main:
+                row = _with_estimate(row, folder, held_out)
             return row
         if last:
             found = trains and (folder / LAST_CHECKPOINT).is_file()
             ckpt_path = str(folder / LAST_CHECKPOINT) if found else None
             if main and trains:
                 _log.warning("this run %s", "resumes" if found else "has no checkpoint yet: it starts from scratch")
-        return _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat)
+        row = _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat, held_out)
+        if stage == "fold" and main:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of five trainings, each as large as its adapter
+        return row
 
 
 def _run(
@@ -193,6 +215,7 @@ def _run(
     ckpt_path: str | None,
     keep_going: bool,
     beat: Callable[[], None] | None,
+    held_out: Sequence[Row],
 ) -> Row:
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     measured: dict[str, Any] = {}
@@ -202,11 +225,12 @@ def _run(
         try:
             with interrupts.allowed(), quiet():
                 measured |= {"versions": row.environment(), "git": row.git_state()}
+                pooled = _pooled(held_out)
                 built = _prepared(run_config, folder, stage, ckpt_path)
                 begun = True
                 if beat is not None:
                     built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
-                _measure(built, folder, stage, ckpt_path, measured)
+                _measure(built, folder, stage, ckpt_path, pooled, measured)
                 status = "completed"
         except (KeyboardInterrupt, SystemExit):
             if status != "completed":
@@ -236,7 +260,62 @@ def _run(
                     write_row(folder, finished)
                 else:
                     _remove_empty(folder, out)
-    return finished
+    return dataclasses.replace(finished, folder=folder)
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """What the folds of a run found: the estimate, the predictions for every image, and the fold that tested each."""
+
+    estimate: Estimate
+    predictions: Predictions
+    folds: npt.NDArray[np.int64]
+
+    def calibration(self) -> Calibration:
+        """A temperature for the final model."""
+        assert self.predictions.logits is not None
+        return cross_fitted(self.predictions.logits, self.predictions.label, self.folds)
+
+
+def _fold_predictions(of_fold: Row) -> Predictions | None:
+    if of_fold.status != "completed" or of_fold.folder is None:
+        return None
+    return load_predictions(of_fold.folder)
+
+
+def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
+    """What the rows of all folds of a run found; None if there are none.
+
+    Raises:
+        NolaVisionError: a fold was not completed, or its predictions are gone.
+    """
+    if not held_out:
+        return None
+    parts = []
+    for fold, of_fold in enumerate(held_out):
+        found = _fold_predictions(of_fold)
+        if found is None or found.logits is None:
+            reason = of_fold.error or "its predictions are gone: delete its folder and run again"
+            raise NolaVisionError(f"fold {fold + 1} of {len(held_out)}: {reason}")
+        parts.append(found)
+    untested = held_out[0].data.get("untested_classes") or []
+    estimate = Estimate.of([(int(part.correct.sum()), len(part.index)) for part in parts], 1, untested)
+    folds = np.repeat(np.arange(len(parts)), [len(part.index) for part in parts])
+    order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
+    return _HeldOut(estimate, pool(parts), folds[order])
+
+
+def _with_estimate(row: Row, folder: Path, held_out: Sequence[Row]) -> Row:
+    """A completed row with the estimate that was skipped when its run trained."""
+    pooled = _pooled(held_out)
+    assert pooled is not None
+    found, path = pooled.calibration(), folder / ADAPTER_FILE
+    set_temperature(path, found.temperature, "folds", found.images)
+    _stored(pooled.predictions, row.stage).save(folder)
+    columns = {"estimate": pooled.estimate.to_dict(), "calibrated_on": "folds", **found.columns()}
+    row = dataclasses.replace(row, adapter_file_bytes=path.stat().st_size, **columns)
+    write_row(folder, row)
+    return row
 
 
 def _completed_row(folder: Path) -> Row | None:
@@ -310,7 +389,12 @@ def _prepared(run_config: identity.Config, folder: Path, stage: identity.Stage, 
 
 
 def _measure(
-    built: RunCLI, folder: Path, stage: identity.Stage, ckpt_path: str | None, measured: dict[str, Any]
+    built: RunCLI,
+    folder: Path,
+    stage: identity.Stage,
+    ckpt_path: str | None,
+    pooled: _HeldOut | None,
+    measured: dict[str, Any],
 ) -> None:
     """Fills in `measured` as the run goes on, so that a failed run keeps what was known."""
     trainer, task, data = built.trainer, built.model, built.datamodule
@@ -330,7 +414,7 @@ def _measure(
         measured["train_loss"] = _number(task.train_loss)
         if measured["train_loss"] is None:
             raise NolaVisionError("training ended with a loss that is not finite: try a smaller learning rate or scale")
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and stage != "fold":
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
             if stage == "final":  # the check loads a second backbone: too slow for every run of a search
                 peak = _peak_memory_mib(device)
@@ -341,7 +425,10 @@ def _measure(
                     _reset_peak_memory(device)
     elif isinstance(task, FrozenClassifier):
         clock = time.perf_counter()
-        task.fit_to(data, trainer)
+        if stage == "final" and not data.has_test and data.fold is None:
+            pooled = _cross_validated(task, data, trainer)
+        else:
+            task.fit_to(data, trainer)
         measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
         if trainer.is_global_zero and task.savable:
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
@@ -349,11 +436,22 @@ def _measure(
     trainer.validate(task, **quiet)
     measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
     measured["val_loss"] = _number(trainer.callback_metrics.get("val_loss"))
-    if stage == "final":
+    if stage == "final" and (isinstance(task, Classifier) or task.savable):
+        measured |= _calibrate(task, pooled)
+        if trainer.is_global_zero and task.model.calibrated_on is not None:
+            path, model = folder / ADAPTER_FILE, task.model
+            set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
+            measured["adapter_file_bytes"] = path.stat().st_size
+    if pooled is not None:
+        measured["estimate"] = pooled.estimate.to_dict()
+        _stored(pooled.predictions, stage).save(folder)
+    if stage != "search" and data.test_name is not None:
         clock = time.perf_counter()
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
         measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
+        if task.predictions is not None and trainer.is_global_zero:
+            _stored(task.predictions, stage).save(folder)
         if task.confusions is not None and trainer.is_global_zero:
             counted = confusion_csv(task.confusions.numpy(), data.class_names)
             write_whole(folder / CONFUSION_FILE, counted.encode())
@@ -363,6 +461,33 @@ def _measure(
     later = _peak_memory_mib(device)
     measured["peak_memory_mib"] = max(peak, later) if peak is not None and later is not None else later
     measured["data"] = data.describe()
+
+
+def _stored(predictions: Predictions, stage: identity.Stage) -> Predictions:
+    """What is written of a run's predictions: logits of a fold only, for the calibration of the final run."""
+    return predictions if stage == "fold" else dataclasses.replace(predictions, logits=None)
+
+
+def _cross_validated(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) -> _HeldOut | None:
+    """What cross-validation on frozen features finds; None if no class has two distinct images."""
+    if (found := evaluate_frozen(task, data, trainer)) is None:
+        return None
+    estimate = Estimate.of(found.fold_results, found.repeats, data.untested_classes)
+    return _HeldOut(estimate, found.predictions, found.folds)
+
+
+def _calibrate(task: Classifier | FrozenClassifier, pooled: _HeldOut | None) -> dict[str, Any]:
+    """Fits the model's temperature on what the folds held out or on the validation pool; the columns of the row."""
+    if pooled is not None:
+        found, source = pooled.calibration(), "folds"
+    elif task.validated is not None and all(bool(values.isfinite().all()) for values in task.validated):
+        logits, labels = task.validated
+        found, source = cross_fitted(logits.numpy(), labels.numpy()), "validation"
+    else:
+        return {}
+    model = task.model
+    model.temperature, model.calibrated_on, model.calibration_images = found.temperature, source, found.images
+    return found.columns() | {"calibrated_on": source}
 
 
 def _fit(built: RunCLI, ckpt_path: str | None) -> None:

@@ -66,6 +66,33 @@ def monitoring(callbacks: Sequence[L.Callback]) -> ModelCheckpoint | None:
     return next(kept, None)
 
 
+def early_stopping(patience: int) -> list[L.Callback]:
+    """The callbacks of `model.stop_early`: they stop the training and keep the best epoch's weights.
+
+    They watch the validation loss: a small pool has one accuracy for many epochs.
+    """
+    return [EarlyStopping("val_loss", patience=patience), ModelCheckpoint(monitor="val_loss")]
+
+
+def check_stop_early(patience: int | None, callbacks: Any) -> None:
+    """Refuses a `model.stop_early` that has no effect or a rival.
+
+    Raises:
+        NolaVisionError: it is below 1, or `trainer.callbacks` decide the same.
+    """
+    if patience is None:
+        return
+    if patience < 1:
+        raise NolaVisionError(f"model.stop_early is {patience}: give the number of validations to wait, 1 or more")
+    for callback in _mappings(callbacks):
+        made = resolve(callback["class_path"])
+        monitored = (callback.get("init_args") or {}).get("monitor") is not None
+        if issubclass(made, EarlyStopping) or (issubclass(made, ModelCheckpoint) and monitored):
+            raise NolaVisionError(
+                f"model.stop_early and the callback {made.__name__} both choose the epoch: leave one of them out"
+            )
+
+
 def checkpoint_folder(folder: Path, callback: ModelCheckpoint) -> Path:
     """Where the run in `folder` stores the files of a ModelCheckpoint without a `dirpath`."""
     return folder / CHECKPOINTS / (callback.monitor or "unmonitored")
@@ -111,8 +138,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
         NolaVisionError: a callback or strategy that does not work here, a metric that is not logged, or limits that
             leave nothing to train.
     """
-    callbacks = settings.get("callbacks") or []
-    _check_callbacks([c for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if isinstance(c, Mapping)])
+    _check_callbacks(_mappings(settings.get("callbacks")))
     _check_strategy(settings.get("strategy") or "auto")
     if settings.get("fast_dev_run"):
         raise NolaVisionError(
@@ -140,6 +166,12 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
         raise NolaVisionError(
             "trainer.max_epochs is -1 without trainer.max_steps: the cosine schedule needs an end, so give one of them"
         )
+
+
+def _mappings(callbacks: Any) -> list[Mapping[str, Any]]:
+    """A config's callbacks as a list."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    return [callback for callback in listed if isinstance(callback, Mapping)]
 
 
 def _check_callbacks(callbacks: Sequence[Mapping[str, Any]]) -> None:
@@ -192,7 +224,10 @@ def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
     reason = None
     if not has_validation:
-        reason = "there are no validation images (a class needs 20 images): monitor train_loss"
+        reason = (
+            "there are no validation images (a class needs 20 images; a data set without a test set has none): leave "
+            "model.stop_early out, or monitor train_loss"
+        )
     elif not trainer.limit_val_batches:
         reason = "trainer.limit_val_batches is 0: leave it out"
     elif every is not None and epochs is not None and 0 < epochs < every:

@@ -20,13 +20,15 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FORMAT_VERSION = 1
+from nola_vision.adapters.settings import Storage
+
+BASIS_VERSION = 1  # part of every key: a new adapter format does not change it
 ENTRIES_PER_COUNTER = 16
 _MASK = 0xFFFFFFFF
 _SIGN = 0x80000000
@@ -39,7 +41,6 @@ _DECODE_BYTES_ELSEWHERE = 64 * 2**20
 _STREAM_BYTES_AN_ENTRY = 7  # its byte and the word it came from, its float, and what holds them together
 
 Key = tuple[int, int]
-Storage = Literal["cached", "streamed"]
 
 
 def basis_key(basis_seed: int, identity: str, factor: str) -> Key:
@@ -53,7 +54,7 @@ def basis_key(basis_seed: int, identity: str, factor: str) -> Key:
         identity: `shape 768x3072` in shared scope, `weight blocks.0.mlp.fc1.weight` in per-layer scope and for A0.
         factor: `A`, `B`, `A0` (NOLA); `P` (PRANC), `hash` (HashedNet), `base` (random weights), `head` (its start).
     """
-    text = f"nola-vision basis {FORMAT_VERSION}\n{basis_seed}\n{identity}\n{factor}"
+    text = f"nola-vision basis {BASIS_VERSION}\n{basis_seed}\n{identity}\n{factor}"
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 

@@ -20,12 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nola_vision.adapters.quantise import FLOAT_BITS, GROUP, dequantise, pack, quantise, rows_of, unpack
+from nola_vision.adapters.quantise import GROUP, dequantise, pack, quantise, rows_of, unpack
+from nola_vision.adapters.settings import FLOAT_BITS
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_file
+from nola_vision.files import need_adapter_file, write_file
 
 FORMAT = "nola-vision adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # `basis.BASIS_VERSION` is another number
+# What an older version lacks, with the value that means the same.
+_ADDED = {1: {"calibration": None, "weights": None}}
 METADATA_KEY = "nola_vision"
 # A header of more is not an adapter's: the metadata of ImageNet-21k's 21,841 classes with their synonyms takes 1 MB,
 # the 2,000 tensors of a fully fine-tuned model 0.3 MB. What Python makes of 2 MiB of any JSON fits in 100 MB.
@@ -76,9 +79,14 @@ def adapter_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], bi
             kept[name] = tensor.half() if width == 16 else tensor
             if width == 16 and not kept[name].isfinite().all():
                 raise NolaVisionError(f"{name} holds a number that 16 bits cannot hold (above 65,504): use 32 bits")
-    described = {**metadata, "packed": packed, "format": FORMAT, "format_version": FORMAT_VERSION}
-    described["digest"] = digest(described, kept)
-    content: bytes = safetensors.torch.save(kept, {METADATA_KEY: _canonical(described)})
+    return _content({**metadata, "packed": packed}, kept)
+
+
+def _content(metadata: Mapping[str, Any], stored: Mapping[str, Tensor]) -> bytes:
+    """The content of a file of this format version with these stored tensors."""
+    described = {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION}
+    described["digest"] = digest(described, stored)
+    content: bytes = safetensors.torch.save(dict(stored), {METADATA_KEY: _canonical(described)})
     return content
 
 
@@ -88,7 +96,8 @@ class AdapterFile:
 
     Args:
         path: where it is.
-        metadata: its JSON header, of any content but for the format, its version, the digest and `packed`.
+        metadata: its JSON header, of any content but for the format, its version, the digest and `packed`; with the
+            fields of the newest version.
         shapes: of the tensors that `tensors` gives, by name.
     """
 
@@ -124,6 +133,10 @@ class AdapterFile:
                 raise NolaVisionError(f"{name} in {self.path} {fault}: train again")
         return whole
 
+    def rewritten(self, changes: Mapping[str, Any]) -> bytes:
+        """The content of the file with other fields in its metadata and the tensors as they are stored."""
+        return _content({**self.metadata, **changes}, self._stored)
+
 
 def open_adapter(path: str | Path) -> AdapterFile:
     """Opens an adapter file and checks that it is one, and whole: container, JSON, format version, digest, packing.
@@ -158,6 +171,7 @@ def open_adapter(path: str | Path) -> AdapterFile:
         raise NolaVisionError(
             f"{path} was changed or damaged after it was written (its digest does not match): download or copy it again"
         )
+    metadata |= _ADDED.get(metadata["format_version"], {})
     return AdapterFile(path, metadata, _shapes(metadata["packed"], stored, path), stored)
 
 
@@ -168,12 +182,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _refuse_other_files(path: Path) -> None:
-    if path.is_dir():
-        raise NolaVisionError(f"the adapter file {path} is a folder: name the file in it")
-    if not path.exists():
-        raise NolaVisionError(f"the adapter file {path} does not exist: give the path of a file that `fit` wrote")
-    if not path.is_file():  # a pipe would block, a device may have no end
-        raise NolaVisionError(f"{path} is not a regular file: give the path of a file that `fit` wrote")
+    need_adapter_file(path)
     try:
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
@@ -201,9 +210,9 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
         raise NolaVisionError(f"the metadata of {path} is damaged ({_reason(error)}): get another file") from error
     if metadata.get("format") != FORMAT or isinstance(version, bool) or not isinstance(version, int):
         raise NolaVisionError(f"the metadata of {path} is damaged (it does not name its format): get another file")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION and version not in _ADDED:
         raise NolaVisionError(
-            f"{path} has adapter format version {version} and this nola-vision reads version {FORMAT_VERSION}: "
+            f"{path} has adapter format version {version} and this nola-vision reads versions 1 to {FORMAT_VERSION}: "
             "use the release that wrote it, or train again"
         )
     if not isinstance(metadata.get("digest"), str) or not isinstance(metadata.get("packed"), dict):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from nola_vision.adapters.basis import Basis, Storage, basis_bytes, basis_key, combine, decode
+from nola_vision.adapters.basis import Basis, basis_bytes, basis_key, combine, decode
+from nola_vision.adapters.settings import Scope, Start, Storage
 from nola_vision.adapters.target import Change, Target, low_rank_changes
-
-Scope = Literal["shared", "per_layer"]
-Start = Literal["a0", "released", "random"]
 
 
 class NolaGroup(nn.Module):

@@ -8,7 +8,8 @@ from collections.abc import Container, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nola_vision.adapters.basis import Basis, Storage, basis_key, combine
+from nola_vision.adapters.basis import Basis, basis_key, combine
+from nola_vision.adapters.settings import Storage
 from nola_vision.adapters.target import Change, Dense, Target
 
 

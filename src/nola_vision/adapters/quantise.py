@@ -12,18 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nola_vision.errors import NolaVisionError
-
 GROUP = 64
 _CLIPS = 24
-FLOAT_BITS = (16, 32)
 _UNPACKED_AT_ONCE = 2**20  # numbers, a multiple of 8: each takes a byte per bit meanwhile
-
-
-def check_bits(name: str, bits: int) -> None:
-    """Raises NolaVisionError unless `bits` is 2 to 8, 16 (float16) or 32 (float32)."""
-    if not (2 <= bits <= 8 or bits in FLOAT_BITS):
-        raise NolaVisionError(f"{name} is {bits}: use 2 to 8 for integers, 16 or 32 for floats")
 
 
 def quantise(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:

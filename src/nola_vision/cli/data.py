@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import refuse_existing
+from nola_vision.progress import PlainCount, is_live, say_aside
 from nola_vision.text import printable
 
 if TYPE_CHECKING:
@@ -68,12 +69,14 @@ def _check(name: str, root: str | None, download: bool) -> int:
     _print(console, f"{name}: {entry.expects}")
     reports: dict[Split, SplitReport] = {}
     missing: dict[Split, NolaVisionError] = {}
+    live = is_live()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not live) as bar:
         for split in entry.splits(root):
             task = bar.add_task(split, total=None)
+            show = partial(_show, bar, task) if live else PlainCount(f"checking {split}", "images", say=say_aside).show
             try:
-                reports[split] = check_split(entry, root, split, download, partial(_show, bar, task))
+                reports[split] = check_split(entry, root, split, download, show)
             except NolaVisionError as error:
                 missing[split] = error
     if not reports:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nola_vision.adapters.settings import check_bits
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import need_adapter_file, weights_in
+from nola_vision.progress import say_start
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -35,12 +38,21 @@ def main(arguments: Sequence[str], verb: str) -> int:
     target = Path(known.merged or known.out)
     if not target.absolute().parent.is_dir():
         raise NolaVisionError(f"the folder of {target} does not exist: make it first")
+    need_adapter_file(known.adapter)
+    if known.bits is not None:
+        check_bits("bits", known.bits)
+    if known.weights is not None:
+        weights_in(known.weights)
 
+    say_start(verb)
     from nola_vision import export
     from nola_vision.model import load_adapter
 
     if known.merged is not None:
-        print(f"{target}: {export.write_merged(load_adapter(known.adapter, known.weights), target, known.dequantise)}")
+        model = load_adapter(known.adapter, known.weights)
+        print(f"{target}: {export.write_merged(model, target, known.dequantise)}")
+        if model.calibrated_on is not None:
+            print(f"calibrated probabilities: softmax(logits / {model.temperature:g}), as its config.json states")
     else:
         print(f"{target}: {export.shorten(known.adapter, target, known.max_bytes, known.bits):,} bytes")
     return 0

@@ -1,53 +1,60 @@
-"""`nola-vision fit|validate|test`: one run through LightningCLI, with every Lightning option open."""
+"""`nola-vision fit|validate|test`: what frozen features can do, one run through LightningCLI, and the verdict."""
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import sys
+import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from nola_vision.cli.options import config_options, refuse_strays
+from nola_vision import early_checks, photos
+from nola_vision.cli.options import (
+    Options,
+    add_photo_options,
+    config_options,
+    photo_settings,
+    refuse_strays,
+    refuse_without_photos,
+    take_photos,
+)
 from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity, store, tables
+from nola_vision.progress import duration, say, say_start
+from nola_vision.results import identity
+from nola_vision.text import printable
 
-HELP = "\n".join(
-    [
-        "usage: nola-vision {verb} --config FILE [--method NAME] [--out DIR] [--ckpt_path FILE] [--KEY VALUE ...]",
-        "",
-        "  --config FILE     a config, shipped or local; may be given several times, later ones win",
-        "  --method NAME     which entry of the config's `methods` (default: the config's `method`)",
-        "  --out DIR         the folder of all runs (default: runs)",
-        "  --ckpt_path FILE  a checkpoint to {purpose}",
-        "  --allow-import P  a package whose classes the config may name, such as a callback of your own",
-        "  --debug           print the traceback of an error",
-        "",
-        "Every key of the config is an option too, such as --data.shots 10, --model.method.rank 8 or",
-        "--trainer.max_epochs 100; --print_config prints the whole config. All of them:",
-        "",
-    ]
-)
+if TYPE_CHECKING:
+    from nola_vision.results.row import Row
+
+LONGEST_ESTIMATE = 600.0  # seconds that the folds may take unless they are asked for
+
+_EPILOG = """Every key of the config is an option too, such as --data.shots 10, --model.method.rank 8 or
+--trainer.max_epochs 100; --print_config prints the whole config, and --help=all lists all of them.
+"""
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
-    options = config_options(verb)
-    options.add_argument("--method")
-    options.add_argument("--ckpt_path")
+    options = _options(verb)
     known, rest = options.parse_known_args(arguments)
     if "-h" in rest or "--help" in rest:
-        purpose = "resume from, or 'last' for this run's own" if verb == "fit" else "evaluate"
-        print(HELP.format(verb=verb, purpose=purpose), flush=True)
+        print(options.format_help(), flush=True)
+        return 0
+    rest = ["--help" if word == "--help=all" else word for word in rest]
+    place, rest = take_photos(rest) if verb == "fit" else (None, rest)
     refuse_strays(rest, options)
-    if not known.config and not rest:
-        raise NolaVisionError(f"nola-vision {verb} needs a config: give --config quickstart.yaml, for one")
-    config = load_configs(known.config)
+    raw = config = _config(known, place, rest, verb)
     if "methods" in config:
         config = identity.resolve(config, known.method)
     elif known.method is not None:
         raise NolaVisionError(f"--method {known.method} needs a config with `methods`: give one by --config")
 
+    if "--help" not in rest:
+        early_checks.check_run(config, rest, known.ckpt_path)
+    say_start(verb)
     from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
     from nola_vision.config import parse
 
@@ -55,16 +62,190 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if verb != "fit":
         run.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0
-    row = run.run(run_config, known.out, ckpt_path=known.ckpt_path)
-    if not run.is_main_process():
+    return _fit(run_config, raw, known, [verb, *arguments])
+
+
+def _options(verb: str) -> Options:
+    options = config_options(verb)
+    options.formatter_class = argparse.RawDescriptionHelpFormatter
+    options.epilog = _EPILOG
+    options.usage = f"nola-vision {verb} --config FILE [options] [--KEY VALUE ...]"
+    purpose = "resume from, or 'last' for this run's own" if verb == "fit" else "evaluate"
+    options.add_argument("--ckpt_path", metavar="FILE", help=f"a checkpoint to {purpose}")
+    if verb != "fit":
+        options.add_argument("--method", metavar="NAME", help="entry of the config's `methods`")
+        return options
+    options.usage = f"nola-vision fit PHOTOS [options] [--KEY VALUE ...]\n       {options.usage}"
+    options.description = f"PHOTOS: {photos.PHOTOS}"
+    estimate = "folds: train on each fold, whatever it takes; none (default: unless it takes over 10 minutes)"
+    options.add_argument("--estimate", choices=("folds", "none"), help=f"without a test split. {estimate}")
+    options.add_argument(
+        "--search", action="store_true", help="choose among the entry's learning_rates, on held-out images"
+    )
+    options.add_argument("--again", action="store_true", help="repeat a run that is completed")
+    add_photo_options(options)
+    return options
+
+
+def _config(known: argparse.Namespace, place: str | None, rest: Sequence[str], verb: str) -> identity.Config:
+    """The config that PHOTOS or --config stand for."""
+    if place is None:
+        if verb == "fit":
+            refuse_without_photos(known)
+        if not known.config and not rest:
+            start = (
+                "a folder of photos, or --config quickstart.yaml" if verb == "fit" else "a config: give --config FILE"
+            )
+            raise NolaVisionError(f"nola-vision {verb} needs {start}")
+        return load_configs(known.config)
+    if known.config:
+        raise NolaVisionError(
+            f"both '{place}' and --config are given: `nola-vision init {place}` writes a config of it"
+        )
+    return photos.config(place, **photo_settings(known))
+
+
+def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Namespace, words: Sequence[str]) -> int:
+    """The run of a config: frozen features first, then the folds if there are any, the final run, and the verdict."""
+    from rich.console import Console
+
+    from nola_vision import cross_validation, memo, run
+    from nola_vision.config import open_data
+    from nola_vision.results import store, tables
+    from nola_vision.results.store import find_completed
+
+    memo.keep()  # all runs here share their images and the backbone
+    main, out, console = run.is_main_process(run_config), Path(known.out), Console()
+    options: dict[str, Any] = {"ckpt_path": known.ckpt_path, "again": known.again}
+    rates = _learning_rates(raw, run_config) if known.search else []
+    data = open_data(run_config)
+    if main:
+        say(_summary(run_config, data.describe()))
+    frozen: list[Row] = []
+    if main and identity.has_init(run_config):
+        frozen = _frozen_rows(run_config, raw, known)
+    folder = identity.run_folder(out, run_config, "final")
+    done = None if known.again or rates else find_completed(folder)
+    folds = cross_validation.number_of_folds(run_config) if known.estimate != "none" else 0
+    skipped = None
+    if done is not None and (not folds or done.estimate is not None):
+        if main:
+            say(f"this run is completed, and its row stands: --again repeats it ({folder})")
+        folds = 0
+    elif folds:
+        folds, skipped = _announce(run_config, known, rates, folds, words)
+    clock = time.monotonic()
+
+    def note(fold: int, row: Row) -> None:
+        correct = round((row.test_accuracy or 0) * row.data["counts"]["test"])
+        left = (time.monotonic() - clock) / (fold + 1) * (folds - fold - 1)
+        more = f"; about {duration(left)} left" if fold + 1 < folds else ""
+        say(f"fold {fold + 1} of {folds}: {correct} of {row.data['counts']['test']} right{more}")
+
+    row = cross_validation.run_with_estimate(
+        run_config, out, learning_rates=rates, note=note if main else None, folds=folds, **options
+    )
+    if not main:
         return 0
-    rows, problems = store.read_rows(Path(known.out) / row.cell)
-    console = Console()
+    rows, problems = store.read_rows(out / row.cell)
     console.print(tables.row_panel(row))
-    adapter = identity.run_folder(known.out, run_config, "final") / run.ADAPTER_FILE
-    if adapter.exists():
-        print(f"adapter: {adapter}")
     console.print(tables.cell_table(rows, row.cell))
+    for sentence in _verdict(row, frozen, data.class_names, known, skipped):
+        # a command is for copying: a terminal that breaks its line puts it together again
+        print(sentence if sentence.startswith("Next: ") else textwrap.fill(sentence, console.width))
     for _, problem in problems:
         print(problem, file=sys.stderr)
     return 0
+
+
+def _summary(run_config: identity.Config, described: dict[str, Any]) -> str:
+    """What is about to happen, in one line."""
+    classes, images = len(described["class_names"]), described["counts"]["train"]
+    tested = "cross-validated" if described["folds"] else "tested on its test images"
+    backbone = f"{run_config['model']['backbone']['tag']} at {described['transform']['size']} pixels"
+    return f"{images:,} training images of {classes} classes, {tested}; backbone {backbone}"
+
+
+def _learning_rates(raw: identity.Config, run_config: identity.Config) -> list[float]:
+    """The learning rates of the entry, for --search."""
+    entry = raw.get("methods", {}).get(run_config["method"]) or {}
+    rates = [float(rate) for rate in entry.get("learning_rates") or []]
+    if len(rates) < 2:
+        raise NolaVisionError(
+            f"--search has nothing to choose from: give {run_config['method']} several `learning_rates` in the config"
+        )
+    return rates
+
+
+def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argparse.Namespace) -> list[Row]:
+    """The rows of the methods on frozen features, each printed when it is known."""
+    from nola_vision import run
+    from nola_vision.config import parse
+    from nola_vision.tasks.frozen import FROZEN_METHODS
+
+    if run_config["model"]["backbone"]["base"] != "pretrained":
+        return []
+    say("frozen features, % right (nothing is trained on them by steps):")
+    rows = []
+    for name, class_name in FROZEN_METHODS.items():
+        entries = {key: entry for key, entry in raw.get("methods", {}).items() if entry["class_path"] == class_name}
+        name, entry = next(iter(entries.items()), (name, {"class_path": class_name}))
+        method = {"class_path": class_name, "init_args": entry.get("init_args") or {}}
+        one = {key: value for key, value in run_config.items() if key != "content"}
+        # one device and no callbacks: those of the run may need epochs
+        trainer = {
+            **one["trainer"],
+            "devices": 1,
+            "num_nodes": 1,
+            "strategy": "auto",
+            "callbacks": None,
+            "logger": None,
+        }
+        one |= {"method": name, "model": {**one["model"], "method": method}, "trainer": trainer}
+        rows.append(run.run(parse(one, [], known.allow_import), known.out, again=known.again))
+        say(f"  {printable(name):14s}{_accuracy(rows[-1])}")
+    return rows
+
+
+def _accuracy(row: Row) -> str:
+    """A row's accuracy in per cent; of folds with their standard deviation and number."""
+    if row.estimate is not None:
+        from nola_vision.results.estimates import Estimate
+
+        found = Estimate.from_dict(row.estimate)
+        return f"{100 * found.mean:.1f} (std {100 * found.std:.1f} over {len(found.folds)} folds)"
+    return "-" if row.test_accuracy is None else f"{100 * row.test_accuracy:.1f}"
+
+
+def _announce(
+    run_config: identity.Config, known: argparse.Namespace, rates: Sequence[float], folds: int, words: Sequence[str]
+) -> tuple[int, str | None]:
+    """Says how long the folds and the last training will take; returns how many folds to run, and why not if none."""
+    from nola_vision import cross_validation
+
+    each = cross_validation.training_seconds(run_config) * (1 + len(rates))
+    total = each * (folds - 1)  # every fold leaves out one part of the images
+    if known.estimate is None and total > LONGEST_ESTIMATE:
+        command = shlex.join(["nola-vision", *words, "--estimate", "folds"])
+        say(
+            f"{folds} folds would take about {duration(total)}, so the adapter gets no estimate; to run them: {command}"
+        )
+        return 0, command
+    say(f"{run_config['method']}: {folds} folds in about {duration(total)}, then all images in about {duration(each)}")
+    return folds, None
+
+
+def _verdict(
+    row: Row, frozen: Sequence[Row], class_names: Sequence[str], known: argparse.Namespace, skipped: str | None
+) -> list[str]:
+    """The verdict in words, and the commands to type next."""
+    from nola_vision.predictions import load_predictions
+    from nola_vision.results.verdict import verdict
+    from nola_vision.run import ADAPTER_FILE
+
+    tested = [(one, load_predictions(one.folder) if one.folder else None) for one in (row, *frozen)]
+    commands = [skipped] if skipped else []
+    adapter = row.folder / ADAPTER_FILE if row.folder else None
+    if adapter is not None and adapter.is_file():
+        commands += [f"nola-vision predict --adapter {shlex.quote(str(adapter))} IMAGES"]
+    return verdict(tested[0], tested[1:], class_names, commands)

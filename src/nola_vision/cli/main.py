@@ -16,9 +16,11 @@ from pathlib import Path
 
 from nola_vision import __version__
 from nola_vision.errors import NolaVisionError, one_line
+from nola_vision.progress import let_idle_threads_sleep
 
 VERBS = {
-    "fit": "train one run, test it, print its row and the table so far",
+    "fit": "adapt to the images in PHOTOS, or train one run of a config; test it and print the table so far",
+    "init": "write the config of a folder of photos, to go on from",
     "validate": "a checkpoint's accuracy on the validation pool",
     "test": "a checkpoint's accuracy on the test set",
     "sweep": "every split x init x method of a config, with the learning rates chosen on validation images",
@@ -36,7 +38,8 @@ _USAGE = "\n".join(
         "",
         *(f"  {verb:10s}{text}" for verb, text in VERBS.items()),
         "",
-        "Start with:  nola-vision fit --config quickstart.yaml",
+        "Start with:  nola-vision fit PHOTOS                      a folder with one folder of images per class",
+        "             nola-vision fit --config quickstart.yaml    an example that needs no files",
         "A verb's options:  nola-vision VERB --help",
         "The traceback of an error:  --debug with any verb, or NOLA_VISION_DEBUG=1",
     ]
@@ -48,9 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: success. 1: a run of a sweep failed, or an error that the program did not expect. 2: a user error. 130: Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):  # a file name may have bytes that the terminal's encoding lacks
+    let_idle_threads_sleep()
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            # a file name may have bytes that the terminal's encoding lacks; a pipe gets each line when it is printed
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")
     words, debug = _without_debug(sys.argv[1:] if arguments is None else arguments)

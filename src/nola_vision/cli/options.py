@@ -52,3 +52,62 @@ def config_options(verb: str, help: bool = False) -> Options:
     allowed = "a package whose classes the config may name, such as a callback of your own; may be repeated"
     parser.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE", help=allowed)
     return parser
+
+
+def shots_number(text: str) -> int | str:
+    """The type of `--shots`: a whole number from 0 up, or `all`."""
+    return text if text == "all" else whole_number(text)
+
+
+PHOTO_OPTIONS = {  # of `fit PHOTOS` and `init PHOTOS`, and the setting of a config that each is about
+    "backbone": "--model.backbone.tag",
+    "shots": "--data.shots",
+    "epochs": "--trainer.max_epochs",
+    "device": "--trainer.accelerator",
+    "weights": "--model.backbone.file",
+}
+
+
+def add_photo_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `photos.config`, the method included."""
+    add = parser.add_argument_group("options for PHOTOS").add_argument
+    add("--backbone", metavar="TAG", help="a timm tag, or quickstart: the small one that ships, weak on photos")
+    add("--weights", metavar="FILE", help="local file with the backbone's weights: nothing is downloaded")
+    add("--method", metavar="NAME", help="nola (default), lora-r4, linear, full-ft, logistic, nearest-mean or 1nn")
+    add("--shots", type=shots_number, metavar="N", help="training images per class, or all (default: all)")
+    add("--epochs", type=whole_number, metavar="N", help="passes over them (default: 10 to 50, fewer for more images)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
+
+
+def photo_settings(known: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `photos.config` besides the place."""
+    return {name: getattr(known, name) for name in (*PHOTO_OPTIONS, "method")}
+
+
+def refuse_without_photos(known: argparse.Namespace) -> None:
+    """Raises NolaVisionError for an option of PHOTOS where a config is given instead."""
+    for name, setting in PHOTO_OPTIONS.items():
+        if getattr(known, name) is not None:
+            raise NolaVisionError(f"--{name} goes with PHOTOS; with a config, give {setting} {getattr(known, name)}")
+
+
+def take_photos(rest: Sequence[str]) -> tuple[str | None, list[str]]:
+    """PHOTOS among the words that the verb's own options leave, and the others, which go on to Lightning's parser.
+
+    An option of Lightning's parser takes one value, as `--key value` or `--key=value`; argparse alone would mistake the
+    value for PHOTOS.
+
+    Raises:
+        NolaVisionError: there is a second such word.
+    """
+    photos, others, words = None, [], iter(rest)
+    for word in words:
+        if word.startswith("-"):
+            others.append(word)
+            if "=" not in word and word not in ("--print_config", "-h", "--help"):
+                others += [value for value in [next(words, None)] if value is not None]
+        elif photos is None:
+            photos = word
+        else:
+            raise NolaVisionError(f"'{photos}' and '{word}' are two places: give one folder, CSV or text list")
+    return photos, others

@@ -21,6 +21,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options = Options(verb, description="Prints a table for each cell of the rows.")
     options.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs")
     options.add_argument("--format", choices=["table", "markdown", "latex", "csv", "parquet"], default="table")
+    chosen = f"further metrics in the tables: {', '.join(tables.COLUMNS)}"
+    options.add_argument("--columns", type=_columns, default=(), metavar="NAME,...", help=chosen)
     options.add_argument("--out", metavar="FILE", help="write there instead of printing; parquet needs it")
     options.add_argument("--plots", metavar="DIR", help="write pictures there too (needs matplotlib)")
     options.add_argument("--html", metavar="FILE", help="write one page with all of it (needs matplotlib)")
@@ -44,10 +46,10 @@ def main(arguments: Sequence[str], verb: str) -> int:
             for path in write_plots(plots, Path(known.plots)):
                 print(path, file=sys.stderr)
         if known.html is not None:
-            write_file(known.html, html_page(rows, plots, problems).encode())
+            write_file(known.html, html_page(rows, plots, problems, known.columns).encode())
             print(known.html, file=sys.stderr)
     coloured = known.out is None and sys.stdout.isatty()
-    content = _content(rows, known.format, problems, coloured)
+    content = _content(rows, known.format, problems, coloured, known.columns)
     if known.out is not None:
         write_file(known.out, content)
         print(f"{known.out}: {len(rows)} rows of {len({row.cell for row in rows})} cells")
@@ -56,7 +58,14 @@ def main(arguments: Sequence[str], verb: str) -> int:
     return 0
 
 
-def _content(rows: list[Row], format: str, problems: list[str], coloured: bool) -> bytes:
+def _columns(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if unknown := [name for name in names if name not in tables.COLUMNS]:
+        raise NolaVisionError(f"--columns '{unknown[0]}' is not a column: use some of {', '.join(tables.COLUMNS)}")
+    return names
+
+
+def _content(rows: list[Row], format: str, problems: list[str], coloured: bool, columns: Sequence[str]) -> bytes:
     """Every row, or the tables of every cell with what is wrong beneath, in one of the formats."""
     if format in ("csv", "parquet"):
         for problem in problems:
@@ -73,11 +82,11 @@ def _content(rows: list[Row], format: str, problems: list[str], coloured: bool) 
     for cell in tested:
         match format:
             case "markdown":
-                console.file.write(tables.markdown_table(rows, cell) + "\n")
+                console.file.write(tables.markdown_table(rows, cell, columns) + "\n")
             case "latex":
-                console.file.write(tables.latex_table(rows, cell) + "\n")
+                console.file.write(tables.latex_table(rows, cell, columns) + "\n")
             case _:
-                console.print(tables.cell_table(rows, cell))
+                console.print(tables.cell_table(rows, cell, columns))
     for cell, reason in others.items():
         note = f"{cell}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
         problems = [*problems, note]

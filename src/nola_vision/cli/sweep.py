@@ -8,19 +8,22 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nola_vision import early_checks
 from nola_vision.cli.options import config_options, refuse_strays, whole_number
 from nola_vision.config_files import load_configs, load_yaml
 from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity, store, tables
+from nola_vision.progress import PlainLines, is_live, say, say_start, seconds_left, time_left
+from nola_vision.results import identity, store
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import summarise
 from nola_vision.sweep import apart, local, plan, protocol
@@ -72,6 +75,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     for key, values in varied:
         if "." not in key:
             raw, methods = plan.vary(raw, methods, key, values, _takes)
+    for name in methods:
+        early_checks.check_run(identity.resolve(raw, name), rest)
+    say_start(verb)
     # the sweep has a progress bar of its own, and starts a run anew rather than resume it
     own = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     status = 0
@@ -117,10 +123,13 @@ def _sweep(
     console.print(_outlook(plan.outlook(config, splits, inits, _rows(out / cell), shard), at_a_time, shard))
     if known.dry_run:
         return 0
-    count = len(plan.search_specs(config, methods))
-    count += len(plan.part(plan.final_specs(config, splits, inits, methods, {}), shard))
+    planned = [
+        *plan.search_specs(config, methods),
+        *plan.part(plan.final_specs(config, splits, inits, methods, {}), shard),
+    ]
+    left, count, live, lines = Counter(spec.method for spec in planned), len(planned), is_live(), PlainLines()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+    with Progress(*columns, console=console, disable=not live) as bar:
         task = bar.add_task("", total=count)
         ended: list[Row] = []
         running: set[tuple[str, str]] = set()
@@ -131,8 +140,12 @@ def _sweep(
             else:
                 running.discard(spec.key)
                 ended.append(row)
-                bar.console.print(_line(spec, row), highlight=False, markup=False)
-            bar.update(task, completed=len(ended), description=_state(ended, len(running)))
+                left[spec.method] -= 1
+                bar.console.print(_line(spec, row), highlight=False, markup=False, soft_wrap=not live)
+            state = _state(ended, len(running), left, at_a_time)
+            bar.update(task, completed=len(ended), description=state)
+            if not live:
+                lines.say(lambda: f"{len(ended)} of {count} runs ended, {state}")
 
         def execute(specs: Sequence[plan.RunSpec]) -> list[Row]:
             if on_ray:
@@ -143,8 +156,11 @@ def _sweep(
                 return local.execute(specs, out, note, slots, gpus)
             return apart.execute(specs, out, note)
 
-        bar.update(task, description=_state([], 0))
+        if not live:
+            say(f"{count} runs start")
         rows = protocol.sweep(config, splits, inits, execute, shard)
+    from nola_vision.results import tables  # pandas takes a while to import
+
     everything, problems = store.read_rows(out / cell)
     console.print(tables.cell_table(everything, cell))
     for _, problem in problems:
@@ -212,22 +228,31 @@ def _outlook(lines: Sequence[plan.Outlook], slots: int | None, shard: tuple[int,
         table.add_row(line.method, str(line.search), str(line.final), str(line.done), seconds)
     runs, done = sum(line.search + line.final for line in lines), sum(line.done for line in lines)
     told = f"{runs} runs, {done} done"
-    if all(line.seconds is not None for line in lines):
-        left = sum((line.search + line.final - line.done) * (line.seconds or 0) for line in lines)
-        at_a_time = f"with {slots} at a time" if slots else "one after another"
-        told += f"; about {left / (slots or 1) / 60:.0f} minutes left {at_a_time}"
+    left = {line.method: line.search + line.final - line.done for line in lines}
+    finished = {line.method: [line.seconds] for line in lines if line.seconds is not None}
+    if (rest := seconds_left(left, finished, slots or 1)) is not None:
+        told += f"; {time_left(rest)} {f'with {slots} at a time' if slots else 'one after another'}"
     table.caption = told + (f"; of the final runs this is shard {shard[0]} of {shard[1]}" if shard[1] > 1 else "")
     return table
 
 
-def _state(ended: Sequence[Row], running: int) -> str:
-    """How a sweep goes: runs at work, failed ones, the best mean so far."""
+def _state(ended: Sequence[Row], running: int, left: Mapping[str, int], workers: int | None) -> str:
+    """How a sweep goes: runs at work, failed ones, the best mean so far, and how long the runs that are left take.
+
+    `workers` is None where it takes as many at a time as a cluster has room for: then it is those at work.
+    """
     parts = [f"{running} running"]
     if failed := sum(row.status != "completed" for row in ended):
         parts.append(f"{failed} failed")
     best = max((s for s in summarise(ended) if s.mean is not None), key=lambda s: s.mean or 0, default=None)
     if best is not None:
         parts.append(f"best {best.label} {best.mean:.1f} % (n = {best.completed})")
+    finished: dict[str, list[float]] = defaultdict(list)
+    for row in ended:
+        if row.status == "completed" and row.seconds_total is not None:
+            finished[row.method].append(row.seconds_total)
+    if sum(left.values()) and (seconds := seconds_left(left, finished, workers or running)) is not None:
+        parts.append(time_left(seconds))
     return ", ".join(parts)
 
 

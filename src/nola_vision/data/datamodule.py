@@ -430,6 +430,12 @@ class KShotDataModule(L.LightningDataModule):
         """The positions of the training images in their source, in the order of `reference_dataloader`."""
         return self._train_set[1]
 
+    @property
+    def train_labels(self) -> npt.NDArray[np.int64]:
+        """The class indices of the training images, in the order of the draw."""
+        source, indices = self._train_set
+        return source.labels[indices]
+
     def describe(self) -> dict[str, Any]:
         """Plain values for a run's row and its adapter file; opens the training set if that has not been done.
 

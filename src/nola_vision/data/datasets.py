@@ -556,8 +556,11 @@ def _missing(name: str, entry: DatasetEntry, base: Path, reason: str, download: 
     if download:
         return f"cannot fetch {name} into {base} ({reason}): try where there is a network, or put there {entry.expects}"
     reason = reason if base.is_dir() else "there is no such folder"
-    fetch = ", or pass --data.download true where there is a network" if entry.downloads else ""
-    return f"cannot read {name} in {base} ({reason}): it must have {entry.expects}{fetch}"
+    return f"cannot read {name} in {base} ({reason}): it must have {entry.expects}{_or_fetch(entry)}"
+
+
+def _or_fetch(entry: DatasetEntry) -> str:
+    return ", or pass --data.download true where there is a network" if entry.downloads else ""
 
 
 def get_dataset(name: str) -> DatasetEntry:
@@ -614,6 +617,16 @@ def data_root(root: str | None) -> Path:
             "of images by --data.dataset list"
         )
     return path
+
+
+def check_root(entry: DatasetEntry, root: str | None, download: bool = False) -> None:
+    """Refuses a root that a data set cannot be in, without opening anything.
+
+    Raises:
+        NolaVisionError: as `data_root`; or it does not exist, and nothing will be downloaded.
+    """
+    if entry.needs_root and not (path := data_root(root)).exists() and not download:
+        raise NolaVisionError(f"the data root {path} does not exist: check --data.root{_or_fetch(entry)}")
 
 
 def given_root(root: str | None) -> str | None:

@@ -75,6 +75,12 @@ def classes_without_pool(labels: npt.ArrayLike) -> list[int]:
     return [label for label, members in _by_class(labels).items() if len(members) < POOL_SMALLEST_CLASS]
 
 
+def check_shots(shots: object) -> None:
+    """Raises NolaVisionError unless `shots` is a whole number from 1 up, or "all"."""
+    if shots != "all" and (not isinstance(shots, int) or shots < 1):
+        raise NolaVisionError(f"shots is {shots!r}, but it must be a whole number from 1 up, or 'all'")
+
+
 def draw(
     labels: npt.ArrayLike,
     shots: int | Literal["all"],
@@ -104,8 +110,7 @@ def draw(
     Raises:
         NolaVisionError: `shots` is no positive number, or a class has too few images.
     """
-    if shots != "all" and (not isinstance(shots, int) or shots < 1):
-        raise NolaVisionError(f"shots is {shots!r}, but it must be a whole number from 1 up, or 'all'")
+    check_shots(shots)
     by_class = _by_class(labels)
     names = [str(label) for label in range(max(by_class, default=-1) + 1)] if class_names is None else class_names
     allowed = set((candidates(labels, ("train", "test")) if among is None else among).tolist())

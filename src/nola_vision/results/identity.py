@@ -35,6 +35,34 @@ _TRAINER_LEFT_OUT = (
     "profiler",
     "callbacks",
 )
+# What steps, epochs and augmentation are: without an effect on a method that trains nothing by steps.
+_OF_STEPS = {
+    "data": ("batch_size", "augmentation", "flip"),
+    "model": (
+        "run_seed",
+        "basis_seed",
+        "optimizer",
+        "label_smoothing",
+        "warmup_epochs",
+        "min_lr",
+        "grad_checkpointing",
+        "compile",
+    ),
+    "trainer": (
+        "max_epochs",
+        "min_epochs",
+        "max_steps",
+        "min_steps",
+        "max_time",
+        "limit_train_batches",
+        "check_val_every_n_epoch",
+        "val_check_interval",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "gradient_clip_algorithm",
+        "num_sanity_val_steps",
+    ),
+}
 # Classes from here may be written by their short name in a config: both spellings are one run.
 _SHORT_NAME_PACKAGES = ("nola_vision.", "lightning.", "pytorch_lightning.")
 
@@ -136,16 +164,35 @@ def entry_hash(run_config: Mapping[str, Any]) -> str:
 
     A `basis_seed` that follows `run_seed` (null) is left out; a fixed one is a setting of the entry and stays.
     """
+    return _digest(_of_entry(run_config))
+
+
+def entry_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `entry_hash` is taken of, by the key of each value: `{"model.method.init_args.rank": 8, ...}`."""
+    return _flat(_of_entry(run_config))
+
+
+def _of_entry(run_config: Mapping[str, Any]) -> Config:
     config = _relevant(run_config)
     config["data"].pop("split_seed", None)
     config["model"].pop("run_seed", None)
     if config["model"].get("basis_seed") is None:
         config["model"].pop("basis_seed", None)
-    return _digest(config)
+    return config
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Name the settings outside method and seeds that differ between runs, which a fair table would share."""
+    """Name the settings outside method and seeds that differ between runs, which a fair table would share.
+
+    A setting that means nothing for a run, such as the epochs for 1-NN, does not differ.
+    """
     flat = []
     for run_config in run_configs:
         config = _relevant(run_config)
@@ -160,7 +207,8 @@ def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:
             }
         )
     names = sorted({name for settings in flat for name in settings})
-    return [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
+    values = {name: [settings[name] for settings in flat if name in settings] for name in names}
+    return [name for name in names if any(value != values[name][0] for value in values[name])]
 
 
 def run_folder(out: str | Path, run_config: Mapping[str, Any], stage: Stage) -> Path:
@@ -192,9 +240,6 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
     model["backbone"]["tag"] = short_tag(str(need(run_config, "model", "backbone", "tag")))
     if file := model["backbone"].get("file"):
         model["backbone"]["file"] = PurePath(file).name
-    if not has_init(run_config):
-        model.pop("run_seed", None)
-        model.pop("basis_seed", None)
     config["model"] = model
 
     trainer = run_config.get("trainer") or {}
@@ -203,6 +248,10 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
     }
     if callbacks := _without_progress_bars(trainer.get("callbacks")):
         config["trainer"]["callbacks"] = callbacks
+    if not has_init(run_config):
+        config["trainer"].pop("callbacks", None)
+        for group, names in _OF_STEPS.items():
+            config[group] = {key: value for key, value in config[group].items() if key not in names}
 
     relevant: Config = _canonical(config)
     return relevant

@@ -20,19 +20,25 @@ ul { color: #555; } img { max-width: 48%; } .rows { overflow-x: auto; font-size:
 """
 
 
-def html_page(rows: Sequence[Row], plots: Mapping[str, Mapping[str, bytes]], problems: Sequence[str] = ()) -> str:
+def html_page(
+    rows: Sequence[Row],
+    plots: Mapping[str, Mapping[str, bytes]],
+    problems: Sequence[str] = (),
+    columns: Sequence[str] = (),
+) -> str:
     """The page; it loads nothing from anywhere.
 
     Args:
         rows: of any runs.
         plots: PNG files by cell and by what they show, as `plots.cell_plots` returns them.
         problems: a sentence for each file that could not be read.
+        columns: further metrics, as in `tables.cell_sheets`.
     """
     tested, others = tables.tested_cells(rows)
     parts = [f"<!doctype html><meta charset=utf-8><title>nola-vision</title><style>{_STYLE}</style>"]
     for cell in tested:
         parts.append(f"<h1>{escape(cell)}</h1>")
-        parts += [_table(sheet) for sheet in tables.cell_sheets(rows, cell)]
+        parts += [_table(sheet) for sheet in tables.cell_sheets(rows, cell, columns)]
         parts += [_image(content, name) for name, content in plots.get(cell, {}).items()]
     if others:
         said = (f"{escape(cell)}: {escape(reason or 'no reason left')}" for cell, reason in others.items())

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
+from nola_vision.results.estimates import Estimate
 
 SCHEMA_VERSION = 1
 
@@ -234,7 +235,8 @@ class Row:
                 f"{path} has schema version {version} and this nola-vision reads up to {SCHEMA_VERSION}: update it"
             )
         known = {column: plain[column] for column in _types() if column in plain}
-        if problem := _value_problem(known) or _column_problem(known) or _config_problem(known["config"]):
+        problem = _value_problem(known) or _column_problem(known) or _config_problem(known["config"])
+        if problem := problem or _estimate_problem(known) or _data_problem(known.get("data", {})):
             raise NolaVisionError(f"{path} {problem}: {again}")
         return cls(**known, folder=path.parent)
 
@@ -395,6 +397,28 @@ def _config_problem(config: dict[str, Any]) -> str | None:
             return f"has a config of the wrong kind in {setting} ({_quoted(value)})"
         if setting == "data.root" and PurePath(str(value)).name in ("", ".."):
             return f"has data.root {_quoted(value)} in its config, which has no name"
+    return None
+
+
+def _estimate_problem(columns: dict[str, Any]) -> str | None:
+    """What makes an estimate unusable."""
+    if columns.get("estimate") is None:
+        return None
+    try:
+        Estimate.from_dict(columns["estimate"])
+    except ValueError as error:
+        return f"has an unusable estimate ({error})"
+    return None
+
+
+def _data_problem(data: dict[str, Any]) -> str | None:
+    """What is wrong with the facts on the data that tables read."""
+    counts, share = data.get("counts"), data.get("majority_share")
+    images = counts.get("test") if isinstance(counts, dict) else None
+    if not isinstance(counts, dict | None) or type(images) not in (int, type(None)) or (images or 0) < 0:
+        return f"has no number of test images in data.counts ({_quoted(counts)})"
+    if share is not None and not (type(share) in (int, float) and 0 <= share <= 1):
+        return f"has data.majority_share {_quoted(share)}, which must be between 0 and 1"
     return None
 
 

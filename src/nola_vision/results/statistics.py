@@ -1,31 +1,48 @@
-"""From the rows of many runs to one summary an entry, and to differences between entries.
+"""From the rows of many runs to one summary per entry, and to differences between entries.
 
-The std is over runs with ddof 0, as in NOLA's released code.
+The std is over runs with ddof 0, as in NOLA's released code; of cross-validated data it is over folds.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import fsum
 from statistics import fmean, pstdev, pvariance
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from nola_vision.results.estimates import wilson
+from nola_vision.results.identity import entry_settings
 from nola_vision.results.row import Row
+
+METRICS = ("balanced_accuracy", "macro_f1", "top5_accuracy", "test_nll")  # columns of a row, next to its accuracy
+Number = TypeVar("Number", int, float)
+_ROUNDING = 1e-4  # points: of an accuracy in float32
+_SHOWN_SETTINGS = 2  # in a label
+_MOST_VALUE = 24  # characters of a setting's value in a label
 
 
 @dataclass(frozen=True)
 class Summary:
     """One entry of one cell over its runs.
 
-    `completed` counts the runs that `mean` and `std` (of test accuracy, in per cent) are over; `untested` those that
-    ended well but have no test accuracy. `split_std` and `init_std` are the parts of `std` (`variance_parts`). `label`
-    is the method's name, with the start of the entry's hash where one name was run with several settings.
-    `trainable_parameters` leaves the head out.
+    Args:
+        label: the method's name; where one name was run with several settings, with those that differ, as in
+            `nola (rank=8)`.
+        completed: runs with an accuracy.
+        untested: runs that ended well but have none.
+        n: accuracies that `mean` and `std` (in per cent) are over: one per run, or one per fold of its estimate.
+        cross_validated: whether they are those of folds.
+        interval: where there is one accuracy of one test set, its 95 % interval by Wilson, in per cent.
+        split_std, init_std: the parts of `std` (`variance_parts`); None for folds.
+        chance: the largest class's share of the tested images, in per cent.
+        trainable_parameters: without the head.
+        metrics: mean and std of the other metrics by their column (`METRICS`), in a row's units.
     """
 
     cell: str
@@ -37,13 +54,24 @@ class Summary:
     failed: int
     interrupted: int
     untested: int
+    n: int
+    cross_validated: bool
     mean: float | None
     std: float | None
+    interval: tuple[float, float] | None
     split_std: float | None
     init_std: float | None
+    chance: float | None
     trainable_parameters: int | None
+    head_parameters: int | None
     adapter_file_bytes: int | None
     learning_rate: float | None
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict, compare=False)
+
+    @property
+    def under_chance(self) -> bool:
+        """Whether always naming the largest class would be right more often."""
+        return self.mean is not None and self.chance is not None and self.mean < self.chance - _ROUNDING
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -117,12 +145,32 @@ def paired_difference(rows: Iterable[Row], others: Iterable[Row]) -> Difference 
 
 
 def _by_place(rows: Iterable[Row]) -> dict[int, dict[int | None, float]]:
-    """Test accuracies in per cent by split and init."""
+    """Accuracies in per cent by split and init; of a run without a test set the mean over its folds."""
     places: dict[int, dict[int | None, float]] = defaultdict(dict)
     for row in count_once(rows):
-        if row.stage == "final" and row.status == "completed" and row.test_accuracy is not None:
-            places[row.split][row.init] = 100 * row.test_accuracy
+        if row.stage == "final" and row.status == "completed" and (values := run_accuracies(row)):
+            places[row.split][row.init] = fmean(values)
     return places
+
+
+def run_accuracies(row: Row) -> list[float]:
+    """A run's accuracies in per cent: that on its test set, those of its estimate's folds, or none."""
+    if row.test_accuracy is not None:
+        return [100 * row.test_accuracy]
+    return [] if row.estimate is None else [100 * accuracy for accuracy in row.estimate["folds"]]
+
+
+def run_interval(row: Row) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of a run's test accuracy, in per cent; None where the number of images is not known.
+
+    It is that of the test images alone: other training images and another init would change the accuracy too.
+    """
+    images = (row.data.get("counts") or {}).get("test")
+    part = (row.config.get("trainer") or {}).get("limit_test_batches")
+    if row.test_accuracy is None or not images or part not in (None, 1.0):
+        return None
+    low, high = wilson(round(row.test_accuracy * images), images)
+    return 100 * low, 100 * high
 
 
 def count_once(rows: Iterable[Row]) -> list[Row]:
@@ -144,44 +192,98 @@ def entries(rows: Iterable[Row]) -> list[tuple[Summary, list[Row]]]:
     for row in count_once(rows):
         if row.stage == "final":
             found[row.cell, row.method, row.entry_hash].append(row)
-    spellings: dict[tuple[str, str], int] = defaultdict(int)
-    for cell, method, _ in found:
-        spellings[cell, method] += 1
-    return [
-        (_summary(runs, label=f"{method} ({digest[:4]})" if spellings[cell, method] > 1 else method), runs)
-        for (cell, method, digest), runs in sorted(found.items())
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for cell, method, digest in sorted(found):
+        names[cell, method].append(digest)
+    labels = {
+        (cell, method, digest): label
+        for (cell, method), digests in names.items()
+        for digest, label in zip(
+            digests, _labels(method, [(digest, found[cell, method, digest][0]) for digest in digests]), strict=True
+        )
+    }
+    return [(_summary(runs, labels[entry]), runs) for entry, runs in sorted(found.items(), key=lambda item: item[0])]
+
+
+def _labels(method: str, versions: Sequence[tuple[str, Row]]) -> list[str]:
+    """One label for each entry of one name, given the entry's hash and one of its rows."""
+    if len(versions) == 1:
+        return [method]
+    settings = [entry_settings(row.config) for _, row in versions]
+    names = list(dict.fromkeys(name for one in settings for name in one))
+    differing = [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
+    short = [name.rpartition(".")[2] for name in differing]
+    labels = []
+    for one in settings:
+        shown = [
+            f"{key if short.count(key) == 1 else name}={_shown(one.get(name))}"
+            for name, key in zip(differing, short, strict=True)
+        ]
+        more = ", ..." if len(shown) > _SHOWN_SETTINGS else ""
+        labels.append(", ".join(shown[:_SHOWN_SETTINGS]) + more)
+    hashed = [
+        f"{label}, {digest[:4]}".removeprefix(", ") if not label or labels.count(label) > 1 else label
+        for label, (digest, _) in zip(labels, versions, strict=True)
     ]
+    return [f"{method} ({label})" for label in hashed]
+
+
+def _shown(value: Any) -> str:
+    """A setting's value in a label: `8`, `0.001`, `qkv+mlp`, `null`."""
+    if isinstance(value, list):
+        text = "+".join(map(_shown, value))
+    elif isinstance(value, float):
+        text = f"{value:g}"
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _MOST_VALUE else f"{text[: _MOST_VALUE - 3]}..."
 
 
 def _summary(runs: list[Row], label: str) -> Summary:
     statuses = [row.status for row in runs]
     ended_well = [row for row in runs if row.status == "completed"]
-    accuracies = [100 * row.test_accuracy for row in ended_well if row.test_accuracy is not None]
+    measured = [row for row in ended_well if run_accuracies(row)]
+    accuracies = [accuracy for row in measured for accuracy in run_accuracies(row)]
+    folds = any(row.test_accuracy is None for row in measured)
     mean, std = mean_std(accuracies) if accuracies else (None, None)
     places = {split: list(inits.values()) for split, inits in _by_place(runs).items()}
-    split_std, init_std = variance_parts(places) if places else (None, None)
+    split_std, init_std = variance_parts(places) if places and not folds else (None, None)
     first = runs[0]
+    metrics = {}
+    for name in METRICS:
+        if values := [value for row in measured if (value := getattr(row, name)) is not None]:
+            metrics[name] = mean_std(values)
     return Summary(
         cell=first.cell,
         method=first.method,
         label=label,
         method_class=first.method_class,
         entry_hash=first.entry_hash,
-        completed=len(accuracies),
+        completed=len(measured),
         failed=statuses.count("failed"),
         interrupted=statuses.count("interrupted"),
-        untested=len(ended_well) - len(accuracies),
+        untested=len(ended_well) - len(measured),
+        n=len(accuracies),
+        cross_validated=folds,
         mean=mean,
         std=std,
+        interval=run_interval(measured[0]) if len(measured) == 1 else None,
         split_std=split_std,
         init_std=init_std,
-        trainable_parameters=max((n for n in map(_trainable, runs) if n is not None), default=None),
-        adapter_file_bytes=max((n for n in (row.adapter_file_bytes for row in runs) if n is not None), default=None),
-        learning_rate=max((rate for rate in (row.learning_rate for row in runs) if rate is not None), default=None),
+        chance=_largest(100 * share for row in measured if (share := row.data.get("majority_share")) is not None),
+        trainable_parameters=_largest(map(_trainable, runs)),
+        head_parameters=_largest(row.head_parameters for row in runs),
+        adapter_file_bytes=_largest(row.adapter_file_bytes for row in runs),
+        learning_rate=_largest(row.learning_rate for row in runs),
+        metrics=metrics,
     )
 
 
+def _largest(values: Iterable[Number | None]) -> Number | None:
+    return max((value for value in values if value is not None), default=None)
+
+
 def _trainable(row: Row) -> int | None:
-    """Count a run's trained numbers without the head: the adapter's and the others (such as batch norm)."""
+    """Count a run's trainable parameters without the head: the adapter's and the others (such as batch norm)."""
     counts = [n for n in (row.adapter_parameters, row.other_parameters) if n is not None]
     return sum(counts) if counts else None

@@ -18,10 +18,32 @@ from rich.text import Text
 from nola_vision.config_files import published_config
 from nola_vision.results.identity import differing_settings
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import Summary, paired_difference, summarise
+from nola_vision.results.statistics import (
+    Summary,
+    mean_std,
+    paired_difference,
+    run_accuracies,
+    run_interval,
+    summarise,
+)
 from nola_vision.text import printable
 
-_ORDER = ("NearestNeighbor", "LinearProbe", "FullFinetune", "LoRA", "NOLA")
+_ORDER = (
+    "NearestNeighbor",
+    "NearestMean",
+    "LogisticRegression",
+    "LinearProbe",
+    "FullFinetune",
+    "LoRA",
+    "NOLA",
+)
+# Columns that a table has by choice: the row's column and the table's, and the factor between their units
+COLUMNS: Mapping[str, tuple[str, str, int]] = {
+    "balanced": ("balanced_accuracy", "balanced %", 100),
+    "f1": ("macro_f1", "macro F1 %", 100),
+    "top5": ("top5_accuracy", "top-5 %", 100),
+    "nll": ("test_nll", "NLL", 1),
+}
 _NOT_MEASURED = "-"
 
 # Markdown's own characters, what begins a block, and what GitHub makes a link of
@@ -75,19 +97,19 @@ def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]
     return tested, others
 
 
-def cell_table(rows: Iterable[Row], cell: str) -> Group:
-    """The tables of one cell, for the terminal."""
-    return Group(*map(_rich, cell_sheets(rows, cell)))
+def cell_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> Group:
+    """The tables of one cell, for the terminal; `columns` are names of `COLUMNS`."""
+    return Group(*map(_rich, cell_sheets(rows, cell, columns)))
 
 
-def markdown_table(rows: Iterable[Row], cell: str) -> str:
+def markdown_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> str:
     """The same tables as Markdown."""
-    return "\n".join(map(_markdown, cell_sheets(rows, cell)))
+    return "\n".join(map(_markdown, cell_sheets(rows, cell, columns)))
 
 
-def latex_table(rows: Iterable[Row], cell: str) -> str:
+def latex_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> str:
     """The same tables as LaTeX, which needs no package."""
-    return "\n".join(map(_latex, cell_sheets(rows, cell)))
+    return "\n".join(map(_latex, cell_sheets(rows, cell, columns)))
 
 
 def _rich(sheet: Sheet) -> Table:
@@ -145,10 +167,23 @@ def _latex_text(text: str) -> str:
 def row_panel(row: Row) -> Panel:
     """Return a short account of one run, for its end."""
     place = f"split {row.split}" + (f", init {row.init}" if row.init is not None else "")
+    accuracy, interval = _percent(row.test_accuracy), run_interval(row)
+    if interval is not None:
+        accuracy += f", 95 % interval {_between(interval)} (Wilson, of the test images alone)"
+    measured = {"test accuracy": accuracy}
+    if row.estimate is not None:
+        folds = run_accuracies(row)
+        mean, std = mean_std(folds)
+        measured = {
+            "cross-validated accuracy": f"{_points(mean)} % ({_points(std)}), mean and std of {len(folds)} folds"
+        }
+    for key, name, factor in COLUMNS.values():
+        if (value := getattr(row, key)) is not None:
+            measured[name.removesuffix(" %")] = f"{100 * value:.2f} %" if factor == 100 else f"{value:.3f}"
     facts = {
         "run": f"{row.method} ({row.method_class}), {place}, {row.stage} {row.run_hash}",
         "status": row.status + (f": {row.error}" if row.error else ""),
-        "test accuracy": _percent(row.test_accuracy),
+        **measured,
         "validation accuracy": _percent(row.val_accuracy),
         "parameters": f"adapter {_count(row.adapter_parameters)}, head {_count(row.head_parameters)}, "
         f"other {_count(row.other_parameters)}",
@@ -188,25 +223,48 @@ def text_frame(rows: Iterable[Row], safe: Callable[[str], str]) -> pd.DataFrame:
     return table.rename(columns=safe)
 
 
-def cell_sheets(rows: Iterable[Row], cell: str) -> list[Sheet]:
-    """A cell's results, and where their spread comes from and how the entries differ, if there is more than one run."""
+def cell_sheets(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> list[Sheet]:
+    """A cell's results, and where their spread comes from and how the entries differ, if there is more than one run.
+
+    Args:
+        rows: of any runs.
+        cell: which.
+        columns: names of `COLUMNS`, for further metrics.
+    """
     rows = [row for row in rows if row.cell == cell]
     every = sorted(summarise(rows), key=_rank)
     shown = [item for item in every if item.completed or item.untested]
     results = Sheet(
         title=cell,
-        columns=("method", "trainable", "adapter file", "top-1 % (std)", "n", "lr"),
-        lines=tuple(_results(item, mark) for item, mark in zip(shown, _marks(shown), strict=True)),
+        columns=("method", "trainable", "file, bytes", "top-1 %", "n", *(COLUMNS[name][1] for name in columns), "lr"),
+        lines=tuple(_results(item, mark, columns) for item, mark in zip(shown, _marks(shown), strict=True)),
         notes=(
-            "trainable: parameters without the head",
-            "std over runs, ddof 0; the best in bold, those within one point of it underlined",
+            "trainable: parameters without the head; if the head is all that is trained or fitted, the head's",
+            *_explanations(shown),
             *_cautions(rows, every, shown),
         ),
     )
     measured = [item for item in shown if item.mean is not None]
-    several = sum(item.completed for item in measured) > 1
+    several = any(item.completed > 1 for item in measured)
     both = several or (any(map(_published, rows)) and measured)
     return [_printable(sheet) for sheet in ([results, _comparison(rows, measured)] if both else [results])]
+
+
+def _explanations(shown: Sequence[Summary]) -> list[str]:
+    """What the figures of the accuracy column are."""
+    over = ["folds" if item.cross_validated else "runs" for item in shown if item.n and not item.interval]
+    notes = [f"(std): over {' or '.join(dict.fromkeys(over))}, ddof 0"] if over else []
+    if any(item.interval for item in shown):
+        notes.append("[low, high]: one run; 95 % interval by Wilson, of the test images alone")
+    if folded := [item.label for item in shown if item.cross_validated]:
+        which = "" if len(folded) == len(shown) else f" ({', '.join(folded)})"
+        notes.append(
+            f"cross-validated{which}: there is no test set, n counts folds, whose models were trained on fewer images"
+        )
+    if shares := sorted({_points(item.chance) for item in shown if item.chance is not None}, key=float):
+        share = " to ".join(dict.fromkeys((shares[0], shares[-1])))
+        notes.append(f"chance: {share} %, the largest class's share of the tested images; no mark under it")
+    return [*notes, "the best in bold, those within one point of it underlined"]
 
 
 def _printable(sheet: Sheet) -> Sheet:
@@ -220,16 +278,34 @@ def _printable(sheet: Sheet) -> Sheet:
 
 def _marks(summaries: Sequence[Summary]) -> list[Mark]:
     # Compared as printed, in tenths of a point, so that a reader can check the marks.
-    tenths = [None if item.mean is None else round(10 * float(_points(item.mean))) for item in summaries]
+    tenths = [
+        None if item.mean is None or item.under_chance else round(10 * float(_points(item.mean))) for item in summaries
+    ]
     best = max((one for one in tenths if one is not None), default=0)
     return ["plain" if one is None or best - one > 10 else "close" if best - one else "best" for one in tenths]
 
 
-def _results(item: Summary, mark: Mark) -> tuple[Cell, ...]:
-    accuracy = _NOT_MEASURED if item.mean is None or item.std is None else f"{_points(item.mean)} ({_points(item.std)})"
+def _results(item: Summary, mark: Mark, columns: Sequence[str]) -> tuple[Cell, ...]:
+    accuracy = _NOT_MEASURED
+    if item.mean is not None and item.std is not None:
+        spread = _between(item.interval) if item.interval else f"({_points(item.std)})"
+        accuracy = f"{_points(item.mean)} {spread}"
+    others = []
+    for name in columns:
+        key, _, factor = COLUMNS[name]
+        digits = 1 if factor == 100 else 3
+        mean, std = item.metrics.get(key, (None, 0.0))
+        spread = f" ({factor * std:.{digits}f})" if item.completed > 1 else ""
+        others.append(_NOT_MEASURED if mean is None else f"{factor * mean:.{digits}f}{spread}")
     rate = _NOT_MEASURED if item.learning_rate is None else f"{item.learning_rate:g}"
-    before = (item.label, _count(item.trainable_parameters), _bytes(item.adapter_file_bytes))
-    return (*map(Cell, before), Cell(accuracy, mark), Cell(str(item.completed)), Cell(rate))
+    head_alone = item.trainable_parameters == 0 and item.head_parameters is not None
+    trainable = item.head_parameters if head_alone else item.trainable_parameters
+    before = (item.label, _count(trainable), _count(item.adapter_file_bytes))
+    return (*map(Cell, before), Cell(accuracy, mark), *map(Cell, (str(item.n), *others, rate)))
+
+
+def _between(interval: tuple[float, float]) -> str:
+    return f"[{_points(interval[0])}, {_points(interval[1])}]"
 
 
 def _comparison(rows: Sequence[Row], summaries: Sequence[Summary]) -> Sheet:
@@ -244,7 +320,7 @@ def _comparison(rows: Sequence[Row], summaries: Sequence[Summary]) -> Sheet:
         if difference is not None:
             interval = ""
             if difference.low is not None and difference.high is not None:
-                interval = f" [{_points(difference.low)}, {_points(difference.high)}]"
+                interval = f" {_between((difference.low, difference.high))}"
             told = [f"{_points(difference.mean)}{interval}", str(difference.splits)]
         printed = _NOT_MEASURED
         if figure := published.get(item):
@@ -290,7 +366,8 @@ def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Sum
         notes.append(f"these runs differ in more than their method, so compare with care: {', '.join(mixed)}")
     if any(item.label != item.method for item in shown):
         notes.append(
-            "(four digits): one method's name with several settings; the digits begin the entry_hash of its rows"
+            "(setting=value): one method's name with several settings, of which up to two that differ are named; four "
+            "digits begin the entry_hash of the rows"
         )
     if not shown:
         notes.append("no final run has left a row yet")

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from nola_vision.errors import NolaVisionError
@@ -132,7 +132,7 @@ def complete(
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a sweep has to do for one entry; `seconds` is the mean of its completed runs, None before the first."""
+    """What a sweep has to do for one entry; `seconds` is the median of its completed runs, None before the first."""
 
     method: str
     search: int
@@ -165,7 +165,7 @@ def outlook(
         final = [spec for spec in every if (spec.method, spec.split, spec.init) in mine]
         seconds = [row.seconds_total for row in completed if row.method == method and row.seconds_total is not None]
         done = sum((method, spec.run_hash) in hashes for spec in (*search, *(final if rates or not search else ())))
-        lines.append(Outlook(method, len(search), len(final), done, fmean(seconds) if seconds else None))
+        lines.append(Outlook(method, len(search), len(final), done, median(seconds) if seconds else None))
     return lines
 
 
@@ -328,15 +328,20 @@ def _best_rate(method: str, specs: list[RunSpec], searched: Mapping[tuple[str, s
             raise NolaVisionError(
                 f"the search run of {method!r} at learning rate {spec.learning_rate} has not ended: sweep again"
             )
-        accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
         errors += [row.error] if row.error else []
-        ranked.append((-accuracy, _or(row.val_loss, math.inf), spec.learning_rate))
+        ranked.append((search_rank(row), spec.learning_rate))
     best = min(ranked)
-    if best[0] == math.inf:
+    if best[0][0] == math.inf:
         raise NolaVisionError(
             f"all search runs of {method!r} failed: {errors[-1] if errors else 'none has a validation accuracy'}"
         )
-    return best[2]
+    return best[1]
+
+
+def search_rank(row: Row) -> tuple[float, float]:
+    """What search runs are sorted by, the best first: validation accuracy, then loss; a failed one comes last."""
+    accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
+    return -accuracy, _or(row.val_loss, math.inf)
 
 
 def _or(value: float | None, otherwise: float) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
+from nola_vision.progress import let_idle_threads_sleep
 from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, ROW_FILE, BusyError, claim, read_row, write_row
@@ -194,13 +195,14 @@ def _work(
             raise NolaVisionError(
                 f"the node {socket.gethostname()} has {name} {own} and the driver {versions[name]}: give them the same"
             )
+    let_idle_threads_sleep()  # the environment is that of `ray start`
     faulthandler.dump_traceback_later(FIRST_BATCH * hang_seconds, exit=True)
     import ray
 
     if not ray.get_gpu_ids():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves it alone where a task was given none
     from nola_vision import memo
-    from nola_vision.run import run
+    from nola_vision.cross_validation import run_with_estimate
 
     memo.keep()
     with suppress(OSError):
@@ -215,7 +217,7 @@ def _work(
 
     try:
         with TemporaryDirectory(prefix="nola-vision-") as out:
-            run(config, out, stage, keep_going=True, beat=beat)
+            run_with_estimate(config, out, stage, keep_going=True, beat=beat)
             folder = identity.run_folder(out, config, stage)
             files = [path for path in folder.iterdir() if path.is_file() and path.name != LOCK_FILE]
             return {path.name: path.read_bytes() for path in files}

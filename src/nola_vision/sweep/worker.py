@@ -39,7 +39,8 @@ def serve(connection: Connection, gpu: str | None) -> None:
     """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    from nola_vision import memo, run
+    from nola_vision import memo
+    from nola_vision.cross_validation import run_with_estimate
 
     memo.keep()
     heed_one_interrupt()
@@ -64,7 +65,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
         except (EOFError, OSError, KeyboardInterrupt):
             return
         try:
-            answer: Answer = run.run(config, out, stage, keep_going=True, beat=beat)
+            answer: Answer = run_with_estimate(config, out, stage, keep_going=True, beat=beat)
         except BusyError:
             answer = BUSY
         except NolaVisionError as error:

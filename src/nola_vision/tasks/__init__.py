@@ -11,7 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from nola_vision.backbones import BackboneSpec
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import LogisticRegression, Method, NearestMean, NearestNeighbor
-from nola_vision.tasks.classifier import Classifier
+from nola_vision.tasks.classifier import Classifier, ClassWeights
 from nola_vision.tasks.frozen import FrozenClassifier
 
 
@@ -23,6 +23,8 @@ def make_task(
     basis_seed: int | None = None,
     optimizer: OptimizerCallable = torch.optim.Adam,
     label_smoothing: float = 0.1,
+    class_weights: ClassWeights = "none",
+    stop_early: int | None = None,
     warmup_epochs: int = 5,
     min_lr: float = 1e-6,
     grad_checkpointing: bool = False,
@@ -38,6 +40,11 @@ def make_task(
         basis_seed: sets the basis; `run_seed` if not given.
         optimizer: an optimizer class; its learning rates are the method's.
         label_smoothing: of the training cross-entropy, from 0 to 1.
+        class_weights: "balanced" weights the training loss of an image by n / (classes * n_c), with n training images
+            of which n_c are of its class (scikit-learn's `compute_class_weight`); for `data.shots: all`, since with a
+            number of shots all classes have equally many.
+        stop_early: end the training after so many validations in a row without a lower `val_loss`, and keep the
+            weights of the epoch with the lowest. It needs a validation pool. Without it the last epoch counts.
         warmup_epochs: epochs over which the learning rate rises linearly.
         min_lr: where the cosine ends.
         grad_checkpointing: make the backbone's activations again in the backward pass instead of keeping them.
@@ -55,6 +62,7 @@ def make_task(
         basis_seed,
         optimizer,
         label_smoothing,
+        class_weights,
         warmup_epochs,
         min_lr,
         grad_checkpointing,

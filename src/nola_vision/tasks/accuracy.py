@@ -1,34 +1,115 @@
-"""Top-1 accuracy of both tasks, over the images of a whole stage as the paper has it, and the test's confusions."""
+"""Metrics of a stage, over all its images and of all processes, and the predictions for the tested images."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassStatScores,
+)
+from torchmetrics.utilities import dim_zero_cat
 
+from nola_vision.predictions import Predictions
+
+TOP5_CLASSES = 10  # with fewer, top-5 says little
 _MOST_CLASSES = 1000  # whose confusion matrix, of 8 MB, is kept
 
 
+class BalancedAccuracy(MulticlassStatScores):
+    """Mean recall over the classes that have images, as scikit-learn's `balanced_accuracy_score`.
+
+    torchmetrics' macro accuracy counts a class without images as 0 if an image was taken for it.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average=None)
+
+    def compute(self) -> Tensor:
+        right, _, _, missed = self._final_state()
+        images = right + missed
+        return (right[images > 0] / images[images > 0]).mean()
+
+
+class TestedImages(Metric):
+    """Position, label and prediction of every tested image, gathered from all processes."""
+
+    __test__ = False  # not a test case of pytest
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("positions", "labels", "predicted"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, positions: Tensor, labels: Tensor, predicted: Tensor) -> None:
+        """Adds a batch: positions in the order of the test loader `[batch]`, labels, and logits or class indices."""
+        for state, values in ((self.positions, positions), (self.labels, labels), (self.predicted, predicted)):
+            cast("list[Tensor]", state).append(values)
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, labels and predictions of all images, in ascending order of the positions."""
+        positions, labels, predicted = (dim_zero_cat(s).cpu() for s in (self.positions, self.labels, self.predicted))
+        order = positions.argsort()
+        return positions[order], labels[order], predicted[order]
+
+
 def accuracies(num_classes: int) -> nn.ModuleDict:
-    """A metric for each stage that evaluates, since torchmetrics' default averages over classes; and `confusion`."""
+    """The metrics of the stages that evaluate, by stage and, of the test stage, by the names that they are logged as.
+
+    `val` and `test` are top-1 accuracy over all images (torchmetrics' default averages over classes). Averages over
+    classes leave out those that have no images: `test_balanced_accuracy` the classes without test images,
+    `test_macro_f1` those that have none and that no image was taken for; both as scikit-learn.
+    """
     metrics = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("val", "test")})
+    metrics["test_balanced_accuracy"] = BalancedAccuracy(num_classes)
+    metrics["test_macro_f1"] = MulticlassF1Score(num_classes, average="macro")
+    if num_classes >= TOP5_CLASSES:
+        metrics["test_top5_accuracy"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
     if num_classes <= _MOST_CLASSES:
         metrics["confusion"] = MulticlassConfusionMatrix(num_classes)
+    metrics["tested"] = TestedImages()
     return metrics
 
 
 def log_accuracy(
     task: L.LightningModule, metrics: nn.ModuleDict, stage: str, predicted: Tensor, labels: Tensor
 ) -> None:
-    """Adds a batch to `<stage>_accuracy`; `predicted` are class indices `[batch]` or logits `[batch, classes]`."""
-    if stage == "test" and "confusion" in metrics:
-        cast(Metric, metrics["confusion"]).update(predicted, labels)
-    metric = cast(Metric, metrics[stage])
-    metric(predicted, labels)
-    task.log(f"{stage}_accuracy", metric, on_epoch=True, batch_size=len(labels), prog_bar=True)
+    """Adds a batch to `<stage>_accuracy` and, in the test stage, to its other metrics and the predictions.
+
+    Args:
+        task: logs them.
+        metrics: what `accuracies` returns.
+        stage: "val" or "test".
+        predicted: logits `[batch, classes]`, or class indices `[batch]`, which have no top-5 accuracy.
+        labels: class indices `[batch]`.
+    """
+    logged = {f"{stage}_accuracy": stage}
+    if stage == "test":
+        if "confusion" in metrics:
+            cast(Metric, metrics["confusion"]).update(predicted, labels)
+        tested = cast(Metric, metrics["tested"])
+        first = sum(map(len, cast("list[Tensor]", tested.labels)))
+        own = torch.arange(first, first + len(labels), device=labels.device)
+        # the processes take turns along the loader's order
+        tested.update(task.trainer.global_rank + task.trainer.world_size * own, labels, predicted)
+        names = ["test_balanced_accuracy", "test_macro_f1"]
+        names += ["test_top5_accuracy"] if predicted.ndim == 2 and "test_top5_accuracy" in metrics else []
+        logged |= {name: name for name in names}
+    for name, key in logged.items():
+        metric = cast(Metric, metrics[key])
+        metric.update(predicted, labels)
+        options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": name == f"{stage}_accuracy"}
+        task.log(name, metric, on_step=False, on_epoch=True, **options)
 
 
 def count_confusions(metrics: nn.ModuleDict) -> Tensor | None:
@@ -37,3 +118,22 @@ def count_confusions(metrics: nn.ModuleDict) -> Tensor | None:
     None where the classes are too many to keep it.
     """
     return cast(Metric, metrics["confusion"]).compute().cpu() if "confusion" in metrics else None
+
+
+def collect_predictions(task: L.LightningModule, metrics: nn.ModuleDict) -> Predictions:
+    """The predictions for the tested images of all processes, at a test's end, with their logits in float32.
+
+    An image's index is its position in the source, by the datamodule's `test_indices`; of another datamodule, its
+    position in the test loader. A task that gives class indices has no logits, and states 1 as their probability.
+    """
+    tested = cast(Metric, metrics["tested"])
+    positions, labels, predicted = tested.compute()
+    tested.reset()
+    index, indices = positions.numpy(), getattr(getattr(task.trainer, "datamodule", None), "test_indices", None)
+    if indices is not None:
+        index = np.asarray(indices)[index]
+    if predicted.ndim == 2:
+        return Predictions.of(index, labels.numpy(), predicted.float().numpy())
+    order = index.argsort()
+    ones = np.ones(len(index), dtype=np.float32)
+    return Predictions(index[order], labels.numpy()[order], predicted.numpy()[order], ones)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal
 
-import lightning as L
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,7 +16,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
-from torchmetrics import MeanMetric
 
 from nola_vision.backbones import BackboneSpec, batch_norms
 from nola_vision.data.datamodule import KShotDataModule
@@ -24,14 +24,15 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.features import drops_nothing, use_features
 from nola_vision.methods import PEFT, FullFinetune, LinearProbe, Method
 from nola_vision.model import adapt, backbone_tensors, first_not_finite
-from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
+from nola_vision.tasks.evaluation import EvaluatedModule
 from nola_vision.trainer_settings import check_monitors, monitoring, update_paths
 
+ClassWeights = Literal["none", "balanced"]
 _LOOK_EVERY = 50  # steps on a GPU
 _OWN_CALLBACKS = ("lightning.", "nola_vision.")
 
 
-class Classifier(L.LightningModule):
+class Classifier(EvaluatedModule):
     """Cross-entropy on the labels; linear warm-up, then a cosine to `min_lr`, step by step. See `make_task`."""
 
     def __init__(
@@ -43,12 +44,13 @@ class Classifier(L.LightningModule):
         basis_seed: int | None,
         optimizer: OptimizerCallable,
         label_smoothing: float,
+        class_weights: ClassWeights,
         warmup_epochs: int,
         min_lr: float,
         grad_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(len(class_names))
         if not 0 <= label_smoothing <= 1 or warmup_epochs < 0 or min_lr < 0:
             raise NolaVisionError(
                 f"label_smoothing ({label_smoothing}) must be from 0 to 1, warmup_epochs ({warmup_epochs}) and min_lr "
@@ -72,11 +74,9 @@ class Classifier(L.LightningModule):
         self.epoch: int | None = None
         self.monitor: str | None = None
         self._bad_step: Tensor | None = None  # the first step since the last look whose loss is not finite, else -1
+        self.class_weights = class_weights
+        self.register_buffer("weights", None, persistent=False)  # `[classes]`, of a training with class weights
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
-        self.accuracy = accuracies(len(class_names))
-        self.confusions: Tensor | None = None
-        # a metric weights each process by its images, where `sync_dist` would average the processes
-        self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images; while the trainer runs a linear probe on features, of these (see `setup`)."""
@@ -122,10 +122,20 @@ class Classifier(L.LightningModule):
         images, labels = batch
         nested = getattr(self.method, "nested", False)
         with self.model.stack.using(prefix=_prefix(self.run_seed, self.global_step) if nested else None):
-            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+            loss = self._loss(self(images), labels)
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the batch of the weighted cross-entropy, which divides by images and not by their weights.
+
+        So the mean over processes is the mean over their images, and balanced weights do not change a loss's scale.
+        """
+        if self.weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        return (losses * self.weights[labels]).mean()
 
     def on_train_epoch_start(self) -> None:
         """What a layer draws (dropout) depends on the seed and the epoch alone, so that a resumed run repeats it."""
@@ -182,6 +192,7 @@ class Classifier(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Every evaluation sees the values as a file holds them; during training they stay as they are."""
+        super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.model.compute_with_stored_bits()
         else:
@@ -189,23 +200,6 @@ class Classifier(L.LightningModule):
 
     def on_test_start(self) -> None:
         self.model.round_to_stored_bits()
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
-        images, labels = batch
-        logits = self(images)
-        metric = cast(MeanMetric, self.loss[stage])
-        metric(F.cross_entropy(logits, labels), weight=len(labels))
-        self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
-        log_accuracy(self, self.accuracy, stage, logits, labels)
-
-    def on_test_epoch_end(self) -> None:
-        self.confusions = count_confusions(self.accuracy)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
@@ -247,6 +241,7 @@ class Classifier(L.LightningModule):
     def _identity(self) -> dict[str, Any]:
         """What the stored numbers mean something for; learning rates may differ."""
         metadata = self.model.metadata()
+        del metadata["weights"], metadata["calibration"]  # the fingerprint is of the weights themselves
         settings = metadata["method"]["init_args"]
         metadata["method"] = {"class": metadata["method"]["class_path"], **settings, "lr": None, "head_lr": None}
         return metadata
@@ -271,6 +266,8 @@ class Classifier(L.LightningModule):
             )
         # `run` has not done it where several processes train: it opens no images before `fit`
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.class_weights == "balanced":
+            self.weights = balanced_weights(data.train_labels, data.num_classes).to(self.device)
         if isinstance(data, KShotDataModule):
             check_monitors(self.trainer, data.describe()["counts"]["validation"] > 0)
 
@@ -309,6 +306,12 @@ class Classifier(L.LightningModule):
             )
         if broken := first_not_finite(stored):
             raise NolaVisionError(f"the checkpoint is damaged (its {broken} is not finite): give another one")
+
+
+def balanced_weights(labels: npt.NDArray[np.int64], num_classes: int) -> Tensor:
+    """n / (classes * n_c) for each class c `[classes]`; 0 for one without images."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return torch.tensor(len(labels) / (num_classes * counts.clip(1)) * (counts > 0), dtype=torch.float32)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ from nola_vision.features import features, use_features
 from nola_vision.methods import LogisticRegression, Method, NearestMean, NearestNeighbor
 from nola_vision.model import adapt
 from nola_vision.predictions import Predictions, pool
-from nola_vision.tasks.accuracy import accuracies, count_confusions, log_accuracy
+from nola_vision.tasks.evaluation import EvaluatedModule
 
 Array = npt.NDArray[np.float64]
 
@@ -45,7 +45,7 @@ _REPEATED_WORK = 10**6  # images x features x classes of all repeats of a cross-
 _INNER_SEED = 0  # of the folds in which C is chosen
 
 
-class FrozenClassifier(L.LightningModule):
+class FrozenClassifier(EvaluatedModule):
     """1-NN, nearest class mean or logistic regression on the features of a frozen backbone.
 
     While the trainer runs it, the datamodule's batches hold features instead of images (`features.use_features`). It
@@ -58,11 +58,9 @@ class FrozenClassifier(L.LightningModule):
     """
 
     def __init__(self, backbone: BackboneSpec, method: Method, class_names: Sequence[str]) -> None:
-        super().__init__()
+        super().__init__(len(class_names))
         self.model = adapt(backbone, method, class_names).eval()
         self.method = self.model.card.method
-        self.accuracy = accuracies(len(class_names))
-        self.confusions: Tensor | None = None
         self.chosen_c: float | None = None  # of logistic regression
         self._known: tuple[Tensor, Tensor] | None = None  # what 1-NN compares with: unit features and labels
         self._fitted = False
@@ -131,22 +129,11 @@ class FrozenClassifier(L.LightningModule):
         use_features(self.trainer.datamodule, None, self.trainer)  # type: ignore[attr-defined]
 
     def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self.on_test_start()
+
+    def on_test_start(self) -> None:
         self.fit_to(self.trainer.datamodule, self.trainer)  # type: ignore[attr-defined]
-
-    on_test_start = on_validation_start
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
-        known, labels = batch
-        log_accuracy(self, self.accuracy, stage, self(known), labels)
-
-    def on_test_epoch_end(self) -> None:
-        self.confusions = count_confusions(self.accuracy)
 
     def configure_optimizers(self) -> Any:
         return None
@@ -174,7 +161,9 @@ def nearest_mean(x: Array, y: Indices, num_classes: int) -> tuple[Array, Array]:
         cosines = u @ means.T
         cosines[np.arange(len(y)), y] = (_unit(sums[y] - u) * u).sum(1)  # without the image itself
         held_out, labels = cosines[several], y[several]
-        found = minimize_scalar(lambda log: _nll(np.exp(log) * held_out, labels), bounds=(0, 7), method="bounded")
+        found: Any = minimize_scalar(  # type: ignore[no-untyped-call]
+            lambda log: _nll(np.exp(log) * held_out, labels), bounds=(0, 7), method="bounded"
+        )
         scale = float(np.exp(found.x))
     return means * scale / max(float(norms.mean()), 1e-12), np.zeros(num_classes)
 
@@ -259,11 +248,13 @@ class CrossValidated:
         fold_results: (correct, images) of every fold, repeat after repeat.
         repeats: how many times all images were divided into folds.
         predictions: for the held-out images of the first repeat, logits included.
+        folds: the fold of each of these images, in the order of `predictions`.
     """
 
     fold_results: list[tuple[int, int]]
     repeats: int
     predictions: Predictions
+    folds: Indices
 
 
 def evaluate(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) -> CrossValidated | None:
@@ -325,7 +316,11 @@ def cross_validate(
             found = Predictions.of(test, y[test], logits.numpy())
             results.append((int(found.correct.sum()), len(test)))
             parts += [found] if repeat == 0 else []
-    return CrossValidated(results, repeats, pool(parts)) if results else None
+    if not results:
+        return None
+    numbers = np.repeat(np.arange(len(parts)), [len(part.index) for part in parts])
+    order = np.argsort(np.concatenate([part.index for part in parts]))  # as `pool`
+    return CrossValidated(results, repeats, pool(parts), numbers[order])
 
 
 def number_of_repeats(features: Tensor, labels: Indices) -> int:

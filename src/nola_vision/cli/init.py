@@ -1,0 +1,31 @@
+"""`nola-vision init PHOTOS`: the config of `fit PHOTOS` as a commented YAML file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from nola_vision import photos
+from nola_vision.cli.options import Options, add_photo_options, photo_settings
+from nola_vision.errors import NolaVisionError
+from nola_vision.files import refuse_existing, write_file
+from nola_vision.text import printable
+
+
+def main(arguments: Sequence[str], verb: str) -> int:
+    options = Options(verb)
+    options.description = "Writes the config of `nola-vision fit PHOTOS` to a YAML file with comments, to change it."
+    options.add_argument("photos", metavar="PHOTOS", help=photos.PHOTOS)
+    options.add_argument("--out", metavar="FILE", help="the file to write (default: <name of PHOTOS>.yaml)")
+    add_photo_options(options)
+    known = options.parse_args(arguments)
+    name = re.sub(r"[^\w.+-]+", "_", Path(os.path.abspath(os.path.expanduser(known.photos))).stem).lstrip(".-")
+    target = Path(known.out or f"{name or 'photos'}.yaml")
+    refuse_existing(target)
+    if not target.absolute().parent.is_dir():
+        raise NolaVisionError(f"the folder of {target} does not exist: create it first")
+    write_file(target, photos.describe(photos.config(known.photos, **photo_settings(known))).encode())
+    print(printable(f"{target}: written. Train it with: nola-vision fit --config {target}"))
+    return 0

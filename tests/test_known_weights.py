@@ -1,0 +1,121 @@
+"""A local weights file is found again by its digest, wherever it is now, and an adapter file has no path of it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from nola_vision import BackboneSpec, LinearProbe, adapt, known_weights, load_adapter, local_files
+from nola_vision.adapters.file import read_adapter
+from nola_vision.backbones import create_backbone
+from nola_vision.errors import NolaVisionError
+from nola_vision.export import write_merged
+
+TAG = "vit_glyph_patch4_32.glyphs"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("NOLA_VISION_WEIGHTS", raising=False)
+    monkeypatch.setattr(local_files, "_in_process", {})
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """Other weights than those that ship, of the same size."""
+    state = create_backbone(TAG).state_dict()
+    state["blocks.0.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"] + 0.01
+    return state
+
+
+@pytest.fixture
+def trained(weights: dict[str, torch.Tensor], tmp_path: Path) -> tuple[Path, Path]:
+    """A weights file in a private folder, and an adapter file for it."""
+    file = tmp_path / "private place" / "mine: é\xa0.safetensors"
+    file.parent.mkdir()
+    safetensors.torch.save_file(weights, file)
+    adapter = tmp_path / "adapter.safetensors"
+    adapt(BackboneSpec(TAG, file=str(file)), LinearProbe(), ["a", "b"]).save(adapter)
+    return file, adapter
+
+
+def test_an_adapter_file_names_the_weights_and_no_path(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    file, adapter = trained
+    metadata, _ = read_adapter(adapter)
+    origin = metadata["weights"]
+    assert origin["file"] == "mine_ é_.safetensors" and origin["repository"] is None
+    assert origin["bytes"] == file.stat().st_size and origin["sha256"] == local_files.file_digest(file)
+    for path in (adapter, tmp_path / "shipped.safetensors"):
+        if not path.exists():
+            adapt(TAG, LinearProbe(), ["a", "b"]).save(path)
+            assert read_adapter(path)[0]["weights"]["file"] == "vit_glyph_patch4_32.safetensors"
+        assert b"private place" not in path.read_bytes() and str(Path.home()).encode() not in path.read_bytes()
+    assert adapt(BackboneSpec(TAG, base="random"), LinearProbe(), ["a", "b"]).metadata()["weights"] is None
+
+
+def test_a_weights_file_is_found_again_by_its_digest(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, adapter = trained
+    assert load_adapter(adapter).card.backbone.file == str(file)  # `adapt` has put it into the list
+    moved = tmp_path / "elsewhere" / "below" / "renamed.pth.safetensors"
+    moved.parent.mkdir(parents=True)
+    file.rename(moved)
+    other = moved.with_name(file.name)  # of that name and size, but another
+    other.write_bytes(moved.read_bytes()[:-1] + b"?")
+    with pytest.raises(NolaVisionError) as refused:
+        load_adapter(adapter)
+    digest = read_adapter(adapter)[0]["weights"]["sha256"]
+    for part in (
+        "'mine_ é_.safetensors'",
+        f"SHA-256 {digest[:12]}...",
+        "--weights FILE",
+        "NOLA_VISION_WEIGHTS",
+        "`fit`",
+    ):
+        assert part in str(refused.value)
+
+    monkeypatch.setenv("NOLA_VISION_WEIGHTS", str(tmp_path / "elsewhere"))
+    read: list[str] = []
+    digests = known_weights.file_digest
+    monkeypatch.setattr(known_weights, "file_digest", lambda path: read.append(Path(path).name) or digests(path))
+    (moved.parent / "large.safetensors").write_bytes(b"of another size, so it is not read")
+    assert load_adapter(adapter).card.backbone.file == str(moved)
+    assert read[:2] == [other.name, moved.name] and "large.safetensors" not in read  # that of the name comes first
+    monkeypatch.delenv("NOLA_VISION_WEIGHTS")
+    assert load_adapter(adapter).card.backbone.file == str(moved)  # it is in the list now
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(NolaVisionError, match="not found"):
+        load_adapter(adapter)
+    assert load_adapter(adapter, str(moved)).card.backbone.file == str(moved)
+    assert load_adapter(adapter).card.backbone.file == str(moved)
+    monkeypatch.setenv("NOLA_VISION_WEIGHTS", str(tmp_path / "nowhere"))
+    with pytest.raises(NolaVisionError, match="which is not a folder"):
+        load_adapter(adapter)
+
+
+def test_a_folder_of_a_merged_model_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_merged(adapt(TAG, LinearProbe(), ["a", "b"]).eval(), tmp_path / "merged")
+    adapter = tmp_path / "a.safetensors"
+    adapt(f"local-dir:{tmp_path / 'merged'}", LinearProbe(), ["c", "d"]).save(adapter)
+    assert read_adapter(adapter)[0]["weights"]["file"] == "model.safetensors"
+    assert load_adapter(adapter).card.backbone.file == str(tmp_path / "merged")
+    (tmp_path / "place").mkdir()
+    (tmp_path / "merged").rename(tmp_path / "place" / "new")
+    with pytest.raises(NolaVisionError, match=r"only you may name .*--weights FOLDER.*model.safetensors"):
+        load_adapter(adapter)
+    monkeypatch.setenv("NOLA_VISION_WEIGHTS", str(tmp_path / "place"))
+    assert load_adapter(adapter).card.backbone.file == str(tmp_path / "place" / "new")
+    (tmp_path / "place" / "new" / "config.json").unlink()  # without it nothing states the architecture
+    with pytest.raises(NolaVisionError, match="--weights FOLDER"):
+        load_adapter(adapter)
+
+
+def test_names_that_are_not_a_files() -> None:
+    assert known_weights.is_file_name("vit é (2).safetensors")
+    for name in ("", ".", "..", "/etc/passwd", "a/b", "..\\a", "C:a", "a\nb", "\x1b[31m", "a\u202eb", "x" * 256):
+        assert not known_weights.is_file_name(name)
+        assert known_weights.is_file_name(known_weights._name(Path("folder", name.replace("/", "")[:300] or "_")))
