@@ -32,3 +32,23 @@ def once(kind: str, key: Hashable, make: Callable[[], T], copy: Callable[[T], T]
         _kept[kind] = (key, make())
     made: T = _kept[kind][1]  # type: ignore[assignment]
     return made if copy is None else copy(made)
+
+
+def latest(kind: str, key: Hashable, make: Callable[[], T], size: Callable[[T], int], limit: int) -> T:
+    """As `once`, but the things of this kind that were used last are kept, as many as fit into the limit together.
+
+    Args:
+        kind: of thing.
+        key: what the thing is made of.
+        make: makes it.
+        size: of a thing, in bytes.
+        limit: of all kept things of this kind together, in bytes.
+    """
+    if _kept is None:
+        return make()
+    things: dict[Hashable, T] = _kept.setdefault(kind, (None, {}))[1]  # type: ignore[assignment]
+    thing = things.pop(key) if key in things else make()
+    things[key] = thing
+    while sum(map(size, things.values())) > limit:
+        del things[next(iter(things))]
+    return thing

@@ -30,6 +30,28 @@ class NearestNeighbor(Method):
 
 
 @dataclass(frozen=True)
+class NearestMean(Method):
+    """The class whose mean of unit features has the largest cosine with the image's features.
+
+    Args:
+        head_bits: bits per stored value of the head's matrix.
+    """
+
+    head_bits: int = 32
+
+
+@dataclass(frozen=True)
+class LogisticRegression(Method):
+    """Multinomial logistic regression on the frozen features; its penalty is chosen inside the training images.
+
+    Args:
+        head_bits: bits per stored value of the head's matrix.
+    """
+
+    head_bits: int = 32
+
+
+@dataclass(frozen=True)
 class LinearProbe(Method):
     """Only the head is trained, on the frozen backbone's features.
 
@@ -187,7 +209,18 @@ class PEFT(Method):
 
 METHODS: dict[str, type[Method]] = {
     method.__name__: method
-    for method in (NearestNeighbor, LinearProbe, FullFinetune, LoRA, NOLA, PRANC, HashedNet, PEFT)
+    for method in (
+        NearestNeighbor,
+        NearestMean,
+        LogisticRegression,
+        LinearProbe,
+        FullFinetune,
+        LoRA,
+        NOLA,
+        PRANC,
+        HashedNet,
+        PEFT,
+    )
 }
 
 

@@ -46,6 +46,7 @@ from nola_vision.methods import (
     FullFinetune,
     HashedNet,
     Method,
+    NearestNeighbor,
     stored_bits,
 )
 from nola_vision.predict import (
@@ -110,6 +111,11 @@ class AdaptedModel(nn.Module):
         """The adapted backbone's features `[batch, features]`, which the head takes, of `[batch, 3, size, size]`."""
         features: Tensor = self.backbone(images.to(self._dtype(images.dtype)))
         return features
+
+    def classified(self, features: Tensor) -> Tensor:
+        """Features to logits `[batch, classes]`: the second half of a forward pass."""
+        with self.stack.using(bits=self._stored_bits) if self._stored_bits else nullcontext():
+            return self.stack.logits(features)
 
     @overload
     def predict(self, images: str | Path | Image.Image, top_k: int = 3, batch_size: int = 64) -> list[Prediction]: ...
@@ -232,6 +238,11 @@ class AdaptedModel(nn.Module):
             raise NolaVisionError(f"the model has {count} adapters and a file contains one: choose it by `adapter=`")
         if not 0 <= (adapter := adapter or 0) < count:
             raise NolaVisionError(f"adapter {adapter} does not exist: the model has {count}, counted from 0")
+        if isinstance(self.card.method, NearestNeighbor):
+            raise NolaVisionError(
+                "1-NN compares with every training image, which an adapter file does not hold: save NearestMean or "
+                "LogisticRegression instead"
+            )
         if self.stack.merged:
             raise NolaVisionError("a merged adapter cannot be saved: unmerge() it first")
         if broken := self.not_finite(adapter):

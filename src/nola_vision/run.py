@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nola_vision.calibration import Calibration, cross_fitted
 from nola_vision.config import RunCLI, build, quiet
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import need_checkpoint_file, write_whole
 from nola_vision.interrupts import Interrupts
@@ -38,7 +39,8 @@ from nola_vision.results.estimates import Estimate
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
 from nola_vision.tasks.classifier import Classifier
-from nola_vision.tasks.nearest import NearestNeighborClassifier
+from nola_vision.tasks.frozen import FrozenClassifier
+from nola_vision.tasks.frozen import evaluate as evaluate_frozen
 from nola_vision.trainer_settings import (
     CHECKPOINTS,
     LAST_CHECKPOINT,
@@ -227,8 +229,6 @@ def _run(
                 built = _prepared(run_config, folder, stage, ckpt_path)
                 begun = True
                 if beat is not None:
-                    if isinstance(built.model, NearestNeighborClassifier):
-                        built.model.beat = beat
                     built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
                 _measure(built, folder, stage, ckpt_path, pooled, measured)
                 status = "completed"
@@ -350,6 +350,9 @@ class _Heartbeat(L.Callback):
     def on_test_batch_end(self, *_: Any) -> None:
         self._beat()
 
+    def on_features_batch_end(self, *_: Any) -> None:
+        self._beat()
+
 
 def is_main_process(run_config: identity.Config | None = None) -> bool:
     """False in all but the first process of a distributed run.
@@ -420,11 +423,20 @@ def _measure(
                 task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
                 if device.type == "cpu":
                     _reset_peak_memory(device)
+    elif isinstance(task, FrozenClassifier):
+        clock = time.perf_counter()
+        if stage == "final" and not data.has_test and data.fold is None:
+            pooled = _cross_validated(task, data, trainer)
+        else:
+            task.fit_to(data, trainer)
+        measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
+        if trainer.is_global_zero and task.savable:
+            measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
     quiet = {"datamodule": data, "verbose": False}
     trainer.validate(task, **quiet)
     measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
     measured["val_loss"] = _number(trainer.callback_metrics.get("val_loss"))
-    if stage == "final" and isinstance(task, Classifier):
+    if stage == "final" and (isinstance(task, Classifier) or task.savable):
         measured |= _calibrate(task, pooled)
         if trainer.is_global_zero and task.model.calibrated_on is not None:
             path, model = folder / ADAPTER_FILE, task.model
@@ -456,7 +468,15 @@ def _stored(predictions: Predictions, stage: identity.Stage) -> Predictions:
     return predictions if stage == "fold" else dataclasses.replace(predictions, logits=None)
 
 
-def _calibrate(task: Classifier, pooled: _HeldOut | None) -> dict[str, Any]:
+def _cross_validated(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) -> _HeldOut | None:
+    """What cross-validation on frozen features finds; None if no class has two distinct images."""
+    if (found := evaluate_frozen(task, data, trainer)) is None:
+        return None
+    estimate = Estimate.of(found.fold_results, found.repeats, data.untested_classes)
+    return _HeldOut(estimate, found.predictions, found.folds)
+
+
+def _calibrate(task: Classifier | FrozenClassifier, pooled: _HeldOut | None) -> dict[str, Any]:
     """Fits the model's temperature on what the folds held out or on the validation pool; the columns of the row."""
     if pooled is not None:
         found, source = pooled.calibration(), "folds"
@@ -524,8 +544,10 @@ def _peak_memory_mib(device: torch.device) -> float | None:
 
 def _counts(task: L.LightningModule) -> dict[str, int]:
     """Trainable numbers: the adapter's (Full-FT: the backbone's), the head's, and any others."""
-    if not isinstance(task, Classifier):
-        return {"adapter_parameters": 0, "head_parameters": 0, "other_parameters": 0}
+    if isinstance(task, FrozenClassifier):
+        head = task.model.stack.head_parameters() if task.savable else []
+        return {"adapter_parameters": 0, "head_parameters": sum(p.numel() for p in head), "other_parameters": 0}
+    assert isinstance(task, Classifier)
     groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in task.parameter_groups()}
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     adapter, head = groups.get("adapter", 0), groups.get("head", 0)

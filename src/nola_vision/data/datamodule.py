@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, Literal
@@ -39,7 +40,7 @@ from nola_vision.data.kshot import (
     keyed_hashes,
     validation_pool,
 )
-from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
+from nola_vision.data.manifest import content, locate, read_manifest, refuse_other_settings
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
 from nola_vision.data.transforms import Augmentation, Transform, check_augmentation, eval_transform, train_transform
@@ -73,6 +74,21 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """`[n]` class indices."""
+        return self._source.labels[self._indices]
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Which images these are, as long as their source is open; it does not keep the source in memory."""
+        return weakref.ref(self._source), self._indices.tobytes()
+
+    def copies(self) -> Indices:
+        """`[n]` numbers; equal ones are exact copies of one image."""
+        contents = [content(self._source, index) for index in self._indices.tolist()]
+        return np.unique(contents, return_inverse=True)[1].astype(np.int64)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
         position, seed = key if isinstance(key, tuple) else (key, key)
@@ -115,6 +131,10 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
 
 def _collated(items: list[Any]) -> Any:
     return items[0] if isinstance(items[0], NolaVisionError) else default_collate(items)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 class Loader(DataLoader[Any]):
@@ -227,6 +247,8 @@ class KShotDataModule(L.LightningDataModule):
         self.memory_limit_mib, self.test_limit, self.manifest = memory_limit_mib, test_limit, manifest
         self.fold, self.hold_out = fold, hold_out
         self.warnings: list[str] = []
+        # What a task that needs features only puts in place of images, given their loader: see `features.use_features`
+        self.as_features: Callable[[DataLoader[Any]], Dataset[Any]] | None = None
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -391,6 +413,22 @@ class KShotDataModule(L.LightningDataModule):
     def reference_dataloader(self) -> DataLoader[Any]:
         """The k-shot set in order and not augmented: what nearest neighbour compares with."""
         return self._loader(self._plain(*self._train_set, self._kept), self.eval_batch_size)
+
+    def cross_validation_dataloader(self) -> DataLoader[Any]:
+        """All images of a data set without a test split, in order and not augmented."""
+        source = self._open("train")
+        indices = np.arange(len(source), dtype=np.int64)
+        return self._loader(self._plain(source, indices, self._shared_images(indices)), self.eval_batch_size)
+
+    def draw_of_fold(self, train: Indices) -> Indices:
+        """The images to train on out of a fold's training part: at most `shots` per class."""
+        source = self._open("train")
+        return draw(source.labels, self.shots, self.split_seed, source.class_names, train, at_most=True)
+
+    @property
+    def train_indices(self) -> Indices:
+        """The positions of the training images in their source, in the order of `reference_dataloader`."""
+        return self._train_set[1]
 
     @property
     def train_labels(self) -> npt.NDArray[np.int64]:
@@ -559,6 +597,14 @@ class KShotDataModule(L.LightningDataModule):
         return ImageSubset(source, indices, eval_transform(self.input_config), kept)
 
     def _loader(self, subset: ImageSubset, batch_size: int, sampler: Sampler[Any] | None = None) -> DataLoader[Any]:
+        if self.as_features is None:
+            return self._image_loader(subset, batch_size, sampler)
+        instead = self.as_features(self._image_loader(subset, self.eval_batch_size))
+        return DataLoader(instead, batch_size, sampler=sampler, collate_fn=_unchanged, generator=torch.Generator())
+
+    def _image_loader(
+        self, subset: ImageSubset, batch_size: int, sampler: Sampler[Any] | None = None
+    ) -> DataLoader[Any]:
         return Loader(
             subset,
             batch_size,

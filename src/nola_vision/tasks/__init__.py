@@ -1,4 +1,4 @@
-"""The LightningModules: one that trains and one that compares features."""
+"""The LightningModules: one that trains, and one for methods on frozen features."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from nola_vision.backbones import BackboneSpec
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import Method, NearestNeighbor
+from nola_vision.methods import LogisticRegression, Method, NearestMean, NearestNeighbor
 from nola_vision.tasks.classifier import Classifier, ClassWeights
-from nola_vision.tasks.nearest import NearestNeighborClassifier
+from nola_vision.tasks.frozen import FrozenClassifier
 
 
 def make_task(
@@ -52,8 +52,8 @@ def make_task(
     """
     if len(class_names) < 2:
         raise NolaVisionError(f"there is one class only, {', '.join(class_names)}: give images of two or more")
-    if isinstance(method, NearestNeighbor):
-        return NearestNeighborClassifier(backbone, class_names)
+    if isinstance(method, NearestNeighbor | NearestMean | LogisticRegression):
+        return FrozenClassifier(backbone, method, class_names)
     return Classifier(
         backbone,
         method,

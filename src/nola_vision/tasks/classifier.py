@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,23 +16,23 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
-from torchmetrics import CatMetric, MeanMetric
 
 from nola_vision.backbones import BackboneSpec, batch_norms
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.kshot import keyed_hash
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import PEFT, FullFinetune, Method
+from nola_vision.features import drops_nothing, use_features
+from nola_vision.methods import PEFT, FullFinetune, LinearProbe, Method
 from nola_vision.model import adapt, backbone_tensors, first_not_finite
-from nola_vision.predictions import Predictions
-from nola_vision.tasks.accuracy import accuracies, collect_predictions, count_confusions, log_accuracy
+from nola_vision.tasks.evaluation import EvaluatedModule
 from nola_vision.trainer_settings import check_monitors, monitoring, update_paths
 
 ClassWeights = Literal["none", "balanced"]
 _LOOK_EVERY = 50  # steps on a GPU
+_OWN_CALLBACKS = ("lightning.", "nola_vision.")
 
 
-class Classifier(L.LightningModule):
+class Classifier(EvaluatedModule):
     """Cross-entropy on the labels; linear warm-up, then a cosine to `min_lr`, step by step. See `make_task`."""
 
     def __init__(
@@ -51,7 +50,7 @@ class Classifier(L.LightningModule):
         grad_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(len(class_names))
         if not 0 <= label_smoothing <= 1 or warmup_epochs < 0 or min_lr < 0:
             raise NolaVisionError(
                 f"label_smoothing ({label_smoothing}) must be from 0 to 1, warmup_epochs ({warmup_epochs}) and min_lr "
@@ -64,6 +63,8 @@ class Classifier(L.LightningModule):
             self.model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         # in a list: the compiled model is no second submodule
         self._computed: list[Callable[[Tensor], Tensor]] = [torch.compile(self.model) if compile else self.model]
+        self._compiled = compile
+        self._on_features = False  # the batches hold features instead of images
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
         self.method, self.optimizer, self.run_seed = self.model.card.method, optimizer, run_seed
         self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
@@ -76,18 +77,40 @@ class Classifier(L.LightningModule):
         self.class_weights = class_weights
         self.register_buffer("weights", None, persistent=False)  # `[classes]`, of a training with class weights
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
-        self.accuracy = accuracies(len(class_names))
-        self.confusions: Tensor | None = None
-        self.predictions: Predictions | None = None  # of the last test
-        # logits and labels of the validation pool, of all processes; known after `validate`
-        self.validated: tuple[Tensor, Tensor] | None = None
-        self.held_out = nn.ModuleDict({name: CatMetric(nan_strategy="disable") for name in ("logits", "labels")})
-        # a metric weights each process by its images, where `sync_dist` would average the processes
-        self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self._computed[0](images)
+        """Logits of images; while the trainer runs a linear probe on features, of these (see `setup`)."""
+        logits: Tensor = self.model.classified(images) if self._on_features else self._computed[0](images)
         return logits
+
+    def setup(self, stage: str) -> None:
+        self._on_features = self._needs_only_features()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        use_features(data, self.model if self._on_features else None, self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        self._on_features = False
+        use_features(self.trainer.datamodule, None, self.trainer)  # type: ignore[attr-defined]
+
+    def _needs_only_features(self) -> bool:
+        """Whether every pass over the images gives the same features, and all of them are needed.
+
+        That is a linear probe without augmentation and dropout, on one device. Callbacks of other packages may look at
+        the images, and a part of the batches may cost less than the features of all.
+        """
+        data, trainer = self.trainer.datamodule, self.trainer  # type: ignore[attr-defined]
+        if not isinstance(self.method, LinearProbe) or not isinstance(data, KShotDataModule):
+            return False
+        count = data.describe()["counts"]["train"]
+        return (
+            data.augmentation == "none"
+            and trainer.world_size == 1
+            and not self._compiled
+            and trainer.limit_train_batches == trainer.limit_val_batches == trainer.limit_test_batches == 1.0
+            and all(type(c).__module__.startswith(_OWN_CALLBACKS) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            and count * self.model.stack.num_features * 4 <= data.memory_limit_mib * 2**20
+            and drops_nothing(self.model)
+        )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Quantisation-aware training begins once its share of the steps is over."""
@@ -169,8 +192,7 @@ class Classifier(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Every evaluation sees the values as a file holds them; during training they stay as they are."""
-        for metric in self.held_out.values():
-            cast(CatMetric, metric).reset()
+        super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.model.compute_with_stored_bits()
         else:
@@ -178,32 +200,6 @@ class Classifier(L.LightningModule):
 
     def on_test_start(self) -> None:
         self.model.round_to_stored_bits()
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
-        images, labels = batch
-        logits = self(images)
-        metric = cast(MeanMetric, self.loss[stage])
-        metric(F.cross_entropy(logits, labels), weight=len(labels))
-        self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
-        log_accuracy(self, self.accuracy, stage, logits, labels)
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            for name, values in (("logits", logits.float()), ("labels", labels)):
-                cast(CatMetric, self.held_out[name]).update(values)
-
-    def on_validation_epoch_end(self) -> None:
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            logits, labels = (cast(CatMetric, self.held_out[name]).compute().cpu() for name in ("logits", "labels"))
-            self.validated = logits, labels.long()
-
-    def on_test_epoch_end(self) -> None:
-        self.confusions = count_confusions(self.accuracy)
-        self.predictions = collect_predictions(self, self.accuracy)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
