@@ -29,6 +29,7 @@ from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
+from nola_vision.tasks.accuracy import LOGGED
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
 from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, checkpoint_folder, current_path, monitoring
@@ -346,7 +347,7 @@ def _measure(
         clock = time.perf_counter()
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
-        measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
+        measured |= {column: _number(trainer.callback_metrics.get(name)) for column, name in LOGGED.items()}
         if task.confusions is not None and trainer.is_global_zero:
             counted = confusion_csv(task.confusions.numpy(), data.class_names)
             write_whole(folder / CONFUSION_FILE, counted.encode())
