@@ -15,6 +15,7 @@ import safetensors.torch
 import timm
 import torch
 from lightning.pytorch.callbacks import Callback
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from nola_vision import load_adapter, run
 from nola_vision.calibration import fit_temperature
@@ -69,17 +70,33 @@ def test_every_tested_run_leaves_its_confusions(rows: dict) -> None:
         assert np.trace(counts) / counts.to_numpy().sum() == pytest.approx(row.test_accuracy, abs=1e-6)
 
 
+def test_a_row_has_the_metrics_of_its_confusions(rows: dict) -> None:
+    for name in ("1nn", "linear", "nola"):
+        row = rows[name]
+        counts = read_confusion(identity.run_folder(rows["out"], config(name), "final") / "confusion.csv").to_numpy()
+        true, predicted = (np.repeat(grid.ravel(), counts.ravel()) for grid in np.indices(counts.shape))
+        assert row.balanced_accuracy == pytest.approx(balanced_accuracy_score(true, predicted), abs=1e-6)
+        assert row.macro_f1 == pytest.approx(f1_score(true, predicted, average="macro"), abs=1e-6)
+        if name == "1nn":
+            assert row.top5_accuracy is None and row.test_nll is None
+        else:
+            assert row.test_accuracy < row.top5_accuracy <= 1 and 0 < row.test_nll < 3
+
+
 def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
     folder = identity.run_folder(rows["out"], config("nola"), "final")
     model = load_adapter(folder / run.ADAPTER_FILE)
     built = build(config("nola"), folder / "again")
     built.datamodule.setup("test")
-    right = total = 0
+    right = total = loss = 0
     with torch.inference_mode():
         for images, labels in built.datamodule.test_dataloader():
-            right += int((model(images).argmax(1) == labels).sum())
+            logits = model(images)
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             total += len(labels)
     assert right / total == pytest.approx(rows["nola"].test_accuracy, abs=1e-6)
+    assert loss / total == pytest.approx(rows["nola"].test_nll, rel=1e-5)
     assert (folder / run.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -115,6 +115,12 @@ class RunCLI(LightningCLI):
         parser.add_argument("--protocol", type=str, default="default", help="Name of the protocol: part of the cell.")
         parser.add_argument("--method", type=str, default=None, help="Entry of the config's `methods` to train.")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; they decide rounding.")
+        for action in parser._actions:
+            # `typing` may hand out an equal Union of another order that another package made first: a number of batches
+            # would become a share of them
+            kinds = get_args(getattr(action, "_typehint", None))
+            if len(kinds) == 3 and all(kind in kinds for kind in (int, float, type(None))):
+                action._typehint = int | float | None  # type: ignore[attr-defined]
         for field in (field.name for field in fields(BackboneSpec)):
             parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
         parser.link_arguments("model.run_seed", "data.run_seed")

@@ -38,6 +38,7 @@ from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.estimates import Estimate
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
+from nola_vision.tasks.accuracy import LOGGED
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.frozen import FrozenClassifier
 from nola_vision.tasks.frozen import evaluate as evaluate_frozen
@@ -449,7 +450,7 @@ def _measure(
         clock = time.perf_counter()
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
-        measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
+        measured |= {column: _number(trainer.callback_metrics.get(name)) for column, name in LOGGED.items()}
         if task.predictions is not None and trainer.is_global_zero:
             _stored(task.predictions, stage).save(folder)
         if task.confusions is not None and trainer.is_global_zero:

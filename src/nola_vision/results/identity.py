@@ -27,8 +27,7 @@ _TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path", "allow_imp
 _DATA_LEFT_OUT = ("root", "num_workers", "download", "memory_limit_mib", "eval_batch_size", "manifest")
 _TRAINER_LEFT_OUT = (
     "logger",
-    "devices",
-    "num_nodes",
+    "devices",  # by their number, see `_devices`
     "strategy",
     "default_root_dir",
     "log_every_n_steps",
@@ -248,6 +247,8 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
     }
     if callbacks := _without_progress_bars(trainer.get("callbacks")):
         config["trainer"]["callbacks"] = callbacks
+    if (devices := _devices(trainer)) != 1:
+        config["trainer"]["devices"] = devices
     if not has_init(run_config):
         config["trainer"].pop("callbacks", None)
         for group, names in _OF_STEPS.items():
@@ -255,6 +256,19 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
 
     relevant: Config = _canonical(config)
     return relevant
+
+
+def _devices(trainer: Mapping[str, Any]) -> Any:
+    """The number of devices that a run trains on together, or what only a machine can count (`auto`, -1).
+
+    Where they do not divide the images, some count twice an epoch: another result.
+    """
+    devices = trainer.get("devices")
+    if isinstance(devices, str) and "," in devices:
+        devices = [name for name in devices.split(",") if name]
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    return 1 if devices in (None, "1") else devices
 
 
 def _without_progress_bars(callbacks: Any) -> list[Any]:

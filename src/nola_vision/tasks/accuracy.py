@@ -19,6 +19,14 @@ from torchmetrics.utilities import dim_zero_cat
 
 from nola_vision.predictions import Predictions
 
+# Columns of a row by the names that the test stage logs; what a task does not log is None
+LOGGED = {
+    "test_accuracy": "test_accuracy",
+    "balanced_accuracy": "test_balanced_accuracy",
+    "macro_f1": "test_macro_f1",
+    "top5_accuracy": "test_top5_accuracy",
+    "test_nll": "test_loss",
+}
 TOP5_CLASSES = 10  # with fewer, top-5 says little
 _MOST_CLASSES = 1000  # whose confusion matrix, of 8 MB, is kept
 
