@@ -37,7 +37,7 @@ from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.estimates import Estimate
 from nola_vision.results.row import Row
-from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
+from nola_vision.results.store import LOCK_FILE, claim, drop_aside, find_completed, set_aside, write_row
 from nola_vision.tasks.accuracy import LOGGED
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.frozen import FrozenClassifier
@@ -191,6 +191,8 @@ def run(
             )
         ckpt_path = checkpoint_path(ckpt_path, folder)
     main = is_main_process(run_config)
+    if again and main:
+        set_aside(folder)
     # the processes of a distributed run share the first one's claim
     with claim(folder) if main else nullcontext():
         if not again and (row := _completed_row(folder)) is not None:
@@ -203,8 +205,10 @@ def run(
             if main and trains:
                 _log.warning("this run %s", "resumes" if found else "has no checkpoint yet: it starts from scratch")
         row = _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat, held_out)
-        if stage == "fold" and main:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of five trainings, each as large as its adapter
+        if main and row.status == "completed":
+            drop_aside(folder)
+            if stage == "fold":  # of five trainings, each as large as its adapter
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return row
 
 

@@ -19,6 +19,7 @@ from nola_vision.tags import short_tag
 
 Config = dict[str, Any]
 Stage = Literal["final", "search", "fold"]
+OWN_IMAGES = ("folder", "list")  # data sets that a person makes: the name of their root names them
 TRAINS_NOTHING = ("NearestNeighbor", "NearestMean", "LogisticRegression")  # nothing in them depends on `run_seed`
 
 # `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
@@ -147,7 +148,7 @@ def cell_name(run_config: Mapping[str, Any]) -> str:
     if (base := run_config["model"]["backbone"].get("base", "pretrained")) != "pretrained":
         backbone += f"+{base}"
     dataset = str(need(run_config, "data", "dataset"))
-    if dataset == "folder":
+    if dataset in OWN_IMAGES:
         dataset += f".{_root_name(run_config)}"
     shots = need(run_config, "data", "shots")
     return _safe(f"{backbone}-{dataset}-{shots}shot-{need(run_config, 'protocol')}")
@@ -231,7 +232,7 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
 
     data = need(run_config, "data")
     config["data"] = {key: value for key, value in data.items() if key not in _DATA_LEFT_OUT}
-    if data.get("dataset") == "folder":
+    if data.get("dataset") in OWN_IMAGES:
         config["data"]["root"] = _root_name(run_config)
 
     model = dict(need(run_config, "model"))
