@@ -227,7 +227,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     for key in linked:  # stated once, by the model
         full["data"].pop(key, None)
     full.pop("seed_everything", None)
-    if full["data"]["dataset"] == "folder":
+    if full["data"]["dataset"] in ("folder", "list"):
         full["data"]["root"] = given_root(full["data"]["root"])
     if full["model"]["run_seed"] < 0 or full["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")
