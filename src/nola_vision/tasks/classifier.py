@@ -102,11 +102,12 @@ class Classifier(EvaluatedModule):
         if not isinstance(self.method, LinearProbe) or not isinstance(data, KShotDataModule):
             return False
         count = data.describe()["counts"]["train"]
+        limits = trainer.limit_train_batches, trainer.limit_val_batches, trainer.limit_test_batches
         return (
             data.augmentation == "none"
             and trainer.world_size == 1
             and not self._compiled
-            and trainer.limit_train_batches == trainer.limit_val_batches == trainer.limit_test_batches == 1.0
+            and all(isinstance(limit, float) and limit == 1 for limit in limits)  # 1 is one batch, 1.0 all
             and all(type(c).__module__.startswith(_OWN_CALLBACKS) for c in trainer.callbacks)  # type: ignore[attr-defined]
             and count * self.model.stack.num_features * 4 <= data.memory_limit_mib * 2**20
             and drops_nothing(self.model)

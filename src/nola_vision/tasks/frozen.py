@@ -39,9 +39,9 @@ CS = tuple(10.0**power for power in range(-3, 3))  # the inverse penalties that 
 DEFAULT_C = 1.0  # where no class has two training images
 DEFAULT_SCALE = 10.0  # of cosines as logits, likewise
 _MOST_ITERATIONS = 1000  # of L-BFGS
-_MOST_WORK = 10**8  # images x features x classes; beyond it C is chosen on one inner fold
+_MOST_WORK = 10**8  # images x features x classes; beyond it C is chosen on one inner fold, with all threads of the run
 MOST_REPEATS = 10
-_REPEATED_WORK = 10**6  # images x features x classes of all repeats of a cross-validation
+_REPEATED_WORK = 4 * 10**6  # images x features x classes of all repeats of a cross-validation: about 10 s on one core
 _INNER_SEED = 0  # of the folds in which C is chosen
 
 
@@ -91,10 +91,11 @@ class FrozenClassifier(EvaluatedModule):
         if isinstance(self.method, NearestNeighbor):
             self._known = F.normalize(features.float(), dim=1), labels
             return
-        x, y = features.double().numpy(), labels.numpy()
-        with threadpool_limits(torch.get_num_threads()):
+        x, y, num_classes = features.double().numpy(), labels.numpy(), self.model.stack.num_classes
+        # several threads cost more than they save on few images, and wait for each other on busy cores
+        with threadpool_limits(torch.get_num_threads() if x.size * num_classes > _MOST_WORK else 1):
             if isinstance(self.method, NearestMean):
-                weight, bias = nearest_mean(x, y, self.model.stack.num_classes)
+                weight, bias = nearest_mean(x, y, num_classes)
             else:
                 copies = np.arange(len(y)) if groups is None else groups
                 weight, bias, self.chosen_c = logistic_regression(x, y, copies)
@@ -184,8 +185,8 @@ def logistic_regression(x: Array, y: Indices, groups: Indices) -> tuple[Array, A
     if len(x) < x.shape[1]:
         u, s, rotation = np.linalg.svd(z, full_matrices=False)
         z = u * s
-    c = choose_c(z, y, groups)
-    model, middle, scale = _fitted(z, y, c)
+    c = choose_c(z, y, groups, x.shape[1])
+    model, middle, scale = _fitted(z, y, c, x.shape[1])
     weight, bias = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
     if len(weight) == 1:  # two classes: one logit, that of the second against the first
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
@@ -195,8 +196,15 @@ def logistic_regression(x: Array, y: Indices, groups: Indices) -> tuple[Array, A
     return weight, bias - weight @ mean, c
 
 
-def choose_c(x: Array, y: Indices, groups: Indices) -> float:
-    """The C of `CS` with the least cross-entropy of held-out images, see `logistic_regression`."""
+def choose_c(x: Array, y: Indices, groups: Indices, width: int) -> float:
+    """The C of `CS` with the least cross-entropy of held-out images, see `logistic_regression`.
+
+    Args:
+        x: features, or their coordinates in the span of the training images.
+        y: class indices.
+        groups: equal numbers are copies of one image.
+        width: number of features.
+    """
     splits = folds(y, groups, _INNER_SEED)
     if not splits:
         return DEFAULT_C
@@ -205,18 +213,18 @@ def choose_c(x: Array, y: Indices, groups: Indices) -> float:
     losses = np.zeros(len(CS))
     for train, test in splits:
         for place, c in enumerate(CS):
-            model, middle, scale = _fitted(x[train], y[train], c)
+            model, middle, scale = _fitted(x[train], y[train], c, width)
             losses[place] += len(test) * _nll(_logits(model, (x[test] - middle) / scale), y[test])
     return CS[int(losses.argmin())]
 
 
-def _fitted(x: Array, y: Indices, c: float) -> tuple[Any, Array, float]:
+def _fitted(x: Array, y: Indices, c: float, width: int) -> tuple[Any, Array, float]:
     """scikit-learn's model on scaled features; and the scaling's mean and divisor."""
     from sklearn import linear_model
     from sklearn.exceptions import ConvergenceWarning
 
     middle = x.mean(axis=0)
-    scale = float(np.sqrt(np.square(x - middle).mean())) or 1.0
+    scale = float(np.sqrt(np.square(x - middle).sum() / (len(x) * width))) or 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # after 1,000 steps it is as good as it gets
         model = linear_model.LogisticRegression(C=c, max_iter=_MOST_ITERATIONS).fit((x - middle) / scale, y)
