@@ -32,7 +32,14 @@ from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_ro
 from nola_vision.tasks.accuracy import LOGGED
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.nearest import NearestNeighborClassifier
-from nola_vision.trainer_settings import LAST_CHECKPOINT, check_monitors, checkpoint_folder, current_path, monitoring
+from nola_vision.trainer_settings import (
+    LAST_CHECKPOINT,
+    check_monitors,
+    checkpoint_folder,
+    close_loggers,
+    current_path,
+    monitoring,
+)
 
 ADAPTER_FILE = "adapter.safetensors"
 _CHECKED_IMAGES = 4  # of the training set, to compare the saved adapter with the trained one
@@ -209,7 +216,10 @@ def _run(
                     if isinstance(built.model, NearestNeighborClassifier):
                         built.model.beat = beat
                     built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
-                _measure(built, folder, stage, ckpt_path, measured)
+                try:
+                    _measure(built, folder, stage, ckpt_path, measured)
+                finally:
+                    close_loggers(built.trainer)
                 status = "completed"
         except (KeyboardInterrupt, SystemExit):
             if status != "completed":
