@@ -47,6 +47,7 @@ from nola_vision.trainer_settings import (
     LAST_CHECKPOINT,
     check_monitors,
     checkpoint_folder,
+    close_loggers,
     current_path,
     monitoring,
 )
@@ -235,7 +236,10 @@ def _run(
                 begun = True
                 if beat is not None:
                     built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
-                _measure(built, folder, stage, ckpt_path, pooled, measured)
+                try:
+                    _measure(built, folder, stage, ckpt_path, pooled, measured)
+                finally:
+                    close_loggers(built.trainer)
                 status = "completed"
         except (KeyboardInterrupt, SystemExit):
             if status != "completed":

@@ -66,7 +66,8 @@ class TestedImages(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Positions, labels and predictions of all images, in ascending order of the positions."""
-        positions, labels, predicted = (dim_zero_cat(s).cpu() for s in (self.positions, self.labels, self.predicted))
+        states = (self.positions, self.labels, self.predicted)
+        positions, labels, predicted = (dim_zero_cat(cast("list[Tensor]", state)).cpu() for state in states)
         order = positions.argsort()
         return positions[order], labels[order], predicted[order]
 
