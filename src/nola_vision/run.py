@@ -260,7 +260,7 @@ def _run(
                 stage,
                 status,
                 started=started,
-                seconds_total=round(time.perf_counter() - clock, 3),
+                seconds_total=round(time.perf_counter() - clock + _seconds(held_out), 3),
                 **{"threads": torch.get_num_threads(), "learning_rate": learning_rate, **measured},
             )
             # the other processes of a distributed run have the same numbers
@@ -314,6 +314,10 @@ def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
     return _HeldOut(estimate, pool(parts), folds[order])
 
 
+def _seconds(held_out: Sequence[Row]) -> float:
+    return sum(of_fold.seconds_total or 0 for of_fold in held_out)
+
+
 def _write_estimate(pooled: _HeldOut, folder: Path, class_names: Sequence[str]) -> dict[str, Any]:
     """Writes the predictions and confusions of all folds into a final run's folder; returns the columns of its row."""
     _stored(pooled.predictions, "final").save(folder)
@@ -335,7 +339,8 @@ def _with_estimate(row: Row, folder: Path, held_out: Sequence[Row]) -> Row:
     set_temperature(path, found.temperature, "folds", found.images)
     columns = _write_estimate(pooled, folder, row.data["class_names"])
     columns |= {"calibrated_on": "folds", **found.columns()}
-    row = dataclasses.replace(row, adapter_file_bytes=path.stat().st_size, **columns)
+    seconds = round((row.seconds_total or 0) + _seconds(held_out), 3)
+    row = dataclasses.replace(row, adapter_file_bytes=path.stat().st_size, seconds_total=seconds, **columns)
     write_row(folder, row)
     return row
 

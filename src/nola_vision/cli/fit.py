@@ -183,11 +183,12 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
     """The rows of the methods on frozen features, each printed when it is known."""
     from nola_vision import run
     from nola_vision.config import parse
+    from nola_vision.results.tables import accuracy_text
     from nola_vision.tasks.frozen import FROZEN_METHODS
 
     if run_config["model"]["backbone"]["base"] != "pretrained":
         return []
-    say("frozen features, % right (nothing is trained on them by steps):")
+    say("accuracy with frozen features, without an adapter:")
     rows = []
     for name, class_name in FROZEN_METHODS.items():
         entries = {key: entry for key, entry in raw.get("methods", {}).items() if entry["class_path"] == class_name}
@@ -206,18 +207,8 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
         model = {key: value for key, value in one["model"].items() if key != "optimizer"}
         one |= {"method": name, "model": {**model, "method": method}, "trainer": trainer}
         rows.append(run.run(parse(one, [], known.allow_import), known.out, again=known.again))
-        say(f"  {printable(name):14s}{_accuracy(rows[-1])}")
+        say(f"  {printable(name):14s}{accuracy_text(rows[-1])}")
     return rows
-
-
-def _accuracy(row: Row) -> str:
-    """A row's accuracy in per cent; of folds with their standard deviation and number."""
-    if row.estimate is not None:
-        from nola_vision.results.estimates import Estimate
-
-        found = Estimate.from_dict(row.estimate)
-        return f"{100 * found.mean:.1f} (std {100 * found.std:.1f} over {len(found.folds)} folds)"
-    return "-" if row.test_accuracy is None else f"{100 * row.test_accuracy:.1f}"
 
 
 def _announce(

@@ -263,4 +263,6 @@ def _line(spec: plan.RunSpec, row: Row) -> str:
         return printable(f"{where}: {row.status}, {row.error}")
     if spec.stage == "search":
         return f"{where}: learning rate {spec.learning_rate:g}, validation {100 * (row.val_accuracy or 0):.1f} %"
-    return f"{where}: test {100 * (row.test_accuracy or 0):.1f} %, {row.seconds_total:.1f} s"
+    from nola_vision.results.tables import accuracy_text
+
+    return f"{where}: {accuracy_text(row)}, {row.seconds_total:.1f} s"

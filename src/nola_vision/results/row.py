@@ -96,8 +96,9 @@ class Row:
     counted from 0, whose weights were saved and tested: the last one, or the best by the metric `monitor` of a
     ModelCheckpoint. `train_loss` is that of the last epoch. `test_nll` is the mean cross-entropy of the test images.
     `estimate` is the accuracy by cross-validation of a data set without a test split, as `estimates.Estimate` writes
-    it. `temperature` divides the logits of the adapter file; it was fitted on the predictions for `calibrated_on`
-    ("folds" or "validation" images), whose NLL and expected calibration error the columns `held_out_...` give.
+    it, and `seconds_total` contains the runs of its folds. `temperature` divides the logits of the adapter file; it was
+    fitted on the predictions for `calibrated_on` ("folds" or "validation" images), whose NLL and expected calibration
+    error the columns `held_out_...` give.
     `folder` is not a column: it is where the row was read from, None for a row that was not read.
     """
 

@@ -164,6 +164,15 @@ def _latex_text(text: str) -> str:
     return _LATEX_FONTS_LACK.sub(lambda found: f"U+{ord(found[0]):04X}", escaped)
 
 
+def accuracy_text(row: Row) -> str:
+    """The accuracy of a run in words: `91.2 %`, or `85.0 % (6.1), mean and std of 50 folds`."""
+    accuracies = run_accuracies(row)
+    if row.estimate is None or not accuracies:
+        return f"{_points(accuracies[0])} %" if accuracies else _NOT_MEASURED
+    mean, std = mean_std(accuracies)
+    return f"{_points(mean)} % ({_points(std)}), mean and std of {len(accuracies)} folds"
+
+
 def row_panel(row: Row) -> Panel:
     """Return a short account of one run, for its end."""
     place = f"split {row.split}" + (f", init {row.init}" if row.init is not None else "")
@@ -172,11 +181,7 @@ def row_panel(row: Row) -> Panel:
         accuracy += f", 95 % interval {_between(interval)} (Wilson, of the test images alone)"
     measured = {"test accuracy": accuracy}
     if row.estimate is not None:
-        folds = run_accuracies(row)
-        mean, std = mean_std(folds)
-        measured = {
-            "cross-validated accuracy": f"{_points(mean)} % ({_points(std)}), mean and std of {len(folds)} folds"
-        }
+        measured = {"cross-validated accuracy": accuracy_text(row)}
     for key, name, factor in COLUMNS.values():
         if (value := getattr(row, key)) is not None:
             measured[name.removesuffix(" %")] = f"{100 * value:.2f} %" if factor == 100 else f"{value:.3f}"
