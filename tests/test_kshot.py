@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from nola_vision.data.kshot import classes_without_pool, draw, evenly_spaced, validation_pool
+from nola_vision.data.kshot import candidates, classes_without_pool, draw, evenly_spaced, validation_pool
 from nola_vision.data.splits import class_of, read_list
 from nola_vision.errors import NolaVisionError
 
@@ -73,6 +73,18 @@ def test_all_is_everything_outside_the_pool() -> None:
     labels = mixed(30, 7)
     everything = sorted([*draw(labels, "all", 0).tolist(), *validation_pool(labels).tolist()])
     assert everything == list(range(37))
+
+
+def test_a_pool_is_left_out_only_where_it_comes_from_the_training_images() -> None:
+    labels = mixed(30, 7)
+    assert candidates(labels, ("train", "test")).tolist() == draw(labels, "all", 0).tolist()
+    for splits in (("train",), ("train", "validation", "test")):
+        everything = candidates(labels, splits)
+        assert everything.tolist() == [*range(37)] == draw(labels, "all", 0, among=everything).tolist()
+    few = draw(labels, 9, 0, among=everything, at_most=True)
+    assert np.bincount(labels[few]).tolist() == [9, 7]
+    with pytest.raises(NolaVisionError, match="9 shots need that many images in every class, but '1' has 7"):
+        draw(labels, 9, 0, among=everything)
 
 
 def test_other_classes_change_nothing() -> None:
