@@ -211,6 +211,7 @@ def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> R
     from nola_vision import cross_validation, load_adapter, photos
     from nola_vision.config import parse, quiet
     from nola_vision.predictions import load_predictions
+    from nola_vision.results import identity
 
     drawn, outside = data.draw(counts, seed)
     if len(outside) > ADAPTER_TRUTH:
@@ -219,7 +220,7 @@ def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> R
         place = folder / "images" / str(data.labels[index])
         place.mkdir(parents=True, exist_ok=True)
         data.image(index).save(place / f"{index}.png")
-    config = photos.config(str(folder / "images"), backbone="quickstart", device="cpu")
+    config = identity.resolve(photos.config(str(folder / "images"), backbone="quickstart", device="cpu"))
     held_out: list[Any] = []
     with quiet():
         row = cross_validation.run_with_estimate(

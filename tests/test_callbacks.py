@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +200,15 @@ def test_monitors_are_checked_in_each_process_of_a_distributed_run(
 def test_settings_that_give_no_result_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(NolaVisionError, match=message):
         tiny(trainer=settings)
+
+
+def test_a_number_of_batches_stays_one_whatever_was_imported_before() -> None:
+    # scikit-learn has a Union of float and int, which `typing` keeps and gives to who asks for one of int and float
+    numbers = "[tiny(trainer={'limit_train_batches': n})['trainer']['limit_train_batches'] for n in (1, 1.0, 0.5)]"
+    code = f"import sklearn.metrics; from tiny import tiny; print({numbers})"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
+    assert ended.stdout == "[1, 1.0, 0.5]\n", ended.stderr
 
 
 def test_a_share_of_batches_that_is_none_is_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_a_dry_run_says_what_there_is_to_do(capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     assert main(["sweep", *fast, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "3 runs, 1 done; about 0 minutes left with 1 at a time" in printed
+    assert re.search(r"3 runs, 1 done; about \d+ s left with 1 at a time", printed)
 
 
 def test_a_sweep_without_its_data_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +213,7 @@ MISTAKES = {
     "config that is no mapping": (["fit", "--config", "list.yaml"], "no mapping"),
     "unknown key": (["fit", "--config", "quickstart.yaml", "--data.shts", "5"], "--data.shts"),
     "unknown key in a file": (["fit", "--config", "quickstart.yaml", "--config", "typo.yaml"], "augmentatoin"),
-    "wrong type": ([*FIT, "--data.shots", "few"], "data.shots is 'few': it must be a whole number or all"),
+    "wrong type": ([*FIT, "--data.shots", "few"], "shots is 'few', but it must be a whole number from 1 up, or 'all'"),
     "abbreviation": ([*FIT, "--data.shot", "3"], "there is no option --data.shot: did you mean shots"),
     "choice": ([*FIT, "--model.method.scope=all"], "model.method.scope is 'all': it must be shared or per_layer"),
     "precision": ([*FIT, "--trainer.precision=8"], "trainer.precision is '8': it must be"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from nola_vision import load_adapter
 from nola_vision.adapters.file import open_adapter
@@ -71,6 +72,10 @@ def test_the_estimate_is_that_of_the_folds(photos: Path, fitted: Path) -> None:
     pooled = load_predictions(row.folder) if row.folder else None
     assert pooled is not None and pooled.logits is None
     assert pooled.index.tolist() == sorted(np.concatenate([part.index for part in tested if part]).tolist())
+    assert row.balanced_accuracy == pytest.approx(balanced_accuracy_score(pooled.label, pooled.predicted))
+    assert row.macro_f1 == pytest.approx(f1_score(pooled.label, pooled.predicted, average="macro", zero_division=0))
+    assert row.test_nll == pytest.approx(row.held_out_nll, rel=1e-4) and row.top5_accuracy is None
+    assert row.folder is not None and (row.folder / "confusion.csv").is_file()
     assert row.data["counts"]["train"] == 3 * PER_CLASS + 1  # the final adapter sees every image
     for fold, part in zip(folds, tested, strict=True):
         assert part is not None and fold.data["draw"] is None and not set(part.index) & set(trained_on(fold))

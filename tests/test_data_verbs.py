@@ -1,6 +1,7 @@
 """`nola-vision data check` and `data manifest`, and training on a manifest's images; a step on every data set."""
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -12,9 +13,11 @@ import pytest
 from PIL import Image
 
 import stand_ins
+from nola_vision.backbones import BackboneSpec
 from nola_vision.cli.main import main
 from nola_vision.config_files import compose, part_names
 from nola_vision.data import check
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.manifest import Manifest, content, write_manifest
 from nola_vision.data.sources import ArraySource
 from nola_vision.results import store
@@ -44,7 +47,7 @@ def run(*words: str) -> int:
 def test_check_says_what_is_there(tree: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("data", "check", "folder", "--root", tree) == 0
     printed = capsys.readouterr().out
-    assert "folder: train/<class>/<image> and test/<class>/<image>" in printed
+    assert "folder: <class>/<image> under the root, or train/<class>/<image>, with test/<class>/<image>" in printed
     assert "train: 36 images in 3 classes, 12 each" in printed and "fit for use" in printed
     monkeypatch.setenv("NOLA_VISION_DATA", str(tree))
     assert run("data", "check", "folder") == 0
@@ -74,7 +77,7 @@ def test_check_refuses_what_fit_refuses_and_says_what_is_not_read(
     same = (tree / "train/class 0 é/0.png").read_bytes()
     (tree / "train/class 1 é/same.png").write_bytes(same)
     (tree / "test/class 2 é/same.png").write_bytes(same)
-    (tree / "train/class 2 é/phone.HEIC").write_bytes(b"")
+    (tree / "train/class 2 é/letter.DOCX").write_bytes(b"")
     (tree / "train/class 2 é/\x1b[31mred\nline.png").write_bytes(b"no image")
     os.mkfifo(tree / "test/class 0 é/pipe.png")
     assert run("data", "check", "folder", "--root", tree) == 1
@@ -84,7 +87,7 @@ def test_check_refuses_what_fit_refuses_and_says_what_is_not_read(
         "twice in train and the labels differ: 1\n"
         f"    {train}/class 0 é/0.png (class 0 é) and {train}/class 1 é/same.png (class 1 é)\n",
         f"    {train}/class 0 é/0.png (class 0 é) and {test}/class 2 é/same.png (class 2 é): the labels differ\n",
-        "files that are not read in train: 1 (.heic 1)",
+        "files that are not read in train: 1 (1 .docx)",
         "red\\nline.png (not an image",
         f"cannot read the image {test}/class 0 é/pipe.png (it is a FIFO, not a regular file)",
     ):
@@ -102,6 +105,66 @@ def test_check_refuses_what_fit_refuses_and_says_what_is_not_read(
     monkeypatch.setattr(check, "open_split", lambda *_: two)  # one name for two classes, as ImageNet has
     counts = check.check_split(stand_ins.DATASETS["digits"], None, "train", False, lambda *_: None).counts
     assert counts == [("crane", 1), ("crane", 2)]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders as people have them: no test split, other names of the splits, files of many kinds, two labels."""
+    place = tmp_path_factory.mktemp("cases")
+    for root, splits in (
+        ("train_only", ["train"]), ("valid", ["train", "valid"]), ("validation", ["train", "validation"]),
+        ("flat", [""]), ("formats", ["train", "test"]), ("two_labels", ["train", "test"]),
+        ("pool", ["train", "Val", "test"]), ("both", ["train", "val", "valid", "test"]),
+    ):  # fmt: skip
+        for number, (split, name, i) in enumerate(itertools.product(splits, ("a", "b"), range(6))):
+            stand_ins.picture(place / root / split / name / f"{i}.png", number)
+    for suffix, kind in (
+        (".jfif", "JPEG"),
+        (".JPE", "JPEG"),
+        (".tga", "TGA"),
+        ("", "PNG"),
+        (".AVIF", "AVIF"),
+        (".jp2", "JPEG2000"),
+    ):
+        Image.new("RGB", (9, 9), (1, 2, len(suffix))).save(place / f"formats/train/a/x{suffix}", kind)
+    (place / "formats/train/b/x.doc").write_bytes(b"")
+    (place / "two_labels/train/b/same.png").write_bytes((place / "two_labels/train/a/0.png").read_bytes())
+    (place / "list.csv").write_text("path,label\n" + "".join(f"flat/{n}/{i}.png,{n}\n" for n in "ab" for i in range(6)))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "lines"),
+    [
+        ("train_only", 0, ["all images: 12 images in 2 classes, 6 each", "estimated by cross-validation in 5 folds"]),
+        ("flat", 0, ["all images: 12 images in 2 classes, 6 each", "estimated by cross-validation in 5 folds"]),
+        ("list.csv", 0, ["all images: 12 images in 2 classes, 6 each", "estimated by cross-validation in 5 folds"]),
+        ("valid", 0, ["train: 12 images", "test (named validation): 12 images"]),
+        ("validation", 0, ["train: 12 images", "test (named validation): 12 images"]),
+        ("pool", 0, ["train: 12 images", "validation: 12 images", "test: 12 images"]),
+        ("formats", 0, ["train: 18 images in 2 classes, 6 (b) to 12 (a)", "not read in train: 1 (1 .doc)"]),
+        ("two_labels", 1, ["twice in train and the labels differ: 1\n", "/a/0.png (a) and ", "/b/same.png (b)"]),
+        ("both", 2, ["both/val and ", "both/valid are folders of validation images, but only one is read"]),
+    ],
+)  # fmt: skip
+def test_cases_of_layouts(name: str, status: int, lines: list[str], cases: Path, capsys: pytest.CaptureFixture) -> None:
+    dataset = "list" if name.endswith(".csv") else "folder"
+    assert run("data", "check", dataset, "--root", cases / name) == status
+    printed, error = capsys.readouterr()
+    assert all(line in printed + error for line in lines), printed
+    assert error.count("\n") == (status == 2)
+
+
+def test_a_manifest_without_a_test_split_draws_from_all_images(cases: Path, capsys: pytest.CaptureFixture) -> None:
+    for dataset, root in (("folder", cases / "flat"), ("list", cases / "list.csv")):
+        assert run("data", "manifest", dataset, "--root", root, "--shots", 6, "--out", f"{dataset}.json") == 0
+        images = json.loads(Path(f"{dataset}.json").read_text())["images"]
+        prefix = "flat/" if dataset == "list" else ""
+        assert sorted(name for name, _, _ in images) == [f"{prefix}{n}/{i}.png" for n in "ab" for i in range(6)]
+        data = KShotDataModule(
+            BackboneSpec("test_vit"), dataset, str(root), shots=6, manifest=str(Path(f"{dataset}.json"))
+        )
+        assert sorted(data._train_set[1]) == [*range(12)] and len(data._pool_set[1]) == 0
 
 
 def test_file_names_are_bytes(tree: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

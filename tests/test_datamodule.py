@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +16,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torchvision.transforms import v2
 
-from nola_vision import local_files
+from nola_vision import local_files, memo
 from nola_vision.backbones import BackboneSpec, InputConfig
 from nola_vision.config import has_validation_images
 from nola_vision.data import integrity, sources
 from nola_vision.data.augment import ColorJitter, GaussianBlur, PlanarFloat
 from nola_vision.data.datamodule import EpochSampler, KShotDataModule
 from nola_vision.data.datasets import Digits
+from nola_vision.data.folds import folds
 from nola_vision.data.kshot import draw, validation_pool
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.transforms import eval_transform, train_transform
@@ -79,7 +81,7 @@ def small_tree(tmp_path: Path) -> Path:
             for number in range(4):
                 path = tmp_path / split / name / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (9 + number, 12 + label), (50 * number, 99, 0)).save(path)
+                Image.new("RGB", (9 + number, 12 + label), (50 * number, 99, 9 * (split == "test"))).save(path)
     return tmp_path
 
 
@@ -285,7 +287,7 @@ def test_bad_images_of_later_stages_are_found_before_training(tmp_path: Path, mo
 
     data = prepared()
     source = data._train_set[0]
-    bad = [source.paths[data._pool_indices(source)[-1]], tmp_path / "test/bee/78.bmp"]
+    bad = [source.paths[data._pool_set[1][-1]], tmp_path / "test/bee/78.bmp"]
     assert data.describe()["counts"] == {"train": 4, "validation": 8}  # the test set is not open
     read, decodes = [], integrity._decodes
     monkeypatch.setattr(integrity, "_decodes", lambda path: read.append(path) or decodes(path))
@@ -346,6 +348,135 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(tmp_path: Path) 
     assert same(whole.seen[2], resumed.seen[2]) and not same(whole.seen[1], whole.seen[2])
     assert same(whole.seen[2], epoch_of(module(), 2))
     assert whole.validated == 3
+
+
+def flat(root: Path, *counts: int) -> Path:
+    """A folder of photos: so many images per class, no test split."""
+    for label, count in enumerate(counts):
+        for number in range(count):
+            path = root / f"class {label}" / f"{number:02d}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 20 * label, 0)).save(path)
+    return root
+
+
+def test_without_a_test_split_all_images_train_or_a_fold_is_tested(tmp_path: Path, decoded: list[int]) -> None:
+    root = flat(tmp_path / "photos", 25, 7, 4, 1)
+    (root / "class 1/copy.bmp").write_bytes((root / "class 1/00.bmp").read_bytes())
+    labels = np.repeat(np.arange(4), [25, 8, 4, 1])
+    make = partial(module, dataset="folder", root=str(root), shots="all")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(memo, "_kept", None)
+    memo.keep()
+    try:
+        final = make()
+        final.prepare_data(), final.setup("fit"), final.setup("test")
+        assert not final.has_test and final.number_of_folds == 4 and final.untested_classes == ["class 3"]
+        assert final.test_name is None and final.test_dataloader() == [] == final.val_dataloader()
+        assert len(final.test_indices) == 0 and final.majority_share == 25 / 38
+        described = final.describe()
+        assert json.loads(json.dumps(described)) == described
+        assert described["counts"] == {"train": 38, "validation": 0, "test": 0} and described["draw"] is None
+        expected = {"majority_share": 25 / 38, "test_name": None, "folds": 4, "untested_classes": ["class 3"]}
+        assert {key: described[key] for key in expected} == expected
+        assert not final.warnings  # copies of one class are no mistake, and no pool is missed
+        decodings = len(decoded)
+
+        expected_folds, tested = folds(labels, final.groups, 5), []
+        for number, (train, test) in enumerate(expected_folds):
+            data = make(fold=number, split_seed=5)
+            data.setup("fit"), data.setup("test")
+            assert data.test_name == f"fold {number + 1} of 4" and data.test_indices.tolist() == test.tolist()
+            assert data.describe()["counts"] == {"train": len(train), "validation": 0, "test": len(test)}
+            images, answers = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
+            source = data._open("train")
+            assert answers.tolist() == labels[test].tolist()
+            assert torch.equal(images[0], eval_transform(CONFIG)(source.image(int(test[0]))))
+            decodings += 1
+            assert sum(len(batch) for _, batch in epoch_of(data, 0)) == len(train)
+            tested += test.tolist()
+            few = make(fold=number, split_seed=5, shots=5)
+            drawn = few._train_set[1].tolist()
+            assert set(drawn) <= set(train.tolist()) and np.bincount(labels[drawn]).tolist() == [5, 5, 3, 1]
+            assert few.describe()["draw"] == drawn
+        assert sorted(tested) == [*range(37)]
+        assert len(decoded) == decodings  # all folds share what is decoded once
+    finally:
+        monkeypatch.undo()
+    assert make(split_seed=1).groups[25] == make().groups[32]  # the copy is the last of class 1
+    assert make(fold=0, split_seed=1).test_indices.tolist() != make(fold=0).test_indices.tolist()
+
+
+def test_settings_are_chosen_on_images_held_out_of_the_training_part(tmp_path: Path) -> None:
+    make = partial(module, dataset="folder", root=str(flat(tmp_path, 25, 7, 1)), shots="all", hold_out=True)
+    data = make(fold=1)
+    (train, test), groups = folds(data._open("train").labels, data.groups, 0)[1], data.groups
+    pool = data._pool_set[1]
+    assert sorted([*data._train_set[1], *pool]) == train.tolist() and 0 < len(pool) < len(train) / 2
+    assert data.test_indices.tolist() == test.tolist()
+    images = torch.cat([images for images, _ in data.val_dataloader()])
+    assert torch.equal(images[0], eval_transform(CONFIG)(data._open("train").image(int(pool[0]))))
+    everything = make()
+    assert sorted([*everything._train_set[1], *everything._pool_set[1]]) == [*range(33)]
+    assert len(everything.test_indices) == 0 and everything.describe()["counts"]["validation"] == 7
+    few = make(shots=2)
+    assert np.bincount(few._open("train").labels[few._train_set[1]]).tolist() == [2, 2, 1]
+    assert few._pool_set[1].tolist() == everything._pool_set[1].tolist() and len(groups) == 33
+
+
+def test_images_next_to_the_test_set_are_the_pool(tmp_path: Path) -> None:
+    for split, count in (("train", 25), ("val", 3), ("test", 2)):
+        flat(tmp_path / split, count, count)
+    data = module(dataset="folder", root=str(tmp_path), shots="all")
+    data.prepare_data(), data.setup("test")
+    assert data.describe()["counts"] == {"train": 50, "validation": 6, "test": 4} and data.test_name == "test"
+    assert torch.cat([labels for _, labels in data.val_dataloader()]).tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.majority_share == data.describe()["majority_share"] == 0.5 and data.number_of_folds is None
+    assert len(data.warnings) == 3 and "in both train and test: 4, such as" in data.warnings[1]
+    assert module().describe()["majority_share"] is None  # of a test set that is not open
+    (tmp_path / "val/class 1/02.bmp").write_bytes(b"BM")
+    with pytest.raises(NolaVisionError, match=r"cannot decode the image .*val/class 1/02\.bmp"):
+        module(dataset="folder", root=str(tmp_path)).prepare_data()
+
+
+def test_settings_that_do_not_fit_the_splits_are_refused(tmp_path: Path) -> None:
+    make = partial(module, dataset="folder", root=str(flat(tmp_path, 6, 3, 1)), shots=1)
+    for data, expected in (
+        (make(fold=3), "data.fold is 3, but there are 3 folds, counted from 0"),
+        (make(fold=-1), "data.fold is -1"),
+        (make(test_limit=5), "data.test_limit takes a part of the test images, and there are none"),
+        (make(fold=0, manifest="m.json"), "data.fold takes its images from all, and data.manifest names some"),
+        (module(fold=0), "data.fold is for data without test images"),
+        (module(hold_out=True), "data.hold_out is for data without test images"),
+    ):
+        for stage in ("fit", "test"):
+            with pytest.raises(NolaVisionError, match=expected):
+                data.setup(stage)
+    with pytest.raises(NolaVisionError, match="2 shots need that many images in every class, but 'class 2' has 1"):
+        make(shots=2).setup("fit")
+    (tmp_path / "class 1/02.bmp").write_bytes(b"BM")
+    with pytest.raises(NolaVisionError, match=r"cannot decode the image .*class 1/02\.bmp"):
+        make().prepare_data()  # also where this image is not drawn: a fold tests it
+
+
+def test_mistakes_in_a_users_images_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = flat(tmp_path / "photos", 3, 3)
+    (root / "class 1/same.bmp").write_bytes((root / "class 0/01.bmp").read_bytes())
+    for name in ("class 0/notes.txt", "class 1/more.txt", "class 1/Thumbs.db", "loose.png", "class 0/.DS_Store"):
+        (root / name).write_bytes(b"")
+    (root / "empty").mkdir()
+    expected = [
+        "files that are not read: 2 .txt, 1 .db",
+        f"folders in {root} that are not read, without an image: empty/",
+        f"images directly in {root}, in no class folder, that are not read: loose.png",
+        f"images under two labels in train: 1, such as {root}/class 0/01.bmp (class 0) and {root}/class 1/same.bmp"
+        " (class 1)",
+    ]
+    for _ in range(2):
+        data = module(dataset="folder", root=str(root), shots="all")
+        data.prepare_data()
+        assert data.warnings == expected
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("nola")] == expected
 
 
 @pytest.mark.filterwarnings("ignore")

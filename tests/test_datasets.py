@@ -4,8 +4,11 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import struct
+import sys
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import stand_ins
-from nola_vision.data import datasets
+from nola_vision.data import datasets, sources
 from nola_vision.data.datasets import DATASETS, DatasetEntry, get_dataset, open_split
 from nola_vision.data.kshot import draw
 from nola_vision.data.sources import FileSource, ImageSource
@@ -104,12 +107,15 @@ def test_two_files_of_one_name_are_refused(one: str, two: str, tree: Path, monke
         entry.open(str(tree), "train")
     assert all(ascii(str(path)) in str(caught.value) for path in paths) and str(caught.value).isascii()
     paths[1].unlink()
-    for name, colour in ((one, "red"), (two, "blue")):  # where `test` is used, `val` is only part of the hash
+    save(tree / "val/naïve bée/1.png")
+    for name, colour in ((one, "red"), (two, "blue")):
         save(tree / "val/ant" / name, Image.new("RGB", (5, 4), colour))
     assert len(entry.open(str(tree), "train")) == 5
+    with pytest.raises(NolaVisionError, match="one name in Unicode's two forms"):
+        entry.open(str(tree), "validation")
     content = entry.own_content(str(tree))
     monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in list(walk(*a, **k))[::-1]))
-    assert content.count(b"\n") == 10 and entry.own_content(str(tree)) == content
+    assert content.count(b"\n") == 11 and entry.own_content(str(tree)) == content
 
 
 def test_a_link_that_leads_back_is_followed_once(tree: Path) -> None:
@@ -118,9 +124,177 @@ def test_a_link_that_leads_back_is_followed_once(tree: Path) -> None:
     assert DATASETS["folder"].open(str(tree), "train").labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_folder_takes_val_where_there_is_no_test(tree: Path) -> None:
-    (tree / "test").rename(tree / "val")
-    assert "/val/" in Path(DATASETS["folder"].open(str(tree), "test").where(0)).as_posix()
+def test_layouts_of_a_folder(tree: Path) -> None:
+    entry, root = DATASETS["folder"], str(tree)
+
+    def places(split: str) -> set[str]:
+        source = entry.open(root, split)  # type: ignore[arg-type]
+        assert source.class_names == entry.class_names(root)
+        return {source.name(index).partition("/")[0] for index in range(len(source))}
+
+    assert entry.splits(root) == ("train", "test") and entry.test_name(root) == "test" and not entry.notes(root)
+    with_test = entry.own_content(root)
+    for name in ("val", "VALID", "Validation"):  # alone it has the test images
+        (tree / "test").rename(tree / name)
+        assert entry.splits(root) == ("train", "test") and entry.test_name(root) == "validation"
+        assert places("test") == {name} and places("train") == {"train"}
+        for label in ("ant", "naïve bée"):  # next to test it is the validation pool
+            save(tree / "test" / label / "0.png")
+        assert entry.splits(root) == ("train", "validation", "test") and entry.test_name(root) == "test"
+        assert places("validation") == {name} and places("test") == {"test"}
+        assert f"{name}/ant/2.png".encode() in entry.own_content(root) != with_test
+        shutil.rmtree(tree / "test")
+        (tree / name).rename(tree / "test")
+    save(tree / "extra/1.png"), save(tree / "loose.png"), save(tree / "train/also.png"), save(tree / ".hidden.png")
+    (tree / "readme.txt").write_text("")
+    assert entry.notes(root) == [
+        f"folders in {root} that are not read, next to train/ and test/: extra/",
+        f"images directly in {root}, in no class folder, that are not read: loose.png",
+        f"images directly in {root}/train, in no class folder, that are not read: also.png",
+    ]
+    assert len(entry.open(root, "train")) == 4
+    shutil.rmtree(tree / "test")
+    assert entry.splits(root) == ("train",) and entry.class_names(root) == ("ant", "naïve bée")
+    with_train = entry.own_content(root)
+
+    flat, root = tree / "train", str(tree / "train")
+    (flat / "runs").mkdir(), (flat / "runs/row.json").write_text("{}")
+    assert entry.splits(root) == ("train",) and places("train") == {"ant", "naïve bée"}
+    assert entry.notes(root) == [
+        f"folders in {root} that are not read, without an image: runs/",
+        f"images directly in {root}, in no class folder, that are not read: also.png",
+    ]
+    content = entry.own_content(root)
+    assert content.count(b"\n") == 4 and b"also" not in content and content != with_train
+    save(flat / "naïve bée/b.png", Image.new("RGB", (5, 4), "red"))
+    assert entry.own_content(root) != content
+
+
+def test_layouts_that_are_refused(tree: Path) -> None:
+    entry, root = DATASETS["folder"], str(tree)
+    for name, expected in (
+        ("valid", r"val and .*valid are folders of validation images, but only one is read: merge them or remove one$"),
+        ("Test", "test and .*Test|Test and .*test differ in case only: rename one$"),
+    ):
+        save(tree / "val/ant/1.png"), (tree / name).mkdir()
+        with pytest.raises(NolaVisionError, match=expected):
+            entry.splits(root)
+        shutil.rmtree(tree / "val"), (tree / name).rmdir()
+    (tree / "train").rename(tree / "photos")
+    with pytest.raises(NolaVisionError, match="has the folder 'test' but no .*'train': name .* if 'test' is a class"):
+        entry.class_names(root)
+    for name in ("ant", "naïve bée"):
+        for path in (tree / "photos" / name).rglob("*.*"):
+            path.unlink()
+    with pytest.raises(NolaVisionError, match="no folder in .*photos has images: put images there as"):
+        entry.class_names(str(tree / "photos"))
+
+
+def listing(tree: Path, name: str, content: str | bytes) -> str:
+    (tree / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(tree / name)
+
+
+def test_lists_of_images(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    entry = DATASETS["list"]
+    elsewhere = save(tmp_path_factory.mktemp("else") / "x.png")
+    (tree / "lists").mkdir()
+    csv = '\ufeffLabel, path,note\r\nbee,"train/naïve bée/b.png",7\r\n"ant, red",train/ant/a.png\r\n\r\n'
+    csv += f"bee,{elsewhere}\r\n"
+    text = f"train/naïve bée/b.png\tbee\n../{tree.name}/train/ant/a.png\tant, red\n\n  {elsewhere} bee\n"
+    semicolons = f"path;label\ntrain/naïve bée/b.png;bee\ntrain/ant/a.png;ant, red\n{elsewhere};bee\n"
+    for name, content in (("a.csv", csv), ("a.txt", text), ("list", text), ("b.CSV", semicolons)):
+        root = listing(tree, name, content)
+        source = entry.open(root, "train")
+        assert entry.splits(root) == ("train",) and source.class_names == entry.class_names(root) == ("ant, red", "bee")
+        assert source.labels.tolist() == [1, 0, 1] and all(source.image(index).size == (5, 4) for index in range(3))
+        first, second, third = (source.name(index) for index in range(3))
+        assert first == "train/naïve bée/b.png" and second.endswith("train/ant/a.png") and third == str(elsewhere)
+        content = entry.own_content(root)
+        save(elsewhere, Image.new("RGB", (5, 4), "red")), os.utime(elsewhere, ns=(1, 1))
+        assert entry.own_content(root) != content  # the images are part of the data
+        save(elsewhere), os.utime(elsewhere, ns=(2, 2))
+    root = listing(tree, "a.csv", csv.replace('bee,"', 'wasp,"'))
+    assert entry.own_content(root).partition(b"\0")[0] != csv.encode()
+
+    latin = os.fsdecode(b"stra\xdfe.png")
+    save(tree / "train/ant/a.png").rename(tree / latin)
+    source = entry.open(listing(tree, "a.txt", b"stra\xdfe.png caf\xe9\ntest/ant/1.png ant"), "train")
+    assert source.class_names == ("ant", "caf\\xe9") and source.name(0) == "stra\\xdfe.png" and source.image(0)
+
+
+def test_splits_of_a_list(tree: Path) -> None:
+    entry = DATASETS["list"]
+    files = ["train/ant/a.png", "train/naïve bée/b.png", "test/ant/1.png", "test/naïve bée/1.png"]
+
+    def listed(*splits: str) -> str:
+        rows = [f"{path},{path.split('/')[1]},{split}" for path, split in zip(files, splits, strict=True)]
+        return listing(tree, "a.csv", "\n".join(["path,label,split", *rows]))
+
+    for splits, expected, name in (
+        (("train", "", "Train", "train"), {"train": [0, 1, 0, 1]}, "test"),
+        (("train", "train", "valid", "val"), {"train": [0, 1], "test": [0, 1]}, "validation"),
+        (("train", "train", "validation", "test"), {"train": [0, 1], "validation": [0], "test": [1]}, "test"),
+    ):
+        root = listed(*splits)
+        assert entry.splits(root) == tuple(expected) and entry.test_name(root) == name
+        assert {split: entry.open(root, split).labels.tolist() for split in expected} == expected  # type: ignore[arg-type]
+    with pytest.raises(NolaVisionError, match="has no training images: add some"):
+        entry.splits(listed("val", "val", "test", "test"))
+    with pytest.raises(NolaVisionError, match=r"line 3 of .*a\.csv has split 'dev': write train, val or test"):
+        entry.splits(listed("train", "dev", "test", "test"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "has no images|begins with ''"),
+        (b"train/ant/a.png,ant\n", "begins with 'train/ant/a.png,ant': its first line must be path,label or path"),
+        (b"path,label,path\n", "its first line must be"),
+        (b"path,label\n", "has no images: add some"),
+        (b"path,label\ntrain/ant/a.png\n", r"line 2 of the list .*a\.csv has no label: add it"),
+        (b"path,label\n ,ant\n", "line 2 of .* has no path: add it"),
+        (b"path,label\nx.png,ant\ny.png,ant\n", "2 of the 2 images .* do not exist, the first is 'x.png' in line 2"),
+        (b"path,label\n" + b"x" * 9999 + b",ant\n", "1 of the 1 images of .* do not exist"),
+        (b"path,label\na.png,ant\nb.png,ant\na.png,bee\n", "lines 2 and 4 .* give 'a.png' the labels 'ant' and 'bee'"),
+        (b"path,label\na.png,ant\n./a.png,bee\n", "lines 2 and 3 .* give './a.png' the labels 'ant' and 'bee'"),
+        (b"path,label\na.png,ant\na.png,ant\n", "lines 2 and 3 of .* give 'a.png' the same label: keep one of them"),
+        (b"path,label,split\na.png,ant,\na.png,ant,test\n", "the splits 'train' and 'test': keep one"),
+        ("path,label\n".encode("utf-16"), "is not text in UTF-8: save it as UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "is not text in UTF-8"),
+        (b'path,label\n"' + b"x" * 200_000, r"line \d of .* is not CSV \(field larger than field limit"),
+    ],
+)  # fmt: skip
+def test_lists_that_are_refused(content: bytes, expected: str, tree: Path) -> None:
+    entry, root = DATASETS["list"], listing(tree, "a.csv", content)
+    with pytest.raises(NolaVisionError, match=expected) as caught:
+        entry.open(root, "train")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 2003
+
+
+def test_text_lists_that_are_refused(tree: Path) -> None:
+    entry = DATASETS["list"]
+    for content, expected in (
+        ("a.png ant\nb.png\n", r"line 2 of .*a\.txt has no label"),
+        ("\tant\n", "line 1 of .* has no label|no path"),
+        ("x" * 100_000 + " ant", "line 1 of .* has 100004 characters"),
+        (" \n\n", "has no images"),
+    ):
+        with pytest.raises(NolaVisionError, match=expected):
+            entry.open(listing(tree, "a.txt", content), "train")
+    os.mkfifo(tree / "pipe.csv")
+    with open(tree / "huge.csv", "wb") as file:
+        file.truncate(2**40)
+    for place, expected in (
+        (tree, "it is a folder"), (tree / "none.csv", "No such file"), (tree / "pipe.csv", "it is a FIFO"),
+        (tree / "huge.csv", "it is larger than 64 MiB"),
+    ):  # fmt: skip
+        with pytest.raises(NolaVisionError, match=rf"cannot read the list .*\({expected}.*\): give a CSV or text file"):
+            entry.splits(str(place))
+    with pytest.raises(NolaVisionError, match="needs a list of images: pass --data.root FILE"):
+        entry.place(None)
+    with pytest.raises(NolaVisionError, match=r"is a file: give the folder .* or read .* by --data\.dataset list"):
+        DATASETS["folder"].splits(listing(tree, "a.csv", ""))
 
 
 def test_root_from_the_environment(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +420,18 @@ def test_few_bits_in_many_are_refused(tree: Path, name: str, values: np.ndarray,
         assert DATASETS["folder"].open(str(tree), "train").image(0).getextrema()[0] == (0, round(accepted.max() / 257))
 
 
-def test_what_pillow_decodes_is_read_and_the_rest_is_counted(tree: Path) -> None:
+@pytest.fixture
+def no_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if pi-heif were not installed."""
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    for cached in (sources._formats, sources.image_suffixes):
+        cached.cache_clear()
+    yield
+    for cached in (sources._formats, sources.image_suffixes):
+        cached.cache_clear()
+
+
+def test_what_pillow_decodes_is_read_and_the_rest_is_counted(tree: Path, no_heif: None) -> None:
     from PIL import features
 
     kinds = {".jfif": "JPEG", ".JPE": "JPEG", ".tga": "TGA", ".QOI": "QOI", ".ppm": "PPM"}
@@ -254,17 +439,46 @@ def test_what_pillow_decodes_is_read_and_the_rest_is_counted(tree: Path) -> None
     kinds |= {".jp2": "JPEG2000"} if features.check("jpg_2000") else {}
     for suffix, kind in kinds.items():
         save(tree / f"train/ant/x{suffix}", format=kind)
-    for name in ("photo.HEIC", "photo2.heic", "notes.txt", "bare", ".hidden"):
+    for name in ("photo.HEIC", "photo2.heic", "notes.txt", "bare", "Thumbs.db", "desktop.ini", ".DS_Store", "._z.JPG"):
         (tree / "train/ant" / name).write_bytes(b"")
+    save(tree / "train/ant/x", format="PNG")
+    save(tree / "train/ant/deep/targa", format="TGA")  # it has no signature
+    kinds[""] = "PNG"
     source = DATASETS["folder"].open(str(tree), "train")
     read = [index for index in range(len(source)) if Path(source.name(index)).stem == "x"]
     assert {Path(source.name(index)).suffix for index in read} == {*kinds}
     assert all(source.image(index).size == (5, 4) for index in read)
-    assert DATASETS["folder"].other_files(str(tree), "train") == {".heic": 2, ".txt": 1, "without suffix": 1}
+    assert DATASETS["folder"].other_files(str(tree), "train") == {
+        ".heic": 2, ".txt": 1, "without suffix": 2, ".db": 1, ".ini": 1,
+    }  # fmt: skip
     assert not DATASETS["folder"].other_files(str(tree), "test")
     (tree / "train/naïve bée/b.png").rename(tree / "train/naïve bée/b.heic")
-    with pytest.raises(NolaVisionError, match=r"naïve bée has no images \(files of other kinds: 1 \.heic\): add some"):
+    with pytest.raises(NolaVisionError, match=r"has no images \(.* 1 \.heic \(pip install 'nola-vision\[heic\]'\)\)"):
         DATASETS["folder"].open(str(tree), "train")
+
+
+def test_heic_is_read_with_the_extra(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photo of 6 x 4 pixels, blue on the left and red on the right, which EXIF turns to the right."""
+    pytest.importorskip("pi_heif")
+    content = (ROOT / "tests/golden/turned.heic").read_bytes()
+    for name in ("a.HEIC", "bare"):
+        (tree / "train/ant" / name).write_bytes(content)
+    source = DATASETS["folder"].open(str(tree), "train")
+    names = [Path(source.name(index)).name for index in range(len(source))]
+    for name in ("a.HEIC", "bare"):
+        image = source.image(names.index(name))
+        assert (image.mode, image.size) == ("RGB", (4, 6))
+        (top, _, blue), (red, _, bottom) = (image.getpixel((1, y)) for y in (0, 5))
+        assert blue > 150 > 60 > top and red > 150 > 60 > bottom
+    (tree / "train/ant/a.HEIC").write_bytes(content[:-100])
+    with pytest.raises(NolaVisionError, match=r"cannot decode the image .*a\.HEIC \(not an image"):
+        source.image(names.index("a.HEIC"))
+
+
+def test_heic_without_the_extra_names_it(tree: Path, no_heif: None) -> None:
+    (tree / "train/ant/a.heic").write_bytes((ROOT / "tests/golden/turned.heic").read_bytes())
+    with pytest.raises(NolaVisionError, match=r"a\.heic \(HEIC needs pip install 'nola-vision\[heic\]'\): fix"):
+        FileSource([tree / "train/ant/a.heic"], [0], ("ant",)).image(0)
 
 
 def test_no_other_program_decodes_an_image(tree: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from nola_vision.predictions import load_predictions
 from nola_vision.results import store
 from nola_vision.results.row import Row
 
@@ -32,12 +33,22 @@ def fit(out: Path, method: str, *options: str) -> tuple[Row, pd.DataFrame, str]:
 def test_two_processes_train_as_one(method: str, tmp_path: Path) -> None:
     one, log, _ = fit(tmp_path / "one", method)
     two, log_of_two, printed = fit(tmp_path / "two", method, "--trainer.devices=2", "--trainer.strategy=ddp")
-    assert one.run_hash == two.run_hash and one.threads == two.threads == 1
+    assert one.run_hash != two.run_hash and one.threads == two.threads == 1
     losses, of_two = log["train_loss"].dropna(), log_of_two["train_loss"].dropna()
     assert len(losses) == 3 and of_two.tolist() == pytest.approx(losses.tolist(), rel=1e-5)
     # 101 test images and 177 of validation do not divide by two
     assert two.val_loss == pytest.approx(one.val_loss, rel=1e-3)
     assert (two.val_accuracy, two.test_accuracy) == (one.val_accuracy, one.test_accuracy)
+    # each process has a part of the validation pool, and the temperature is of all
+    assert two.temperature == pytest.approx(one.temperature, rel=1e-3) and two.calibrated_on == "validation"
+    assert two.held_out_nll == pytest.approx(one.held_out_nll, rel=1e-3)
+    names = ("balanced_accuracy", "macro_f1", "top5_accuracy", "test_nll")
+    for name in names:
+        assert getattr(two, name) == pytest.approx(getattr(one, name), rel=1e-3), name
+    a, b = load_predictions(one.folder), load_predictions(two.folder)
+    assert a is not None and b is not None and a.index.tolist() == b.index.tolist() == sorted(set(a.index.tolist()))
+    assert len(a.index) == 101 and (a.label == b.label).all() and (a.predicted == b.predicted).all()
+    assert b.probability == pytest.approx(a.probability, abs=1e-3)
     assert printed.count("test accuracy") == 1  # the second process prints nothing
 
 

@@ -208,12 +208,10 @@ def test_a_verdict_of_folds() -> None:
         ["nola-vision predict --adapter a.safetensors PHOTO"],
     )
     assert lines == [
-        "nola: 85.0 % accuracy, 95 % interval 70.2 to 94.3 (34 of 40 images right in 5-fold cross-validation).",
-        "Best of 2 frozen-feature methods: logistic, 50.0 % (33.8 to 66.2); choosing the best of several is "
-        "optimistic.",
-        "nola against logistic, image by image: 35.0 points better (95 % interval +12.8 to +53.9).",
-        "The intervals leave out how results vary between training sets, and each fold trained on fewer images than "
-        "there are.",
+        "nola: 85.0 % right (95 % interval 70.2 to 94.3; 34 of 40 images, 5-fold cross-validation).",
+        "Best of 2 frozen-feature methods (an optimistic choice): logistic, 50.0 % (33.8 to 66.2).",
+        "nola against logistic, image by image: 35.0 points better (+12.8 to +53.9).",
+        "The intervals leave out the variation of training sets; each fold trained on fewer images.",
         "Most often confused: 'cat' and 'dog' (5 images), 'owl' and 'fox' (1 image).",
         "No estimate for 'emu': it has a single image, which is always trained on.",
         "Next: nola-vision predict --adapter a.safetensors PHOTO",
@@ -223,17 +221,17 @@ def test_a_verdict_of_folds() -> None:
 @pytest.mark.parametrize(
     ("adapter", "frozen", "sentence"),
     [
-        (90, 90, "no difference shown (0.0 points, 95 % interval -2.7 to +2.7)."),
-        (92, 90, "no difference shown (+2.0 points, 95 % interval -1.9 to +5.8)."),
-        (80, 98, "18.0 points worse (95 % interval -25.5 to -9.8)."),
-        (98, 80, "18.0 points better (95 % interval +9.8 to +25.5)."),
+        (90, 90, "no difference shown (0.0 points, -2.7 to +2.7)."),
+        (92, 90, "no difference shown (+2.0 points, -1.9 to +5.8)."),
+        (80, 98, "18.0 points worse (-25.5 to -9.8)."),
+        (98, 80, "18.0 points better (+9.8 to +25.5)."),
     ],
 )
 def test_a_verdict_on_a_test_set(adapter: int, frozen: int, sentence: str) -> None:
     lines = verdict(
         run("nola", *right_of(100, adapter), test_name="validation"), [run("1nn", *right_of(100, frozen))], NAMES
     )
-    assert f"({adapter} of 100 validation images right)." in lines[0]
+    assert lines[0].endswith(f"; {adapter} of 100 validation images).")
     assert lines[1].startswith(f"Frozen features: 1nn, {frozen}.0 % (") and "optimistic" not in lines[1]
     assert lines[2:] == [
         f"nola against 1nn, image by image: {sentence}",
@@ -264,9 +262,14 @@ def test_a_verdict_without_an_estimate_of_the_adapter() -> None:
     assert skipped[1].startswith("Frozen features: nearest-mean, 90.0 % (")
     assert skipped[3] == "Most often confused by nearest-mean: 'cat' and 'owl' (1 image)."
     assert not any("image by image" in line for line in skipped)
-    failed = verdict((make_row("nola", status="failed"), None), [frozen], NAMES)
+    failed = verdict((make_row("nola", status="failed", test_accuracy=0.5), frozen[1]), [frozen], NAMES)
     assert failed[0] == "nola has no estimate of its accuracy: its run failed."
+    assert not any("image by image" in line for line in failed)
     assert verdict(None, [frozen], NAMES) == skipped[1:]
+    without_file = make_row("nola", test_accuracy=0.75, data={"counts": {"test": 8}})
+    assert verdict((without_file, None), [], NAMES) == [
+        "nola: 75.0 % right (95 % interval 40.9 to 92.9; 6 of 8 test images)."
+    ]
     assert verdict((make_row("nola"), None), [], NAMES, ["a"]) == [skipped[0], "Next: a"]
 
 
@@ -304,4 +307,4 @@ def test_the_best_of_several_is_the_most_accurate_and_then_by_all_repeats() -> N
     one, other = run("a", [0, 0, 1, 1], label, folds=2), run("b", [1, 1, 0, 0], label, folds=2)
     better = (make_row("b", estimate=Estimate.of([(0, 2), (2, 2), (2, 2), (2, 2)], 2).to_dict()), other[1])
     for frozen in itertools.permutations([one, better]):
-        assert verdict(None, list(frozen), NAMES)[0].startswith("Best of 2 frozen-feature methods: b, 50.0 %")
+        assert verdict(None, list(frozen), NAMES)[0].endswith(": b, 50.0 % (6.8 to 93.2).")

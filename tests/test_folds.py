@@ -30,7 +30,7 @@ def test_what_holds_for_every_labelling(labeling: tuple[np.ndarray, np.ndarray],
     labels, groups = labeling
     images = distinct(labels, groups)
     several = [len(found) for found in images.values() if len(found) > 1]
-    assert number_of_folds(labels, groups) == (min(MOST_FOLDS, *several) if several else 0)
+    assert number_of_folds(labels, groups) == (min(MOST_FOLDS, max(several)) if several else 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # scikit-learn warns of classes that it cannot stratify
         made = folds(labels, groups, seed)

@@ -143,8 +143,9 @@ def test_a_folder_data_set_needs_a_name(root: str) -> None:
         ("data.eval_batch_size", 512),
         ("model.backbone.file", "/there/glyph.safetensors"),
         ("trainer.logger", {"class_path": "CSVLogger"}),
-        ("trainer.devices", 2),
-        ("trainer.num_nodes", 2),
+        ("trainer.devices", "1"),
+        ("trainer.devices", [3]),
+        ("trainer.devices", None),
         ("trainer.strategy", "ddp"),
         ("trainer.default_root_dir", "/tmp"),
         ("trainer.log_every_n_steps", 1),
@@ -261,3 +262,14 @@ def test_run_folders() -> None:
     neighbour = identity.resolve(CONFIG, "nn1")
     expected = Path("runs") / cell / "nn1" / f"split0-{identity.run_hash(neighbour, 'final')}"
     assert identity.run_folder("runs", neighbour, "final") == expected
+
+
+def test_several_devices_are_another_run() -> None:
+    def of(devices: Any, **trainer: Any) -> str:
+        run_config = changed("trainer.devices", devices)
+        run_config["trainer"] |= trainer
+        return identity.run_hash(run_config, "final")
+
+    assert len({of(1), of(2), of(4), of("auto"), of(-1), of(1, num_nodes=2)}) == 6
+    assert of(2) == of([0, 1]) == of("0,1") == of("2,3,")
+    assert of("9" * 5000) != of(1)

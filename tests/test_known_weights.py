@@ -1,5 +1,6 @@
 """A local weights file is found again by its digest, wherever it is now, and an adapter file has no path of it."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -98,7 +99,10 @@ def test_a_weights_file_is_found_again_by_its_digest(
 
 
 def test_a_folder_of_a_merged_model_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_merged(adapt(TAG, LinearProbe(), ["a", "b"]).eval(), tmp_path / "merged")
+    model = adapt(TAG, LinearProbe(), ["a", "b"])
+    model.temperature, model.calibrated_on = 1.5, "folds"
+    write_merged(model, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["temperature"] == 1.5
     adapter = tmp_path / "a.safetensors"
     adapt(f"local-dir:{tmp_path / 'merged'}", LinearProbe(), ["c", "d"]).save(adapter)
     assert read_adapter(adapter)[0]["weights"]["file"] == "model.safetensors"

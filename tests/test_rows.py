@@ -15,6 +15,7 @@ import pytest
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import store
 from nola_vision.results.row import DETERMINISTIC, SCHEMA_VERSION, Row, environment, git_state
+from nola_vision.results.statistics import count_once
 
 RUN_CONFIG: dict[str, Any] = {
     "protocol": "quickstart",
@@ -125,6 +126,13 @@ def changed(setting: str, value: Any) -> str:
         (json.dumps({**GOOD, "data": {"\ud800": 1}}), "not valid Unicode"),
         (json.dumps({**GOOD, "data": {"deep": json.loads("[" * 60 + "]" * 60)}}), "nested more than 50 levels deep"),
         (json.dumps({**GOOD, "data": dict.fromkeys(map(str, range(1000)))}), "more than 1000 keys"),
+        (json.dumps({**GOOD, "estimate": {"folds": [0.5]}}), "has an unusable estimate .an estimate must have"),
+        (json.dumps({**GOOD, "estimate": []}), "wrong kind in estimate"),
+        (json.dumps({**GOOD, "data": {"counts": [1]}}), "has no number of test images in data.counts"),
+        (json.dumps({**GOOD, "data": {"counts": {"test": -1}}}), "has no number of test images in data.counts"),
+        (json.dumps({**GOOD, "data": {"counts": {"test": True}}}), "has no number of test images in data.counts"),
+        (json.dumps({**GOOD, "data": {"majority_share": "1"}}), 'majority_share "1", which must be between 0 and 1'),
+        (json.dumps({**GOOD, "data": {"majority_share": 1.5}}), "majority_share 1.5, which must be between 0 and 1"),
         (json.dumps({**GOOD, "started": "yesterday"}), 'has started "yesterday", which is not like 2026'),
         (json.dumps({**GOOD, "started": "2026-01-31T12:00:00+02:00"}), "which is not like 2026"),
         (json.dumps({**GOOD, "config": {}}), "config without model.backbone.tag"),
@@ -318,3 +326,41 @@ def test_results_and_plans_are_read_without_torch() -> None:
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_a_run_to_repeat_counts_until_the_repetition_does(tmp_path: Path) -> None:
+    folder = tmp_path / "cell" / "nola" / "split0-init0-ab"
+    store.set_aside(folder)  # nothing to repeat
+    folder.mkdir(parents=True)
+    store.write_row(folder, row(status="failed", started="2026-01-01T00:00:00+00:00"))
+    store.set_aside(folder)
+    assert store.find_row(folder) is not None  # what is not completed stays
+    old = row(test_accuracy=0.25, started="2026-01-02T00:00:00+00:00")
+    store.write_row(folder, old)
+    (folder / "adapter.safetensors").write_text("old")
+    with store.claim(folder), pytest.raises(store.BusyError):
+        store.set_aside(folder)
+    store.set_aside(folder)
+
+    def counted() -> Row:
+        rows, problems = store.read_rows(tmp_path)
+        assert not problems
+        (found,) = count_once(rows)
+        return found
+
+    assert store.find_completed(folder) is None and counted() == old  # as after a crash at any moment from here on
+    assert counted().folder is not None and (counted().folder / "adapter.safetensors").read_text() == "old"
+    folder.mkdir()
+    store.write_row(folder, row(status="interrupted", started="2026-01-03T00:00:00+00:00"))
+    assert counted() == old
+    store.set_aside(folder)
+    assert counted() == old
+    new = row(test_accuracy=0.5, started="2026-01-04T00:00:00+00:00")
+    store.write_row(folder, new)
+    assert counted() == new
+    store.set_aside(folder)  # again, although the first one was never dropped
+    assert counted() == new and not folder.exists()
+    folder.mkdir()
+    store.drop_aside(folder)
+    assert list(folder.parent.iterdir()) == [folder]
+    store.drop_aside(folder)

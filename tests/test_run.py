@@ -15,8 +15,10 @@ import safetensors.torch
 import timm
 import torch
 from lightning.pytorch.callbacks import Callback
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from nola_vision import load_adapter, run
+from nola_vision.calibration import fit_temperature
 from nola_vision.config import build, parse
 from nola_vision.config_files import load_configs, overlay
 from nola_vision.errors import NolaVisionError
@@ -68,18 +70,49 @@ def test_every_tested_run_leaves_its_confusions(rows: dict) -> None:
         assert np.trace(counts) / counts.to_numpy().sum() == pytest.approx(row.test_accuracy, abs=1e-6)
 
 
+def test_a_row_has_the_metrics_of_its_confusions(rows: dict) -> None:
+    for name in ("1nn", "linear", "nola"):
+        row = rows[name]
+        counts = read_confusion(identity.run_folder(rows["out"], config(name), "final") / "confusion.csv").to_numpy()
+        true, predicted = (np.repeat(grid.ravel(), counts.ravel()) for grid in np.indices(counts.shape))
+        assert row.balanced_accuracy == pytest.approx(balanced_accuracy_score(true, predicted), abs=1e-6)
+        assert row.macro_f1 == pytest.approx(f1_score(true, predicted, average="macro"), abs=1e-6)
+        if name == "1nn":
+            assert row.top5_accuracy is None and row.test_nll is None
+        else:
+            assert row.test_accuracy < row.top5_accuracy <= 1 and 0 < row.test_nll < 3
+
+
 def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
     folder = identity.run_folder(rows["out"], config("nola"), "final")
     model = load_adapter(folder / run.ADAPTER_FILE)
     built = build(config("nola"), folder / "again")
     built.datamodule.setup("test")
-    right = total = 0
+    right = total = loss = 0
     with torch.inference_mode():
         for images, labels in built.datamodule.test_dataloader():
-            right += int((model(images).argmax(1) == labels).sum())
+            logits = model(images)
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             total += len(labels)
     assert right / total == pytest.approx(rows["nola"].test_accuracy, abs=1e-6)
+    assert loss / total == pytest.approx(rows["nola"].test_nll, rel=1e-5)
     assert (folder / run.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
+
+
+def test_the_temperature_is_fitted_on_the_validation_pool(rows: dict) -> None:
+    row, folder = rows["nola"], identity.run_folder(rows["out"], config("nola"), "final")
+    model, built = load_adapter(folder / run.ADAPTER_FILE), build(config("nola"), folder / "again")
+    built.datamodule.setup("fit")
+    with torch.inference_mode():
+        batches = [(model(images), labels) for images, labels in built.datamodule.val_dataloader()]
+    logits, labels = torch.cat([one for one, _ in batches]), torch.cat([labels for _, labels in batches])
+    assert model.temperature == row.temperature == pytest.approx(fit_temperature(logits, labels), rel=1e-4)
+    assert (model.calibrated_on, model.calibration_images) == (row.calibrated_on, len(labels)) == ("validation", 177)
+    assert row.held_out_nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert row.held_out_nll == pytest.approx(row.val_loss, rel=1e-5)
+    assert row.held_out_nll_calibrated < row.held_out_nll and row.held_out_ece is None  # of fewer than 500 images
+    assert rows["1nn"].temperature is None
 
 
 def test_the_same_seeds_give_the_same_columns(rows: dict, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from nola_vision.config import parse
 from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
 from nola_vision.methods import Method, from_dict
-from nola_vision.model import AdaptedModel
+from nola_vision.model import AdaptedModel, set_temperature
 from nola_vision.results import identity
 
 TEN, HUNDRED = [str(i) for i in range(10)], [str(i) for i in range(100)]
@@ -196,6 +196,8 @@ def test_budgets(tmp_path: Path) -> None:
         size = model.save(tmp_path / "a.safetensors")
         assert limit - 24 * bits / 8 - 120 <= size <= limit
         assert load_adapter(tmp_path / "a.safetensors").card.method.max_bytes is None
+        set_temperature(tmp_path / "a.safetensors", 0.000123456, "validation", 10**6)  # the longest there is
+        assert size < (tmp_path / "a.safetensors").stat().st_size <= limit
     with pytest.raises(NolaVisionError, match=r"one coefficient a factor and target takes \d+"):
         adapt(glyphs, NOLA(max_bytes=500), TEN)
     with pytest.raises(NolaVisionError, match="give one budget"):

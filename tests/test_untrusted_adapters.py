@@ -139,6 +139,32 @@ def test_headers_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     for changes, reason in wrong:
         refusal = asks(**changes)
         assert refusal is not None and reason in refusal, (changes, refusal)
+    for changes, reason in [
+        ({"calibration__temperature": 0}, "the temperature is 0"),
+        ({"calibration__temperature": nan}, "NaN is not a JSON number"),
+        ({"calibration__temperature": 1e38}, r"the temperature is 1e+38: it must be from 0.0001 to 10,000"),
+        ({"calibration__temperature": 10**400}, "the temperature is 1"),
+        ({"calibration__temperature": True}, "temperature of Scale is True"),
+        ({"calibration__calibrated_on": "\x1b[31m"}, "not a name or setting"),
+        ({"calibration__calibrated_on": "x" * 41}, "calibrated_on is"),
+        ({"calibration__images": 0}, "fitted on 0 images"),
+        ({"calibration__more": 1}, "not what this release writes"),
+        ({"calibration": []}, "not what this release writes"),
+        ({"weights__file": "/etc/passwd"}, "cannot be one"),
+        ({"weights__file": "../x"}, "cannot be one"),
+        ({"weights__file": ""}, "cannot be one"),
+        ({"weights__file": "a\x1b[31m"}, "not a name or setting"),
+        ({"weights__sha256": "0" * 63}, "cannot be one"),
+        ({"weights__sha256": "0" * 64 + "\n"}, "not a name or setting"),
+        ({"weights__bytes": -1}, "cannot be one"),
+        ({"weights__bytes": 1.5}, "bytes of WeightsOrigin"),
+        ({"weights__path": "/home/a"}, "not what this release writes"),
+    ]:
+        refusal = ending("calibrated", tmp_path, **changes)
+        assert refusal is not None and reason in refusal, (changes, refusal)
+    unknown = {"repository": None, "file": "x", "bytes": 1, "sha256": "0" * 64}
+    for name in ("calibrated", "full", TINY):  # found or not, the fingerprint decides
+        assert ending(name, tmp_path, weights=unknown, calibration=None) is None
     assert asks(class_names=["crane", "crane", "\x1b[31m", "", "é"]) is None  # names are the user's own
     for text, reason in [
         ('{"a":1,"a":2}', "a key occurs twice"),

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -115,6 +115,12 @@ class RunCLI(LightningCLI):
         parser.add_argument("--protocol", type=str, default="default", help="Name of the protocol: part of the cell.")
         parser.add_argument("--method", type=str, default=None, help="Entry of the config's `methods` to train.")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; they decide rounding.")
+        for action in parser._actions:
+            # `typing` may hand out an equal Union of another order that another package made first: a number of batches
+            # would become a share of them
+            kinds = get_args(getattr(action, "_typehint", None))
+            if len(kinds) == 3 and all(kind in kinds for kind in (int, float, type(None))):
+                action._typehint = int | float | None  # type: ignore[attr-defined]
         for field in (field.name for field in fields(BackboneSpec)):
             parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
         parser.link_arguments("model.run_seed", "data.run_seed")
@@ -215,7 +221,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     for key in linked:  # stated once, by the model
         full["data"].pop(key, None)
     full.pop("seed_everything", None)
-    if full["data"]["dataset"] == "folder":
+    if full["data"]["dataset"] in identity.OWN_IMAGES:
         full["data"]["root"] = given_root(full["data"]["root"])
     if full["model"]["run_seed"] < 0 or full["data"]["split_seed"] < 0:
         raise NolaVisionError("run_seed and split_seed must not be below 0")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,6 +15,18 @@ def keep() -> None:
     """From now on, in this process, `once` keeps what it is given."""
     global _kept
     _kept = {} if _kept is None else _kept
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Within this, `once` keeps what it is given; after it, the files on disk may have changed."""
+    global _kept
+    before = _kept
+    keep()
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 def once(kind: str, key: Hashable, make: Callable[[], T], copy: Callable[[T], T] | None = None) -> T:

@@ -494,8 +494,8 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     file = open_adapter(path)
     header = parse_header(file.metadata, file.path, weights)
     spec, wanted = header.card.backbone, header.weights
-    if isinstance(header.card.method, FullFinetune) and ":" not in spec.tag:
-        wanted = None  # the file contains every weight
+    if spec.base != "pretrained" or (isinstance(header.card.method, FullFinetune) and ":" not in spec.tag):
+        wanted = None  # there is no such file, or the adapter file contains every weight
     if weights is None and wanted is not None and (found := known_weights.find(wanted, spec)) is not None:
         spec = dataclasses.replace(spec, file=found)
         header = dataclasses.replace(header, card=dataclasses.replace(header.card, backbone=spec))

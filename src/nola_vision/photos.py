@@ -28,8 +28,8 @@ BACKBONE = "vit_small_patch14_dinov2.lvd142m"  # docs/decisions/0016
 QUICKSTART = "vit_glyph_patch4_32.glyphs"  # ships with the package; its own side is 32 pixels
 LARGEST_SIDE = 224  # pixels; a ViT-S/14 then takes 0.16 s per training image and pass on two cores
 BATCH_SIZE = 16
-STEPS = 100  # see `_epochs`
-EPOCHS = 10, 50
+STEPS = 100  # of the optimizer: 4 minutes for a ViT-S/14 at 224 pixels on two cores
+EPOCHS = 10, 50  # at least, at most
 MAX_PARAMETERS = 6144  # coefficients of the adapter: 24 KiB on any backbone; the head adds 1.5 KiB per class here
 PHOTOS = "a folder with one folder of images per class, a CSV of path,label, or a text list of `path label` lines"
 
@@ -83,6 +83,7 @@ def config(
     source = open_images(place)
     images = len(source) if shots in (None, "all") else min(len(source), int(shots or 0) * len(source.class_names))
     trainer["max_epochs"] = epochs or _epochs(images)
+    made["model"]["warmup_epochs"] = max(1, trainer["max_epochs"] // 10)  # the default protocol's share: 5 of 50
     if made["model"]["backbone"]["tag"] not in (BACKBONE, QUICKSTART):
         side, targets = _side_and_targets(made["model"]["backbone"])
         made["methods"] = _methods(targets)
@@ -163,7 +164,10 @@ def _methods(targets: list[str]) -> Config:
 
 
 def _epochs(images: int) -> int:
-    """Passes over the training images: as many as make `STEPS` steps of the optimizer, within `EPOCHS`."""
+    """Passes over the training images: as many as make `STEPS` steps of the optimizer, within `EPOCHS`.
+
+    Steps, not passes, decide how far the adapter gets, and so how long it takes: docs/decisions/0016.
+    """
     least, most = EPOCHS
     steps_per_epoch = -(-images // BATCH_SIZE)
     return min(most, max(least, -(-STEPS // steps_per_epoch)))
@@ -224,7 +228,7 @@ def _comment(key: str) -> list[str]:
 def _yaml(key: str, value: Any) -> list[str]:
     style = None if isinstance(value, dict) else False  # one value is not written as {key: value}
     text = config_files.dump({key: value}, width=2**20, default_flow_style=style)  # a long path stays on its line
-    return text.splitlines()
+    return text.rstrip("\n").split("\n")  # splitlines() would split at U+2028 in a path too
 
 
 _HEADER = """\

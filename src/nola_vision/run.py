@@ -37,7 +37,8 @@ from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.estimates import Estimate
 from nola_vision.results.row import Row
-from nola_vision.results.store import LOCK_FILE, claim, find_completed, write_row
+from nola_vision.results.store import LOCK_FILE, claim, drop_aside, find_completed, set_aside, write_row
+from nola_vision.tasks.accuracy import LOGGED, pooled_metrics
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.frozen import FrozenClassifier
 from nola_vision.tasks.frozen import evaluate as evaluate_frozen
@@ -46,6 +47,7 @@ from nola_vision.trainer_settings import (
     LAST_CHECKPOINT,
     check_monitors,
     checkpoint_folder,
+    close_loggers,
     current_path,
     monitoring,
 )
@@ -190,6 +192,8 @@ def run(
             )
         ckpt_path = checkpoint_path(ckpt_path, folder)
     main = is_main_process(run_config)
+    if again and main:
+        set_aside(folder)
     # the processes of a distributed run share the first one's claim
     with claim(folder) if main else nullcontext():
         if not again and (row := _completed_row(folder)) is not None:
@@ -202,8 +206,10 @@ def run(
             if main and trains:
                 _log.warning("this run %s", "resumes" if found else "has no checkpoint yet: it starts from scratch")
         row = _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, beat, held_out)
-        if stage == "fold" and main:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of five trainings, each as large as its adapter
+        if main and row.status == "completed":
+            drop_aside(folder)
+            if stage == "fold":  # of five trainings, each as large as its adapter
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return row
 
 
@@ -230,7 +236,10 @@ def _run(
                 begun = True
                 if beat is not None:
                     built.trainer.callbacks.append(_Heartbeat(beat))  # type: ignore[attr-defined]
-                _measure(built, folder, stage, ckpt_path, pooled, measured)
+                try:
+                    _measure(built, folder, stage, ckpt_path, pooled, measured)
+                finally:
+                    close_loggers(built.trainer)
                 status = "completed"
         except (KeyboardInterrupt, SystemExit):
             if status != "completed":
@@ -305,14 +314,27 @@ def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
     return _HeldOut(estimate, pool(parts), folds[order])
 
 
+def _write_estimate(pooled: _HeldOut, folder: Path, class_names: Sequence[str]) -> dict[str, Any]:
+    """Writes the predictions and confusions of all folds into a final run's folder; returns the columns of its row."""
+    _stored(pooled.predictions, "final").save(folder)
+    columns, confusions = pooled_metrics(pooled.predictions, len(class_names))
+    _write_confusions(confusions, folder, class_names)
+    return {"estimate": pooled.estimate.to_dict(), **columns}
+
+
+def _write_confusions(confusions: torch.Tensor | None, folder: Path, class_names: Sequence[str]) -> None:
+    if confusions is not None:
+        write_whole(folder / CONFUSION_FILE, confusion_csv(confusions.numpy(), class_names).encode())
+
+
 def _with_estimate(row: Row, folder: Path, held_out: Sequence[Row]) -> Row:
     """A completed row with the estimate that was skipped when its run trained."""
     pooled = _pooled(held_out)
     assert pooled is not None
     found, path = pooled.calibration(), folder / ADAPTER_FILE
     set_temperature(path, found.temperature, "folds", found.images)
-    _stored(pooled.predictions, row.stage).save(folder)
-    columns = {"estimate": pooled.estimate.to_dict(), "calibrated_on": "folds", **found.columns()}
+    columns = _write_estimate(pooled, folder, row.data["class_names"])
+    columns |= {"calibrated_on": "folds", **found.columns()}
     row = dataclasses.replace(row, adapter_file_bytes=path.stat().st_size, **columns)
     write_row(folder, row)
     return row
@@ -443,18 +465,16 @@ def _measure(
             set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
             measured["adapter_file_bytes"] = path.stat().st_size
     if pooled is not None:
-        measured["estimate"] = pooled.estimate.to_dict()
-        _stored(pooled.predictions, stage).save(folder)
+        measured |= _write_estimate(pooled, folder, data.class_names)
     if stage != "search" and data.test_name is not None:
         clock = time.perf_counter()
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
-        measured["test_accuracy"] = _number(trainer.callback_metrics.get("test_accuracy"))
+        measured |= {column: _number(trainer.callback_metrics.get(name)) for column, name in LOGGED.items()}
         if task.predictions is not None and trainer.is_global_zero:
             _stored(task.predictions, stage).save(folder)
-        if task.confusions is not None and trainer.is_global_zero:
-            counted = confusion_csv(task.confusions.numpy(), data.class_names)
-            write_whole(folder / CONFUSION_FILE, counted.encode())
+        if trainer.is_global_zero:
+            _write_confusions(task.confusions, folder, data.class_names)
         if sum(trainer.num_test_batches) < len(data.test_dataloader()):
             part = f"tested on {sum(trainer.num_test_batches)} of {len(data.test_dataloader())} batches"
             data.warnings.append(f"{part} (trainer.limit_test_batches): data.test_limit takes a part of every class")

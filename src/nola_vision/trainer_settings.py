@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from nola_vision.errors import NolaVisionError
@@ -91,6 +92,13 @@ def check_stop_early(patience: int | None, callbacks: Any) -> None:
             raise NolaVisionError(
                 f"model.stop_early and the callback {made.__name__} both choose the epoch: leave one of them out"
             )
+
+
+def close_loggers(trainer: L.Trainer) -> None:
+    """Ends what a logger keeps open in this process: W&B would log the next run of the process into this one."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish()
 
 
 def checkpoint_folder(folder: Path, callback: ModelCheckpoint) -> Path:

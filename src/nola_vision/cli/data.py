@@ -36,7 +36,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         "--root",
         "--data.root",
         metavar="PLACE",
-        help="its folder, or the list's file (default: the variable NOLA_VISION_DATA)",
+        help="its folder, or a list (default: the variable NOLA_VISION_DATA)",
     )
     options.add_argument(
         "--download",

@@ -62,7 +62,10 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if verb != "fit":
         run.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0
-    return _fit(run_config, raw, known, [verb, *arguments])
+    from nola_vision import memo
+
+    with memo.keeping():  # all runs here share their images and the backbone
+        return _fit(run_config, raw, known, [verb, *arguments])
 
 
 def _options(verb: str) -> Options:
@@ -109,12 +112,11 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     """The run of a config: frozen features first, then the folds if there are any, the final run, and the verdict."""
     from rich.console import Console
 
-    from nola_vision import cross_validation, memo, run
+    from nola_vision import cross_validation, run
     from nola_vision.config import open_data
     from nola_vision.results import store, tables
     from nola_vision.results.store import find_completed
 
-    memo.keep()  # all runs here share their images and the backbone
     main, out, console = run.is_main_process(run_config), Path(known.out), Console()
     options: dict[str, Any] = {"ckpt_path": known.ckpt_path, "again": known.again}
     rates = _learning_rates(raw, run_config) if known.search else []
@@ -201,7 +203,8 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
             "callbacks": None,
             "logger": None,
         }
-        one |= {"method": name, "model": {**one["model"], "method": method}, "trainer": trainer}
+        model = {key: value for key, value in one["model"].items() if key != "optimizer"}
+        one |= {"method": name, "model": {**model, "method": method}, "trainer": trainer}
         rows.append(run.run(parse(one, [], known.allow_import), known.out, again=known.again))
         say(f"  {printable(name):14s}{_accuracy(rows[-1])}")
     return rows

@@ -29,6 +29,9 @@ from nola_vision.results.statistics import summarise
 from nola_vision.sweep import apart, local, plan, protocol
 from nola_vision.text import printable
 
+# A sweep has its own progress bar, and starts a run again rather than resume it
+OWN_SETTINGS = ("--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")
+
 
 def main(arguments: Sequence[str], verb: str) -> int:
     options = config_options(verb, help=True)
@@ -78,13 +81,11 @@ def main(arguments: Sequence[str], verb: str) -> int:
     for name in methods:
         early_checks.check_run(identity.resolve(raw, name), rest)
     say_start(verb)
-    # the sweep has a progress bar of its own, and starts a run anew rather than resume it
-    own = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     status = 0
     for settings in itertools.product(*of_config):
         named, names = plan.rename(raw, methods, "".join(plan.suffix(*setting) for setting in settings))
         changed = [f"--{key}={_option(value)}" for key, value in settings]
-        status = max(status, _sweep(known, named, names, [*own, *rest, *changed], splits, inits, shard))
+        status = max(status, _sweep(known, named, names, [*OWN_SETTINGS, *rest, *changed], splits, inits, shard))
     return status
 
 

@@ -18,7 +18,11 @@ MOST_FOLDS = 5
 
 
 def number_of_folds(labels: npt.ArrayLike, groups: npt.ArrayLike) -> int:
-    """How many folds the images allow: the distinct images of the smallest class that has two or more, at most 5.
+    """How many folds the images allow: the distinct images of the largest class, at most 5.
+
+    A smaller class is tested in as many folds as it has images. If it decided on the number of folds, one class of two
+    images would leave half of all images to train on, and the estimate would be points too low
+    (docs/decisions/0017).
 
     Args:
         labels: `[n]` class indices.
@@ -30,7 +34,7 @@ def number_of_folds(labels: npt.ArrayLike, groups: npt.ArrayLike) -> int:
     """
     _, _, strata = _testable(np.asarray(labels, dtype=np.int64), np.asarray(groups))
     counts = np.unique(strata, return_counts=True)[1]
-    return int(counts[counts > 1].min(initial=MOST_FOLDS)) if (counts > 1).any() else 0
+    return int(min(MOST_FOLDS, counts.max())) if (counts > 1).any() else 0
 
 
 def folds(labels: npt.ArrayLike, groups: npt.ArrayLike, seed: int) -> list[tuple[Indices, Indices]]:
@@ -58,7 +62,7 @@ def folds(labels: npt.ArrayLike, groups: npt.ArrayLike, seed: int) -> list[tuple
     splitter = StratifiedKFold(count, shuffle=True, random_state=seed % 2**32)
     made = []
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # of images under two labels
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # it is not in every fold
         split = list(splitter.split(testable, strata))
     for _, chosen in split:
         tested = np.isin(image, testable[chosen])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,7 +60,7 @@ def parse_list(content: bytes, name: str) -> tuple[Listed, ...]:
         if named is None:
             raise NolaVisionError(f"line {number} of the list {name} has split {split!r}: write train, val or test")
         row = Listed(path, name_text(label), named, number)
-        first = lines.setdefault(path, row)
+        first = lines.setdefault(os.path.normpath(path), row)
         if first is not row:
             differ = next(
                 (

@@ -157,7 +157,7 @@ def _formats() -> tuple[str, ...]:
     Image.init()
     formats = tuple(kind for kind in FORMATS if kind in Image.OPEN and kind != "HEIF")
     try:
-        import pi_heif  # type: ignore[import-not-found, unused-ignore]
+        import pi_heif
     except ImportError:
         return formats
     pi_heif.register_heif_opener()

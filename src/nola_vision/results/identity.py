@@ -19,6 +19,7 @@ from nola_vision.tags import short_tag
 
 Config = dict[str, Any]
 Stage = Literal["final", "search", "fold"]
+OWN_IMAGES = ("folder", "list")  # data sets that a person makes: the name of their root names them
 TRAINS_NOTHING = ("NearestNeighbor", "NearestMean", "LogisticRegression")  # nothing in them depends on `run_seed`
 
 # `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
@@ -27,8 +28,7 @@ _TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path", "allow_imp
 _DATA_LEFT_OUT = ("root", "num_workers", "download", "memory_limit_mib", "eval_batch_size", "manifest")
 _TRAINER_LEFT_OUT = (
     "logger",
-    "devices",
-    "num_nodes",
+    "devices",  # by their number, see `_devices`
     "strategy",
     "default_root_dir",
     "log_every_n_steps",
@@ -148,7 +148,7 @@ def cell_name(run_config: Mapping[str, Any]) -> str:
     if (base := run_config["model"]["backbone"].get("base", "pretrained")) != "pretrained":
         backbone += f"+{base}"
     dataset = str(need(run_config, "data", "dataset"))
-    if dataset == "folder":
+    if dataset in OWN_IMAGES:
         dataset += f".{_root_name(run_config)}"
     shots = need(run_config, "data", "shots")
     return _safe(f"{backbone}-{dataset}-{shots}shot-{need(run_config, 'protocol')}")
@@ -232,7 +232,7 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
 
     data = need(run_config, "data")
     config["data"] = {key: value for key, value in data.items() if key not in _DATA_LEFT_OUT}
-    if data.get("dataset") == "folder":
+    if data.get("dataset") in OWN_IMAGES:
         config["data"]["root"] = _root_name(run_config)
 
     model = dict(need(run_config, "model"))
@@ -248,6 +248,8 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
     }
     if callbacks := _without_progress_bars(trainer.get("callbacks")):
         config["trainer"]["callbacks"] = callbacks
+    if (devices := _devices(trainer)) != 1:
+        config["trainer"]["devices"] = devices
     if not has_init(run_config):
         config["trainer"].pop("callbacks", None)
         for group, names in _OF_STEPS.items():
@@ -255,6 +257,19 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
 
     relevant: Config = _canonical(config)
     return relevant
+
+
+def _devices(trainer: Mapping[str, Any]) -> Any:
+    """The number of devices that a run trains on together, or what only a machine can count (`auto`, -1).
+
+    Where they do not divide the images, some count twice an epoch: another result.
+    """
+    devices = trainer.get("devices")
+    if isinstance(devices, str) and "," in devices:
+        devices = [name for name in devices.split(",") if name]
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    return 1 if devices in (None, "1") else devices
 
 
 def _without_progress_bars(callbacks: Any) -> list[Any]:

@@ -382,7 +382,7 @@ def _column_problem(columns: dict[str, Any]) -> str | None:
 def _config_problem(config: dict[str, Any]) -> str | None:
     """What a config lacks that the tables rely on."""
     wanted = _SETTINGS
-    if isinstance(config.get("data"), dict) and config["data"].get("dataset") == "folder":
+    if isinstance(config.get("data"), dict) and config["data"].get("dataset") in identity.OWN_IMAGES:
         wanted = {**wanted, "data.root": (str, True)}
     for setting, (kind, required) in wanted.items():
         value: Any = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,40 @@ def claim(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def set_aside(folder: Path) -> None:
+    """Moves a completed run out of the way of its repetition, in one step, to a folder next to its own.
+
+    `read_rows` finds its row there, and a table counts it until the repetition is completed (`count_once`); then
+    `drop_aside` removes it. A run that is not completed stays where it is.
+
+    Raises:
+        BusyError: another process is running it.
+        NolaVisionError: the row cannot be read, or the folder cannot be moved.
+    """
+    if not folder.is_dir():
+        return
+    with claim(folder):
+        if find_completed(folder) is None:
+            return
+        try:
+            drop_aside(folder)  # of a repetition that was completed, and whose process died before it removed this
+            os.rename(folder, _aside(folder))
+        except OSError as error:
+            raise NolaVisionError(
+                f"{folder} cannot be moved ({error.strerror}): check the permissions of the folder around it"
+            ) from error
+
+
+def drop_aside(folder: Path) -> None:
+    """Removes what `set_aside` kept of a run that is completed again."""
+    if _aside(folder).is_dir():
+        shutil.rmtree(_aside(folder))
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.before")
 
 
 def write_row(folder: str | Path, row: Row) -> Path:

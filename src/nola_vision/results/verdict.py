@@ -59,20 +59,16 @@ def verdict(
             lines += [_accuracy_line(row, own), *_chance_line(row, own)]
     if best is not None:
         row, predictions, found = best
-        others = len(accuracies)
-        title = "Frozen features" if others == 1 else f"Best of {others} frozen-feature methods"
-        optimistic = "" if others == 1 else "; choosing the best of several is optimistic"
-        interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
-        lines.append(f"{title}: {_name(row.method)}, {100 * found.value:.1f} % ({interval}){optimistic}.")
+        title = "Frozen features"
+        if len(accuracies) > 1:
+            title = f"Best of {len(accuracies)} frozen-feature methods (an optimistic choice)"
+        lines.append(f"{title}: {_name(row.method)}, {100 * found.value:.1f} % ({_between(found)}).")
         lines += _chance_line(row, found)
         if adapter is not None and own is not None and adapter[1] is not None and predictions is not None:
             lines.append(_comparison_line(adapter[0], adapter[1], row, predictions))
     shown = own or (best[2] if best else None)
     if shown is not None and shown.estimate is not None:
-        lines.append(
-            "The intervals leave out how results vary between training sets, "
-            "and each fold trained on fewer images than there are."
-        )
+        lines.append("The intervals leave out the variation of training sets; each fold trained on fewer images.")
     confused = adapter if own is not None and adapter is not None and adapter[1] is not None else best
     if confused is not None and confused[1] is not None:
         by = "" if adapter is not None and confused is adapter else f" by {_name(confused[0].method)}"
@@ -89,9 +85,10 @@ def _accuracy(row: Row, predictions: Predictions | None) -> _Accuracy | None:
     if row.estimate is not None:
         estimate = Estimate.from_dict(row.estimate)
         return _Accuracy(estimate.correct, estimate.images, estimate.low, estimate.high, estimate)
-    if row.test_accuracy is None or predictions is None or not len(predictions.index):
+    images = (row.data.get("counts") or {}).get("test") if predictions is None else len(predictions.index)
+    if row.test_accuracy is None or not images:
         return None
-    correct, images = int(predictions.correct.sum()), len(predictions.index)
+    correct = round(row.test_accuracy * images)
     return _Accuracy(correct, images, *wilson(correct, images), None)
 
 
@@ -100,15 +97,12 @@ def _mean(accuracy: _Accuracy) -> float:
 
 
 def _accuracy_line(row: Row, found: _Accuracy) -> str:
-    interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
-    right = f"{found.correct:,} of {found.images:,}"
     if found.estimate is not None:
-        how = (
-            f"{right} {_plural('image', found.images)} right in {found.estimate.number_of_folds}-fold cross-validation"
-        )
+        images = f"{_plural('image', found.images)}, {found.estimate.number_of_folds}-fold cross-validation"
     else:
-        how = f"{right} {row.data.get('test_name') or 'test'} {_plural('image', found.images)} right"
-    return f"{_name(row.method)}: {100 * found.value:.1f} % accuracy, 95 % interval {interval} ({how})."
+        images = f"{row.data.get('test_name') or 'test'} {_plural('image', found.images)}"
+    counts = f"{found.correct:,} of {found.images:,} {images}"
+    return f"{_name(row.method)}: {100 * found.value:.1f} % right (95 % interval {_between(found)}; {counts})."
 
 
 def _chance_line(row: Row, found: _Accuracy) -> list[str]:
@@ -123,7 +117,7 @@ def _chance_line(row: Row, found: _Accuracy) -> list[str]:
 def _comparison_line(adapter: Row, of_adapter: Predictions, frozen: Row, of_frozen: Predictions) -> str:
     found = compare(of_adapter, of_frozen)
     against = f"{_name(adapter.method)} against {_name(frozen.method)}, image by image"
-    interval = f"95 % interval {_signed(found.low)} to {_signed(found.high)}"
+    interval = f"{_signed(found.low)} to {_signed(found.high)}"
     if not found.shown:
         return f"{against}: no difference shown ({_signed(found.difference)} points, {interval})."
     word = "better" if found.difference > 0 else "worse"
@@ -156,6 +150,10 @@ def _untested_line(names: Sequence[str]) -> str:
     joined = listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
     each = "has a single image" if len(names) == 1 else "have a single image each"
     return f"No estimate for {joined}: {'it' if len(names) == 1 else 'they'} {each}, which is always trained on."
+
+
+def _between(found: _Accuracy) -> str:
+    return f"{100 * found.low:.1f} to {100 * found.high:.1f}"
 
 
 def _signed(points: float) -> str:

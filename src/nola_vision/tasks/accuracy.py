@@ -7,6 +7,7 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import (
@@ -19,6 +20,14 @@ from torchmetrics.utilities import dim_zero_cat
 
 from nola_vision.predictions import Predictions
 
+# Columns of a row by the names that the test stage logs; what a task does not log is None
+LOGGED = {
+    "test_accuracy": "test_accuracy",
+    "balanced_accuracy": "test_balanced_accuracy",
+    "macro_f1": "test_macro_f1",
+    "top5_accuracy": "test_top5_accuracy",
+    "test_nll": "test_loss",
+}
 TOP5_CLASSES = 10  # with fewer, top-5 says little
 _MOST_CLASSES = 1000  # whose confusion matrix, of 8 MB, is kept
 
@@ -58,7 +67,8 @@ class TestedImages(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Positions, labels and predictions of all images, in ascending order of the positions."""
-        positions, labels, predicted = (dim_zero_cat(s).cpu() for s in (self.positions, self.labels, self.predicted))
+        states = (self.positions, self.labels, self.predicted)
+        positions, labels, predicted = (dim_zero_cat(cast("list[Tensor]", state)).cpu() for state in states)
         order = positions.argsort()
         return positions[order], labels[order], predicted[order]
 
@@ -118,6 +128,29 @@ def count_confusions(metrics: nn.ModuleDict) -> Tensor | None:
     None where the classes are too many to keep it.
     """
     return cast(Metric, metrics["confusion"]).compute().cpu() if "confusion" in metrics else None
+
+
+def pooled_metrics(predictions: Predictions, num_classes: int) -> tuple[dict[str, float], Tensor | None]:
+    """The metrics of what several folds predicted, which no test stage logs.
+
+    Args:
+        predictions: of all folds, with logits.
+        num_classes: number of classes.
+
+    Returns:
+        The columns of a row by name, `test_accuracy` left out: the estimate has its own; and the confusions.
+    """
+    logits, labels = torch.from_numpy(predictions.logits), torch.from_numpy(predictions.label)
+    metrics = accuracies(num_classes)
+    columns = {"test_nll": float(F.cross_entropy(logits, labels))}
+    for column, name in LOGGED.items():
+        if name in metrics:
+            metric = cast(Metric, metrics[name])
+            metric.update(logits, labels)
+            columns[column] = float(metric.compute())
+    if "confusion" in metrics:
+        cast(Metric, metrics["confusion"]).update(logits, labels)
+    return columns, count_confusions(metrics)
 
 
 def collect_predictions(task: L.LightningModule, metrics: nn.ModuleDict) -> Predictions:
