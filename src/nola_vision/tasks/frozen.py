@@ -176,35 +176,18 @@ def logistic_regression(x: Array, y: Indices, groups: Indices) -> tuple[Array, A
     every backbone; the head that is returned takes features as they are. C is the one of `CS` with the least
     cross-entropy over stratified folds of the training images, the smallest such; `DEFAULT_C` where no class has two
     distinct images.
-
-    Every solution is a combination of the training rows, so few images of many features are first rotated into their
-    span, which changes nothing but the time.
     """
-    mean = x.mean(axis=0)
-    z, rotation = x - mean, None
-    if len(x) < x.shape[1]:
-        u, s, rotation = np.linalg.svd(z, full_matrices=False)
-        z = u * s
-    c = choose_c(z, y, groups, x.shape[1])
-    model, middle, scale = _fitted(z, y, c, x.shape[1])
+    c = choose_c(x, y, groups)
+    model, middle, scale = _fitted(x, y, c)
     weight, bias = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
     if len(weight) == 1:  # two classes: one logit, that of the second against the first
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     weight = weight / scale
-    bias = bias - weight @ middle
-    weight = weight if rotation is None else weight @ rotation
-    return weight, bias - weight @ mean, c
+    return weight, bias - weight @ middle, c
 
 
-def choose_c(x: Array, y: Indices, groups: Indices, width: int) -> float:
-    """The C of `CS` with the least cross-entropy of held-out images, see `logistic_regression`.
-
-    Args:
-        x: features, or their coordinates in the span of the training images.
-        y: class indices.
-        groups: equal numbers are copies of one image.
-        width: number of features.
-    """
+def choose_c(x: Array, y: Indices, groups: Indices) -> float:
+    """The C of `CS` with the least cross-entropy of held-out images, see `logistic_regression`."""
     splits = folds(y, groups, _INNER_SEED)
     if not splits:
         return DEFAULT_C
@@ -213,18 +196,18 @@ def choose_c(x: Array, y: Indices, groups: Indices, width: int) -> float:
     losses = np.zeros(len(CS))
     for train, test in splits:
         for place, c in enumerate(CS):
-            model, middle, scale = _fitted(x[train], y[train], c, width)
+            model, middle, scale = _fitted(x[train], y[train], c)
             losses[place] += len(test) * _nll(_logits(model, (x[test] - middle) / scale), y[test])
     return CS[int(losses.argmin())]
 
 
-def _fitted(x: Array, y: Indices, c: float, width: int) -> tuple[Any, Array, float]:
+def _fitted(x: Array, y: Indices, c: float) -> tuple[Any, Array, float]:
     """scikit-learn's model on scaled features; and the scaling's mean and divisor."""
     from sklearn import linear_model
     from sklearn.exceptions import ConvergenceWarning
 
     middle = x.mean(axis=0)
-    scale = float(np.sqrt(np.square(x - middle).sum() / (len(x) * width))) or 1.0
+    scale = float(np.sqrt(np.square(x - middle).mean())) or 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # after 1,000 steps it is as good as it gets
         model = linear_model.LogisticRegression(C=c, max_iter=_MOST_ITERATIONS).fit((x - middle) / scale, y)
