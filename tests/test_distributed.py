@@ -23,10 +23,11 @@ def fit(out: Path, method: str, *options: str) -> tuple[Row, pd.DataFrame, str]:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert ended.returncode == 0, ended.stderr
-    ((row,), problems) = store.read_rows(out)
+    rows, problems = store.read_rows(out)
     assert not problems
-    (log,) = out.rglob("metrics.csv")
-    return row, pd.read_csv(log), ended.stdout
+    (row,) = [row for row in rows if row.method == method]  # next to those of frozen features
+    assert row.folder is not None
+    return row, pd.read_csv(row.folder / "metrics.csv"), ended.stdout
 
 
 @pytest.mark.parametrize("method", ["nola", "full-ft"])
