@@ -47,6 +47,8 @@ _OF_STEPS = {
         "min_lr",
         "grad_checkpointing",
         "compile",
+        "stop_early",
+        "class_weights",
     ),
     "trainer": (
         "max_epochs",
