@@ -141,7 +141,7 @@ def command(*words: str, before: str = "", after: str = "", **settings: str) -> 
 FIT = ["fit", *CONFIG]
 MISTAKES = {
     "no root": ([*FIT, "--data.dataset=folder", "--data.root=nowhere"], "the data root nowhere does not exist"),
-    "no key": ([*FIT, "--dta.shots=5"], "the config has no setting 'dta': did you mean data?"),
+    "no key": ([*FIT, "--dta.shots=5"], "there is no option --dta.shots: did you mean data?"),
     "no key of a method": (["sweep", *CONFIG, "--methods=nola", "--config=key.yaml"], "no setting 'rnk'"),
     "no adapter": (["predict", "--adapter=none.safetensors", "one.png"], "none.safetensors does not exist"),
     "no device": (["predict", "--adapter=one.png", "--device=gpu", "one.png"], "cuda"),
@@ -183,7 +183,7 @@ def test_early_checks_report_what_is_certain_and_leave_the_rest(
         "--data.manifest=m.json": "the manifest m.json cannot be read",
         "--data.dataset=cifar10": "this data set needs a folder",
         "--model.backbone.file=no.pth": "the weights file no.pth does not exist",
-        "--modl.run_seed=1": "the config has no setting 'modl'",
+        "--modl.run_seed=1": "there is no option --modl.run_seed: did you mean model",
     }
     for option, expected in wrong.items():
         for options in ([option], option.split("=")):
@@ -194,6 +194,8 @@ def test_early_checks_report_what_is_certain_and_leave_the_rest(
         check_run(config(), [], "no.ckpt")
     with pytest.raises(NolaVisionError, match="unknown method 'MAGIC'"):
         check_run(config(model={"method": {"class_path": "MAGIC"}}))
+    with pytest.raises(NolaVisionError, match="the config has no setting 'modl': did you mean model"):
+        check_run(config(modl={}))
     right = [
         ["--data.shots=all"], ["--data.shots", "10"], ["--model.method.bits=4"], ["--model.method.rank", "4.0"],
         ["--model.method=LoRA", "--model.method.init_args.rank=2"], ["--model.method.class_path=my.Method"],

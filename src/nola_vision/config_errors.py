@@ -35,8 +35,9 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
         known = settings.get(inner, settings.get(group, ()))
         return f"`{group}` has no key '{option}'{_instead(last, known)}"
     if unknown := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", message):
-        group, _, option = unknown[1].lstrip("-").rpartition(".")
-        return f"there is no option {unknown[1]}{_instead(option, settings.get(group, ()))}"
+        key = unknown[1].lstrip("-")
+        group, _, name = key.rpartition(".")
+        return no_option(key, name, settings.get(group, ()))
     if inside and (needed := re.search(r"the following arguments are required: (\w+)", message)):
         return f"{inside[1]} has no value for '{needed[1]}': give --{key}.{needed[1]}"
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", message):
@@ -53,6 +54,11 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
 def no_setting(name: str, given: str, known: Sequence[str]) -> str:
     """What to say of an unknown setting."""
     return f"{name} has no setting '{given}'{_instead(given, known)}"
+
+
+def no_option(key: str, name: str, known: Sequence[str]) -> str:
+    """What to say of an unknown option `--KEY`, of which `name` is the part that is not among the `known`."""
+    return f"there is no option --{key}{_instead(name, known)}"
 
 
 def refusal(class_path: str) -> str:

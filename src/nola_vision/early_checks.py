@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from nola_vision import methods
-from nola_vision.config_errors import TOP_KEYS, no_setting
+from nola_vision.config_errors import TOP_KEYS, no_option, no_setting
 from nola_vision.config_files import Config, load_yaml, overlay
 from nola_vision.data.datasets import check_root, get_dataset
 from nola_vision.data.kshot import check_shots
@@ -38,9 +38,12 @@ def check_run(config: Mapping[str, Any], options: Sequence[str] = (), ckpt_path:
             or a folder or file that does not exist.
     """
     given = option_pairs(options)
-    for key in [*config, *(key.partition(".")[0].rstrip("+") for key, _ in given)]:
-        if key not in (*TOP_KEYS, *_ELSEWHERE):
-            raise NolaVisionError(f"the configuration is not understood: {no_setting('the config', key, TOP_KEYS)}")
+    top = (*TOP_KEYS, *_ELSEWHERE)
+    if wrong := [key for key in config if key not in top]:
+        raise NolaVisionError(f"the configuration is not understood: {no_setting('the config', wrong[0], TOP_KEYS)}")
+    for key, _ in given:
+        if (name := key.partition(".")[0].rstrip("+")) not in top:
+            raise NolaVisionError(f"the configuration is not understood: {no_option(key, name, TOP_KEYS)}")
     whole = {key for key, _ in given}  # keys whose settings may all be replaced
     config = _with_options(config, given)
     model, data = config.get("model"), config.get("data")
