@@ -21,7 +21,7 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.results.identity import Config
 from nola_vision.results.row import Row
-from nola_vision.sweep.plan import search_rank
+from nola_vision.results.statistics import search_rank
 
 
 def number_of_folds(run_config: Config) -> int:
@@ -34,7 +34,7 @@ def number_of_folds(run_config: Config) -> int:
         NolaVisionError: as `KShotDataModule.setup`.
     """
     trainer = run_config["trainer"]
-    if not identity.has_init(run_config) or trainer["devices"] not in (1, "1", "auto") or trainer["num_nodes"] != 1:
+    if not identity.has_init(run_config) or trainer["devices"] not in (1, "1") or trainer["num_nodes"] != 1:
         return 0
     return open_data(run_config).number_of_folds or 0
 
@@ -70,17 +70,33 @@ def run_with_estimate(
     if stage != "final":
         return run.run(run_config, out, stage, **options)
     if folds is None:
-        folds = number_of_folds(run_config)
+        try:
+            folds = number_of_folds(run_config)
+        except NolaVisionError:
+            if not options.get("keep_going"):
+                raise
+            folds = 0  # the final run meets the same fault, and leaves a row that states it
+    # a checkpoint is that of one run; `last` is each run's own
+    before = {**options, "ckpt_path": "last" if options.get("ckpt_path") == "last" else None}
     held_out = []
     for fold in range(folds):
-        fold_config = _with(run_config, "data", fold=fold)
-        fold_config = _with_best_rate(fold_config, out, learning_rates, True, options)
-        held_out.append(run.run(fold_config, out, "fold", **options))
+        fold_config = _with_best_rate(_of_fold(run_config, fold), out, learning_rates, True, before)
+        held_out.append(run.run(fold_config, out, "fold", **before))
         if note is not None:
             note(fold, held_out[-1])
     without_test = learning_rates and not open_data(run_config).has_test
-    run_config = _with_best_rate(run_config, out, learning_rates, bool(without_test), options)
+    run_config = _with_best_rate(run_config, out, learning_rates, bool(without_test), before)
     return run.run(run_config, out, held_out=held_out, **options)
+
+
+def pending_folds(run_config: Config, out: str | Path, folds: int) -> list[int]:
+    """The folds that have no row of a completed run yet."""
+    folders = [identity.run_folder(out, _of_fold(run_config, fold), "fold") for fold in range(folds)]
+    return [fold for fold, folder in enumerate(folders) if run.completed_row(folder) is None]
+
+
+def _of_fold(run_config: Config, fold: int) -> Config:
+    return _with(run_config, "data", fold=fold)
 
 
 def _with(run_config: Config, group: str, **settings: Any) -> Config:
@@ -114,14 +130,17 @@ def training_seconds(run_config: Config) -> float:
     with TemporaryDirectory() as scratch, quiet():
         built = build(run_config, Path(scratch))
         built.datamodule.setup("fit")
-        device = built.trainer.strategy.root_device
-        task = built.model.to(device)
+        device, precision = built.trainer.strategy.root_device, built.trainer.precision_plugin
+        task = precision.convert_module(built.model).to(device)
         loader = built.datamodule.train_dataloader()
         seconds = 0.0
         for _ in range(2):
             clock = time.perf_counter()
             images, labels = next(iter(loader))
-            torch.nn.functional.cross_entropy(task(images.to(device)), labels.to(device)).backward()
+            with precision.train_step_context():
+                logits = task(precision.convert_input(images.to(device)))
+                loss = torch.nn.functional.cross_entropy(logits.float(), labels.to(device))
+            loss.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - clock

@@ -196,7 +196,7 @@ def run(
         set_aside(folder)
     # the processes of a distributed run share the first one's claim
     with claim(folder) if main else nullcontext():
-        if not again and (row := _completed_row(folder)) is not None:
+        if not again and (row := completed_row(folder)) is not None:
             if held_out and row.estimate is None and main:
                 row = _with_estimate(row, folder, held_out)
             return row
@@ -345,7 +345,7 @@ def _with_estimate(row: Row, folder: Path, held_out: Sequence[Row]) -> Row:
     return row
 
 
-def _completed_row(folder: Path) -> Row | None:
+def completed_row(folder: Path) -> Row | None:
     """The row of a completed run, if the folder has one; a row that cannot be read does not count."""
     try:
         return find_completed(folder)
@@ -485,6 +485,8 @@ def _measure(
             data.warnings.append(f"{part} (trainer.limit_test_batches): data.test_limit takes a part of every class")
     later = _peak_memory_mib(device)
     measured["peak_memory_mib"] = max(peak, later) if peak is not None and later is not None else later
+    if isinstance(task, FrozenClassifier) and not task.savable:
+        measured["test_nll"] = None  # 1-NN's logits are cosines on a scale of no meaning
     measured["data"] = data.describe()
 
 

@@ -23,11 +23,12 @@ from nola_vision.cli.options import (
 )
 from nola_vision.config_files import load_configs
 from nola_vision.errors import NolaVisionError
-from nola_vision.progress import duration, say, say_start
+from nola_vision.progress import duration, say, say_start, time_left
 from nola_vision.results import identity
 from nola_vision.text import printable
 
 if TYPE_CHECKING:
+    from nola_vision.data.datamodule import KShotDataModule
     from nola_vision.results.row import Row
 
 LONGEST_ESTIMATE = 600.0  # seconds that the folds may take unless they are asked for
@@ -115,33 +116,36 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     from nola_vision import cross_validation, run
     from nola_vision.config import open_data
     from nola_vision.results import store, tables
-    from nola_vision.results.store import find_completed
 
     main, out, console = run.is_main_process(run_config), Path(known.out), Console()
     options: dict[str, Any] = {"ckpt_path": known.ckpt_path, "again": known.again}
     rates = _learning_rates(raw, run_config) if known.search else []
     data = open_data(run_config)
     if main:
-        say(_summary(run_config, data.describe()))
+        say(_summary(run_config, data))
     frozen: list[Row] = []
     if main and identity.has_init(run_config):
         frozen = _frozen_rows(run_config, raw, known)
     folder = identity.run_folder(out, run_config, "final")
-    done = None if known.again or rates else find_completed(folder)
+    done = None if known.again or rates else run.completed_row(folder)
     folds = cross_validation.number_of_folds(run_config) if known.estimate != "none" else 0
-    skipped = None
+    pending, skipped = list(range(folds)), None
     if done is not None and (not folds or done.estimate is not None):
         if main:
             say(f"this run is completed, and its row stands: --again repeats it ({folder})")
         folds = 0
     elif folds:
-        folds, skipped = _announce(run_config, known, rates, folds, words)
+        if not known.again and not rates:
+            pending = cross_validation.pending_folds(run_config, out, folds)
+        if skipped := _too_long(run_config, known, rates, folds, len(pending), words):
+            folds = 0
     clock = time.monotonic()
 
     def note(fold: int, row: Row) -> None:
         correct = round((row.test_accuracy or 0) * row.data["counts"]["test"])
-        left = (time.monotonic() - clock) / (fold + 1) * (folds - fold - 1)
-        more = f"; about {duration(left)} left" if fold + 1 < folds else ""
+        left = [one for one in pending if one > fold]
+        seconds = (time.monotonic() - clock) / max(1, len(pending) - len(left)) * len(left)
+        more = f"; {time_left(seconds)}" if left and fold in pending else ""
         say(f"fold {fold + 1} of {folds}: {correct} of {row.data['counts']['test']} right{more}")
 
     row = cross_validation.run_with_estimate(
@@ -160,10 +164,16 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     return 0
 
 
-def _summary(run_config: identity.Config, described: dict[str, Any]) -> str:
+def _summary(run_config: identity.Config, data: KShotDataModule) -> str:
     """What is about to happen, in one line."""
+    described = data.describe()
     classes, images = len(described["class_names"]), described["counts"]["train"]
-    tested = "cross-validated" if described["folds"] else "tested on its test images"
+    if data.has_test:
+        tested = f"tested on {data.test_name} images"
+    elif data.number_of_folds:
+        tested = f"no test images, so accuracy is estimated by {data.number_of_folds} folds"
+    else:
+        tested = "no test images, and no class has two distinct ones to estimate an accuracy with"
     backbone = f"{run_config['model']['backbone']['tag']} at {described['transform']['size']} pixels"
     return f"{images:,} training images of {classes} classes, {tested}; backbone {backbone}"
 
@@ -211,22 +221,32 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
     return rows
 
 
-def _announce(
-    run_config: identity.Config, known: argparse.Namespace, rates: Sequence[float], folds: int, words: Sequence[str]
-) -> tuple[int, str | None]:
-    """Says how long the folds and the last training will take; returns how many folds to run, and why not if none."""
+def _too_long(
+    run_config: identity.Config,
+    known: argparse.Namespace,
+    rates: Sequence[float],
+    folds: int,
+    pending: int,
+    words: Sequence[str],
+) -> str | None:
+    """Says how long the folds and the last training will take; returns the command for later if the folds are skipped.
+
+    Args:
+        folds: how many there are.
+        pending: how many of them were not completed before.
+    """
     from nola_vision import cross_validation
 
+    if not pending:
+        return None
     each = cross_validation.training_seconds(run_config) * (1 + len(rates))
-    total = each * (folds - 1)  # every fold leaves out one part of the images
+    total = each * pending * (folds - 1) / folds  # every fold leaves out one part of the images
     if known.estimate is None and total > LONGEST_ESTIMATE:
         command = shlex.join(["nola-vision", *words, "--estimate", "folds"])
-        say(
-            f"{folds} folds would take about {duration(total)}, so the adapter gets no estimate; to run them: {command}"
-        )
-        return 0, command
-    say(f"{run_config['method']}: {folds} folds in about {duration(total)}, then all images in about {duration(each)}")
-    return folds, None
+        say(f"{folds} folds would take {duration(total)}, so the adapter gets no estimate now")
+        return command
+    say(f"{run_config['method']}: {pending} folds in about {duration(total)}, then all images in {duration(each)}")
+    return None
 
 
 def _verdict(

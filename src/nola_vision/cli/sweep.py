@@ -111,7 +111,7 @@ def _sweep(
         splits, config["data"]["split_seed"] = [held], held
     out, console = Path(known.out), Console()
     if not has_validation_images(identity.resolve(config, methods[0])):  # what is missing is said before the first run
-        console.print("classes too small for a validation pool, so every method keeps its own learning rate")
+        console.print("there is no validation pool, so every method keeps its own learning rate")
         config = plan.without_search(config)
     if config["trainer"]["num_nodes"] != 1:
         raise NolaVisionError("a sweep's run takes one machine: leave --trainer.num_nodes to `nola-vision fit`")

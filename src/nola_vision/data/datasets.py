@@ -625,7 +625,7 @@ def check_root(entry: DatasetEntry, root: str | None, download: bool = False) ->
     Raises:
         NolaVisionError: as `data_root`; or it does not exist, and nothing will be downloaded.
     """
-    if entry.needs_root and not (path := data_root(root)).exists() and not download:
+    if entry.needs_root and not (path := entry.place(root)).exists() and not download:
         raise NolaVisionError(f"the data root {path} does not exist: check --data.root{_or_fetch(entry)}")
 
 

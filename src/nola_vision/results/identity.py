@@ -28,6 +28,7 @@ _TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path", "allow_imp
 _DATA_LEFT_OUT = ("root", "num_workers", "download", "memory_limit_mib", "eval_batch_size", "manifest")
 _TRAINER_LEFT_OUT = (
     "logger",
+    "accelerator",
     "devices",  # by their number, see `_devices`
     "strategy",
     "default_root_dir",
@@ -271,7 +272,9 @@ def _devices(trainer: Mapping[str, Any]) -> Any:
         devices = [name for name in devices.split(",") if name]
     if isinstance(devices, list | tuple):
         return len(devices)
-    return 1 if devices in (None, "1") else devices
+    if isinstance(devices, str) and devices.isdecimal():
+        devices = int(devices)
+    return 1 if devices is None else devices
 
 
 def _without_progress_bars(callbacks: Any) -> list[Any]:

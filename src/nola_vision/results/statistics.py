@@ -145,11 +145,14 @@ def paired_difference(rows: Iterable[Row], others: Iterable[Row]) -> Difference 
 
 
 def _by_place(rows: Iterable[Row]) -> dict[int, dict[int | None, float]]:
-    """Accuracies in per cent by split and init; of a run without a test set the mean over its folds."""
+    """Accuracies in per cent by split and init; of a run without a test set the mean over its first folds."""
     places: dict[int, dict[int | None, float]] = defaultdict(dict)
     for row in count_once(rows):
-        if row.stage == "final" and row.status == "completed" and (values := run_accuracies(row)):
-            places[row.split][row.init] = fmean(values)
+        if row.stage != "final" or row.status != "completed" or not (values := run_accuracies(row)):
+            continue
+        if row.estimate is not None:  # the first repeat alone, whose folds all methods share
+            values = values[: len(values) // row.estimate["repeats"]]
+        places[row.split][row.init] = fmean(values)
     return places
 
 
@@ -171,6 +174,16 @@ def run_interval(row: Row) -> tuple[float, float] | None:
         return None
     low, high = wilson(round(row.test_accuracy * images), images)
     return 100 * low, 100 * high
+
+
+def search_rank(row: Row) -> tuple[float, float]:
+    """What search runs are sorted by, the best first: validation accuracy, then loss; a failed one comes last."""
+    accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
+    return -accuracy, _or(row.val_loss, math.inf)
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return value if value is not None and math.isfinite(value) else otherwise
 
 
 def count_once(rows: Iterable[Row]) -> list[Row]:

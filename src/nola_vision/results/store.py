@@ -67,7 +67,10 @@ def set_aside(folder: Path) -> None:
     if not folder.is_dir():
         return
     with claim(folder):
-        if find_completed(folder) is None:
+        try:
+            if find_completed(folder) is None:
+                return
+        except NolaVisionError:  # a row that cannot be read is replaced
             return
         try:
             drop_aside(folder)  # of a repetition that was completed, and whose process died before it removed this

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nola_vision.config_files import published_config
+from nola_vision.results.estimates import Estimate
 from nola_vision.results.identity import differing_settings
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import (
@@ -181,7 +182,12 @@ def row_panel(row: Row) -> Panel:
         accuracy += f", 95 % interval {_between(interval)} (Wilson, of the test images alone)"
     measured = {"test accuracy": accuracy}
     if row.estimate is not None:
-        measured = {"cross-validated accuracy": accuracy_text(row)}
+        found = Estimate.from_dict(row.estimate)
+        between = f"{_points(100 * found.low)} to {_points(100 * found.high)}"
+        measured = {
+            "cross-validated accuracy": accuracy_text(row),
+            "95 % interval": f"{between} ({found.correct} of {found.images} images right in the first folds)",
+        }
     for key, name, factor in COLUMNS.values():
         if (value := getattr(row, key)) is not None:
             measured[name.removesuffix(" %")] = f"{100 * value:.2f} %" if factor == 100 else f"{value:.3f}"

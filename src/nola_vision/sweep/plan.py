@@ -12,7 +12,7 @@ from typing import Any
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import count_once
+from nola_vision.results.statistics import count_once, search_rank
 
 _MOST_NUMBERS = 10_000  # in a range: more are a slip of the hand
 
@@ -336,13 +336,3 @@ def _best_rate(method: str, specs: list[RunSpec], searched: Mapping[tuple[str, s
             f"all search runs of {method!r} failed: {errors[-1] if errors else 'none has a validation accuracy'}"
         )
     return best[1]
-
-
-def search_rank(row: Row) -> tuple[float, float]:
-    """What search runs are sorted by, the best first: validation accuracy, then loss; a failed one comes last."""
-    accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
-    return -accuracy, _or(row.val_loss, math.inf)
-
-
-def _or(value: float | None, otherwise: float) -> float:
-    return value if value is not None and math.isfinite(value) else otherwise
