@@ -21,6 +21,7 @@ from nola_vision.data.datasets import get_dataset, open_split
 from nola_vision.data.sources import ImageSource, image_suffixes
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import why_not_a_file
+from nola_vision.progress import say_start
 from nola_vision.results import identity
 from nola_vision.tags import split_tag
 
@@ -208,6 +209,7 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
     Raises:
         NolaVisionError: timm has no such model.
     """
+    say_start(f"the check of {backbone['tag']}")
     from nola_vision.backbones import BackboneSpec, largest_side, skeleton
     from nola_vision.targets import find_targets
 
