@@ -272,7 +272,7 @@ def _devices(trainer: Mapping[str, Any]) -> Any:
         devices = [name for name in devices.split(",") if name]
     if isinstance(devices, list | tuple):
         return len(devices)
-    if isinstance(devices, str) and devices.isdecimal():
+    if isinstance(devices, str) and devices.isdecimal() and len(devices) < 5:
         devices = int(devices)
     return 1 if devices is None else devices
 
