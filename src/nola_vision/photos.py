@@ -150,9 +150,7 @@ def _in_order(value: Any, whole: Any) -> Any:
 def _methods(targets: list[str]) -> Config:
     """The entries by name. What is not set here is the default protocol's."""
     return {
-        "1nn": {"class_path": "NearestNeighbor"},
-        "nearest-mean": {"class_path": "NearestMean"},
-        "logistic": {"class_path": "LogisticRegression"},
+        **{name: {"class_path": class_name} for name, class_name in identity.FROZEN_METHODS.items()},
         "linear": {"class_path": "LinearProbe"},
         "nola": {
             "class_path": "NOLA",

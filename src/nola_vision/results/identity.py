@@ -20,7 +20,8 @@ from nola_vision.tags import short_tag
 Config = dict[str, Any]
 Stage = Literal["final", "search", "fold"]
 OWN_IMAGES = ("folder", "list")  # data sets that a person makes: the name of their root names them
-TRAINS_NOTHING = ("NearestNeighbor", "NearestMean", "LogisticRegression")  # nothing in them depends on `run_seed`
+# Every `methods.FrozenMethod`, by the name under which `fit` adds it to a config that lacks it
+FROZEN_METHODS = {"1nn": "NearestNeighbor", "nearest-mean": "NearestMean", "logistic": "LogisticRegression"}
 
 # `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
 # are names (they are in the folder's path), and `methods`, the other entries.
@@ -135,7 +136,7 @@ def method_class(run_config: Mapping[str, Any]) -> str:
 
 def has_init(run_config: Mapping[str, Any]) -> bool:
     """Whether `run_seed` matters: a method on frozen features trains nothing by steps, so it has one run per split."""
-    return method_class(run_config) not in TRAINS_NOTHING
+    return method_class(run_config) not in FROZEN_METHODS.values()
 
 
 def cell_name(run_config: Mapping[str, Any]) -> str:

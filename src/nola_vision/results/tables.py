@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nola_vision.config_files import published_config
-from nola_vision.results.identity import differing_settings
+from nola_vision.results.identity import FROZEN_METHODS, differing_settings
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import (
     Summary,
@@ -28,15 +28,7 @@ from nola_vision.results.statistics import (
 )
 from nola_vision.text import printable
 
-_ORDER = (
-    "NearestNeighbor",
-    "NearestMean",
-    "LogisticRegression",
-    "LinearProbe",
-    "FullFinetune",
-    "LoRA",
-    "NOLA",
-)
+_ORDER = (*FROZEN_METHODS.values(), "LinearProbe", "FullFinetune", "LoRA", "NOLA")
 # Columns that a table has by choice: the row's column and the table's, and the factor between their units
 COLUMNS: Mapping[str, tuple[str, str, int]] = {
     "balanced": ("balanced_accuracy", "balanced %", 100),

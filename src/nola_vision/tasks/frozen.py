@@ -25,15 +25,13 @@ from nola_vision.data.datamodule import ImageSubset, KShotDataModule
 from nola_vision.data.folds import folds
 from nola_vision.data.kshot import Indices, keyed_hash
 from nola_vision.features import features, use_features
-from nola_vision.methods import LogisticRegression, Method, NearestMean, NearestNeighbor
+from nola_vision.methods import FrozenMethod, LogisticRegression, NearestMean, NearestNeighbor
 from nola_vision.model import adapt
 from nola_vision.predictions import Predictions, pool
+from nola_vision.results.identity import FROZEN_METHODS as FROZEN_METHODS
 from nola_vision.tasks.evaluation import EvaluatedModule
 
 Array = npt.NDArray[np.float64]
-
-# The names under which `fit` adds the methods to a config that lacks them.
-FROZEN_METHODS = {"1nn": "NearestNeighbor", "nearest-mean": "NearestMean", "logistic": "LogisticRegression"}
 
 CS = tuple(10.0**power for power in range(-3, 3))  # the inverse penalties that logistic regression chooses from
 DEFAULT_C = 1.0  # where no class has two training images
@@ -57,7 +55,7 @@ class FrozenClassifier(EvaluatedModule):
         class_names: the classes, in the order of the labels.
     """
 
-    def __init__(self, backbone: BackboneSpec, method: Method, class_names: Sequence[str]) -> None:
+    def __init__(self, backbone: BackboneSpec, method: FrozenMethod, class_names: Sequence[str]) -> None:
         super().__init__(len(class_names))
         self.model = adapt(backbone, method, class_names).eval()
         self.method = self.model.card.method
