@@ -42,8 +42,8 @@ from nola_vision.data.folds import folds
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.transforms import eval_transform
 from nola_vision.methods import LogisticRegression, NearestMean, NearestNeighbor
-from nola_vision.predictions import Predictions, pool
-from nola_vision.results.estimates import Estimate, compare, wilson
+from nola_vision.predictions import Predictions
+from nola_vision.results.estimates import CrossValidated, Estimate, compare, wilson
 
 BACKBONE = BackboneSpec("vit_glyph_patch4_32.glyphs")
 METHODS = {"1-NN": NearestNeighbor, "nearest mean": NearestMean, "logistic regression": LogisticRegression}
@@ -165,15 +165,14 @@ def record(parts: list[Predictions], labels: np.ndarray, logits: np.ndarray, tru
         logits: of the model fitted on the whole draw, for the images outside of it.
         true: labels of those.
     """
-    held_out = pool(parts)
+    found = CrossValidated.of(parts)
+    held_out = found.predictions
     assert held_out.logits is not None
     right = logits.argmax(axis=1) == true
     of_class = [right[true == label].mean() for label in range(logits.shape[1])]  # weighted as in the draw
     shares = np.bincount(labels, minlength=logits.shape[1]) / len(labels)
     temperature = fit_temperature(held_out.logits, held_out.label)
-    fold_of = np.concatenate([np.full(len(part.index), number) for number, part in enumerate(parts)])
-    fold_of = fold_of[np.argsort(np.concatenate([part.index for part in parts]), kind="stable")]
-    crossed = cross_fitted(held_out.logits, held_out.label, fold_of)
+    crossed = cross_fitted(held_out.logits, held_out.label, found.folds)
     return {
         "truth": float(np.dot(shares, of_class)),
         "folds": [(int(part.correct.sum()), len(part.index)) for part in parts],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -27,7 +26,8 @@ from nola_vision.data.kshot import Indices, keyed_hash
 from nola_vision.features import features, use_features
 from nola_vision.methods import FrozenMethod, LogisticRegression, NearestMean, NearestNeighbor
 from nola_vision.model import adapt
-from nola_vision.predictions import Predictions, pool
+from nola_vision.predictions import Predictions
+from nola_vision.results.estimates import CrossValidated
 from nola_vision.results.identity import FROZEN_METHODS as FROZEN_METHODS
 from nola_vision.tasks.evaluation import EvaluatedModule
 
@@ -229,23 +229,6 @@ def _unit(x: Array) -> Array:
 # --- data without a test split ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class CrossValidated:
-    """What repeated cross-validation found.
-
-    Args:
-        fold_results: (correct, images) of every fold, repeat after repeat.
-        repeats: how many times all images were divided into folds.
-        predictions: for the held-out images of the first repeat, logits included.
-        folds: the fold of each of these images, in the order of `predictions`.
-    """
-
-    fold_results: list[tuple[int, int]]
-    repeats: int
-    predictions: Predictions
-    folds: Indices
-
-
 def evaluate(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) -> CrossValidated | None:
     """Cross-validates a method on a data set without a test split, then fits it to the images of the final run.
 
@@ -266,7 +249,7 @@ def evaluate(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) 
     images = loader.dataset
     assert isinstance(images, ImageSubset)
     known, labels, groups = features(task.model, trainer, loader), torch.from_numpy(images.labels), data.groups
-    found = cross_validate(task, known, labels, groups, data.split_seed, data.draw_of_fold)
+    found = cross_validate(task, known, labels, groups, data.split_seed, data.draw_of_fold, data.untested_classes)
     drawn = data.train_indices
     task.fit(known[drawn], labels[drawn], groups[drawn])
     return found
@@ -278,7 +261,8 @@ def cross_validate(
     labels: Tensor,
     groups: Indices,
     seed: int,
-    draw: Callable[[Indices], Indices] = lambda train: train,
+    draw: Callable[[Indices], Indices],
+    untested_classes: Sequence[str],
 ) -> CrossValidated | None:
     """Repeated stratified cross-validation of a method on features, every choice made inside a fold.
 
@@ -289,27 +273,22 @@ def cross_validate(
         groups: `[n]` numbers; equal ones are copies of one image, which share a fold.
         seed: of the first repeat's folds.
         draw: the images to train on out of a fold's training part, both as positions among all images.
+        untested_classes: names of classes that no fold tests.
 
     Returns:
         None if no class has two distinct images.
     """
     y = labels.numpy()
     repeats = number_of_repeats(features, y)
-    results, parts = [], []
+    parts = []
     for repeat in range(repeats):
         for train, test in folds(y, groups, seed if repeat == 0 else keyed_hash("repeat", seed, repeat)):
             drawn = draw(train)
             task.fit(features[drawn], labels[drawn], groups[drawn])
             with torch.no_grad():
                 logits = task(features[test].to(task.device)).float().cpu()
-            found = Predictions.of(test, y[test], logits.numpy())
-            results.append((int(found.correct.sum()), len(test)))
-            parts += [found] if repeat == 0 else []
-    if not results:
-        return None
-    numbers = np.repeat(np.arange(len(parts)), [len(part.index) for part in parts])
-    order = np.argsort(np.concatenate([part.index for part in parts]))  # as `pool`
-    return CrossValidated(results, repeats, pool(parts), numbers[order])
+            parts.append(Predictions.of(test, y[test], logits.numpy()))
+    return CrossValidated.of(parts, repeats, untested_classes) if parts else None
 
 
 def number_of_repeats(features: Tensor, labels: Indices) -> int:
