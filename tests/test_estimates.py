@@ -316,13 +316,7 @@ def test_the_folds_of_a_repeat_are_pooled_in_the_order_of_their_images() -> None
     found = CrossValidated.of([*first, *first[::-1]], 2, ["c"])
     assert found.predictions.index.tolist() == [0, 1, 2, 3, 4] and found.folds.tolist() == [0, 1, 1, 1, 0]
     assert found.predictions.label.tolist() == [1, 0, 1, 1, 0]
-    assert found.predictions.predicted.tolist() == [
-        0,
-        1,
-        1,
-        1,
-        0,
-    ]
+    assert found.predictions.predicted.tolist() == [0, 1, 1, 1, 0]
     estimate = found.estimate
     assert estimate.folds == [1 / 2, 2 / 3, 2 / 3, 1 / 2] and (estimate.correct, estimate.images) == (3, 5)
     assert estimate.untested_classes == ["c"]

@@ -111,7 +111,7 @@ class FrozenClassifier(EvaluatedModule):
             loader = data.reference_dataloader()
             images = loader.dataset
             assert isinstance(images, ImageSubset)
-            groups = images.copies() if isinstance(self.method, LogisticRegression) else None
+            groups = data.train_groups if isinstance(self.method, LogisticRegression) else None
             self.fit(features(self.model, trainer, loader), torch.from_numpy(images.labels), groups)
 
     def prepare(self, trainer: L.Trainer) -> None:
