@@ -30,13 +30,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from scipy.stats import beta, t
 from sklearn.model_selection import StratifiedKFold
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from nola_vision.backbones import BackboneSpec, create_backbone, input_config
-from nola_vision.calibration import ECE_BINS, cross_fitted, fit_temperature
+from nola_vision.calibration import ECE_BINS, cross_fitted, fit_temperature, nll
 from nola_vision.data.datasets import get_dataset
 from nola_vision.data.folds import folds
 from nola_vision.data.sources import ImageSource
@@ -173,6 +173,7 @@ def record(parts: list[Predictions], labels: np.ndarray, logits: np.ndarray, tru
     shares = np.bincount(labels, minlength=logits.shape[1]) / len(labels)
     temperature = fit_temperature(held_out.logits, held_out.label)
     crossed = cross_fitted(held_out.logits, held_out.label, found.folds)
+    scores = logits.astype(np.float64)
     return {
         "truth": float(np.dot(shares, of_class)),
         "folds": [(int(part.correct.sum()), len(part.index)) for part in parts],
@@ -181,13 +182,9 @@ def record(parts: list[Predictions], labels: np.ndarray, logits: np.ndarray, tru
         "predicted": held_out.predicted.tolist(),
         "temperature": temperature,
         "held_out_nll": [crossed.nll_before, crossed.nll_after],
-        "nll": [nll(logits, true), nll(logits / temperature, true)],
+        "nll": [nll(scores, true), nll(scores / temperature, true)],
         "bins": [bins(logits, true), bins(logits / temperature, true)],
     }
-
-
-def nll(logits: np.ndarray, true: np.ndarray) -> float:
-    return float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(true)), true].mean())
 
 
 def bins(logits: np.ndarray, true: np.ndarray) -> list[list[float]]:

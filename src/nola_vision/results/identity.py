@@ -172,7 +172,7 @@ def entry_hash(run_config: Mapping[str, Any]) -> str:
 
 def entry_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
     """What `entry_hash` is taken of, by the key of each value: `{"model.method.init_args.rank": 8, ...}`."""
-    return _flat(_of_entry(run_config))
+    return flattened(_of_entry(run_config))
 
 
 def _of_entry(run_config: Mapping[str, Any]) -> Config:
@@ -184,11 +184,12 @@ def _of_entry(run_config: Mapping[str, Any]) -> Config:
     return config
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, each value by the path of its keys: `{"a": {"b": 1}}` to `{"a.b": 1}`."""
+    values: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        values |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
 
 
 def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -15,11 +15,11 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nola_vision.backbones import BackboneSpec
+from nola_vision.calibration import nll
 from nola_vision.data.datamodule import ImageSubset, KShotDataModule
 from nola_vision.data.folds import folds
 from nola_vision.data.kshot import Indices, keyed_hash
@@ -161,7 +161,7 @@ def nearest_mean(x: Array, y: Indices, num_classes: int) -> tuple[Array, Array]:
         cosines[np.arange(len(y)), y] = (_unit(sums[y] - u) * u).sum(1)  # without the image itself
         held_out, labels = cosines[several], y[several]
         found: Any = minimize_scalar(  # type: ignore[no-untyped-call]
-            lambda log: _nll(np.exp(log) * held_out, labels), bounds=(0, 7), method="bounded"
+            lambda log: nll(np.exp(log) * held_out, labels), bounds=(0, 7), method="bounded"
         )
         scale = float(np.exp(found.x))
     return means * scale / max(float(norms.mean()), 1e-12), np.zeros(num_classes)
@@ -195,7 +195,7 @@ def choose_c(x: Array, y: Indices, groups: Indices) -> float:
     for train, test in splits:
         for place, c in enumerate(CS):
             model, middle, scale = _fitted(x[train], y[train], c)
-            losses[place] += len(test) * _nll(_logits(model, (x[test] - middle) / scale), y[test])
+            losses[place] += len(test) * nll(_logits(model, (x[test] - middle) / scale), y[test])
     return CS[int(losses.argmin())]
 
 
@@ -215,10 +215,6 @@ def _fitted(x: Array, y: Indices, c: float) -> tuple[Any, Array, float]:
 def _logits(model: Any, x: Array) -> Array:
     scores: Array = model.decision_function(x)
     return scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1) / 2
-
-
-def _nll(logits: Array, y: Indices) -> float:
-    return float(-log_softmax(logits, axis=1)[np.arange(len(y)), y].mean())
 
 
 def _unit(x: Array) -> Array:
