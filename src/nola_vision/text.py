@@ -40,7 +40,7 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def one_line(value: object, most: int = 200) -> str:
+def excerpt(value: object, most: int = 200) -> str:
     """A message or a value as one line of at most `most` characters, the last words left out."""
     return textwrap.shorten(str(value), most)
 

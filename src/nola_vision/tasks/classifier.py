@@ -25,7 +25,7 @@ from nola_vision.methods import PEFT, FullFinetune, LinearProbe, Method
 from nola_vision.model import adapt, backbone_tensors, first_not_finite
 from nola_vision.results.identity import flattened
 from nola_vision.tasks.evaluation import EvaluatedModule
-from nola_vision.text import one_line
+from nola_vision.text import excerpt
 from nola_vision.trainer_settings import check_monitors, monitoring, update_paths
 
 ClassWeights = Literal["none", "balanced"]
@@ -222,7 +222,7 @@ class Classifier(EvaluatedModule):
         try:
             self.trainer.fit_loop.setup_data()  # with max_steps alone, Lightning has not counted the batches yet
         except ValueError as error:  # limits that do not fit the number of batches
-            raise NolaVisionError(f"Lightning cannot train with these settings: {one_line(error, 80)}") from error
+            raise NolaVisionError(f"Lightning cannot train with these settings: {excerpt(error, 80)}") from error
         steps, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
         if not math.isfinite(steps) or not math.isfinite(batches):
             raise NolaVisionError("the cosine schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
@@ -295,8 +295,8 @@ class Classifier(EvaluatedModule):
         if differing:
             key = differing[0]
             raise NolaVisionError(
-                f"the checkpoint was written with another {key} ({one_line(there.get(key), 80)}) than this run's "
-                f"({one_line(here.get(key), 80)}): use the config it was trained with"
+                f"the checkpoint was written with another {key} ({excerpt(there.get(key), 80)}) than this run's "
+                f"({excerpt(here.get(key), 80)}): use the config it was trained with"
             )
         own, stored = self.state_dict(), _mapping(checkpoint.get("state_dict"))
         wrong = self._kept(list(own)) ^ set(stored)
