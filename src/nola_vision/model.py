@@ -35,7 +35,7 @@ from nola_vision.backbones import (
 )
 from nola_vision.data.transforms import eval_transform
 from nola_vision.errors import NolaVisionError
-from nola_vision.field_types import check_types, plain_number, quoted
+from nola_vision.field_types import check_counts, check_types, plain_number, quoted
 from nola_vision.files import write_file
 from nola_vision.known_weights import WeightsOrigin
 from nola_vision.methods import (
@@ -53,7 +53,6 @@ from nola_vision.predict import (
     Images,
     Prediction,
     batches,
-    check_counts,
     computed,
     one_or_several,
     probabilities,
