@@ -30,20 +30,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from scipy.stats import beta, t
 from sklearn.model_selection import StratifiedKFold
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from nola_vision.backbones import BackboneSpec, create_backbone, input_config
-from nola_vision.calibration import ECE_BINS, cross_fitted, fit_temperature
+from nola_vision.calibration import ECE_BINS, cross_fitted, fit_temperature, nll
 from nola_vision.data.datasets import get_dataset
 from nola_vision.data.folds import folds
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.transforms import eval_transform
 from nola_vision.methods import LogisticRegression, NearestMean, NearestNeighbor
-from nola_vision.predictions import Predictions, pool
-from nola_vision.results.estimates import Estimate, compare, wilson
+from nola_vision.predictions import Predictions
+from nola_vision.results.estimates import CrossValidated, Estimate, compare, wilson
 
 BACKBONE = BackboneSpec("vit_glyph_patch4_32.glyphs")
 METHODS = {"1-NN": NearestNeighbor, "nearest mean": NearestMean, "logistic regression": LogisticRegression}
@@ -165,15 +165,15 @@ def record(parts: list[Predictions], labels: np.ndarray, logits: np.ndarray, tru
         logits: of the model fitted on the whole draw, for the images outside of it.
         true: labels of those.
     """
-    held_out = pool(parts)
+    found = CrossValidated.of(parts)
+    held_out = found.predictions
     assert held_out.logits is not None
     right = logits.argmax(axis=1) == true
     of_class = [right[true == label].mean() for label in range(logits.shape[1])]  # weighted as in the draw
     shares = np.bincount(labels, minlength=logits.shape[1]) / len(labels)
     temperature = fit_temperature(held_out.logits, held_out.label)
-    fold_of = np.concatenate([np.full(len(part.index), number) for number, part in enumerate(parts)])
-    fold_of = fold_of[np.argsort(np.concatenate([part.index for part in parts]), kind="stable")]
-    crossed = cross_fitted(held_out.logits, held_out.label, fold_of)
+    crossed = cross_fitted(held_out.logits, held_out.label, found.folds)
+    scores = logits.astype(np.float64)
     return {
         "truth": float(np.dot(shares, of_class)),
         "folds": [(int(part.correct.sum()), len(part.index)) for part in parts],
@@ -182,13 +182,9 @@ def record(parts: list[Predictions], labels: np.ndarray, logits: np.ndarray, tru
         "predicted": held_out.predicted.tolist(),
         "temperature": temperature,
         "held_out_nll": [crossed.nll_before, crossed.nll_after],
-        "nll": [nll(logits, true), nll(logits / temperature, true)],
+        "nll": [nll(scores, true), nll(scores / temperature, true)],
         "bins": [bins(logits, true), bins(logits / temperature, true)],
     }
-
-
-def nll(logits: np.ndarray, true: np.ndarray) -> float:
-    return float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(true)), true].mean())
 
 
 def bins(logits: np.ndarray, true: np.ndarray) -> list[list[float]]:

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from nola_vision.predictions import Predictions
-from nola_vision.results.estimates import Estimate, clopper_pearson, compare, wilson
+from nola_vision.results.estimates import CrossValidated, Estimate, clopper_pearson, compare, wilson
 from nola_vision.results.row import Row
 from nola_vision.results.verdict import verdict
 
@@ -308,3 +308,15 @@ def test_the_best_of_several_is_the_most_accurate_and_then_by_all_repeats() -> N
     better = (make_row("b", estimate=Estimate.of([(0, 2), (2, 2), (2, 2), (2, 2)], 2).to_dict()), other[1])
     for frozen in itertools.permutations([one, better]):
         assert verdict(None, list(frozen), NAMES)[0].endswith(": b, 50.0 % (6.8 to 93.2).")
+
+
+def test_the_folds_of_a_repeat_are_pooled_in_the_order_of_their_images() -> None:
+    logits = np.eye(2, dtype=np.float32)[[0, 0, 1, 1, 1]]
+    first = [Predictions.of([4, 0], [0, 1], logits[:2]), Predictions.of([2, 1, 3], [1, 0, 1], logits[2:])]
+    found = CrossValidated.of([*first, *first[::-1]], 2, ["c"])
+    assert found.predictions.index.tolist() == [0, 1, 2, 3, 4] and found.folds.tolist() == [0, 1, 1, 1, 0]
+    assert found.predictions.label.tolist() == [1, 0, 1, 1, 0]
+    assert found.predictions.predicted.tolist() == [0, 1, 1, 1, 0]
+    estimate = found.estimate
+    assert estimate.folds == [1 / 2, 2 / 3, 2 / 3, 1 / 2] and (estimate.correct, estimate.images) == (3, 5)
+    assert estimate.untested_classes == ["c"]

@@ -24,7 +24,7 @@ from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.folds import folds
 from nola_vision.errors import NolaVisionError
 from nola_vision.features import drops_nothing
-from nola_vision.methods import NearestNeighbor
+from nola_vision.methods import METHODS, FrozenMethod, NearestNeighbor
 from nola_vision.model import AdaptedModel
 from nola_vision.predictions import load_predictions
 from nola_vision.results import identity
@@ -343,4 +343,9 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
 def test_every_shipped_cell_has_the_methods() -> None:
     for config in (load_configs(["quickstart.yaml"]), compose("vitb", "cifar10", 5), compose("vitl_mae", "pets", 10)):
         classes = {name: entry["class_path"] for name, entry in config["methods"].items()}
-        assert classes.items() >= frozen.FROZEN_METHODS.items() == CLASSES.items()
+        assert classes.items() >= identity.FROZEN_METHODS.items() == CLASSES.items()
+
+
+def test_every_frozen_method_has_a_name() -> None:
+    frozen_methods = [name for name, method in METHODS.items() if issubclass(method, FrozenMethod)]
+    assert frozen_methods == list(identity.FROZEN_METHODS.values())

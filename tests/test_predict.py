@@ -202,7 +202,7 @@ def test_the_commands_formats(
         (["--top-k=0", names[0]], "top_k is 0"),
         (["--min-probability=1.5", names[0]], "'1.5' is not a number from 0 to 1"),
         (["--min-probability=nan", names[0]], "is not a number from 0 to 1"),
-        (["--device=gpu", names[0]], "--device is 'gpu': give cpu, cuda"),
+        (["--device=gpu", names[0]], "--device is 'gpu': did you mean cuda?"),
         (["-"], "no paths on standard input"),
     ]:
         status, printed, error = run(*words)

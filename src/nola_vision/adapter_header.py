@@ -59,7 +59,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Calibrated:
     """How a file's logits are calibrated.
 
     Args:
@@ -82,38 +82,38 @@ class Header:
         fingerprint: of the backbone's weights; None for a fully fine-tuned model.
         targets: name, shape and group of each adapted weight, in the order of the stack.
         weights: the file that the backbone's weights were read from, if it is known.
-        scale: of the logits; None if they are not calibrated.
+        calibrated: of the logits; None if they are not calibrated.
     """
 
     card: Card
     fingerprint: str | None
     targets: list[tuple[str, tuple[int, ...], str]]
     weights: WeightsOrigin | None = None
-    scale: Scale | None = None
+    calibrated: Calibrated | None = None
 
 
-def check_scale(scale: Scale) -> Scale:
+def check_calibrated(calibrated: Calibrated) -> Calibrated:
     """The calibration with Python's own numbers and a temperature of 6 digits, if a file can state it.
 
     Raises:
         NolaVisionError: a value of another type or out of range.
     """
-    scale = check_types(dataclasses.replace(scale, temperature=_float(scale.temperature)))
-    if not MIN_TEMPERATURE <= scale.temperature <= MAX_TEMPERATURE:  # not a number fails too
+    calibrated = check_types(dataclasses.replace(calibrated, temperature=_float(calibrated.temperature)))
+    if not MIN_TEMPERATURE <= calibrated.temperature <= MAX_TEMPERATURE:  # not a number fails too
         raise NolaVisionError(
-            f"the temperature is {quoted(scale.temperature)}: it must be from {MIN_TEMPERATURE:g} to "
+            f"the temperature is {quoted(calibrated.temperature)}: it must be from {MIN_TEMPERATURE:g} to "
             f"{MAX_TEMPERATURE:,.0f}"
         )
-    text = scale.calibrated_on
+    text = calibrated.calibrated_on
     if not 0 < len(text) <= _MOST_CALIBRATED_ON or not text.isprintable():
         raise NolaVisionError(
             f"calibrated_on is {quoted(text)}: give 'folds', 'validation' or up to {_MOST_CALIBRATED_ON} characters"
         )
-    if scale.images is not None and not 0 < scale.images < 2**31:
+    if calibrated.images is not None and not 0 < calibrated.images < 2**31:
         raise NolaVisionError(
-            f"a temperature fitted on {quoted(scale.images)} images makes no sense: give their number"
+            f"a temperature fitted on {quoted(calibrated.images)} images makes no sense: give their number"
         )
-    return dataclasses.replace(scale, temperature=float(f"{scale.temperature:.6g}"))
+    return dataclasses.replace(calibrated, temperature=float(f"{calibrated.temperature:.6g}"))
 
 
 def _float(value: Any) -> Any:
@@ -202,7 +202,9 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
         ]
         fingerprint = metadata["backbone_fingerprint"]
         origin = None if metadata["weights"] is None else check_types(WeightsOrigin(**metadata["weights"]))
-        scale = None if metadata["calibration"] is None else check_scale(Scale(**metadata["calibration"]))
+        calibrated = (
+            None if metadata["calibration"] is None else check_calibrated(Calibrated(**metadata["calibration"]))
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error!r}") from error
     if (fingerprint is None) != isinstance(method, FullFinetune) or not isinstance(fingerprint, str | None):
@@ -224,7 +226,7 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
             f"{quoted(origin.sha256)}, which cannot be one: get another file"
         )
     _check_input(card, path)
-    return Header(card, fingerprint, targets, origin, scale)
+    return Header(card, fingerprint, targets, origin, calibrated)
 
 
 def _check_input(card: Card, path: Path) -> None:

@@ -86,7 +86,7 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     if too_sure(low) > 0:
         low = brentq(too_sure, low, high) if too_sure(high) < 0 else high  # type: ignore[no-untyped-call]
     found = minimize_scalar(  # type: ignore[no-untyped-call]
-        lambda log_temperature: _nll(scores / np.exp(log_temperature), true),
+        lambda log_temperature: nll(scores / np.exp(log_temperature), true),
         bounds=(low, high),
         method="bounded",
         options={"xatol": 1e-7},
@@ -118,8 +118,8 @@ def cross_fitted(logits: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.Array
     enough = len(true) >= ECE_FROM
     return Calibration(
         temperature,
-        nll_before=_nll(scores, true),
-        nll_after=None if after is None else _nll(after, true),
+        nll_before=nll(scores, true),
+        nll_after=None if after is None else nll(after, true),
         ece_before=expected_calibration_error(scores, true) if enough else None,
         ece_after=expected_calibration_error(after, true) if enough and after is not None else None,
         images=len(true),
@@ -143,5 +143,6 @@ def _checked(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, npt.
     return scores, true
 
 
-def _nll(scores: Floats, true: npt.NDArray[np.int64]) -> float:
+def nll(scores: Floats, true: npt.NDArray[np.int64]) -> float:
+    """Mean negative log-likelihood of class indices `[n]` under softmax of scores `[n, classes]`, in nats."""
     return float(-log_softmax(scores, axis=1)[np.arange(len(true)), true].mean())

@@ -24,6 +24,13 @@ def quoted(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def check_counts(**counts: int) -> None:
+    """Refuses a count under 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise NolaVisionError(f"{name} is {count}: it must be at least 1")
+
+
 def check_types(value: T) -> T:
     """A dataclass with Python's own numbers in its fields, if each field is of its declared type.
 

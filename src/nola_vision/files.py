@@ -8,6 +8,8 @@ from pathlib import Path
 
 from nola_vision.errors import NolaVisionError
 
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")  # in timm's order of preference
+
 
 def write_file(path: str | Path, content: bytes) -> None:
     """Writes a file that a person named, as `write_whole` does; into a device or a pipe, such as /dev/stdout.
@@ -39,6 +41,12 @@ def need_adapter_file(path: str | Path) -> None:
         )
 
 
+def need_folder_of(path: str | Path) -> None:
+    """Raises NolaVisionError unless the folder that a file is to be written into exists."""
+    if not Path(path).absolute().parent.is_dir():
+        raise NolaVisionError(f"the folder of {path} does not exist: create it first")
+
+
 def need_checkpoint_file(path: str | Path) -> None:
     """Raises NolaVisionError unless there is a file."""
     if not os.path.isfile(path):
@@ -56,7 +64,7 @@ def weights_in(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        files = [file for suffix in ("safetensors", "bin", "pth") for file in sorted(path.glob(f"*.{suffix}"))]
+        files = [file for suffix in WEIGHTS_SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
         for file in (path / "model.safetensors", path / "pytorch_model.bin", *files):
             if file.is_file():
                 return file

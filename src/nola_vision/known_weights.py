@@ -14,10 +14,10 @@ from pathlib import Path
 
 from nola_vision.backbones import BackboneSpec, repository, weights_file
 from nola_vision.errors import NolaVisionError
+from nola_vision.files import WEIGHTS_SUFFIXES
 from nola_vision.local_files import cache_folder, file_digest, read_cache, write_cache
 
 FOLDER_VARIABLE = "NOLA_VISION_WEIGHTS"
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _MOST_NAME = 255  # characters
 _MOST_KNOWN = 1000  # files in the list; the oldest are dropped
 
@@ -115,7 +115,12 @@ def _candidates(wanted: WeightsOrigin) -> Iterator[Path]:
     if folder := os.environ.get(FOLDER_VARIABLE):
         if not os.path.isdir(folder):
             raise NolaVisionError(f"{FOLDER_VARIABLE} is {folder!r}, which is not a folder: set it to one, or unset it")
-        paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(SUFFIXES)]
+        paths = [
+            Path(place, name)
+            for place, _, names in os.walk(folder)
+            for name in names
+            if name.endswith(WEIGHTS_SUFFIXES)
+        ]
         yield from sorted(paths, key=lambda path: (_name(path) != wanted.file, path))
     yield from (Path(path) for path, entry in read_cache(_list_file()).items() if entry == [wanted.sha256])
 

@@ -25,12 +25,17 @@ class Method:
 
 
 @dataclass(frozen=True)
-class NearestNeighbor(Method):
+class FrozenMethod(Method):
+    """A way to use the features of a frozen backbone: nothing is trained by steps, so nothing depends on `run_seed`."""
+
+
+@dataclass(frozen=True)
+class NearestNeighbor(FrozenMethod):
     """1-NN, no training: the label of the training image whose features have the largest cosine with the image's."""
 
 
 @dataclass(frozen=True)
-class NearestMean(Method):
+class NearestMean(FrozenMethod):
     """The class whose mean of unit features has the largest cosine with the image's features.
 
     Args:
@@ -41,7 +46,7 @@ class NearestMean(Method):
 
 
 @dataclass(frozen=True)
-class LogisticRegression(Method):
+class LogisticRegression(FrozenMethod):
     """Multinomial logistic regression on the frozen features; its penalty is chosen inside the training images.
 
     Args:

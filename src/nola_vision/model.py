@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nola_vision import known_weights, methods
-from nola_vision.adapter_header import Card, Header, Scale, check_card, check_scale, parse_header
+from nola_vision.adapter_header import Calibrated, Card, Header, check_calibrated, check_card, parse_header
 from nola_vision.adapters.file import AdapterFile, adapter_bytes, open_adapter, write_adapter
 from nola_vision.adapters.paths import is_quantised
 from nola_vision.adapters.quantise import rounded
@@ -35,7 +35,7 @@ from nola_vision.backbones import (
 )
 from nola_vision.data.transforms import eval_transform
 from nola_vision.errors import NolaVisionError
-from nola_vision.field_types import check_types, plain_number, quoted
+from nola_vision.field_types import check_counts, check_types, plain_number, quoted
 from nola_vision.files import write_file
 from nola_vision.known_weights import WeightsOrigin
 from nola_vision.methods import (
@@ -53,7 +53,6 @@ from nola_vision.predict import (
     Images,
     Prediction,
     batches,
-    check_counts,
     computed,
     one_or_several,
     probabilities,
@@ -217,10 +216,10 @@ class AdaptedModel(nn.Module):
                 f"the model's temperature is {self.temperature} and its calibrated_on is None: state which images it "
                 "was fitted on, such as 'validation'"
             )
-        scale = None
+        calibrated = None
         if self.calibrated_on is not None:
-            scale = check_scale(Scale(self.temperature, self.calibrated_on, self.calibration_images))
-        return file_metadata(self.card, self.stack, self.fingerprint, self.weights, scale)
+            calibrated = check_calibrated(Calibrated(self.temperature, self.calibrated_on, self.calibration_images))
+        return file_metadata(self.card, self.stack, self.fingerprint, self.weights, calibrated)
 
     def save(self, path: str | Path, adapter: int | None = None) -> int:
         """Writes the adapter file and returns its size in bytes.
@@ -330,7 +329,7 @@ def file_metadata(
     stack: AdapterStack,
     fingerprint: str | None,
     weights: WeightsOrigin | None = None,
-    scale: Scale | None = None,
+    calibrated: Calibrated | None = None,
 ) -> dict[str, Any]:
     """What an adapter file says besides its tensors, as plain values."""
     return {
@@ -340,7 +339,7 @@ def file_metadata(
         },
         "backbone_fingerprint": fingerprint,
         "weights": None if weights is None else dataclasses.asdict(weights),
-        "calibration": None if scale is None else dataclasses.asdict(scale),
+        "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
         "method": methods.to_dict(card.method),
         "run_seed": card.run_seed,
         "basis_seed": card.basis_seed,
@@ -446,7 +445,7 @@ def _stack(backbone: nn.Module, card: Card, target_names: list[str] | None = Non
     return make_stack(backbone, card.method, len(card.class_names), *seeds, base=base, target_names=target_names)
 
 
-_LONGEST_SCALE = Scale(temperature=0.000123456, calibrated_on="validation", images=10**9)
+_LONGEST_CALIBRATED = Calibrated(temperature=0.000123456, calibrated_on="validation", images=10**9)
 
 
 def _spend_bytes(backbone: nn.Module, card: Card, weights: WeightsOrigin | None, method: NOLA, budget: int) -> NOLA:
@@ -456,7 +455,9 @@ def _spend_bytes(backbone: nn.Module, card: Card, weights: WeightsOrigin | None,
         fixed = dataclasses.replace(method, num_basis=k, max_bytes=None)
         stack = _stack(backbone, dataclasses.replace(card, method=fixed))
         tensors = stack_tensors(stack) | {f"backbone.{n}": t for n, t in backbone_tensors(backbone, method).items()}
-        described = file_metadata(dataclasses.replace(card, method=fixed), stack, "0" * 64, weights, _LONGEST_SCALE)
+        described = file_metadata(
+            dataclasses.replace(card, method=fixed), stack, "0" * 64, weights, _LONGEST_CALIBRATED
+        )
         return len(adapter_bytes(described, tensors, file_bits(tensors, fixed)))
 
     if size(1) > budget:
@@ -521,9 +522,9 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
             + ("" if missing else "(--weights FILE)")
         )
     _fill(model, tensors, path)
-    if header.scale is not None:
-        model.temperature, model.calibrated_on = header.scale.temperature, header.scale.calibrated_on
-        model.calibration_images = header.scale.images
+    if header.calibrated is not None:
+        model.temperature, model.calibrated_on = header.calibrated.temperature, header.calibrated.calibrated_on
+        model.calibration_images = header.calibrated.images
     known_weights.remember(spec)
     return model.eval()
 
@@ -545,10 +546,12 @@ def set_temperature(path: str | Path, temperature: float, calibrated_on: str | N
     parse_header(file.metadata, file.path)
     if calibrated_on is None and temperature != 1:
         raise NolaVisionError(f"the temperature is {temperature} and calibrated_on None: state what it was fitted on")
-    scale = (
-        None if calibrated_on is None else dataclasses.asdict(check_scale(Scale(temperature, calibrated_on, images)))
+    calibrated = (
+        None
+        if calibrated_on is None
+        else dataclasses.asdict(check_calibrated(Calibrated(temperature, calibrated_on, images)))
     )
-    write_file(path, file.rewritten({"calibration": scale}))
+    write_file(path, file.rewritten({"calibration": calibrated}))
 
 
 @torch.no_grad()

@@ -6,9 +6,7 @@ else was checked: a mistake is reported at once.
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from nola_vision import config_files
 from nola_vision.config_files import Config
 from nola_vision.data.datasets import get_dataset, open_split
 from nola_vision.data.sources import ImageSource, image_suffixes
+from nola_vision.devices import parse_device
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import why_not_a_file
 from nola_vision.progress import say_start
@@ -33,8 +32,6 @@ STEPS = 100  # of the optimizer: 4 minutes for a ViT-S/14 at 224 pixels on two c
 EPOCHS = 10, 50  # at least, at most
 MAX_PARAMETERS = 6144  # coefficients of the adapter: 24 KiB on any backbone; the head adds 1.5 KiB per class here
 PHOTOS = "a folder with one folder of images per class, a CSV of path,label, or a text list of `path label` lines"
-
-_DEVICE = re.compile(r"(auto|cpu|mps|cuda)|(cuda):(\d{1,4})")
 
 
 def config(
@@ -151,9 +148,7 @@ def _in_order(value: Any, whole: Any) -> Any:
 def _methods(targets: list[str]) -> Config:
     """The entries by name. What is not set here is the default protocol's."""
     return {
-        "1nn": {"class_path": "NearestNeighbor"},
-        "nearest-mean": {"class_path": "NearestMean"},
-        "logistic": {"class_path": "LogisticRegression"},
+        **{name: {"class_path": class_name} for name, class_name in identity.FROZEN_METHODS.items()},
         "linear": {"class_path": "LinearProbe"},
         "nola": {
             "class_path": "NOLA",
@@ -178,14 +173,8 @@ def _device(device: str | None) -> Config:
     """The trainer's settings for a device."""
     if device is None:
         return {}
-    if device == "gpu":  # Lightning's word for it
-        device = "cuda"
-    found = _DEVICE.fullmatch(device)
-    if found is None:
-        close = difflib.get_close_matches(device, ("cpu", "cuda", "mps"), n=1)
-        hint = f"did you mean {close[0]}?" if close else "use cpu, cuda, cuda:1 or mps"
-        raise NolaVisionError(f"--device is '{device}': {hint}")
-    return {"accelerator": found[1]} if found[1] else {"accelerator": found[2], "devices": [int(found[3])]}
+    kind, number = parse_device(device)
+    return {"accelerator": kind} if number is None else {"accelerator": kind, "devices": [number]}
 
 
 def _backbone(name: str | None, weights: str | None) -> Config:

@@ -118,13 +118,6 @@ def one_or_several(images: Any) -> tuple[bool, Iterable[Any]]:
     return False, images
 
 
-def check_counts(**counts: int) -> None:
-    """Refuses a count under 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise NolaVisionError(f"{name} is {count}: it must be at least 1")
-
-
 def batches(
     model: AdaptedModel, images: Iterable[Any], batch_size: int, unreadable: list[NolaVisionError] | None = None
 ) -> Iterator[tuple[list[Any], Tensor]]:

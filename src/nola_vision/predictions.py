@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Predictions:
         write_whole(folder / PREDICTIONS_FILE, safetensors.numpy.save(tensors))
 
 
-def pool(parts: list[Predictions]) -> Predictions:
+def pool(parts: Sequence[Predictions]) -> Predictions:
     """The predictions of several runs on different images as one, such as those of all folds."""
     names = ("index", "label", "predicted", "probability")
     order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")

@@ -13,29 +13,25 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nola_vision.calibration import Calibration, cross_fitted
 from nola_vision.config import RunCLI, build, quiet
-from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import need_checkpoint_file, write_whole
 from nola_vision.interrupts import Interrupts
 from nola_vision.model import first_not_finite, set_temperature
-from nola_vision.predictions import Predictions, load_predictions, pool
+from nola_vision.predictions import Predictions, load_predictions
 from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
-from nola_vision.results.estimates import Estimate
+from nola_vision.results.estimates import CrossValidated
 from nola_vision.results.row import Row
 from nola_vision.results.store import LOCK_FILE, claim, drop_aside, find_completed, set_aside, write_row
 from nola_vision.tasks.accuracy import LOGGED, pooled_metrics
@@ -273,27 +269,13 @@ def _run(
     return dataclasses.replace(finished, folder=folder)
 
 
-@dataclass(frozen=True)
-class _HeldOut:
-    """What the folds of a run found: the estimate, the predictions for every image, and the fold that tested each."""
-
-    estimate: Estimate
-    predictions: Predictions
-    folds: npt.NDArray[np.int64]
-
-    def calibration(self) -> Calibration:
-        """A temperature for the final model."""
-        assert self.predictions.logits is not None
-        return cross_fitted(self.predictions.logits, self.predictions.label, self.folds)
-
-
 def _fold_predictions(of_fold: Row) -> Predictions | None:
     if of_fold.status != "completed" or of_fold.folder is None:
         return None
     return load_predictions(of_fold.folder)
 
 
-def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
+def _pooled(held_out: Sequence[Row]) -> CrossValidated | None:
     """What the rows of all folds of a run found; None if there are none.
 
     Raises:
@@ -309,17 +291,20 @@ def _pooled(held_out: Sequence[Row]) -> _HeldOut | None:
             raise NolaVisionError(f"fold {fold + 1} of {len(held_out)}: {reason}")
         parts.append(found)
     untested = held_out[0].data.get("untested_classes") or []
-    estimate = Estimate.of([(int(part.correct.sum()), len(part.index)) for part in parts], 1, untested)
-    folds = np.repeat(np.arange(len(parts)), [len(part.index) for part in parts])
-    order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
-    return _HeldOut(estimate, pool(parts), folds[order])
+    return CrossValidated.of(parts, untested_classes=untested)
+
+
+def _fold_calibration(pooled: CrossValidated) -> Calibration:
+    """A temperature for the final model, fitted on what the folds held out."""
+    assert pooled.predictions.logits is not None
+    return cross_fitted(pooled.predictions.logits, pooled.predictions.label, pooled.folds)
 
 
 def _seconds(held_out: Sequence[Row]) -> float:
     return sum(of_fold.seconds_total or 0 for of_fold in held_out)
 
 
-def _write_estimate(pooled: _HeldOut, folder: Path, class_names: Sequence[str]) -> dict[str, Any]:
+def _write_estimate(pooled: CrossValidated, folder: Path, class_names: Sequence[str]) -> dict[str, Any]:
     """Writes the predictions and confusions of all folds into a final run's folder; returns the columns of its row."""
     _stored(pooled.predictions, "final").save(folder)
     columns, confusions = pooled_metrics(pooled.predictions, len(class_names))
@@ -336,7 +321,7 @@ def _with_estimate(row: Row, folder: Path, held_out: Sequence[Row]) -> Row:
     """A completed row with the estimate that was skipped when its run trained."""
     pooled = _pooled(held_out)
     assert pooled is not None
-    found, path = pooled.calibration(), folder / ADAPTER_FILE
+    found, path = _fold_calibration(pooled), folder / ADAPTER_FILE
     set_temperature(path, found.temperature, "folds", found.images)
     columns = _write_estimate(pooled, folder, row.data["class_names"])
     columns |= {"calibrated_on": "folds", **found.columns()}
@@ -421,7 +406,7 @@ def _measure(
     folder: Path,
     stage: identity.Stage,
     ckpt_path: str | None,
-    pooled: _HeldOut | None,
+    pooled: CrossValidated | None,
     measured: dict[str, Any],
 ) -> None:
     """Fills in `measured` as the run goes on, so that a failed run keeps what was known."""
@@ -454,7 +439,7 @@ def _measure(
     elif isinstance(task, FrozenClassifier):
         clock = time.perf_counter()
         if stage == "final" and not data.has_test and data.fold is None:
-            pooled = _cross_validated(task, data, trainer)
+            pooled = evaluate_frozen(task, data, trainer)
         else:
             task.fit_to(data, trainer)
         measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
@@ -496,18 +481,10 @@ def _stored(predictions: Predictions, stage: identity.Stage) -> Predictions:
     return predictions if stage == "fold" else dataclasses.replace(predictions, logits=None)
 
 
-def _cross_validated(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) -> _HeldOut | None:
-    """What cross-validation on frozen features finds; None if no class has two distinct images."""
-    if (found := evaluate_frozen(task, data, trainer)) is None:
-        return None
-    estimate = Estimate.of(found.fold_results, found.repeats, data.untested_classes)
-    return _HeldOut(estimate, found.predictions, found.folds)
-
-
-def _calibrate(task: Classifier | FrozenClassifier, pooled: _HeldOut | None) -> dict[str, Any]:
+def _calibrate(task: Classifier | FrozenClassifier, pooled: CrossValidated | None) -> dict[str, Any]:
     """Fits the model's temperature on what the folds held out or on the validation pool; the columns of the row."""
     if pooled is not None:
-        found, source = pooled.calibration(), "folds"
+        found, source = _fold_calibration(pooled), "folds"
     elif task.validated is not None and all(bool(values.isfinite().all()) for values in task.validated):
         logits, labels = task.validated
         found, source = cross_fitted(logits.numpy(), labels.numpy()), "validation"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import unicodedata
 
 # C0 and C1 controls, line and paragraph separators, and lone surrogates; Unicode's format characters (category Cf),
@@ -32,6 +33,16 @@ def _escaped(found: re.Match[str]) -> str:
     if "\udc80" <= character <= "\udcff":  # how Python stores a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or what fits of it before `...` if it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def excerpt(value: object, most: int = 200) -> str:
+    """A message or a value as one line of at most `most` characters, the last words left out."""
+    return textwrap.shorten(str(value), most)
 
 
 def csv_cell(text: str) -> str:

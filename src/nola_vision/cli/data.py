@@ -61,8 +61,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
 
 def _check(name: str, root: str | None, download: bool) -> int:
-    from nola_vision.data.check import SplitReport, check_split, in_both
+    from nola_vision.data.check import SplitReport, check_split
     from nola_vision.data.datasets import get_dataset, kinds_of_files, open_split
+    from nola_vision.data.duplicates import in_both, repeated, under_two_labels
     from nola_vision.data.splits import Split
 
     entry, console = get_dataset(name), Console(highlight=False)
@@ -81,6 +82,7 @@ def _check(name: str, root: str | None, download: bool) -> int:
                 missing[split] = error
     if not reports:
         raise missing["train"]
+    contradictory = False
     for split, report in reports.items():
         counts = report.counts
         fewest, most = min(counts, key=lambda named: named[1]), max(counts, key=lambda named: named[1])
@@ -91,8 +93,9 @@ def _check(name: str, root: str | None, download: bool) -> int:
         if not even:
             _print(console, "  " + ", ".join(f"{name} {count}" for name, count in counts), wrap=True)
         _listed(console, f"unreadable in {split}", report.unreadable)
-        _listed(console, f"twice in {split}", report.repeated)
-        _listed(console, f"twice in {split} and the labels differ", report.contradictory)
+        _listed(console, f"twice in {split}", repeated(report.source, report.digests))
+        contradictory |= bool(pairs := under_two_labels(report.source, report.digests))
+        _listed(console, f"twice in {split} and the labels differ", pairs)
         if others := report.other_files:
             _print(console, f"  files that are not read in {split}: {others.total()} ({kinds_of_files(others)})")
     for split, reason in missing.items():
@@ -101,11 +104,11 @@ def _check(name: str, root: str | None, download: bool) -> int:
         _print(console, note)
     both = []
     for (one, first), (two, second) in combinations(reports.items(), 2):
-        both += (pairs := in_both(first, second))
+        both += (pairs := in_both(first.source, first.digests, second.source, second.digests))
         _listed(console, f"in {one} and in {two}", pairs)
     if "test" not in {*reports, *missing}:
         _print(console, _estimate(open_split(entry, root, "train")))
-    bad = missing or both or any(report.unreadable or report.contradictory for report in reports.values())
+    bad = missing or both or contradictory or any(report.unreadable for report in reports.values())
     console.print("Dataset check failed. Fix the problems listed above." if bad else "fit for use")
     return 1 if bad else 0
 

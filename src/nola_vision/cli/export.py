@@ -8,7 +8,7 @@ from pathlib import Path
 from nola_vision.adapters.settings import check_bits
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import need_adapter_file, weights_in
+from nola_vision.files import need_adapter_file, need_folder_of, weights_in
 from nola_vision.progress import say_start
 
 
@@ -36,8 +36,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if (known.merged is None) == (known.out is None) or (known.out is None) == shorter:
         raise NolaVisionError("export takes --merged OUT, or --out OUT with --max-bytes N, --bits B or both")
     target = Path(known.merged or known.out)
-    if not target.absolute().parent.is_dir():
-        raise NolaVisionError(f"the folder of {target} does not exist: make it first")
+    need_folder_of(target)
     need_adapter_file(known.adapter)
     if known.bits is not None:
         check_bits("bits", known.bits)

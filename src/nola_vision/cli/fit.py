@@ -194,14 +194,13 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
     from nola_vision import run
     from nola_vision.config import parse
     from nola_vision.results.tables import accuracy_text
-    from nola_vision.tasks.frozen import FROZEN_METHODS
 
     if run_config["model"]["backbone"]["base"] != "pretrained":
         return []
     say("accuracy with frozen features, without an adapter:")
     rows = []
-    for name, class_name in FROZEN_METHODS.items():
-        entries = {key: entry for key, entry in raw.get("methods", {}).items() if entry["class_path"] == class_name}
+    for name, class_name in identity.FROZEN_METHODS.items():
+        entries = {key: entry for key, entry in raw.get("methods", {}).items() if str(entry["class_path"]).rpartition(".")[2] == class_name}
         name, entry = next(iter(entries.items()), (name, {"class_path": class_name}))
         method = {"class_path": class_name, "init_args": entry.get("init_args") or {}}
         one = {key: value for key, value in run_config.items() if key != "content"}

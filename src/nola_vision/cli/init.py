@@ -9,8 +9,7 @@ from pathlib import Path
 
 from nola_vision import photos
 from nola_vision.cli.options import Options, add_photo_options, photo_settings
-from nola_vision.errors import NolaVisionError
-from nola_vision.files import refuse_existing, write_file
+from nola_vision.files import need_folder_of, refuse_existing, write_file
 from nola_vision.text import printable
 
 
@@ -24,8 +23,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     name = re.sub(r"[^\w.+-]+", "_", Path(os.path.abspath(os.path.expanduser(known.photos))).stem).lstrip(".-")
     target = Path(known.out or f"{name or 'photos'}.yaml")
     refuse_existing(target)
-    if not target.absolute().parent.is_dir():
-        raise NolaVisionError(f"the folder of {target} does not exist: create it first")
+    need_folder_of(target)
     write_file(target, photos.describe(photos.config(known.photos, **photo_settings(known))).encode())
     print(printable(f"{target}: written. Train it with: nola-vision fit --config {target}"))
     return 0

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nola_vision.cli.options import Options, whole_number
+from nola_vision.devices import parse_device
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import need_adapter_file, weights_in, write_file
+from nola_vision.field_types import check_counts
+from nola_vision.files import need_adapter_file, need_folder_of, weights_in, write_file
 from nola_vision.progress import PlainCount, say_aside, say_start
 from nola_vision.text import csv_cell, printable
 
@@ -57,18 +58,16 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--format", choices=("csv", "jsonl"), help="instead of aligned text, or of csv in a file")
     options.add_argument("--out", metavar="FILE", help="write to a .csv or .jsonl file instead of printing")
     options.add_argument("--batch-size", "--batch_size", type=whole_number, default=64)
-    options.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    options.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
     options.add_argument(
         "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="`-` reads paths from standard input, one per line"
     )
     known = options.parse_args(arguments)
-    for name in ("batch_size", "top_k"):
-        if getattr(known, name) < 1:
-            raise NolaVisionError(f"{name} is {getattr(known, name)}: it must be at least 1")
-    if known.device is not None and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", known.device):
-        raise NolaVisionError(f"--device is '{known.device}': give cpu, cuda, cuda:1, mps or xpu")
-    if known.out is not None and not Path(known.out).absolute().parent.is_dir():
-        raise NolaVisionError(f"the folder of {known.out} does not exist: make it first")
+    check_counts(batch_size=known.batch_size, top_k=known.top_k)
+    if known.device is not None:
+        parse_device(known.device)
+    if known.out is not None:
+        need_folder_of(known.out)
     kind = known.format or (None if known.out is None else "jsonl" if known.out.endswith(".jsonl") else "csv")
     if known.scores and kind is None:
         raise NolaVisionError("--scores needs --format csv or --format jsonl")
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         ) from error
     names = model.card.class_names
     if known.min_probability is not None and model.calibrated_on is None:
-        print("nola-vision: the adapter's probabilities are not calibrated (docs/using.md)", file=sys.stderr)
+        say_aside("the adapter's probabilities are not calibrated (docs/using.md)")
 
     columns = column_names(names) if known.scores else []
     top_k = min(known.top_k, len(names))

@@ -1,4 +1,4 @@
-"""What a data set has: images per class and split, unreadable ones, and the same image in several places."""
+"""What a data set has: images per class and split, unreadable ones, and digests that show copies."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nola_vision.data import duplicates
 from nola_vision.data.datasets import DatasetEntry, open_split
 from nola_vision.data.manifest import digest
+from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
 from nola_vision.errors import NolaVisionError
 
@@ -21,18 +23,15 @@ class SplitReport:
     Args:
         counts: the name of each class and its number of images, by class index; two classes may have one name.
         unreadable: a sentence for each image that cannot be decoded.
-        contents: each image's name and class index by the digest of its file or pixels, as in a manifest (of equal
-            images, the first).
-        repeated: names of images that are the same as an earlier one of the same class.
-        contradictory: pairs of names of the same image in two classes, each with its class.
+        source: its images.
+        digests: of them, for `duplicates`.
         other_files: how many files are not read because of their suffix, by suffix.
     """
 
     counts: list[tuple[str, int]]
     unreadable: list[str]
-    contents: dict[str, tuple[str, int]]
-    repeated: list[str]
-    contradictory: list[str]
+    source: ImageSource
+    digests: list[str]
     other_files: Counter[str]
 
 
@@ -52,37 +51,18 @@ def check_split(
         NolaVisionError: files are missing, or there is only one class.
     """
     source = open_split(entry, root, split, download)
-    names = source.class_names
     unreadable: list[str] = []
-    contents: dict[str, tuple[str, int]] = {}
-    repeated: list[str] = []
-    contradictory: list[str] = []
-    for index, label in enumerate(source.labels.tolist()):
-        name = source.where(index)
+    digests: list[str] = []
+    for index in range(len(source)):
         try:
             encoded = source.encoded(index)
             image = source.image(index, encoded)
         except NolaVisionError as error:
             unreadable.append(str(error))
+            digests.append(duplicates.unreadable(source, index))
         else:
-            first, other = contents.setdefault(digest(encoded or image.tobytes()), (name, label))
-            if other != label:
-                contradictory.append(f"{first} ({names[other]}) and {name} ({names[label]})")
-            elif first != name:
-                repeated.append(name)
+            digests.append(digest(encoded or image.tobytes()))
         progress(index + 1, len(source))
-    counts = np.bincount(source.labels, minlength=len(names)).tolist()
-    others = entry.other_files(root, split)
-    return SplitReport(list(zip(names, counts, strict=True)), unreadable, contents, repeated, contradictory, others)
-
-
-def in_both(train: SplitReport, test: SplitReport) -> list[str]:
-    """Pairs of equal images of two splits, with their classes if these differ."""
-    pairs = []
-    for found, (name, label) in test.contents.items():
-        if found in train.contents:
-            first, other = train.contents[found]
-            one, two = train.counts[other][0], test.counts[label][0]
-            differ = other != label
-            pairs.append(f"{first} ({one}) and {name} ({two}): the labels differ" if differ else f"{first} and {name}")
-    return pairs
+    counts = np.bincount(source.labels, minlength=len(source.class_names)).tolist()
+    named = list(zip(source.class_names, counts, strict=True))
+    return SplitReport(named, unreadable, source, digests, entry.other_files(root, split))

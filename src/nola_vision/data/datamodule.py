@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from nola_vision import backbones, memo
 from nola_vision.backbones import BackboneSpec, InputConfig
 from nola_vision.data.datasets import get_dataset, kinds_of_files, open_split
-from nola_vision.data.duplicates import groups, in_both, under_two_labels
+from nola_vision.data.duplicates import digests, groups, in_both, under_two_labels
 from nola_vision.data.folds import folds, hold_out, number_of_folds
 from nola_vision.data.integrity import refuse_unreadable
 from nola_vision.data.kshot import (
@@ -40,7 +40,7 @@ from nola_vision.data.kshot import (
     keyed_hashes,
     validation_pool,
 )
-from nola_vision.data.manifest import content, locate, read_manifest, refuse_other_settings
+from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
 from nola_vision.data.transforms import Augmentation, Transform, check_augmentation, eval_transform, train_transform
@@ -84,11 +84,6 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
     def key(self) -> tuple[Hashable, ...]:
         """Which images these are, as long as their source is open; it does not keep the source in memory."""
         return weakref.ref(self._source), self._indices.tobytes()
-
-    def copies(self) -> Indices:
-        """`[n]` numbers; equal ones are exact copies of one image."""
-        contents = [content(self._source, index) for index in self._indices.tolist()]
-        return np.unique(contents, return_inverse=True)[1].astype(np.int64)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
         position, seed = key if isinstance(key, tuple) else (key, key)
@@ -345,9 +340,12 @@ class KShotDataModule(L.LightningDataModule):
         for note in self.entry.notes(self.root):
             self._warn(note)
         sources = {split: self._open(split) for split in self._splits}
-        found = {f"under two labels in {split}": under_two_labels(source) for split, source in sources.items()}
-        for (one, first), (two, second) in combinations(sources.items(), 2):
-            found[f"in both {one} and {two}"] = in_both(first, second)
+        known = {split: digests(source) for split, source in sources.items()}
+        found = {
+            f"under two labels in {split}": under_two_labels(source, known[split]) for split, source in sources.items()
+        }
+        for one, two in combinations(sources, 2):
+            found[f"in both {one} and {two}"] = in_both(sources[one], known[one], sources[two], known[two])
         for where, pairs in found.items():
             if pairs:
                 self._warn(f"images {where}: {len(pairs)}, such as {pairs[0]}")
@@ -435,6 +433,11 @@ class KShotDataModule(L.LightningDataModule):
         """The class indices of the training images, in the order of the draw."""
         source, indices = self._train_set
         return source.labels[indices]
+
+    @property
+    def train_groups(self) -> Indices:
+        """Numbers of the training images, in the order of the draw; equal ones are exact copies of one image."""
+        return groups(*self._train_set)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a run's row and its adapter file; opens the training set if that has not been done.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,42 +13,80 @@ from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource
 from nola_vision.local_files import file_digests
 
 
-def digests(source: ImageSource) -> list[str]:
+def digests(source: ImageSource, indices: Indices | None = None) -> list[str]:
     """SHA-256 of each image, over its file, or over its RGB pixels if it is not stored as a file.
 
     A file that cannot be read equals no other one.
+
+    Args:
+        source: of the images.
+        indices: which ones; all if not given.
     """
+    positions = range(len(source)) if indices is None else indices.tolist()
     if isinstance(source, FileSource):
-        found = file_digests(source.base, source.paths, MOST_BYTES)
-        return [digest or f"unreadable: {source.where(index)}" for index, digest in enumerate(found)]
-    return [content(source, index) for index in range(len(source))]
+        found = file_digests(source.base, [source.paths[index] for index in positions], MOST_BYTES)
+        return [digest or unreadable(source, index) for index, digest in zip(positions, found, strict=True)]
+    return [content(source, index) for index in positions]
 
 
-def groups(source: ImageSource) -> Indices:
-    """`[n]` numbers; equal ones are exact copies of one image."""
-    numbers: npt.NDArray[np.int64] = np.unique(digests(source), return_inverse=True)[1].astype(np.int64)
+def unreadable(source: ImageSource, index: int) -> str:
+    """What stands in for the digest of an image that cannot be read."""
+    return f"unreadable: {source.where(index)}"
+
+
+def groups(source: ImageSource, indices: Indices | None = None) -> Indices:
+    """`[n]` numbers of the images, as `digests`; equal ones are exact copies of one image."""
+    numbers: npt.NDArray[np.int64] = np.unique(digests(source, indices), return_inverse=True)[1].astype(np.int64)
     return numbers
 
 
-def under_two_labels(source: ImageSource) -> list[str]:
-    """Names pairs of copies whose labels differ, each with its label."""
-    first: dict[str, int] = {}
-    pairs = []
-    for index, digest in enumerate(digests(source)):
-        other = first.setdefault(digest, index)
-        if source.labels[other] != source.labels[index]:
-            pairs.append(f"{_labelled(source, other)} and {_labelled(source, index)}")
+def repeated(source: ImageSource, found: Sequence[str]) -> list[str]:
+    """Names images that are copies of an earlier one of the same class, given the digests of all."""
+    return [
+        source.where(index)
+        for other, index in _copies(found)
+        if source.labels[other] == source.labels[index] and source.where(other) != source.where(index)
+    ]
+
+
+def under_two_labels(source: ImageSource, found: Sequence[str]) -> list[str]:
+    """Names pairs of copies whose labels differ, each with its label, given the digests of all images."""
+    return [
+        f"{_labelled(source, other)} and {_labelled(source, index)}"
+        for other, index in _copies(found)
+        if source.labels[other] != source.labels[index]
+    ]
+
+
+def in_both(one: ImageSource, found_one: Sequence[str], two: ImageSource, found_two: Sequence[str]) -> list[str]:
+    """Names pairs of an image of one source and its copy in another, with their classes if these differ.
+
+    Args:
+        one: a split.
+        found_one: the digests of its images.
+        two: another split.
+        found_two: the digests of its images.
+    """
+    first, pairs = _first(found_one), []
+    for digest, index in _first(found_two).items():
+        if digest in first:
+            other = first[digest]
+            if one.labels[other] == two.labels[index]:
+                pairs.append(f"{one.where(other)} and {two.where(index)}")
+            else:
+                pairs.append(f"{_labelled(one, other)} and {_labelled(two, index)}: the labels differ")
     return pairs
 
 
-def in_both(one: ImageSource, two: ImageSource) -> list[str]:
-    """Names pairs of an image of one source and its copy in another."""
-    known = {digest: index for index, digest in enumerate(digests(one))}
-    return [
-        f"{one.where(known[digest])} and {two.where(index)}"
-        for index, digest in enumerate(digests(two))
-        if digest in known
-    ]
+def _first(found: Sequence[str]) -> dict[str, int]:
+    """The first image of each digest."""
+    return {digest: index for index, digest in reversed([*enumerate(found)])}
+
+
+def _copies(found: Sequence[str]) -> list[tuple[int, int]]:
+    """Each image that is a copy of an earlier one, after the first such."""
+    first = _first(found)
+    return [(first[digest], index) for index, digest in enumerate(found) if first[digest] != index]
 
 
 def _labelled(source: ImageSource, index: int) -> str:

@@ -13,8 +13,9 @@ from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from nola_vision.predictions import Predictions
+from nola_vision.predictions import Predictions, pool
 
 
 def wilson(correct: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -163,6 +164,40 @@ class Estimate:
 
 def _is_fraction(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1  # nan is neither
+
+
+@dataclass(frozen=True)
+class CrossValidated:
+    """What cross-validation found.
+
+    Args:
+        estimate: of all repeats.
+        predictions: for the held-out images of the first repeat, logits included.
+        folds: the fold of each of these images, in the order of `predictions`.
+    """
+
+    estimate: Estimate
+    predictions: Predictions
+    folds: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, folds: Sequence[Predictions], repeats: int = 1, untested_classes: Sequence[str] = ()) -> CrossValidated:
+        """What the predictions of folds give.
+
+        Args:
+            folds: of every fold for its held-out images, repeat after repeat.
+            repeats: how many; each has equally many folds.
+            untested_classes: names of classes that no fold tests.
+
+        Raises:
+            ValueError: as `Estimate.of`.
+        """
+        results = [(int(fold.correct.sum()), len(fold.index)) for fold in folds]
+        estimate = Estimate.of(results, repeats, untested_classes)
+        first = folds[: estimate.number_of_folds]
+        numbers = np.repeat(np.arange(len(first)), [len(fold.index) for fold in first])
+        order = np.argsort(np.concatenate([fold.index for fold in first]), kind="stable")  # as `pool`
+        return cls(estimate, pool(first), numbers[order])
 
 
 @dataclass(frozen=True)

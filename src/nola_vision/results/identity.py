@@ -20,7 +20,8 @@ from nola_vision.tags import short_tag
 Config = dict[str, Any]
 Stage = Literal["final", "search", "fold"]
 OWN_IMAGES = ("folder", "list")  # data sets that a person makes: the name of their root names them
-TRAINS_NOTHING = ("NearestNeighbor", "NearestMean", "LogisticRegression")  # nothing in them depends on `run_seed`
+# Every `methods.FrozenMethod`, by the name under which `fit` adds it to a config that lacks it
+FROZEN_METHODS = {"1nn": "NearestNeighbor", "nearest-mean": "NearestMean", "logistic": "LogisticRegression"}
 
 # `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
 # are names (they are in the folder's path), and `methods`, the other entries.
@@ -136,7 +137,7 @@ def method_class(run_config: Mapping[str, Any]) -> str:
 
 def has_init(run_config: Mapping[str, Any]) -> bool:
     """Whether `run_seed` matters: a method on frozen features trains nothing by steps, so it has one run per split."""
-    return method_class(run_config) not in TRAINS_NOTHING
+    return method_class(run_config) not in FROZEN_METHODS.values()
 
 
 def cell_name(run_config: Mapping[str, Any]) -> str:
@@ -172,7 +173,7 @@ def entry_hash(run_config: Mapping[str, Any]) -> str:
 
 def entry_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
     """What `entry_hash` is taken of, by the key of each value: `{"model.method.init_args.rank": 8, ...}`."""
-    return _flat(_of_entry(run_config))
+    return flattened(_of_entry(run_config))
 
 
 def _of_entry(run_config: Mapping[str, Any]) -> Config:
@@ -184,11 +185,12 @@ def _of_entry(run_config: Mapping[str, Any]) -> Config:
     return config
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, each value by the path of its keys: `{"a": {"b": 1}}` to `{"a.b": 1}`."""
+    values: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        values |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
 
 
 def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:

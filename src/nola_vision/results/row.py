@@ -18,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.results.estimates import Estimate
+from nola_vision.text import shortened
 
 SCHEMA_VERSION = 1
 
@@ -435,5 +436,4 @@ def _is_utc(text: str) -> bool:
 
 def _quoted(value: Any) -> str:
     """A value for a message, shortened."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(json.dumps(value, ensure_ascii=False), 60)

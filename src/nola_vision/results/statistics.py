@@ -19,6 +19,7 @@ import numpy as np
 from nola_vision.results.estimates import wilson
 from nola_vision.results.identity import entry_settings
 from nola_vision.results.row import Row
+from nola_vision.text import shortened
 
 METRICS = ("balanced_accuracy", "macro_f1", "top5_accuracy", "test_nll")  # columns of a row, next to its accuracy
 Number = TypeVar("Number", int, float)
@@ -249,7 +250,7 @@ def _shown(value: Any) -> str:
         text = f"{value:g}"
     else:
         text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _MOST_VALUE else f"{text[: _MOST_VALUE - 3]}..."
+    return shortened(text, _MOST_VALUE)
 
 
 def _summary(runs: list[Row], label: str) -> Summary:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from nola_vision.config_files import published_config
 from nola_vision.results.estimates import Estimate
-from nola_vision.results.identity import differing_settings
+from nola_vision.results.identity import FROZEN_METHODS, differing_settings
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import (
     Summary,
@@ -27,17 +26,9 @@ from nola_vision.results.statistics import (
     run_interval,
     summarise,
 )
-from nola_vision.text import printable
+from nola_vision.text import excerpt, printable
 
-_ORDER = (
-    "NearestNeighbor",
-    "NearestMean",
-    "LogisticRegression",
-    "LinearProbe",
-    "FullFinetune",
-    "LoRA",
-    "NOLA",
-)
+_ORDER = (*FROZEN_METHODS.values(), "LinearProbe", "FullFinetune", "LoRA", "NOLA")
 # Columns that a table has by choice: the row's column and the table's, and the factor between their units
 COLUMNS: Mapping[str, tuple[str, str, int]] = {
     "balanced": ("balanced_accuracy", "balanced %", 100),
@@ -94,7 +85,7 @@ def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]
     others: dict[str, str | None] = {}
     for row in sorted(rows, key=lambda row: row.started):
         if row.cell not in tested:
-            others[row.cell] = _short(printable(row.error)) if row.error else others.get(row.cell)
+            others[row.cell] = excerpt(printable(row.error)) if row.error else others.get(row.cell)
     return tested, others
 
 
@@ -392,7 +383,7 @@ def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Sum
     final = {item.method for item in every}
     for method in sorted({row.method for row in rows} - final):
         errors = [row.error for row in rows if row.method == method and row.error]
-        notes.append(f"{method}: search runs only" + (f"; the last failure: {_short(errors[-1])}" if errors else ""))
+        notes.append(f"{method}: search runs only" + (f"; the last failure: {excerpt(errors[-1])}" if errors else ""))
     places = {item: {(row.split, row.init) for row in rows if _of(row, item)} for item in shown}
     every_place = set().union(*places.values())
     for item, found in places.items():
@@ -407,11 +398,7 @@ def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Sum
 def _last_error(rows: Sequence[Row], item: Summary) -> str:
     """What the last failed run of an entry said, as the end of a sentence."""
     failed = sorted((row for row in rows if _of(row, item) and row.status == "failed"), key=lambda row: row.started)
-    return f"; the last failure: {_short(failed[-1].error or 'unknown')}" if failed else ""
-
-
-def _short(error: str) -> str:
-    return textwrap.shorten(error, 200)
+    return f"; the last failure: {excerpt(failed[-1].error or 'unknown')}" if failed else ""
 
 
 def _of(row: Row, item: Summary) -> bool:

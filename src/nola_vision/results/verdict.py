@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nola_vision.predictions import Predictions
 from nola_vision.results.estimates import Estimate, compare, wilson
 from nola_vision.results.row import Row
-from nola_vision.text import printable
+from nola_vision.text import printable, shortened
 
 Tested = tuple[Row, Predictions | None]
 _MOST_NAMES = 3  # in one sentence
@@ -166,15 +166,11 @@ def _ended(row: Row) -> str:
 
 
 def _name(method: str) -> str:
-    return _short(printable(method))
+    return shortened(printable(method), _MOST_CHARACTERS)
 
 
 def _quoted(name: str) -> str:
-    return f"'{_short(printable(name))}'"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
+    return f"'{shortened(printable(name), _MOST_CHARACTERS)}'"
 
 
 def _plural(noun: str, count: int) -> str:

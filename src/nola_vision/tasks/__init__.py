@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from nola_vision.backbones import BackboneSpec
 from nola_vision.errors import NolaVisionError
-from nola_vision.methods import LogisticRegression, Method, NearestMean, NearestNeighbor
+from nola_vision.methods import FrozenMethod, Method
 from nola_vision.tasks.classifier import Classifier, ClassWeights
 from nola_vision.tasks.frozen import FrozenClassifier
 
@@ -52,7 +52,7 @@ def make_task(
     """
     if len(class_names) < 2:
         raise NolaVisionError(f"there is one class only, {', '.join(class_names)}: give images of two or more")
-    if isinstance(method, NearestNeighbor | NearestMean | LogisticRegression):
+    if isinstance(method, FrozenMethod):
         return FrozenClassifier(backbone, method, class_names)
     return Classifier(
         backbone,

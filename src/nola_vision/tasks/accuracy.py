@@ -50,27 +50,26 @@ class BalancedAccuracy(MulticlassStatScores):
 
 
 class TestedImages(Metric):
-    """Position, label and prediction of every tested image, gathered from all processes."""
+    """Position, label and logits of every tested image, gathered from all processes."""
 
     __test__ = False  # not a test case of pytest
     full_state_update = False
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("positions", "labels", "predicted"):
+        for name in ("positions", "labels", "logits"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, positions: Tensor, labels: Tensor, predicted: Tensor) -> None:
-        """Adds a batch: positions in the order of the test loader `[batch]`, labels, and logits or class indices."""
-        for state, values in ((self.positions, positions), (self.labels, labels), (self.predicted, predicted)):
+    def update(self, positions: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Adds a batch: positions in the order of the test loader `[batch]`, labels, and logits."""
+        for state, values in ((self.positions, positions), (self.labels, labels), (self.logits, logits)):
             cast("list[Tensor]", state).append(values)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, labels and predictions of all images, in ascending order of the positions."""
-        states = (self.positions, self.labels, self.predicted)
-        positions, labels, predicted = (dim_zero_cat(cast("list[Tensor]", state)).cpu() for state in states)
-        order = positions.argsort()
-        return positions[order], labels[order], predicted[order]
+        """Positions, labels and logits of all images."""
+        states = (self.positions, self.labels, self.logits)
+        positions, labels, logits = (dim_zero_cat(cast("list[Tensor]", state)).cpu() for state in states)
+        return positions, labels, logits
 
 
 def accuracies(num_classes: int) -> nn.ModuleDict:
@@ -91,33 +90,31 @@ def accuracies(num_classes: int) -> nn.ModuleDict:
     return metrics
 
 
-def log_accuracy(
-    task: L.LightningModule, metrics: nn.ModuleDict, stage: str, predicted: Tensor, labels: Tensor
-) -> None:
+def log_accuracy(task: L.LightningModule, metrics: nn.ModuleDict, stage: str, logits: Tensor, labels: Tensor) -> None:
     """Adds a batch to `<stage>_accuracy` and, in the test stage, to its other metrics and the predictions.
 
     Args:
         task: logs them.
         metrics: what `accuracies` returns.
         stage: "val" or "test".
-        predicted: logits `[batch, classes]`, or class indices `[batch]`, which have no top-5 accuracy.
+        logits: `[batch, classes]`.
         labels: class indices `[batch]`.
     """
     logged = {f"{stage}_accuracy": stage}
     if stage == "test":
         if "confusion" in metrics:
-            cast(Metric, metrics["confusion"]).update(predicted, labels)
+            cast(Metric, metrics["confusion"]).update(logits, labels)
         tested = cast(Metric, metrics["tested"])
         first = sum(map(len, cast("list[Tensor]", tested.labels)))
         own = torch.arange(first, first + len(labels), device=labels.device)
         # the processes take turns along the loader's order
-        tested.update(task.trainer.global_rank + task.trainer.world_size * own, labels, predicted)
+        tested.update(task.trainer.global_rank + task.trainer.world_size * own, labels, logits)
         names = ["test_balanced_accuracy", "test_macro_f1"]
-        names += ["test_top5_accuracy"] if predicted.ndim == 2 and "test_top5_accuracy" in metrics else []
+        names += ["test_top5_accuracy"] if "test_top5_accuracy" in metrics else []
         logged |= {name: name for name in names}
     for name, key in logged.items():
         metric = cast(Metric, metrics[key])
-        metric.update(predicted, labels)
+        metric.update(logits, labels)
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": name == f"{stage}_accuracy"}
         task.log(name, metric, on_step=False, on_epoch=True, **options)
 
@@ -157,16 +154,12 @@ def collect_predictions(task: L.LightningModule, metrics: nn.ModuleDict) -> Pred
     """The predictions for the tested images of all processes, at a test's end, with their logits in float32.
 
     An image's index is its position in the source, by the datamodule's `test_indices`; of another datamodule, its
-    position in the test loader. A task that gives class indices has no logits, and states 1 as their probability.
+    position in the test loader.
     """
     tested = cast(Metric, metrics["tested"])
-    positions, labels, predicted = tested.compute()
+    positions, labels, logits = tested.compute()
     tested.reset()
     index, indices = positions.numpy(), getattr(getattr(task.trainer, "datamodule", None), "test_indices", None)
     if indices is not None:
         index = np.asarray(indices)[index]
-    if predicted.ndim == 2:
-        return Predictions.of(index, labels.numpy(), predicted.float().numpy())
-    order = index.argsort()
-    ones = np.ones(len(index), dtype=np.float32)
-    return Predictions(index[order], labels.numpy()[order], predicted.numpy()[order], ones)
+    return Predictions.of(index, labels.numpy(), logits.float().numpy())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,7 +23,9 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.features import drops_nothing, use_features
 from nola_vision.methods import PEFT, FullFinetune, LinearProbe, Method
 from nola_vision.model import adapt, backbone_tensors, first_not_finite
+from nola_vision.results.identity import flattened
 from nola_vision.tasks.evaluation import EvaluatedModule
+from nola_vision.text import excerpt
 from nola_vision.trainer_settings import check_monitors, monitoring, update_paths
 
 ClassWeights = Literal["none", "balanced"]
@@ -221,7 +222,7 @@ class Classifier(EvaluatedModule):
         try:
             self.trainer.fit_loop.setup_data()  # with max_steps alone, Lightning has not counted the batches yet
         except ValueError as error:  # limits that do not fit the number of batches
-            raise NolaVisionError(f"Lightning cannot train with these settings: {_short(error)}") from error
+            raise NolaVisionError(f"Lightning cannot train with these settings: {excerpt(error, 80)}") from error
         steps, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
         if not math.isfinite(steps) or not math.isfinite(batches):
             raise NolaVisionError("the cosine schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
@@ -289,13 +290,13 @@ class Classifier(EvaluatedModule):
         Raises:
             NolaVisionError: it was written with another backbone, method, seed or set of classes, or is damaged.
         """
-        here, there = _flat(self._identity()), _flat(_mapping(checkpoint.get("adapter")))
+        here, there = flattened(self._identity()), flattened(_mapping(checkpoint.get("adapter")))
         differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         if differing:
             key = differing[0]
             raise NolaVisionError(
-                f"the checkpoint was written with another {key} ({_short(there.get(key))}) than this run's "
-                f"({_short(here.get(key))}): use the config it was trained with"
+                f"the checkpoint was written with another {key} ({excerpt(there.get(key), 80)}) than this run's "
+                f"({excerpt(here.get(key), 80)}): use the config it was trained with"
             )
         own, stored = self.state_dict(), _mapping(checkpoint.get("state_dict"))
         wrong = self._kept(list(own)) ^ set(stored)
@@ -323,14 +324,3 @@ def _prefix(run_seed: int, step: int) -> float:
     """The share of coefficients that a step of nested training uses: all in every other step, else 1/2 to 1/16."""
     draw = keyed_hash("prefix", run_seed, step)
     return 1.0 if draw % 2 else 0.5 ** (1 + draw // 2 % 4)
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(str(value), 80)

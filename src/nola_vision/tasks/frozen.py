@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -16,24 +15,23 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nola_vision.backbones import BackboneSpec
+from nola_vision.calibration import nll
 from nola_vision.data.datamodule import ImageSubset, KShotDataModule
 from nola_vision.data.folds import folds
 from nola_vision.data.kshot import Indices, keyed_hash
 from nola_vision.features import features, use_features
-from nola_vision.methods import LogisticRegression, Method, NearestMean, NearestNeighbor
+from nola_vision.methods import FrozenMethod, LogisticRegression, NearestMean, NearestNeighbor
 from nola_vision.model import adapt
-from nola_vision.predictions import Predictions, pool
+from nola_vision.predictions import Predictions
+from nola_vision.results.estimates import CrossValidated
+from nola_vision.results.identity import FROZEN_METHODS as FROZEN_METHODS
 from nola_vision.tasks.evaluation import EvaluatedModule
 
 Array = npt.NDArray[np.float64]
-
-# The names under which `fit` adds the methods to a config that lacks them.
-FROZEN_METHODS = {"1nn": "NearestNeighbor", "nearest-mean": "NearestMean", "logistic": "LogisticRegression"}
 
 CS = tuple(10.0**power for power in range(-3, 3))  # the inverse penalties that logistic regression chooses from
 DEFAULT_C = 1.0  # where no class has two training images
@@ -57,7 +55,7 @@ class FrozenClassifier(EvaluatedModule):
         class_names: the classes, in the order of the labels.
     """
 
-    def __init__(self, backbone: BackboneSpec, method: Method, class_names: Sequence[str]) -> None:
+    def __init__(self, backbone: BackboneSpec, method: FrozenMethod, class_names: Sequence[str]) -> None:
         super().__init__(len(class_names))
         self.model = adapt(backbone, method, class_names).eval()
         self.method = self.model.card.method
@@ -113,7 +111,7 @@ class FrozenClassifier(EvaluatedModule):
             loader = data.reference_dataloader()
             images = loader.dataset
             assert isinstance(images, ImageSubset)
-            groups = images.copies() if isinstance(self.method, LogisticRegression) else None
+            groups = data.train_groups if isinstance(self.method, LogisticRegression) else None
             self.fit(features(self.model, trainer, loader), torch.from_numpy(images.labels), groups)
 
     def prepare(self, trainer: L.Trainer) -> None:
@@ -163,7 +161,7 @@ def nearest_mean(x: Array, y: Indices, num_classes: int) -> tuple[Array, Array]:
         cosines[np.arange(len(y)), y] = (_unit(sums[y] - u) * u).sum(1)  # without the image itself
         held_out, labels = cosines[several], y[several]
         found: Any = minimize_scalar(  # type: ignore[no-untyped-call]
-            lambda log: _nll(np.exp(log) * held_out, labels), bounds=(0, 7), method="bounded"
+            lambda log: nll(np.exp(log) * held_out, labels), bounds=(0, 7), method="bounded"
         )
         scale = float(np.exp(found.x))
     return means * scale / max(float(norms.mean()), 1e-12), np.zeros(num_classes)
@@ -197,7 +195,7 @@ def choose_c(x: Array, y: Indices, groups: Indices) -> float:
     for train, test in splits:
         for place, c in enumerate(CS):
             model, middle, scale = _fitted(x[train], y[train], c)
-            losses[place] += len(test) * _nll(_logits(model, (x[test] - middle) / scale), y[test])
+            losses[place] += len(test) * nll(_logits(model, (x[test] - middle) / scale), y[test])
     return CS[int(losses.argmin())]
 
 
@@ -219,33 +217,12 @@ def _logits(model: Any, x: Array) -> Array:
     return scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1) / 2
 
 
-def _nll(logits: Array, y: Indices) -> float:
-    return float(-log_softmax(logits, axis=1)[np.arange(len(y)), y].mean())
-
-
 def _unit(x: Array) -> Array:
     unit: Array = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return unit
 
 
 # --- data without a test split ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CrossValidated:
-    """What repeated cross-validation found.
-
-    Args:
-        fold_results: (correct, images) of every fold, repeat after repeat.
-        repeats: how many times all images were divided into folds.
-        predictions: for the held-out images of the first repeat, logits included.
-        folds: the fold of each of these images, in the order of `predictions`.
-    """
-
-    fold_results: list[tuple[int, int]]
-    repeats: int
-    predictions: Predictions
-    folds: Indices
 
 
 def evaluate(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) -> CrossValidated | None:
@@ -268,7 +245,7 @@ def evaluate(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) 
     images = loader.dataset
     assert isinstance(images, ImageSubset)
     known, labels, groups = features(task.model, trainer, loader), torch.from_numpy(images.labels), data.groups
-    found = cross_validate(task, known, labels, groups, data.split_seed, data.draw_of_fold)
+    found = cross_validate(task, known, labels, groups, data.split_seed, data.draw_of_fold, data.untested_classes)
     drawn = data.train_indices
     task.fit(known[drawn], labels[drawn], groups[drawn])
     return found
@@ -280,7 +257,8 @@ def cross_validate(
     labels: Tensor,
     groups: Indices,
     seed: int,
-    draw: Callable[[Indices], Indices] = lambda train: train,
+    draw: Callable[[Indices], Indices],
+    untested_classes: Sequence[str],
 ) -> CrossValidated | None:
     """Repeated stratified cross-validation of a method on features, every choice made inside a fold.
 
@@ -291,27 +269,22 @@ def cross_validate(
         groups: `[n]` numbers; equal ones are copies of one image, which share a fold.
         seed: of the first repeat's folds.
         draw: the images to train on out of a fold's training part, both as positions among all images.
+        untested_classes: names of classes that no fold tests.
 
     Returns:
         None if no class has two distinct images.
     """
     y = labels.numpy()
     repeats = number_of_repeats(features, y)
-    results, parts = [], []
+    parts = []
     for repeat in range(repeats):
         for train, test in folds(y, groups, seed if repeat == 0 else keyed_hash("repeat", seed, repeat)):
             drawn = draw(train)
             task.fit(features[drawn], labels[drawn], groups[drawn])
             with torch.no_grad():
                 logits = task(features[test].to(task.device)).float().cpu()
-            found = Predictions.of(test, y[test], logits.numpy())
-            results.append((int(found.correct.sum()), len(test)))
-            parts += [found] if repeat == 0 else []
-    if not results:
-        return None
-    numbers = np.repeat(np.arange(len(parts)), [len(part.index) for part in parts])
-    order = np.argsort(np.concatenate([part.index for part in parts]))  # as `pool`
-    return CrossValidated(results, repeats, pool(parts), numbers[order])
+            parts.append(Predictions.of(test, y[test], logits.numpy()))
+    return CrossValidated.of(parts, repeats, untested_classes) if parts else None
 
 
 def number_of_repeats(features: Tensor, labels: Indices) -> int:
