@@ -26,7 +26,7 @@ from nola_vision.data.datasets import Digits
 from nola_vision.data.folds import folds
 from nola_vision.data.kshot import draw, validation_pool
 from nola_vision.data.sources import ImageSource
-from nola_vision.data.transforms import eval_transform, train_transform
+from nola_vision.data.transforms import Reduce, eval_transform, reduced, train_transform
 from nola_vision.errors import NolaVisionError
 
 CONFIG = InputConfig(size=10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
@@ -569,6 +569,36 @@ def test_eval_transform_is_timms(width: int, height: int, crop_mode: str) -> Non
     assert ((ours - theirs).abs() * torch.tensor(config.std)[:, None, None]).max() <= 1.01 / 255
 
 
+@pytest.mark.parametrize("limit", [0, 2048])
+def test_large_images_are_reduced_alike_in_training_testing_and_prediction(limit: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    shapes = [(79, 200), (80, 90), (250, 131)]  # shorter sides of 7.9, 8 and 13.1 times the backbone's 10: k = 1, 2, 3
+    arrays = [generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    for label in "ab":
+        for number, array in enumerate(arrays):
+            path = tmp_path / label / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(array).save(path)
+    data = module(dataset="folder", root=str(tmp_path), shots="all", memory_limit_mib=limit, augmentation="none")
+    rows = [
+        torch.from_numpy(array).permute(2, 0, 1).double().unflatten(1, (-1, k)).unflatten(3, (-1, k)).mean((2, 4))
+        for array, k in zip((arrays[0], arrays[1][:80, :90], arrays[2][:249, :129]), (1, 2, 3), strict=True)
+    ]  # the mean of k x k pixels, without the rest at the right and at the bottom
+    for array, means, k in zip(arrays, rows, (1, 2, 3), strict=True):
+        small = np.asarray(reduced(Image.fromarray(array), 10))
+        assert small.shape[:2] == tuple(-(-side // k) for side in array.shape[:2])
+        found = torch.from_numpy(small.copy()).permute(2, 0, 1)[:, : means.shape[1], : means.shape[2]]
+        assert (found - means).abs().max() <= 0.6  # Pillow rounds a little off
+        assert reduced(again := Image.fromarray(small), 10) is again
+    images = next(iter(data.reference_dataloader()))[0][:3]
+    trained, numbers = data._train_set[0], data.train_indices[:3].tolist()
+    assert sum(isinstance(kept, torch.Tensor) for kept in data._kept) == (6 if limit else 0)
+    predicted = torch.stack([eval_transform(CONFIG)(trained.image(number)) for number in numbers])  # as `batches` does
+    assert torch.equal(images, predicted)
+    tensors = [torch.from_numpy(np.asarray(trained.image(number)).copy()).permute(2, 0, 1) for number in numbers]
+    assert torch.equal(images, torch.stack([eval_transform(CONFIG)(tensor) for tensor in tensors]))
+
+
 def test_normalisation_by_hand() -> None:
     flat = eval_transform(CONFIG)(Image.new("RGB", (12, 15), (255, 51, 0)))
     assert type(flat) is torch.Tensor and flat.dtype == torch.float32
@@ -607,7 +637,7 @@ LIGHT_CROP, FLIP = v2.RandomResizedCrop(10, scale=(0.6, 1.0), **BICUBIC), v2.Ran
     ],
 )
 def test_each_augmentation_is_the_promised_steps(augmentation: str, flip: bool, steps: list[v2.Transform]) -> None:
-    expected = v2.Compose([v2.ToImage(), *steps, v2.Normalize(CONFIG.mean, CONFIG.std)])
+    expected = v2.Compose([Reduce(10), v2.ToImage(), *steps, v2.Normalize(CONFIG.mean, CONFIG.std)])
     assert described(train_transform(CONFIG, augmentation, flip)) == described(expected)  # type: ignore[arg-type]
 
 

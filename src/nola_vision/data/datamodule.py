@@ -43,11 +43,19 @@ from nola_vision.data.kshot import (
 from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
-from nola_vision.data.transforms import Augmentation, Transform, check_augmentation, eval_transform, train_transform
+from nola_vision.data.transforms import (
+    Augmentation,
+    Transform,
+    check_augmentation,
+    eval_transform,
+    reduced,
+    train_transform,
+)
 from nola_vision.errors import NolaVisionError
+from nola_vision.progress import count_aside
 from nola_vision.text import printable
 
-Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w], an image file's content, or not kept
+Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w], `reduced`; an image file's content; or not kept
 
 _log = logging.getLogger(__name__)
 _told: set[tuple[str, str | None, str]] = set()  # the warnings that this process has logged
@@ -62,7 +70,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
     Args:
         source: where the images come from.
         indices: which ones.
-        transform: from a uint8 tensor `[3, h, w]` to a float32 tensor.
+        transform: from a PIL image or a uint8 tensor `[3, h, w]` to a float32 tensor.
         kept: the images by position, as far as they are kept in memory: decoded, or as the content of their files.
     """
 
@@ -89,7 +97,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         position, seed = key if isinstance(key, tuple) else (key, key)
         index = int(self._indices[position])
         kept = self._kept[position] if position < len(self._kept) else None
-        pixels = kept if isinstance(kept, torch.Tensor) else pil_to_tensor(self._source.image(index, kept))
+        pixels = kept if isinstance(kept, torch.Tensor) else self._source.image(index, kept)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would set the GPUs' generators too
             return self._transform(pixels), int(self._source.labels[index])
@@ -103,17 +111,22 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         except NolaVisionError as error:
             return [error]
 
-    def keep(self, limit_bytes: int) -> list[Kept]:
+    def keep(self, limit_bytes: int, size: int) -> list[Kept]:
         """Keeps images from the first on: decoded as many as fit into the limit, and of those after them the files'
         contents, as many as fit into the same limit again.
+
+        Args:
+            limit_bytes: of the pixels, and of the files' contents.
+            size: the side that the transform gives, for which large images are `reduced`.
         """
-        used = 0
+        used, count = 0, count_aside("decoding", "images")
         for position in range(len(self._kept), len(self)):
-            pixels = pil_to_tensor(self._source.image(int(self._indices[position])))
+            pixels = pil_to_tensor(reduced(self._source.image(int(self._indices[position])), size))
             used += pixels.numel()
             if used > limit_bytes:
                 break
             self._kept.append(pixels)
+            count.show(position + 1, len(self))
         used = 0
         for position in range(len(self._kept), len(self)):
             content = self._source.encoded(int(self._indices[position]))
@@ -488,8 +501,8 @@ class KShotDataModule(L.LightningDataModule):
         if self._shares_images:
             return self._shared_images(self._train_set[1])
         limit = self.memory_limit_mib * 2**20
-        key = (self.dataset, self.root, self._train_set[1].tobytes(), limit)
-        return memo.once("training images", key, lambda: self._plain(*self._train_set).keep(limit))
+        key = (self.dataset, self.root, self._train_set[1].tobytes(), limit, size := self.input_config.size)
+        return memo.once("training images", key, lambda: self._plain(*self._train_set).keep(limit, size))
 
     @property
     def _shares_images(self) -> bool:
@@ -500,7 +513,8 @@ class KShotDataModule(L.LightningDataModule):
         """Some of the images that are kept for all folds; None for one that is not."""
         limit, source = self.memory_limit_mib * 2**20, self._open("train")
         everything = self._plain(source, np.arange(len(source), dtype=np.int64))
-        kept = memo.once("images", (self.dataset, self.root, limit), lambda: everything.keep(limit))
+        key = (self.dataset, self.root, limit, size := self.input_config.size)
+        kept = memo.once("images", key, lambda: everything.keep(limit, size))
         return [kept[index] if index < len(kept) else None for index in indices]
 
     @cached_property
@@ -540,8 +554,8 @@ class KShotDataModule(L.LightningDataModule):
             return self._plain(source, indices, self._shared_images(indices))
         used = sum(image.numel() for image in self._kept if isinstance(image, torch.Tensor))
         limit = self.memory_limit_mib * 2**20 - used
-        key = (self.dataset, self.root, self._splits, indices.tobytes())
-        kept = memo.once("validation images", key, lambda: self._plain(source, indices).keep(limit))
+        key = (self.dataset, self.root, self._splits, indices.tobytes(), size := self.input_config.size)
+        kept = memo.once("validation images", key, lambda: self._plain(source, indices).keep(limit, size))
         return self._plain(source, indices, kept)
 
     @property

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 
 from nola_vision.backbones import InputConfig
 from nola_vision.data.augment import ColorJitter, GaussianBlur, PlanarFloat
@@ -16,6 +18,26 @@ from nola_vision.errors import NolaVisionError
 
 Augmentation = Literal["none", "light", "released"]
 Transform = Callable[[Any], torch.Tensor]
+
+
+_REDUCED = 4  # times the backbone's side: what a reduced image keeps at least, so that a crop still has more pixels
+
+
+def reduced(image: Any, size: int) -> Any:
+    """An image whose shorter side is 8 times the backbone's or more, at a fraction of its resolution.
+
+    With k = floor(shorter side / (4 x size)), each pixel is the exact mean of k x k pixels (Pillow's `Image.reduce`).
+    With k < 2 the image is returned as it is, and so is one that was reduced before. All transforms start with this,
+    and images are kept in memory like this: 12 megapixels are slow to crop and take 36 MB.
+
+    Args:
+        image: a PIL image or a uint8 tensor `[3, h, w]`.
+        size: the side of what the backbone takes.
+    """
+    sides = image.size if isinstance(image, Image.Image) else image.shape[-2:]
+    if (factor := min(sides) // (_REDUCED * size)) < 2:
+        return image
+    return (image if isinstance(image, Image.Image) else to_pil_image(image)).reduce(factor)
 
 
 def eval_transform(config: InputConfig) -> Transform:
@@ -92,8 +114,19 @@ def train_transform(config: InputConfig, augmentation: str, flip: bool = False) 
 def _compose(config: InputConfig, on_bytes: list[nn.Module], on_floats: Sequence[nn.Module] = ()) -> Transform:
     """Puts the common beginning (to a tensor), middle (to float32) and end (normalising) around the steps."""
     end = v2.Normalize(config.mean, config.std)
-    transform: Transform = v2.Compose([v2.ToImage(), *on_bytes, PlanarFloat(), *on_floats, end])
+    transform: Transform = v2.Compose([Reduce(config.size), v2.ToImage(), *on_bytes, PlanarFloat(), *on_floats, end])
     return transform
+
+
+class Reduce(nn.Module):
+    """`reduced` as the first step of a transform."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Any) -> Any:
+        return reduced(image, self.size)
 
 
 def _interpolation(config: InputConfig) -> v2.InterpolationMode:
