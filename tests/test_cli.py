@@ -18,6 +18,7 @@ from nola_vision.cli.main import main
 from nola_vision.config_files import SHIPPED
 from nola_vision.results import store
 from nola_vision.sweep import local
+from tiny import trained_rows
 
 QUICK = ["--threads=1", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--data.test_limit=40"]
 
@@ -33,7 +34,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapter")
     assert main(["fit", "--config", "quickstart.yaml", f"--out={out}", "--method=linear", *QUICK]) == 0
-    (path,) = out.rglob("adapter.safetensors")
+    (path,) = out.rglob("linear/*/adapter.safetensors")
     return path
 
 
@@ -61,7 +62,7 @@ def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureF
         assert text in printed
     assert named.count(f"{bad} has no status") == 1
     bad.unlink()
-    assert len(list(Path("runs").rglob("row.json"))) == 1
+    assert len(list(Path("runs").rglob("row.json"))) == 4  # with three of frozen features
     assert main(["report", "runs", str(adapter.parents[3])]) == 0
     printed = capsys.readouterr().out
     assert "linear" in printed and "nola" in printed
@@ -72,10 +73,10 @@ def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureF
 def test_options_override_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     extra = ["--model.method.rank=2", "--model.method.num_basis", "10", "--data.shots=1", "--trainer.precision=64-true"]
     assert main(["fit", "--config", "quickstart.yaml", *QUICK, *extra]) == 0
-    ((row,), _) = store.read_rows("runs")
+    (row,) = trained_rows("runs")
     assert row.adapter_parameters == 18 * 2 * 10 and row.cell.endswith("digits-1shot-quickstart")
     assert row.config["model"]["method"]["init_args"]["rank"] == 2
-    (path,) = Path("runs").rglob("adapter.safetensors")
+    (path,) = Path("runs").rglob("nola/*/adapter.safetensors")
     digit(Path("seven.png"), 7)
     assert main(["predict", "--adapter", str(path), "seven.png"]) == 0  # whatever the precision it was trained in
 
@@ -102,7 +103,7 @@ def test_validate_and_test_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["test", *options]) == 2
     assert "last.ckpt does not exist: give one by --ckpt_path" in capsys.readouterr().err
     assert main(["fit", *options]) == 0
-    ((row,), _) = store.read_rows("runs")
+    (row,) = trained_rows("runs")
     capsys.readouterr()
     assert main(["test", *options]) == 0
     assert str(row.test_accuracy)[:6] in capsys.readouterr().out
@@ -153,7 +154,7 @@ def test_sweep_chooses_rates_runs_everything_once_and_resumes(capsys: pytest.Cap
     # a plain fit at the chosen rate is the same run
     rate = f"--model.method.lr={best.learning_rate}"
     assert main(["fit", "--config=quickstart.yaml", "--method=linear", rate, *QUICK]) == 0
-    assert len(store.read_rows("runs")[0]) == len(rows)
+    assert len(trained_rows("runs")) == len([row for row in rows if row.method == "linear"])
 
 
 def test_a_dry_run_says_what_there_is_to_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,7 +200,7 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
     say("accuracy with frozen features, without an adapter:")
     rows = []
     for name, class_name in identity.FROZEN_METHODS.items():
-        entries = {key: entry for key, entry in raw.get("methods", {}).items() if str(entry["class_path"]).rpartition(".")[2] == class_name}
+        entries = {key: entry for key, entry in raw.get("methods", {}).items() if _class_of(entry) == class_name}
         name, entry = next(iter(entries.items()), (name, {"class_path": class_name}))
         method = {"class_path": class_name, "init_args": entry.get("init_args") or {}}
         one = {key: value for key, value in run_config.items() if key != "content"}
@@ -218,6 +218,10 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
         rows.append(run.run(parse(one, [], known.allow_import), known.out, again=known.again))
         say(f"  {printable(name):14s}{accuracy_text(rows[-1])}")
     return rows
+
+
+def _class_of(entry: dict[str, Any]) -> str:
+    return str(entry["class_path"]).rpartition(".")[2]
 
 
 def _too_long(
