@@ -371,13 +371,13 @@ def test_without_a_test_split_all_images_train_or_a_fold_is_tested(tmp_path: Pat
     try:
         final = make()
         final.prepare_data(), final.setup("fit"), final.setup("test")
-        assert not final.has_test and final.number_of_folds == 4 and final.untested_classes == ["class 3"]
+        assert not final.has_test and final.number_of_folds == 5 and final.untested_classes == ["class 3"]
         assert final.test_name is None and final.test_dataloader() == [] == final.val_dataloader()
         assert len(final.test_indices) == 0 and final.majority_share == 25 / 38
         described = final.describe()
         assert json.loads(json.dumps(described)) == described
         assert described["counts"] == {"train": 38, "validation": 0, "test": 0} and described["draw"] is None
-        expected = {"majority_share": 25 / 38, "test_name": None, "folds": 4, "untested_classes": ["class 3"]}
+        expected = {"majority_share": 25 / 38, "test_name": None, "folds": 5, "untested_classes": ["class 3"]}
         assert {key: described[key] for key in expected} == expected
         assert not final.warnings  # copies of one class are no mistake, and no pool is missed
         decodings = len(decoded)
@@ -386,7 +386,7 @@ def test_without_a_test_split_all_images_train_or_a_fold_is_tested(tmp_path: Pat
         for number, (train, test) in enumerate(expected_folds):
             data = make(fold=number, split_seed=5)
             data.setup("fit"), data.setup("test")
-            assert data.test_name == f"fold {number + 1} of 4" and data.test_indices.tolist() == test.tolist()
+            assert data.test_name == f"fold {number + 1} of 5" and data.test_indices.tolist() == test.tolist()
             assert data.describe()["counts"] == {"train": len(train), "validation": 0, "test": len(test)}
             images, answers = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
             source = data._open("train")
@@ -397,7 +397,8 @@ def test_without_a_test_split_all_images_train_or_a_fold_is_tested(tmp_path: Pat
             tested += test.tolist()
             few = make(fold=number, split_seed=5, shots=5)
             drawn = few._train_set[1].tolist()
-            assert set(drawn) <= set(train.tolist()) and np.bincount(labels[drawn]).tolist() == [5, 5, 3, 1]
+            assert set(drawn) <= set(train.tolist())
+            assert np.bincount(labels[drawn]).tolist() == [5, 5, np.sum(labels[train] == 2), 1]
             assert few.describe()["draw"] == drawn
         assert sorted(tested) == [*range(37)]
         assert len(decoded) == decodings  # all folds share what is decoded once
@@ -442,7 +443,7 @@ def test_images_next_to_the_test_set_are_the_pool(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_the_splits_are_refused(tmp_path: Path) -> None:
     make = partial(module, dataset="folder", root=str(flat(tmp_path, 6, 3, 1)), shots=1)
     for data, expected in (
-        (make(fold=3), "data.fold is 3, but there are 3 folds, counted from 0"),
+        (make(fold=5), "data.fold is 5, but there are 5 folds, counted from 0"),
         (make(fold=-1), "data.fold is -1"),
         (make(test_limit=5), "data.test_limit takes a part of the test images, and there are none"),
         (make(fold=0, manifest="m.json"), "data.fold takes its images from all, and data.manifest names some"),

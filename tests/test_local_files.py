@@ -1,6 +1,7 @@
 """The user's files: only regular ones of a sane size are read, and what is remembered of them is never stale."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from nola_vision import local_files
 from nola_vision.data.datasets import get_dataset
-from nola_vision.files import write_file
+from nola_vision.files import write_file, write_whole
 from nola_vision.local_files import file_digest, open_regular, read_file, remembered
 
 
@@ -222,3 +223,13 @@ def test_what_is_written_goes_through_links_and_into_pipes(tmp_path: Path) -> No
     assert os.read(reader, 10) == b"sent" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
+
+
+def test_a_run_never_replaces_a_device(tmp_path: Path) -> None:
+    """`row.json` may be a link to a device or a pipe: writing whole files puts a file in the place of what it names."""
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    (tmp_path / "row.json").symlink_to(fifo)
+    with pytest.raises(OSError, match="not a regular file"):
+        write_whole(tmp_path / "row.json", b"{}")
+    assert stat.S_ISFIFO(os.stat(fifo).st_mode) and sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "row.json"]

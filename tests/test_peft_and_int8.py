@@ -13,6 +13,7 @@ from nola_vision.cli.main import main
 from nola_vision.errors import NolaVisionError
 from nola_vision.export import write_merged
 from nola_vision.results import store
+from tiny import trained_rows
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
 INT8 = BackboneSpec("vit_glyph_patch4_32.glyphs", int8=True)
@@ -87,7 +88,7 @@ def test_a_peft_method_runs_from_a_config_to_a_row(tmp_path: Path, monkeypatch: 
               "settings": {"r": 8, "target_modules": ["qkv"]}}}  # fmt: skip
     Path("vera.yaml").write_text(yaml.safe_dump({"method": "vera", "methods": {"vera": method}}))
     assert main(["fit", "--config=quickstart.yaml", "--config=vera.yaml", *QUICK]) == 0
-    ((row,), _) = store.read_rows("runs")
+    (row,) = trained_rows("runs")
     assert row.adapter_parameters == 6 * (8 + 480) and row.other_parameters == 0 and row.test_accuracy > 0.2
 
 

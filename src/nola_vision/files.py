@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from pathlib import Path
@@ -88,9 +89,12 @@ def write_whole(path: str | Path, content: bytes) -> None:
     A symbolic link keeps pointing to its file.
 
     Raises:
-        OSError: the folder is missing or cannot be written to; nothing is left behind.
+        OSError: the folder is missing or cannot be written to, or the path is not that of a regular file; nothing is
+            left behind.
     """
     path = Path(os.path.realpath(path))
+    if os.path.lexists(path) and not path.is_file():  # a device would be replaced by a file
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
