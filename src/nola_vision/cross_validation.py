@@ -113,7 +113,7 @@ def _with_best_rate(
     for rate in rates:
         tried = copy.deepcopy(_with(run_config, "data", hold_out=hold_out))
         tried["model"]["method"]["init_args"]["lr"] = rate
-        rows.append(run.run(tried, out, "search", **options))
+        rows.append(run.run(tried, out, "search", **{**options, "keep_going": True}))  # one that diverges is not chosen
     completed = [
         (search_rank(row), rate) for row, rate in zip(rows, rates, strict=True) if row.val_accuracy is not None
     ]
@@ -126,14 +126,15 @@ def _with_best_rate(
 
 
 def training_seconds(run_config: Config) -> float:
-    """About how long one training of a run config takes on its device, from the second of two timed steps."""
+    """About how long one training of a run config takes on its device: setting it up, and one timed step many times."""
+    began = time.perf_counter()
     with TemporaryDirectory() as scratch, quiet():
         built = build(run_config, Path(scratch))
         built.datamodule.setup("fit")
         device, precision = built.trainer.strategy.root_device, built.trainer.precision_plugin
         task = precision.convert_module(built.model).to(device)
         loader = built.datamodule.train_dataloader()
-        seconds = 0.0
+        setting_up, seconds = time.perf_counter() - began, 0.0
         for _ in range(2):
             clock = time.perf_counter()
             images, labels = next(iter(loader))
@@ -146,4 +147,4 @@ def training_seconds(run_config: Config) -> float:
             seconds = time.perf_counter() - clock
         epochs, steps = built.trainer.max_epochs or 1, built.trainer.max_steps
     total = epochs * len(loader)
-    return seconds * (min(total, steps) if steps > 0 else total)
+    return setting_up + seconds * (min(total, steps) if steps > 0 else total)

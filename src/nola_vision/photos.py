@@ -99,7 +99,7 @@ def open_images(place: str) -> ImageSource:
     path = Path(_absolute(place))
     if path.suffix.lower() in (".yaml", ".yml"):
         raise NolaVisionError(f"'{place}' is not a folder of images: a config is given by --config {place}")
-    if not path.exists():
+    if not place or not path.exists():
         raise NolaVisionError(f"'{place}' does not exist: give {PHOTOS}")
     if path.is_file() and path.suffix.lower() in image_suffixes():
         raise NolaVisionError(

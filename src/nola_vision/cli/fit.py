@@ -60,6 +60,10 @@ def main(arguments: Sequence[str], verb: str) -> int:
     from nola_vision.config import parse
 
     run_config = parse(config, rest, known.allow_import)
+    if run_config["data"]["fold"] is not None or run_config["data"]["hold_out"]:
+        raise NolaVisionError(
+            "data.fold and data.hold_out are what `fit` sets for the runs of an estimate: leave them out"
+        )
     if verb != "fit":
         run.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0
@@ -123,12 +127,17 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     data = open_data(run_config)
     if main:
         say(_summary(run_config, data))
+    folds = cross_validation.number_of_folds(run_config) if known.estimate != "none" else 0
+    if identity.has_init(run_config) and data.number_of_folds and not folds and known.estimate != "none":
+        if known.estimate == "folds":
+            raise NolaVisionError("folds are trained on one device: leave --trainer.devices out, or --estimate folds")
+        if main:
+            say("the adapter gets no estimate: folds are trained on one device, and this run has several")
     frozen: list[Row] = []
     if main and identity.has_init(run_config):
         frozen = _frozen_rows(run_config, raw, known)
     folder = identity.run_folder(out, run_config, "final")
     done = None if known.again or rates else run.completed_row(folder)
-    folds = cross_validation.number_of_folds(run_config) if known.estimate != "none" else 0
     pending, skipped = list(range(folds)), None
     if done is not None and (not folds or done.estimate is not None):
         if main:
