@@ -210,7 +210,7 @@ MISTAKES = {
     "config": (["fit", "--config", "quikstart.yaml"], "did you mean quickstart.yaml"),
     "optimizer without settings": ([*FIT, "--config=null.yaml"], "model.optimizer"),
     "config that is no YAML": (["fit", "--config", "broken.yaml"], "broken.yaml cannot be read as YAML"),
-    "config that is no mapping": (["fit", "--config", "list.yaml"], "no mapping"),
+    "config that is a list": (["fit", "--config", "list.yaml"], "list.yaml must be a mapping"),
     "unknown key": (["fit", "--config", "quickstart.yaml", "--data.shts", "5"], "--data.shts"),
     "unknown key in a file": (["fit", "--config", "quickstart.yaml", "--config", "typo.yaml"], "augmentatoin"),
     "wrong type": ([*FIT, "--data.shots", "few"], "shots is 'few', but it must be a whole number from 1 up, or 'all'"),

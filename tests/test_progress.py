@@ -1,20 +1,24 @@
 """What a person reads while work goes on: plain lines, the time left, and mistakes that do not wait for torch."""
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import pytest
+import rich
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader, TensorDataset
 
-from nola_vision import progress
+from nola_vision import features, local_files, progress
 from nola_vision.early_checks import check_run
 from nola_vision.errors import NolaVisionError
-from nola_vision.plain_progress import PlainProgress
+from nola_vision.plain_progress import LiveProgress, PlainProgress
 from nola_vision.progress import PlainCount, duration, seconds_left
 
 CONFIG = ["--config=quickstart.yaml"]
@@ -83,6 +87,67 @@ def test_short_training_says_its_start_and_end_alone(tmp_path: Path, capsys: pyt
         "training starts: 3 epochs, 30 steps",
         "training ended: 30 steps, 9 s",
     ]
+
+
+class Frozen(Model):
+    """A model whose features take `seconds` per batch."""
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        self.clock.now += self.seconds
+        return images
+
+
+def compute_features(progress_bar: ProgressBar, clock: Clock, tmp_path: Path) -> torch.Tensor:
+    """Of 2,000 images in batches of 256, at 6 s each."""
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
+        enable_model_summary=False, callbacks=[progress_bar],
+    )  # fmt: skip
+    loader = DataLoader(TensorDataset(torch.zeros(2000, 1), torch.zeros(2000)), 256)
+    return features._computed(Frozen(clock, 6.0), trainer, loader)  # type: ignore[arg-type]
+
+
+def test_features_say_how_many_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(compute_features(PlainProgress(clock := Clock()), clock, tmp_path)) == 2000
+    assert capsys.readouterr().out.splitlines() == [
+        "features: 512 of 2,000 images, about 35 s left",
+        "features: 1,024 of 2,000 images, about 23 s left",
+        "features: 1,536 of 2,000 images, about 11 s left",
+        "features: 2,000 of 2,000 images",
+    ]
+    disabled = PlainProgress(clock)
+    disabled.disable()
+    compute_features(disabled, clock, tmp_path)
+    assert not capsys.readouterr().out
+
+
+def test_features_have_a_bar_in_a_terminal(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    bar = LiveProgress(console_kwargs={"file": screen, "force_terminal": True, "width": 100})
+    try:
+        compute_features(bar, Clock(), tmp_path)
+        assert "Features" in screen.getvalue() and "2000/2000" in screen.getvalue()
+        assert bar.progress is not None and not bar.progress.live.is_started
+    finally:
+        rich.reconfigure()
+
+
+def test_reading_many_files_says_how_many_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = [tmp_path / str(number) for number in range(40)]
+    for path in paths:
+        path.write_bytes(b"")
+    monkeypatch.setattr(progress, "PlainCount", partial(PlainCount, clock=Clock(step=1.0)))
+    local_files.file_digests(tmp_path, paths)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"nola-vision: reading: 10 of 40 files in {tmp_path}, about ") and len(lines) == 4
+    monkeypatch.setattr(progress, "parent_process", lambda: object())  # in a worker of a sweep
+    for path in paths:
+        path.write_bytes(b"x")
+    local_files.file_digests(tmp_path, paths)
+    assert not capsys.readouterr().err
 
 
 def test_counted_work_and_durations(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +280,13 @@ def test_a_command_says_at_once_that_it_starts_and_its_threads_sleep_while_they_
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "one.png").write_bytes(b"")
     shown = "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+    for label in "ab":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        (tmp_path / "photos" / label / "1.png").write_bytes(b"")
+    for verb in ("fit", "init"):
+        ended = command(verb, "photos", "--backbone=resnet10t.c3_in1k", before=NO_TORCH)
+        first = "nola-vision: the check of resnet10t.c3_in1k starts: importing PyTorch"
+        assert ended.stderr.splitlines()[0] == first
     export = ["export", "--adapter=one.png", "--bits=4", "--out=x"]
     ended = command(*export, before=NO_TORCH, after=shown)
     assert ended.stderr.splitlines()[0] == "nola-vision: export starts: importing PyTorch"

@@ -21,7 +21,7 @@ import torch
 import yaml
 from jsonargparse import set_loader, set_parsing_settings
 from jsonargparse._link_arguments import skip_apply_links
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -36,7 +36,7 @@ from nola_vision.data.manifest import MOST_BYTES
 from nola_vision.early_checks import load_value, option_pairs
 from nola_vision.errors import NolaVisionError
 from nola_vision.local_files import file_digest
-from nola_vision.plain_progress import PlainProgress
+from nola_vision.plain_progress import LiveProgress, PlainProgress
 from nola_vision.results import identity
 from nola_vision.tasks import make_task
 from nola_vision.tasks.classifier import Classifier
@@ -143,7 +143,7 @@ class RunCLI(LightningCLI):
         if given["enable_checkpointing"] is not False:
             callbacks.append(LastCheckpoint(self.folder / LAST_CHECKPOINT))
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar(leave=False) if progress.is_live() else PlainProgress())
+            callbacks.append(LiveProgress() if progress.is_live() else PlainProgress())
         loggers: list[Logger] = [CSVLogger(self.folder, name="", version=""), *_listed(given["logger"])]
         # a sweep saves no last checkpoint, but a ModelCheckpoint of the config still keeps the best epoch
         kwargs["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)

@@ -41,7 +41,7 @@ def load_configs(names: Sequence[str]) -> Config:
     """Reads configs and lays each over those before it, mapping by mapping.
 
     Raises:
-        NolaVisionError: one is not there, or is no YAML mapping.
+        NolaVisionError: one does not exist, or is not a YAML mapping.
     """
     merged: Config = {}
     for name in names:
@@ -53,7 +53,7 @@ def load_config(name: str) -> Config:
     """One config: a local file of that name wins over what ships; `.yaml` may be left out.
 
     Raises:
-        NolaVisionError: there is none, or it is no YAML mapping.
+        NolaVisionError: it does not exist, or is not a YAML mapping.
     """
     for path in (Path(name), Path(f"{name}.yaml")):
         if path.is_file():
@@ -292,10 +292,10 @@ def _read(path: Path) -> Config:
         reason = " ".join(str(error).split())
         raise NolaVisionError(f"the config {path} cannot be read as YAML: {reason}") from error
     if not isinstance(loaded, dict):
-        raise NolaVisionError(f"the config {path} is no mapping of keys to values: see the shipped quickstart.yaml")
+        raise NolaVisionError(f"the config {path} must be a mapping of keys to values: see the shipped quickstart.yaml")
     for key in ("methods", "model", "data", "trainer"):
         if not isinstance(loaded.get(key, {}), dict):
-            raise NolaVisionError(f"`{key}` of the config {path} is no mapping: see the shipped quickstart.yaml")
+            raise NolaVisionError(f"`{key}` of the config {path} must be a mapping: see the shipped quickstart.yaml")
     return loaded
 
 

@@ -66,8 +66,9 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
 
     Args:
         model: its backbone must be frozen and on the trainer's device.
-        trainer: of the run. Callbacks with a method `on_features_batch_end(trainer, done, total)` are called with the
-            number of images after each batch.
+        trainer: of the run. While features are computed, its callbacks' methods `on_features_start(trainer, total)`,
+            `on_features_batch_end(trainer, done, total)` and `on_features_end(trainer)` are called, with numbers of
+            images; those that a callback lacks are skipped.
         loader: of an `ImageSubset` with the evaluation transform.
     """
     images = loader.dataset
@@ -84,9 +85,9 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
 def _computed(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> Tensor:
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     total, done, parts = len(loader.dataset), 0, []  # type: ignore[arg-type]
-    watching = [c for c in trainer.callbacks if hasattr(c, "on_features_batch_end")]  # type: ignore[attr-defined]
     training = model.training
     model.eval()
+    _notify(trainer, "on_features_start", total)
     try:
         # Lightning tests in inference mode, whose tensors no later run could train on
         with torch.inference_mode(False), torch.no_grad():
@@ -94,11 +95,17 @@ def _computed(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) 
                 with precision.forward_context():
                     parts.append(model.features(precision.convert_input(images.to(device))).cpu())
                 done += len(images)
-                for callback in watching:
-                    callback.on_features_batch_end(trainer, done, total)
+                _notify(trainer, "on_features_batch_end", done, total)
     finally:
+        _notify(trainer, "on_features_end")
         model.train(training)
     return torch.cat(parts)
+
+
+def _notify(trainer: L.Trainer, hook: str, *counts: int) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (method := getattr(callback, hook, None)) is not None:
+            method(trainer, *counts)
 
 
 def drops_nothing(model: AdaptedModel) -> bool:

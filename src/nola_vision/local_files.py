@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nola_vision.files import write_whole
+from nola_vision.progress import count_aside
 from nola_vision.text import printable
 
 _log = logging.getLogger(__name__)
@@ -139,7 +140,10 @@ def remembered(
         _log.warning("reading %d files in %s, %.1f GB: this is done once", len(missing), base, size / 1e9)
     threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
     try:
-        values = dict(zip(missing, threads.map(lambda index: compute(paths[index]), missing), strict=True))
+        values, count = {}, count_aside("reading", f"files in {base}")
+        for index, value in zip(missing, threads.map(lambda index: compute(paths[index]), missing), strict=True):
+            values[index] = value
+            count.show(len(values), len(missing))
     finally:
         threads.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all files
     recent = time.time_ns() - RACY_NS

@@ -21,6 +21,7 @@ from nola_vision.data.datasets import get_dataset, open_split
 from nola_vision.data.sources import ImageSource, image_suffixes
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import why_not_a_file
+from nola_vision.progress import say_start
 from nola_vision.results import identity
 from nola_vision.tags import split_tag
 
@@ -208,6 +209,7 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
     Raises:
         NolaVisionError: timm has no such model.
     """
+    say_start(f"the check of {backbone['tag']}")
     from nola_vision.backbones import BackboneSpec, largest_side, skeleton
     from nola_vision.targets import find_targets
 
@@ -239,8 +241,10 @@ _HEADER = """\
 _COMMENTS = {
     "protocol": "A name for these settings. It is part of the name of the folder that the runs are in.",
     "method": "What `fit` trains: one of `methods`, or --method NAME.",
-    "methods": "What `sweep` compares. `learning_rates` are tried only with a search; else `lr` is used.",
-    "methods.1nn": "On the frozen backbone's features, nothing is trained: `fit` reports these three first.",
+    "methods": """\
+What `sweep` compares. `lr` is used, unless `fit --search` chooses among `learning_rates`. `sweep` chooses among them by
+itself if the data have a validation pool: a test split, and a class with 20 or more training images.""",
+    "methods.1nn": "Classifiers on the frozen backbone's features, which `fit` reports first: docs/frozen-features.md.",
     "methods.linear": "Only the head is trained.",
     "methods.nola": f"""\
 The adapter: {MAX_PARAMETERS:,} coefficients, spread over the targets: 24 KiB of the file, next to the head. The budget
@@ -251,7 +255,7 @@ Any timm tag; `file` is a local weights file. img_size: the image side in pixels
 long, so that it is at most {LARGEST_SIDE} unless set here.""",
     "data.dataset": "folder: one folder of images per class. list: a file of paths and labels.",
     "data.shots": "Training images per class, or all.",
-    "data.augmentation": "Random crops, and mirrored images, since photos show much the same mirrored.",
+    "data.augmentation": "Random crops, and mirrored images, since most photos look much the same mirrored.",
     "data.flip": "Set flip: false where left and right differ in meaning: text, traffic signs, left and right hands.",
     "trainer.max_epochs": f"""\
 Passes over the training images: as many as make {STEPS} steps of the optimizer, but {EPOCHS[0]} to {EPOCHS[1]}.""",

@@ -1,4 +1,4 @@
-"""Progress of training and testing as plain lines, for output that is not a terminal."""
+"""Progress of features, training and testing: a bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,13 +8,29 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 from nola_vision.progress import PlainCount, PlainLines, duration, say, time_left
 
 
+class LiveProgress(RichProgressBar):
+    """Lightning's bar, and one for the features that methods on a frozen backbone are computed from."""
+
+    def on_features_start(self, trainer: L.Trainer, total: int) -> None:
+        self._init_progress(trainer)
+        self._features = self._add_task(total, "Features") if self.is_enabled else None
+
+    def on_features_batch_end(self, trainer: L.Trainer, done: int, total: int) -> None:
+        self._update(self._features, done)
+
+    def on_features_end(self, trainer: L.Trainer) -> None:
+        self._stop_progress()
+
+
 class PlainProgress(ProgressBar):
     """A line at the start of the training, at most one every ten seconds, and one at its end; and those of testing.
+
+    Features of a frozen backbone have lines too.
 
     Args:
         clock: seconds that never go back.
@@ -65,6 +81,13 @@ class PlainProgress(ProgressBar):
     ) -> None:
         if self._enabled:
             self._count.show(batch_idx + 1, int(sum(trainer.num_test_batches)))
+
+    def on_features_start(self, trainer: L.Trainer, total: int) -> None:
+        self._features = PlainCount("features", "images", self._clock)
+
+    def on_features_batch_end(self, trainer: L.Trainer, done: int, total: int) -> None:
+        if self._enabled:
+            self._features.show(done, total)
 
     def _epochs(self, trainer: L.Trainer) -> str:
         epochs = trainer.max_epochs

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import parent_process
 from statistics import median
 
 from nola_vision.text import printable
@@ -84,6 +85,11 @@ class PlainCount:
     def _left(self, done: int, total: int) -> str:
         seconds = self._clock() - self._began
         return f", {time_left(seconds * (total - done) / done)}" if 0 < done < total else ""
+
+
+def count_aside(what: str, unit: str) -> PlainCount:
+    """A `PlainCount` on stderr; silent in a worker process, whose lines would come between those of the first one."""
+    return PlainCount(what, unit, say=say_aside if parent_process() is None else lambda line: None)
 
 
 def duration(seconds: float) -> str:

@@ -173,13 +173,14 @@ def run(
         ckpt_path: resume from this checkpoint of the run. `last` finishes the run whatever has interrupted it: it
             resumes from the run's own checkpoint, or starts from scratch if there is none yet.
         keep_going: a run that fails gives its row instead of raising; Ctrl-C raises all the same.
-        beat: called after every batch, to tell that the run goes on.
-        again: repeat a completed run; its row stands until the new one is written.
+        beat: called after every batch: the run is alive.
+        again: repeat a completed run. Its folder is moved aside (`store.set_aside`), and tables count its row until the
+            repetition is completed.
         held_out: the rows of the folds that the estimate of a final run is made of. A completed run that has no
             estimate yet gets it without a second training.
 
     Raises:
-        BusyError: another process is at this run.
+        BusyError: another process is running it.
         NolaVisionError: a mistake that shows before training leaves nothing behind (with `keep_going` its row); any
             other error, and Ctrl-C, are raised after the row is written.
     """

@@ -23,7 +23,7 @@ def refuse_strays(rest: Sequence[str], options: argparse.ArgumentParser) -> None
         if option not in LIGHTNINGS_OWN and (close := difflib.get_close_matches(option, own, n=1, cutoff=0.8)):
             raise NolaVisionError(f"there is no option {option}: did you mean {close[0]}?")
     if rest and not rest[0].startswith("-"):
-        raise NolaVisionError(f"'{rest[0]}' is no option: a config is given by --config {rest[0]}")
+        raise NolaVisionError(f"'{rest[0]}' is not an option: a config is given by --config {rest[0]}")
 
 
 class Options(argparse.ArgumentParser):

@@ -411,7 +411,7 @@ class KShotDataModule(L.LightningDataModule):
         return self._loader(subset, self.eval_batch_size, self._shard(subset)) if len(subset) else []
 
     def reference_dataloader(self) -> DataLoader[Any]:
-        """The k-shot set in order and not augmented: what nearest neighbour compares with."""
+        """The training images in order, not augmented: the methods on frozen features are fitted to them."""
         return self._loader(self._plain(*self._train_set, self._kept), self.eval_batch_size)
 
     def cross_validation_dataloader(self) -> DataLoader[Any]:

@@ -109,7 +109,7 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]
     if isinstance(settings, Mapping) and not isinstance(settings.get("init_args") or {}, Mapping):
-        raise NolaVisionError(f"`init_args` of the method {name!r} is no mapping: write it like {{rank: 4}}")
+        raise NolaVisionError(f"`init_args` of the method {name!r} must be a mapping: write it like {{rank: 4}}")
     if not isinstance(settings, Mapping) or not isinstance(settings.get("class_path"), str):
         raise NolaVisionError(f"the method {name!r} has no `class_path`: name its class, such as `class_path: NOLA`")
     if stray := [key for key in settings if key not in ("class_path", "init_args", "learning_rates")]:
@@ -265,14 +265,14 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
 def _devices(trainer: Mapping[str, Any]) -> Any:
     """The number of devices that a run trains on together, or what only a machine can count (`auto`, -1).
 
-    Where they do not divide the images, some count twice an epoch: another result.
+    Where they do not divide the images, some count twice per epoch, so the result differs.
     """
     devices = trainer.get("devices")
     if isinstance(devices, str) and "," in devices:
         devices = [name for name in devices.split(",") if name]
     if isinstance(devices, list | tuple):
         return len(devices)
-    if isinstance(devices, str) and devices.isdecimal():
+    if isinstance(devices, str) and devices.isdecimal() and len(devices) < 5:
         devices = int(devices)
     return 1 if devices is None else devices
 

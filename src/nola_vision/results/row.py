@@ -91,7 +91,8 @@ _PACKAGES = (
 class Row:
     """What one run leaves. Accuracies are fractions from 0 to 1; None stands for "not measured".
 
-    `split` and `init` are the run's place in its entry (`init` is None for 1-NN); `config` is its run config;
+    `split` and `init` are the run's place in its entry (`init` is None for methods on frozen features); `config` is its
+    run config;
     `data` what the datamodule says of the draw; `started` ISO 8601 in UTC; `error` one sentence. `epoch` is the epoch,
     counted from 0, whose weights were saved and tested: the last one, or the best by the metric `monitor` of a
     ModelCheckpoint. `train_loss` is that of the last epoch. `test_nll` is the mean cross-entropy of the test images.
@@ -159,11 +160,11 @@ class Row:
 
     @classmethod
     def of(cls, run_config: identity.Config, stage: identity.Stage, status: Status, **measured: Any) -> Row:
-        """Make the row of a run from its config, which gives every column that says which run it is.
+        """Make the row of a run from its config, which gives every column that identifies the run.
 
         Args:
             run_config: what `identity.resolve` returns, with the run's seeds in it.
-            stage: "final" or "search".
+            stage: "final", "search" or "fold".
             status: how the run ended.
             **measured: the other columns, by name.
         """

@@ -121,7 +121,7 @@ class Difference:
 def paired_difference(rows: Iterable[Row], others: Iterable[Row]) -> Difference | None:
     """Compare two entries by their completed final runs; None where no split has runs of both.
 
-    An entry without inits (1-NN) is compared with every init of the other's.
+    An entry without inits (a method on frozen features) is compared with every init of the other's.
     """
     one, other = _by_place(rows), _by_place(others)
     differences = []

@@ -397,7 +397,7 @@ def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Sum
     every_place = set().union(*places.values())
     for item, found in places.items():
         expected = {place for place in every_place if place[1] is not None}
-        if any(init is None for _, init in found):  # 1-NN
+        if any(init is None for _, init in found):  # a method on frozen features
             expected = {(split, None) for split, _ in every_place}
         if missing := len(expected - found):
             notes.append(f"{item.label}: {missing} of {len(expected)} runs have no row (splits x inits of the others)")

@@ -19,7 +19,10 @@ _MOST_NUMBERS = 10_000  # in a range: more are a slip of the hand
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run to do. `init` is None for 1-NN, `learning_rate` for a method without one; `config` is its run config."""
+    """One run to do; `config` is its run config.
+
+    `init` is None for a method on frozen features, `learning_rate` for one without a learning rate.
+    """
 
     method: str
     split: int
@@ -42,7 +45,7 @@ def final_specs(
     methods: Sequence[str],
     learning_rates: Mapping[str, float],
 ) -> list[RunSpec]:
-    """Plan the final runs: every split, method and init, and for 1-NN one run a split.
+    """Plan the final runs: every split, method and init; for a method on frozen features one run per split.
 
     Args:
         config: a config with `methods`.
