@@ -26,6 +26,8 @@ class EvaluatedModule(L.LightningModule):
         validated: logits and labels of the validation pool, of all processes, after `validate`.
     """
 
+    has_probabilities = True  # softmax of the logits; where they only rank the classes there is no loss
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.accuracy = accuracies(num_classes)
@@ -49,9 +51,10 @@ class EvaluatedModule(L.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         inputs, labels = batch
         logits = self(inputs)
-        metric = cast(MeanMetric, self.loss[stage])
-        metric(F.cross_entropy(logits, labels), weight=len(labels))
-        self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
+        if self.has_probabilities:
+            metric = cast(MeanMetric, self.loss[stage])
+            metric(F.cross_entropy(logits, labels), weight=len(labels))
+            self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
         log_accuracy(self, self.accuracy, stage, logits, labels)
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             for name, values in (("logits", logits.float()), ("labels", labels)):

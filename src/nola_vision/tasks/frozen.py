@@ -59,6 +59,7 @@ class FrozenClassifier(EvaluatedModule):
         super().__init__(len(class_names))
         self.model = adapt(backbone, method, class_names).eval()
         self.method = self.model.card.method
+        self.has_probabilities = self.savable  # cosines with single images only rank the classes
         self.chosen_c: float | None = None  # of logistic regression
         self._known: tuple[Tensor, Tensor] | None = None  # what 1-NN compares with: unit features and labels
         self._fitted = False
