@@ -488,8 +488,8 @@ def test_small_classes_skip_validation_and_say_so(
     assert fit(data, tmp_path / "run", 1).validated == 0
     assert data.val_dataloader() == []
     said = [record.getMessage() for record in caplog.records if record.name.startswith("nola_vision")]
-    expected = "too few images for a share in the validation pool (fewer than 20): 'an ant', 'été'"
-    assert said == data.warnings == [f"{expected}, so validation is skipped"]
+    expected = "no images are held out for validation: every class has fewer than 20 training images"
+    assert said == data.warnings == [expected]
 
 
 def test_test_limit_is_balanced_and_refused_before_training() -> None:

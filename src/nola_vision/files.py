@@ -77,10 +77,11 @@ def weights_in(path: str | Path) -> Path:
     return path
 
 
-def refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path, option: str | None = None) -> None:
     """Raises NolaVisionError where something has that name already: what a person wrote there would be lost."""
     if path.exists():
-        raise NolaVisionError(f"{path} {'is a folder' if path.is_dir() else 'exists already'}: give another file")
+        kind = "is a folder" if path.is_dir() else "exists already"
+        raise NolaVisionError(f"{path} {kind}: give another file{f' by {option}' if option else ''}")
 
 
 def write_whole(path: str | Path, content: bytes) -> None:

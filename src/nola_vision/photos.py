@@ -6,6 +6,7 @@ else was checked: a mistake is reported at once.
 
 from __future__ import annotations
 
+import difflib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -179,6 +180,8 @@ def _device(device: str | None) -> Config:
 
 def _backbone(name: str | None, weights: str | None) -> Config:
     """The settings of the backbone, without what only timm knows."""
+    if name != "quickstart" and difflib.get_close_matches(str(name), ["quickstart"], cutoff=0.8):
+        raise NolaVisionError(f"--backbone is '{name}': did you mean quickstart?")
     tag = BACKBONE if name is None else QUICKSTART if name == "quickstart" else name
     kind, rest = split_tag(tag)
     backbone: Config = {"tag": f"{kind}:{_absolute(rest)}" if kind == "local-dir" else tag}

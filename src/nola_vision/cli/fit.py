@@ -115,12 +115,15 @@ def _config(known: argparse.Namespace, place: str | None, rest: Sequence[str], v
 
 def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Namespace, words: Sequence[str]) -> int:
     """The run of a config: frozen features first, then the folds if there are any, the final run, and the verdict."""
+    import torch
     from rich.console import Console
 
     from nola_vision import cross_validation, run
     from nola_vision.config import open_data
     from nola_vision.results import store, tables
 
+    if run_config["trainer"]["accelerator"] in ("cuda", "gpu") and not torch.cuda.is_available():
+        raise NolaVisionError("there is no CUDA device here: leave --device (--trainer.accelerator) out, or give cpu")
     main, out, console = run.is_main_process(run_config), Path(known.out), Console()
     options: dict[str, Any] = {"ckpt_path": known.ckpt_path, "again": known.again}
     rates = _learning_rates(raw, run_config) if known.search else []
@@ -155,7 +158,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
         left = [one for one in pending if one > fold]
         seconds = (time.monotonic() - clock) / max(1, len(pending) - len(left)) * len(left)
         more = f"; {time_left(seconds)}" if left and fold in pending else ""
-        say(f"fold {fold + 1} of {folds}: {correct} of {row.data['counts']['test']} right{more}")
+        say(f"fold {fold + 1} of {folds}: {correct} of its {row.data['counts']['test']} images right{more}")
 
     row = cross_validation.run_with_estimate(
         run_config, out, learning_rates=rates, note=note if main else None, folds=folds, **options
@@ -183,7 +186,9 @@ def _summary(run_config: identity.Config, data: KShotDataModule) -> str:
         tested = f"no test images, so accuracy is estimated by {data.number_of_folds} folds"
     else:
         tested = "no test images, and no class has two distinct ones to estimate an accuracy with"
-    backbone = f"{run_config['model']['backbone']['tag']} at {described['transform']['size']} pixels"
+    spec = run_config["model"]["backbone"]
+    backbone = f"{spec['tag']} at {described['transform']['size']} pixels"
+    backbone += f", weights of {printable(Path(spec['file']).name)}" if spec["file"] else ""
     return f"{images:,} training images of {classes} classes, {tested}; backbone {backbone}"
 
 

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     known = options.parse_args(arguments)
     name = re.sub(r"[^\w.+-]+", "_", Path(os.path.abspath(os.path.expanduser(known.photos))).stem).lstrip(".-")
     target = Path(known.out or f"{name or 'photos'}.yaml")
-    refuse_existing(target)
+    refuse_existing(target, "--out")
     need_folder_of(target)
     write_file(target, photos.describe(photos.config(known.photos, **photo_settings(known))).encode())
     print(printable(f"{target}: written. Train it with: nola-vision fit --config {target}"))

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         hint = {
-            "fit": ": the same command with --ckpt_path last finishes the run",
+            "fit": ": the same command goes on with what is not completed; --ckpt_path last resumes its training",
             "sweep": ": the same command resumes",
         }
         print(f"nola-vision: interrupted{hint.get(verb, '')}", file=sys.stderr)

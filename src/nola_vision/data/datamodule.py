@@ -491,8 +491,10 @@ class KShotDataModule(L.LightningDataModule):
         small = [source.class_names[label] for label in classes_without_pool(source.labels)]
         if small:
             listed = ", ".join(map(repr, small[:5])) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
-            skipped = ", so validation is skipped" if len(small) == self.num_classes else ""
-            self._warn(f"too few images for a share in the validation pool (fewer than 20): {listed}{skipped}")
+            if len(small) == self.num_classes:
+                self._warn("no images are held out for validation: every class has fewer than 20 training images")
+            else:
+                self._warn(f"no images are held out for validation of classes with fewer than 20: {listed}")
         return source, indices
 
     @cached_property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ Number = TypeVar("Number", int, float)
 _ROUNDING = 1e-4  # points: of an accuracy in float32
 _SHOWN_SETTINGS = 2  # in a label
 _MOST_VALUE = 24  # characters of a setting's value in a label
+_DIGEST = re.compile(r"[0-9a-f]{64}")  # of a file, or of all images
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,8 @@ def _shown(value: Any) -> str:
         text = f"{value:g}"
     else:
         text = value if isinstance(value, str) else json.dumps(value)
+    if _DIGEST.fullmatch(text):
+        return text[:6]
     return shortened(text, _MOST_VALUE)
 
 

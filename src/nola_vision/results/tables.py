@@ -169,16 +169,15 @@ def row_panel(row: Row) -> Panel:
     """Return a short account of one run, for its end."""
     place = f"split {row.split}" + (f", init {row.init}" if row.init is not None else "")
     accuracy, interval = _percent(row.test_accuracy), run_interval(row)
+    tested = row.data.get("test_name") or "test"
     if interval is not None:
-        accuracy += f", 95 % interval {_between(interval)} (Wilson, of the test images alone)"
-    measured = {"test accuracy": accuracy}
+        accuracy += f", 95 % interval {_between(interval)} (Wilson, of the {tested} images alone)"
+    measured = {f"{tested} accuracy" if tested == "test" else f"accuracy on {tested} images": accuracy}
     if row.estimate is not None:
         found = Estimate.from_dict(row.estimate)
-        between = f"{_points(100 * found.low)} to {_points(100 * found.high)}"
-        measured = {
-            "cross-validated accuracy": accuracy_text(row),
-            "95 % interval": f"{between} ({found.correct} of {found.images} images right in the first folds)",
-        }
+        first = f"each image once: {found.correct} of {found.images} right, {_points(100 * found.accuracy)} %"
+        between = f"95 % interval {_points(100 * found.low)} to {_points(100 * found.high)}"
+        measured = {"cross-validated accuracy": accuracy_text(row), "": f"{first}, {between}"}
     for key, name, factor in COLUMNS.values():
         if (value := getattr(row, key)) is not None:
             measured[name.removesuffix(" %")] = f"{100 * value:.2f} %" if factor == 100 else f"{value:.3f}"
@@ -383,7 +382,9 @@ def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Sum
     final = {item.method for item in every}
     for method in sorted({row.method for row in rows} - final):
         errors = [row.error for row in rows if row.method == method and row.error]
-        notes.append(f"{method}: search runs only" + (f"; the last failure: {excerpt(errors[-1])}" if errors else ""))
+        folds = [row for row in rows if row.method == method and row.stage == "fold" and row.status == "completed"]
+        done = f"no final run yet, {len(folds)} folds done" if folds else "search runs only"
+        notes.append(f"{method}: {done}" + (f"; the last failure: {excerpt(errors[-1])}" if errors else ""))
     places = {item: {(row.split, row.init) for row in rows if _of(row, item)} for item in shown}
     every_place = set().union(*places.values())
     for item, found in places.items():

@@ -110,7 +110,7 @@ def _chance_line(row: Row, found: _Accuracy) -> list[str]:
     share = row.data.get("majority_share")
     if not isinstance(share, int | float) or found.low > share:
         return []
-    where = "is under chance" if found.value < share else "is not shown to be above chance"
+    where = "is under chance" if found.high < share else "is not shown to be above chance"
     return [f"{_name(row.method)} {where}: always answering the largest class is right for {100 * share:.1f} %."]
 
 

@@ -27,6 +27,7 @@ from nola_vision.features import features, use_features
 from nola_vision.methods import FrozenMethod, LogisticRegression, NearestMean, NearestNeighbor
 from nola_vision.model import adapt
 from nola_vision.predictions import Predictions
+from nola_vision.progress import count_aside
 from nola_vision.results.estimates import CrossValidated
 from nola_vision.results.identity import FROZEN_METHODS as FROZEN_METHODS
 from nola_vision.tasks.evaluation import EvaluatedModule
@@ -39,6 +40,7 @@ DEFAULT_SCALE = 10.0  # of cosines as logits, likewise
 _MOST_ITERATIONS = 1000  # of L-BFGS
 _MOST_WORK = 10**8  # images x features x classes; beyond it C is chosen on one inner fold, with all threads of the run
 MOST_REPEATS = 10
+MOST_LOGISTIC_REPEATS = 3
 _REPEATED_WORK = 4 * 10**6  # images x features x classes of all repeats of a cross-validation: about 10 s on one core
 _INNER_SEED = 0  # of the folds in which C is chosen
 
@@ -276,9 +278,10 @@ def cross_validate(
         None if no class has two distinct images.
     """
     y = labels.numpy()
-    repeats = number_of_repeats(features, y)
-    parts = []
+    repeats = number_of_repeats(features, y, task.method)
+    parts, count = [], count_aside(f"{type(task.method).__name__} on frozen features", "repeats")
     for repeat in range(repeats):
+        count.show(repeat, repeats)
         for train, test in folds(y, groups, seed if repeat == 0 else keyed_hash("repeat", seed, repeat)):
             drawn = draw(train)
             task.fit(features[drawn], labels[drawn], groups[drawn])
@@ -288,7 +291,10 @@ def cross_validate(
     return CrossValidated.of(parts, repeats, untested_classes) if parts else None
 
 
-def number_of_repeats(features: Tensor, labels: Indices) -> int:
-    """10, and fewer where images, features and classes are many: all repeats together take seconds."""
+def number_of_repeats(features: Tensor, labels: Indices, method: FrozenMethod) -> int:
+    """10 (3 of logistic regression, which is fitted 31 times per fold), and fewer where images, features and classes
+    are many: all repeats together take seconds.
+    """
     work = features.numel() * len(np.unique(labels))
-    return int(np.clip(_REPEATED_WORK // work, 1, MOST_REPEATS))
+    most = MOST_LOGISTIC_REPEATS if isinstance(method, LogisticRegression) else MOST_REPEATS
+    return int(np.clip(_REPEATED_WORK // work, 1, most))
