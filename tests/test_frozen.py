@@ -24,7 +24,7 @@ from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.folds import folds
 from nola_vision.errors import NolaVisionError
 from nola_vision.features import drops_nothing
-from nola_vision.methods import METHODS, FrozenMethod, LogisticRegression, NearestNeighbor
+from nola_vision.methods import METHODS, FrozenMethod, NearestNeighbor
 from nola_vision.model import AdaptedModel
 from nola_vision.predictions import load_predictions
 from nola_vision.results import identity
@@ -311,7 +311,7 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
 ) -> None:
     some = torch.zeros(80, 384), np.arange(4)
     assert frozen.number_of_repeats(*some, NearestNeighbor()) == frozen.MOST_REPEATS
-    assert frozen.number_of_repeats(*some, LogisticRegression()) == frozen.MOST_LOGISTIC_REPEATS
+    assert frozen.number_of_repeats(*some, METHODS["LogisticRegression"]()) == frozen.MOST_LOGISTIC_REPEATS
     monkeypatch.setattr(frozen, "MOST_REPEATS", 2)
     data = {"dataset": "folder", "root": make_photos(tmp_path / "photos", counts), "split_seed": 3}
     config = tiny("logistic", methods=ENTRIES, data={**data, "shots": shots, "test_limit": None})

@@ -24,7 +24,7 @@ from nola_vision.data.datamodule import ImageSubset, KShotDataModule
 from nola_vision.data.folds import folds
 from nola_vision.data.kshot import Indices, keyed_hash
 from nola_vision.features import features, use_features
-from nola_vision.methods import FrozenMethod, LogisticRegression, NearestMean, NearestNeighbor
+from nola_vision.methods import FrozenMethod, LogisticRegression, Method, NearestMean, NearestNeighbor
 from nola_vision.model import adapt
 from nola_vision.predictions import Predictions
 from nola_vision.progress import count_aside
@@ -291,7 +291,7 @@ def cross_validate(
     return CrossValidated.of(parts, repeats, untested_classes) if parts else None
 
 
-def number_of_repeats(features: Tensor, labels: Indices, method: FrozenMethod) -> int:
+def number_of_repeats(features: Tensor, labels: Indices, method: Method) -> int:
     """10 (3 of logistic regression, which is fitted 31 times per fold), and fewer where images, features and classes
     are many: all repeats together take seconds.
     """
