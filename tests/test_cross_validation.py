@@ -136,6 +136,7 @@ def test_a_fold_that_was_not_completed_is_done_again(photos: Path, tmp_path: Pat
     assert final_row(out).estimate == final.estimate
 
 
+@pytest.mark.slow
 def test_what_a_completed_run_lacks_is_repeated(
     photos: Path, tmp_path: Path, fitted: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
