@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,8 @@ from nola_vision import load_adapter
 from nola_vision.adapters.file import open_adapter
 from nola_vision.cli.main import main
 from nola_vision.config import open_data
-from nola_vision.predictions import load_predictions
+from nola_vision.predictions import Predictions, load_predictions
+from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.store import read_row, read_rows
 
@@ -132,6 +134,57 @@ def test_a_fold_that_was_not_completed_is_done_again(photos: Path, tmp_path: Pat
     assert read_row(lost.folder / "row.json").status == "completed"
     assert read_row(other.folder / "row.json").started == other.started
     assert final_row(out).estimate == final.estimate
+
+
+@pytest.mark.slow
+def test_what_a_completed_run_lacks_is_repeated(
+    photos: Path, tmp_path: Path, fitted: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    out = Path(shutil.copytree(fitted, tmp_path / "runs"))
+    folds, final = fold_rows(out), final_row(out)
+    assert final.folder is not None and all(fold.folder for fold in folds)
+    damaged, lost, other, bare, kept = (fold.folder or out for fold in folds)
+    (damaged / "predictions.safetensors").write_bytes(b"damaged")
+    (lost / "predictions.safetensors").unlink()
+    found = load_predictions(other)
+    assert found is not None
+    dataclasses.replace(found, logits=None).save(other)
+    stated = json.loads((bare / "row.json").read_text())
+    (bare / "row.json").write_text(json.dumps({**stated, "data": {}}))
+    adapter = final.folder / "adapter.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-4] + b"\0\1\2\3")
+    started = read_row(kept / "row.json").started
+    assert fit(photos, out) == 0
+    warned = [message for message in caplog.messages if "this run was completed, but it is repeated" in message]
+    for path in (
+        damaged / "predictions.safetensors is damaged: ",
+        lost / "predictions.safetensors does not exist",
+        other / "predictions.safetensors has no logits",
+        bare / "row.json has no data.class_names",
+        final.folder / "adapter.safetensors was changed or damaged",
+    ):
+        assert sum(str(path) in message for message in warned) == 1
+    assert len(warned) == 5 and read_row(kept / "row.json").started == started
+    assert final_row(out).estimate == final.estimate
+    assert adapter.read_bytes() == (final_row(fitted).folder / "adapter.safetensors").read_bytes()  # type: ignore[operator]
+
+    capfd.readouterr(), caplog.clear()
+    (final.folder / "predictions.safetensors").write_bytes(b"damaged")  # only the comparison needs it
+    nearest = final_row(out, "1nn").folder
+    assert nearest is not None
+    (nearest / "predictions.safetensors").write_bytes(b"")
+    assert fit(photos, out) == 0
+    printed = capfd.readouterr()
+    assert f"nola is not compared: {final.folder}/predictions.safetensors is damaged" in printed.err
+    assert f"1nn is not compared: {nearest}/predictions.safetensors is damaged" in printed.err
+    assert "nola: " in printed.out and "nola against" not in printed.out
+
+    for name, label in (("nola", 0), *((name, 1) for name in identity.FROZEN_METHODS)):
+        place = final_row(out, name).folder
+        assert place is not None
+        Predictions.of([0, 1], [label, 1], np.zeros((2, 4))).save(place)
+    assert fit(photos, out) == 0
+    assert "the methods are not compared: an image has another label" in capfd.readouterr().err
 
 
 def test_learning_rates_are_chosen_inside_the_fold(photos: Path, tmp_path: Path) -> None:

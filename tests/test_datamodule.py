@@ -373,11 +373,11 @@ def test_without_a_test_split_all_images_train_or_a_fold_is_tested(tmp_path: Pat
         final.prepare_data(), final.setup("fit"), final.setup("test")
         assert not final.has_test and final.number_of_folds == 5 and final.untested_classes == ["class 3"]
         assert final.test_name is None and final.test_dataloader() == [] == final.val_dataloader()
-        assert len(final.test_indices) == 0 and final.majority_share == 25 / 38
+        assert len(final.test_indices) == 0 and final.majority_share == 25 / 37
         described = final.describe()
         assert json.loads(json.dumps(described)) == described
         assert described["counts"] == {"train": 38, "validation": 0, "test": 0} and described["draw"] is None
-        expected = {"majority_share": 25 / 38, "test_name": None, "folds": 5, "untested_classes": ["class 3"]}
+        expected = {"majority_share": 25 / 37, "test_name": None, "folds": 5, "untested_classes": ["class 3"]}
         assert {key: described[key] for key in expected} == expected
         assert not final.warnings  # copies of one class are no mistake, and no pool is missed
         decodings = len(decoded)
@@ -470,7 +470,8 @@ def test_mistakes_in_a_users_images_are_named_once(tmp_path: Path, caplog: pytes
         "files that are not read: 2 .txt, 1 .db",
         f"folders in {root} that are not read, without an image: empty/",
         f"images directly in {root}, in no class folder, that are not read: loose.png",
-        f"images under two labels in train: 1, such as {root}/class 0/01.bmp (class 0) and {root}/class 1/same.bmp"
+        "images under two labels in train, which no fold tests: 1, such as "
+        f"{root}/class 0/01.bmp (class 0) and {root}/class 1/same.bmp"
         " (class 1)",
     ]
     for _ in range(2):

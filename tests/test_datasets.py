@@ -146,10 +146,12 @@ def test_layouts_of_a_folder(tree: Path) -> None:
         shutil.rmtree(tree / "test")
         (tree / name).rename(tree / "test")
     save(tree / "extra/1.png"), save(tree / "loose.png"), save(tree / "train/also.png"), save(tree / ".hidden.png")
+    save(tree / "train/.bee/1.png"), (tree / ".git").mkdir()
     (tree / "readme.txt").write_text("")
     assert entry.notes(root) == [
         f"folders in {root} that are not read, next to train/ and test/: extra/",
         f"images directly in {root}, in no class folder, that are not read: loose.png",
+        f"folders of images in {root}/train that are not read, since their names begin with a dot: .bee/",
         f"images directly in {root}/train, in no class folder, that are not read: also.png",
     ]
     assert len(entry.open(root, "train")) == 4
@@ -162,6 +164,7 @@ def test_layouts_of_a_folder(tree: Path) -> None:
     assert entry.splits(root) == ("train",) and places("train") == {"ant", "naïve bée"}
     assert entry.notes(root) == [
         f"folders in {root} that are not read, without an image: runs/",
+        f"folders of images in {root} that are not read, since their names begin with a dot: .bee/",
         f"images directly in {root}, in no class folder, that are not read: also.png",
     ]
     content = entry.own_content(root)
@@ -226,15 +229,22 @@ def test_lists_of_images(tree: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_splits_of_a_list(tree: Path) -> None:
     entry = DATASETS["list"]
     files = ["train/ant/a.png", "train/naïve bée/b.png", "test/ant/1.png", "test/naïve bée/1.png"]
+    for name in ("ant", "naïve bée"):
+        save(tree / "val" / name / "2.png")
+        files.append(f"val/{name}/2.png")
 
     def listed(*splits: str) -> str:
-        rows = [f"{path},{path.split('/')[1]},{split}" for path, split in zip(files, splits, strict=True)]
+        rows = [f"{path},{path.split('/')[1]},{split}" for path, split in zip(files, splits, strict=False)]
         return listing(tree, "a.csv", "\n".join(["path,label,split", *rows]))
 
     for splits, expected, name in (
         (("train", "", "Train", "train"), {"train": [0, 1, 0, 1]}, "test"),
         (("train", "train", "valid", "val"), {"train": [0, 1], "test": [0, 1]}, "validation"),
-        (("train", "train", "validation", "test"), {"train": [0, 1], "validation": [0], "test": [1]}, "test"),
+        (
+            ("train", "train", "test", "test", "val", "validation"),
+            {"train": [0, 1], "validation": [0, 1], "test": [0, 1]},
+            "test",
+        ),
     ):
         root = listed(*splits)
         assert entry.splits(root) == tuple(expected) and entry.test_name(root) == name
@@ -243,6 +253,13 @@ def test_splits_of_a_list(tree: Path) -> None:
         entry.splits(listed("val", "val", "test", "test"))
     with pytest.raises(NolaVisionError, match=r"line 3 of .*a\.csv has split 'dev': write train, val or test"):
         entry.splits(listed("train", "dev", "test", "test"))
+    for splits, odd in (
+        (("train", "test"), "'ant' is only in train, 'naïve bée' is only in test"),
+        (("train", "train", "test"), "'naïve bée' is only in train"),
+        (("train", "val", "train"), "'naïve bée' is only in validation"),
+    ):
+        with pytest.raises(NolaVisionError, match=rf"^train and .* of the list .*a\.csv must have .*{odd}"):
+            entry.splits(listed(*splits))
 
 
 @pytest.mark.parametrize(

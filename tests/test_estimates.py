@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from nola_vision.predictions import Predictions
+from nola_vision.errors import NolaVisionError
+from nola_vision.predictions import Predictions, load_predictions
 from nola_vision.results.estimates import CrossValidated, Estimate, clopper_pearson, compare, wilson
 from nola_vision.results.row import Row
 from nola_vision.results.verdict import verdict
 
 CONFIG = {"model": {"backbone": {"tag": "b"}, "method": {"class_path": "NOLA"}}, "data": {"dataset": "folder"}}
+COLUMNS = {"index": np.int64, "label": np.int64, "predicted": np.int64, "probability": np.float32, "logits": np.float32}
 NAMES = ["cat", "dog", "owl", "fox"]
 
 
@@ -320,3 +324,35 @@ def test_the_folds_of_a_repeat_are_pooled_in_the_order_of_their_images() -> None
     estimate = found.estimate
     assert estimate.folds == [1 / 2, 2 / 3, 2 / 3, 1 / 2] and (estimate.correct, estimate.images) == (3, 5)
     assert estimate.untested_classes == ["c"]
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"index": np.array([0, 2, 2])}, "index is not in ascending order"),
+        ({"index": np.array([-1, 1, 2])}, "index is not in ascending order"),
+        ({"index": np.array([0.0, 1, 2])}, "index is float64 of 1 dimensions"),
+        ({"label": np.zeros((3, 1), int)}, "label is int64 of 2 dimensions"),
+        ({"label": np.array([0, 1])}, "label is of 2 images, and index of 3"),
+        ({"label": np.array([0, -1, 0])}, "a class has the index -1"),
+        ({"predicted": np.array([0, 3, 0])}, "a class has the index 3"),
+        ({"predicted": np.array([0, 3, 0]), "logits": None}, "a class has the index 3"),
+        ({"probability": np.array([0, 1, np.nan], np.float32)}, "probability holds a number that is not finite"),
+        ({"probability": np.array([0, 1, 1.5], np.float32)}, "a probability is not between 0 and 1"),
+        ({"logits": np.full((3, 3), np.inf, np.float32)}, "logits holds a number that is not finite"),
+        ({"logits": np.zeros((3, 2), np.float32)}, "logits are of 2 classes, and the data have 3"),
+        ({"logits": np.zeros(3, np.float32)}, "logits is float32 of 1 dimensions"),
+        ({name: np.empty((0, 3)[: 1 + (name == "logits")], kind) for name, kind in COLUMNS.items()}, "it has no image"),
+    ],
+)
+def test_a_damaged_file_is_named(changes: dict[str, Any], fault: str, tmp_path: Path) -> None:
+    good = Predictions.of([2, 0, 1], [0, 1, 2], np.eye(3))
+    good.save(tmp_path)
+    found = load_predictions(tmp_path, 3)
+    assert found is not None and found.index.tolist() == [0, 1, 2] and load_predictions(tmp_path) is not None
+    dataclasses.replace(good, **changes).save(tmp_path)
+    with pytest.raises(NolaVisionError, match=rf"predictions\.safetensors is damaged: {fault}.*; delete the run's"):
+        load_predictions(tmp_path, 3)

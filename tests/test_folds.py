@@ -54,10 +54,14 @@ def test_what_holds_with_images_under_several_labels(labeling: tuple[np.ndarray,
     made = folds(labels, groups, seed)
     assert len(made) == number_of_folds(labels, groups)
     for train, test in made:
-        assert sorted([*train, *test]) == [*range(len(labels))]
+        assert len(test) > 0 and sorted([*train, *test]) == [*range(len(labels))]
         assert not set(groups[train]) & set(groups[test])
         assert set(labels[train]) == set(labels)
-    assert np.bincount(np.concatenate([np.empty(0, np.int64), *(test for _, test in made)]), minlength=1).max() <= 1
+    times = np.bincount(np.concatenate([np.empty(0, np.int64), *(test for _, test in made)]), minlength=len(labels))
+    images = distinct(labels, groups)
+    consistent = [sum(group in found for found in images.values()) == 1 for group in groups.tolist()]
+    several = [len(images[label]) > 1 for label in labels.tolist()]
+    assert times.tolist() == [int(bool(made) and one and other) for one, other in zip(consistent, several, strict=True)]
 
 
 def test_without_copies_they_are_scikit_learns() -> None:
@@ -68,6 +72,12 @@ def test_without_copies_they_are_scikit_learns() -> None:
         assert train.tolist() == train_.tolist() and test.tolist() == test_.tolist()
     train, validation = hold_out(labels, np.arange(100), 3)
     assert (train.tolist(), validation.tolist()) == tuple(part.tolist() for part in theirs[0])
+
+
+def test_many_classes_of_two_images_are_no_reason_to_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [len(test) for _, test in folds(np.arange(600) // 2, np.arange(600), 0)] == [300, 300]
 
 
 def test_seeds_shuffle_and_repeat() -> None:

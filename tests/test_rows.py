@@ -132,6 +132,11 @@ def changed(setting: str, value: Any) -> str:
         (json.dumps({**GOOD, "data": {"counts": {"test": -1}}}), "has no number of test images in data.counts"),
         (json.dumps({**GOOD, "data": {"counts": {"test": True}}}), "has no number of test images in data.counts"),
         (json.dumps({**GOOD, "data": {"majority_share": "1"}}), 'majority_share "1", which must be between 0 and 1'),
+        (json.dumps({**GOOD, "data": {"class_names": {"a": 1}}}), "class_names .*, which must be a list of names"),
+        (
+            json.dumps({**GOOD, "data": {"untested_classes": [1]}}),
+            "untested_classes .1., which must be a list of names",
+        ),
         (json.dumps({**GOOD, "data": {"majority_share": 1.5}}), "majority_share 1.5, which must be between 0 and 1"),
         (json.dumps({**GOOD, "started": "yesterday"}), 'has started "yesterday", which is not like 2026'),
         (json.dumps({**GOOD, "started": "2026-01-31T12:00:00+02:00"}), "which is not like 2026"),
@@ -364,3 +369,13 @@ def test_a_run_to_repeat_counts_until_the_repetition_does(tmp_path: Path) -> Non
     store.drop_aside(folder)
     assert list(folder.parent.iterdir()) == [folder]
     store.drop_aside(folder)
+
+    store.write_row(folder, new)
+    aside = folder.with_name(f"{folder.name}.before")
+    aside.write_text("a person's own file")
+    with pytest.raises(NolaVisionError, match=r"\.before is not a folder, and --again moves .* there: remove it"):
+        store.set_aside(folder)
+    assert store.find_completed(folder) == new and aside.is_file()
+    aside.unlink(), (folder / "row.json").unlink(), (folder / "row.json").mkdir()
+    with pytest.raises(NolaVisionError, match=r"row\.json is a folder, and the run writes its row there"):
+        store.claim(folder).__enter__()

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
+from nola_vision.text import shortened
 
 PREDICTIONS_FILE = "predictions.safetensors"
 _MOST_BYTES = 2**30
@@ -68,23 +69,55 @@ def pool(parts: Sequence[Predictions]) -> Predictions:
     return Predictions(**columns, logits=np.concatenate(logits)[order] if len(logits) == len(parts) else None)
 
 
-def load_predictions(folder: Path) -> Predictions | None:
+def load_predictions(folder: Path, classes: int | None = None) -> Predictions | None:
     """The predictions in a run's folder; None if it has none.
 
+    Args:
+        folder: of the run.
+        classes: how many the run's data have, where that is known: no class index is larger.
+
     Raises:
-        NolaVisionError: the file is damaged.
+        NolaVisionError: the file is damaged, or its class indices are not of so many classes.
     """
     path = folder / PREDICTIONS_FILE
     if not path.is_file():
         return None
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise ValueError("too large")
-        found = safetensors.numpy.load(path.read_bytes())
-        predictions = Predictions(**found)
-        count = len(predictions.index)
-        if any(array.shape[0] != count or array.dtype.kind not in "if" for array in found.values()):
-            raise ValueError("columns of different lengths")
-    except (SafetensorError, ValueError, TypeError, IndexError, KeyError) as error:
-        raise NolaVisionError(f"{path} is damaged: delete the run's folder and run again") from error
+            raise ValueError(f"it is larger than {_MOST_BYTES:,} bytes")
+        predictions = Predictions(**safetensors.numpy.load(path.read_bytes()))
+        if fault := _fault(predictions, classes):
+            raise ValueError(fault)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        reason = shortened(" ".join(str(error).split()), 100)
+        raise NolaVisionError(f"{path} is damaged: {reason}; delete the run's folder and run again") from error
     return predictions
+
+
+def _fault(found: Predictions, classes: int | None) -> str | None:
+    """What is wrong with predictions that were read, or None."""
+    count = found.index.size
+    for name, array in vars(found).items():
+        kind = np.float32 if name in ("probability", "logits") else np.int64
+        if array is None:
+            continue
+        if array.dtype != kind or array.ndim != (2 if name == "logits" else 1):
+            return f"{name} is {array.dtype} of {array.ndim} dimensions"
+        if len(array) != count:
+            return f"{name} is of {len(array)} images, and index of {count}"
+        if not np.isfinite(array).all():
+            return f"{name} holds a number that is not finite"
+    if not count:
+        return "it has no image"
+    if found.index[0] < 0 or (np.diff(found.index) <= 0).any():
+        return "index is not in ascending order without repeats"
+    if found.probability.min() < 0 or found.probability.max() > 1:
+        return "a probability is not between 0 and 1"
+    width = classes if found.logits is None else found.logits.shape[1]
+    if classes not in (None, width):
+        return f"logits are of {width} classes, and the data have {classes}"
+    named = np.concatenate([found.label, found.predicted])
+    lowest, highest = int(named.min()), int(named.max())
+    if lowest < 0 or (width is not None and highest >= width):
+        return f"a class has the index {lowest if lowest < 0 else highest}"
+    return None

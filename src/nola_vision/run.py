@@ -14,26 +14,38 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from nola_vision.adapters.file import open_adapter
 from nola_vision.calibration import Calibration, cross_fitted
 from nola_vision.config import RunCLI, build, quiet
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import need_checkpoint_file, write_whole
 from nola_vision.interrupts import Interrupts
 from nola_vision.model import first_not_finite, set_temperature
-from nola_vision.predictions import Predictions, load_predictions
+from nola_vision.predictions import PREDICTIONS_FILE, Predictions, load_predictions
 from nola_vision.results import identity, row
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.estimates import CrossValidated
 from nola_vision.results.row import Row
-from nola_vision.results.store import LOCK_FILE, claim, drop_aside, find_completed, set_aside, write_row
+from nola_vision.results.store import (
+    LOCK_FILE,
+    ROW_FILE,
+    claim,
+    drop_aside,
+    find_completed,
+    refuse_other_things,
+    set_aside,
+    write_row,
+)
 from nola_vision.tasks.accuracy import LOGGED, pooled_metrics
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.frozen import FrozenClassifier
@@ -290,6 +302,12 @@ def _pooled(held_out: Sequence[Row]) -> CrossValidated | None:
             reason = of_fold.error or "its predictions are gone: delete its folder and run again"
             raise NolaVisionError(f"fold {fold + 1} of {len(held_out)}: {reason}")
         parts.append(found)
+    index = np.concatenate([part.index for part in parts])
+    if len(np.unique(index)) < len(index):
+        raise NolaVisionError(
+            f"two folds tested the same images, so a file {PREDICTIONS_FILE} was replaced by that of another run: "
+            "repeat all by --again"
+        )
     untested = held_out[0].data.get("untested_classes") or []
     return CrossValidated.of(parts, untested_classes=untested)
 
@@ -332,12 +350,52 @@ def _with_estimate(row: Row, folder: Path, held_out: Sequence[Row]) -> Row:
 
 
 def completed_row(folder: Path) -> Row | None:
-    """The row of a completed run, if the folder has one; a row that cannot be read does not count."""
+    """The row of a completed run, if the folder has one that is of use.
+
+    It is not if it cannot be read, or if a file that the run left is missing or damaged: a fold's predictions, or the
+    adapter of a final run. Then the run is repeated, and a warning gives the reason, once in a process.
+
+    Raises:
+        NolaVisionError: as `store.refuse_other_things`.
+    """
+    refuse_other_things(folder)
     try:
-        return find_completed(folder)
+        row = find_completed(folder)
     except NolaVisionError as error:
-        _log.warning("the row of this run replaces one that cannot be read: %s", error)
+        _warn_once(f"the row of this run replaces one that cannot be read: {error}")
         return None
+    problem = None if row is None else _unusable(row, folder)
+    if problem is None:
+        return row
+    _warn_once(f"this run was completed, but it is repeated: {problem}")
+    return None
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    """A fit looks at each run several times."""
+    _log.warning("%s", sentence)
+
+
+def _unusable(row: Row, folder: Path) -> str | None:
+    """What a completed run lacks of what its stage leaves for later, or None."""
+    class_names, counts = row.data.get("class_names"), row.data.get("counts") or {}
+    if row.stage != "search" and not class_names:
+        return f"{folder / ROW_FILE} has no data.class_names"
+    try:
+        if row.stage == "fold":
+            found = load_predictions(folder, len(class_names or ()))
+            if found is None or found.logits is None:
+                return f"{folder / PREDICTIONS_FILE} {'does not exist' if found is None else 'has no logits'}"
+            if counts.get("test") != len(found.index):
+                return (
+                    f"{folder / PREDICTIONS_FILE} is of {len(found.index)} images, and the row of {counts.get('test')}"
+                )
+        elif row.stage == "final" and row.adapter_file_bytes is not None:
+            open_adapter(folder / ADAPTER_FILE)
+    except NolaVisionError as error:
+        return str(error)
+    return None
 
 
 def _remove_empty(folder: Path, out: Path) -> None:

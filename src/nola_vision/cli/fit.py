@@ -29,6 +29,7 @@ from nola_vision.text import printable
 
 if TYPE_CHECKING:
     from nola_vision.data.datamodule import KShotDataModule
+    from nola_vision.predictions import Predictions
     from nola_vision.results.row import Row
 
 LONGEST_ESTIMATE = 600.0  # seconds that the folds may take unless they are asked for
@@ -274,9 +275,19 @@ def _verdict(
     from nola_vision.results.verdict import verdict
     from nola_vision.run import ADAPTER_FILE
 
-    tested = [(one, load_predictions(one.folder) if one.folder else None) for one in (row, *frozen)]
+    tested: list[tuple[Row, Predictions | None]] = []
+    for one in (row, *frozen):
+        try:
+            tested.append((one, load_predictions(one.folder, len(class_names)) if one.folder else None))
+        except NolaVisionError as error:
+            print(f"{printable(one.method)} is not compared: {printable(str(error))}", file=sys.stderr)
+            tested.append((one, None))
     commands = [skipped] if skipped else []
     adapter = row.folder / ADAPTER_FILE if row.folder else None
     if adapter is not None and adapter.is_file():
         commands += [f"nola-vision predict --adapter {shlex.quote(str(adapter))} IMAGES"]
-    return verdict(tested[0], tested[1:], class_names, commands)
+    try:
+        return verdict(tested[0], tested[1:], class_names, commands)
+    except ValueError as error:  # a file is whole, and that of another run
+        print(f"the methods are not compared: {error}", file=sys.stderr)
+        return verdict((row, None), [(one, None) for one in frozen], class_names, commands)

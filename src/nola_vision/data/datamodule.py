@@ -284,7 +284,7 @@ class KShotDataModule(L.LightningDataModule):
 
     @property
     def untested_classes(self) -> list[str]:
-        """The classes that no fold tests: those of one image."""
+        """The classes that no fold tests: those of one image, or whose images are all under other labels too."""
         if self.has_test:
             return []
         tested = {int(label) for _, test in self._folds for label in self._open("train").labels[test]}
@@ -299,8 +299,15 @@ class KShotDataModule(L.LightningDataModule):
 
     @property
     def majority_share(self) -> float:
-        """The share of the largest class among the test images, or among all images where there is no test set."""
-        labels = self._test_source.labels[self._test_positions] if self.has_test else self._open("train").labels
+        """The share of the largest class among the test images; without a test set, among those that a fold tests, or
+        among all if there is no fold.
+        """
+        if self.has_test:
+            labels = self._test_source.labels[self._test_positions]
+        else:
+            labels = self._open("train").labels
+            if self._folds:
+                labels = labels[np.concatenate([test for _, test in self._folds])]
         return float(np.bincount(labels).max() / len(labels))
 
     @cached_property
@@ -354,8 +361,10 @@ class KShotDataModule(L.LightningDataModule):
             self._warn(note)
         sources = {split: self._open(split) for split in self._splits}
         known = {split: digests(source) for split, source in sources.items()}
+        untested = "" if self.has_test else ", which no fold tests"
         found = {
-            f"under two labels in {split}": under_two_labels(source, known[split]) for split, source in sources.items()
+            f"under two labels in {split}{untested}": under_two_labels(source, known[split])
+            for split, source in sources.items()
         }
         for one, two in combinations(sources, 2):
             found[f"in both {one} and {two}"] = in_both(sources[one], known[one], sources[two], known[two])

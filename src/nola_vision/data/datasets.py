@@ -228,6 +228,12 @@ class Folder(DatasetEntry):
             why = "without an image" if layout.flat else f"next to {splits}"
             notes.append(f"folders in {place} that are not read, {why}: {_some(ignored)}")
         for folder in dict.fromkeys([place, *layout.folders.values()]):
+            hidden = [path for path in _folders(folder, hidden=True) if _images(path, _files(path))]
+            if hidden:
+                named = _some([f"{path.name}/" for path in hidden])
+                notes.append(
+                    f"folders of images in {folder} that are not read, since their names begin with a dot: {named}"
+                )
             files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
             if loose := _images(folder, files):
                 named = _some([path.name for path in loose])
@@ -326,12 +332,23 @@ class ListFile(DatasetEntry):
 
     def _splits(self, root: str | None) -> dict[Split, Split]:
         """The splits, each with the name that the list has for it."""
-        listed = {row.split for row in self._rows(root)}
+        labels: dict[Split, set[str]] = {}
+        for row in self._rows(root):
+            labels.setdefault(row.split, set()).add(row.label)
+        for split, listed in labels.items():
+            if odd := sorted(labels["train"] ^ listed):
+                where = ", ".join(
+                    f"{name!r} is only in {'train' if name in labels['train'] else split}" for name in odd[:5]
+                )
+                raise NolaVisionError(
+                    f"train and {split} of the list {self.place(root)} must have the same classes, but {where}: "
+                    "correct the labels, or move images"
+                )
         found: dict[Split, Split] = {"train": "train"}
-        if "test" in listed:
-            found |= {"validation": "validation"} if "validation" in listed else {}
+        if "test" in labels:
+            found |= {"validation": "validation"} if "validation" in labels else {}
             found["test"] = "test"
-        elif "validation" in listed:
+        elif "validation" in labels:
             found["test"] = "validation"
         return found
 
@@ -635,14 +652,14 @@ def given_root(root: str | None) -> str | None:
     return str(Path(chosen).expanduser()) if chosen else None
 
 
-def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted by name; hidden ones are left out.
+def _folders(folder: Path, hidden: bool = False) -> list[Path]:
+    """The folders in a folder, sorted by name: those that are not hidden, or the hidden ones.
 
     Raises:
         NolaVisionError: the folder cannot be read.
     """
     try:
-        inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        inner = [path for path in folder.iterdir() if path.is_dir() and path.name.startswith(".") == hidden]
     except FileNotFoundError as error:
         raise NolaVisionError(f"the data root {folder} does not exist: check --data.root") from error
     except OSError as error:

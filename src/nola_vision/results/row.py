@@ -422,6 +422,10 @@ def _data_problem(data: dict[str, Any]) -> str | None:
         return f"has no number of test images in data.counts ({_quoted(counts)})"
     if share is not None and not (type(share) in (int, float) and 0 <= share <= 1):
         return f"has data.majority_share {_quoted(share)}, which must be between 0 and 1"
+    for name in ("class_names", "untested_classes"):
+        found = data.get(name)
+        if found is not None and not (isinstance(found, list) and all(isinstance(item, str) for item in found)):
+            return f"has data.{name} {_quoted(found)}, which must be a list of names"
     return None
 
 

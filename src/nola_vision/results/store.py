@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_whole
+from nola_vision.files import why_not_a_file, write_whole
 from nola_vision.local_files import read_file
 from nola_vision.results.row import Row
 from nola_vision.text import printable
@@ -31,7 +31,7 @@ def claim(folder: Path) -> Iterator[None]:
 
     Raises:
         BusyError: another process has it.
-        NolaVisionError: the folder cannot be made, written to or locked.
+        NolaVisionError: the folder cannot be made, written to or locked, or as `refuse_other_things`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,6 +39,7 @@ def claim(folder: Path) -> Iterator[None]:
         raise NolaVisionError(f"no folder {folder} can be made ({error.strerror}): give another by --out") from error
     if not os.access(folder, os.W_OK):
         raise NolaVisionError(f"the folder {folder} cannot be written to: give another by --out")
+    refuse_other_things(folder)
     lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # one that outlived its process would stay for ever
     try:
         lock.acquire(blocking=False)
@@ -52,6 +53,19 @@ def claim(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def refuse_other_things(folder: Path) -> None:
+    """Refuses to run where something else has the name of what the run will write.
+
+    Raises:
+        NolaVisionError: `row.json` is not a file, or the place for a run to repeat is not a folder.
+    """
+    path, aside = folder / ROW_FILE, _aside(folder)
+    if os.path.lexists(path) and not path.is_file():
+        raise NolaVisionError(f"{path} {why_not_a_file(path)}, and the run writes its row there: remove it")
+    if os.path.lexists(aside) and (aside.is_symlink() or not aside.is_dir()):
+        raise NolaVisionError(f"{aside} is not a folder, and --again moves the completed run there: remove it")
 
 
 def set_aside(folder: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nola_vision.backbones import BackboneSpec
 from nola_vision.calibration import nll
 from nola_vision.data.datamodule import ImageSubset, KShotDataModule
-from nola_vision.data.folds import folds
+from nola_vision.data.folds import MANY_CLASSES, folds
 from nola_vision.data.kshot import Indices, keyed_hash
 from nola_vision.features import features, use_features
 from nola_vision.methods import FrozenMethod, LogisticRegression, Method, NearestMean, NearestNeighbor
@@ -211,6 +211,7 @@ def _fitted(x: Array, y: Indices, c: float) -> tuple[Any, Array, float]:
     scale = float(np.sqrt(np.square(x - middle).mean())) or 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # after 1,000 steps it is as good as it gets
+        warnings.filterwarnings("ignore", MANY_CLASSES, UserWarning)
         model = linear_model.LogisticRegression(C=c, max_iter=_MOST_ITERATIONS).fit((x - middle) / scale, y)
     return model, middle, scale
 
