@@ -166,6 +166,16 @@ def test_the_commands_formats(
     label = first.label.replace("\x1b", "\\x1b")
     assert printed.splitlines()[0].startswith(f"=1+1.png  {label}  {first.probability:.4f}  ")
 
+    # on standard input what is not there is left out like an image that cannot be read
+    Path("empty").mkdir()
+    listed = ["b é.png", "gone.png", "x" * 5000, "nul\0", "empty", "=1+1.png"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + "\n".join(listed).encode())))
+    status, printed, error = run("--format=csv", "-")
+    assert [row["image"] for row in csv.DictReader(io.StringIO(printed))] == ["b é.png", "'=1+1.png"]
+    assert status == 2 and "4 of 6 images have no prediction: cannot decode the image gone.png (No such file" in error
+    status, printed, error = run("b é.png", "gone.png")  # on the command line it is refused at once
+    assert status == 2 and not printed and "gone.png does not exist" in error
+
     status, printed, error = run("--format=csv", "--top-k=3", "--scores", *names)
     assert status == 2 and "1 of 3 images have no prediction: cannot decode the image bad.png" in error
     rows = list(csv.DictReader(io.StringIO(printed)))

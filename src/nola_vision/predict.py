@@ -54,7 +54,7 @@ class Images(ImageSource):
         image = self._images[index]
         if isinstance(image, str | os.PathLike):
             path = Path(image)
-            if path.is_dir():
+            if os.path.isdir(path):  # false, not an error, of a name that no file can have
                 raise NolaVisionError("it is a folder: give its files, such as list(Path(folder).glob('*.jpg'))")
             return decoded(read_file(path, MOST_BYTES))
         if isinstance(image, Image.Image):
