@@ -15,6 +15,9 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.model_selection import GroupKFold
 
+from nola_vision.errors import NolaVisionError
+from nola_vision.field_types import plain_number, quoted
+
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4  # what a file may state
 ECE_BINS = 15
 ECE_FROM = 500  # predictions: with fewer, most of the error that bins show is noise
@@ -54,6 +57,21 @@ class Calibration:
             "held_out_ece": self.ece_before,
             "held_out_ece_calibrated": self.ece_after,
         }
+
+
+def check_temperature(temperature: Any) -> float:
+    """A temperature as a float.
+
+    Raises:
+        NolaVisionError: it is not a number from `MIN_TEMPERATURE` to `MAX_TEMPERATURE`.
+    """
+    number = plain_number(temperature)
+    if type(number) not in (int, float) or not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:  # not a number fails too
+        raise NolaVisionError(
+            f"the temperature is {quoted(temperature)}: it must be a number from {MIN_TEMPERATURE:g} to "
+            f"{MAX_TEMPERATURE:,.0f}"
+        )
+    return float(number)
 
 
 def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nola_vision.predict import Prediction
 
 UNKNOWN = "unknown"
+_WIDEST = 200  # characters of a path that the others are aligned with
 
 
 class Answer(NamedTuple):
@@ -184,7 +185,7 @@ def column_names(class_names: Sequence[str]) -> list[str]:
 
 
 def _as_text(paths: Sequence[Path]) -> Callable[[Answer], str]:
-    width = max(len(printable(str(path))) for path in paths)
+    width = min(_WIDEST, max(len(printable(str(path))) for path in paths))
 
     def line(answer: Answer) -> str:
         labels = [answer.label, *(label for label, _ in answer.best[1:])]
