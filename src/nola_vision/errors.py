@@ -13,7 +13,9 @@ def one_line(message: str) -> str:
 
     Long words and long messages lose their middle: a message begins with the cause and ends with how to fix it.
     """
-    text = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: without_middle(word[0], _LONGEST_WORD), printable(message))
+    text = re.sub(
+        rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: without_middle(word[0], _LONGEST_WORD), printable(message)
+    )
     return without_middle(text, _LONGEST)
 
 
