@@ -6,6 +6,7 @@ from nola_vision.text import printable, without_middle
 
 _LONGEST = 2000  # characters of a message
 _LONGEST_WORD = 300  # of a path or a number in it
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
 
 
 def one_line(message: str) -> str:
@@ -13,9 +14,7 @@ def one_line(message: str) -> str:
 
     Long words and long messages lose their middle: a message begins with the cause and ends with how to fix it.
     """
-    text = re.sub(
-        rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: without_middle(word[0], _LONGEST_WORD), printable(message)
-    )
+    text = _LONG_WORD.sub(lambda found: without_middle(found[0], _LONGEST_WORD), printable(message))
     return without_middle(text, _LONGEST)
 
 

@@ -149,7 +149,7 @@ def _weights_under(folder: str) -> Iterator[Path]:
                     )
                     return
                 seen += 1
-                lines.say(lambda: f"searching for weights in {folder} ({FOLDER_VARIABLE}): {seen:,} files and folders")
+                lines.say(lambda: f"searching for weights in {folder}, which {FOLDER_VARIABLE} names")
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
                 elif entry.name.endswith(WEIGHTS_SUFFIXES) and (
