@@ -31,6 +31,11 @@ def nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
     return float((np.log(np.exp(logits / temperature).sum(axis=1)) - chosen / temperature).mean())
 
 
+def reference_nll(logits: np.ndarray, temperature: float) -> float:
+    """Of two classes, the first of which is true."""
+    return float(np.log1p(np.exp((logits[:, 1] - logits[:, 0]) / temperature)).mean())
+
+
 def test_the_temperature_is_scikit_learns_and_a_grids() -> None:
     draws = np.random.default_rng(0)
     labels = draws.integers(0, 4, 300)
@@ -56,6 +61,12 @@ def test_a_temperature_is_bounded_where_the_likelihood_has_no_minimum() -> None:
         assert sure[0] / sure.sum() == pytest.approx((images + 1) / (images + 2), rel=1e-4)  # Laplace's rule
     assert fit_temperature([[4.0, 1.0]] * 3, [1, 1, 1]) == 150  # 100 times the mean distance to the largest logit
     assert fit_temperature([[1.0, 1.0]], [1]) == 1
+    for absurd in (1e30, 1e300):  # one logit, whose image is right, does not decide for the others
+        few = np.array([[absurd, 0.0]] + 5 * [[1.0, 0.0]])
+        found = fit_temperature(few, [0] * 6)
+        assert 0.1 < found < 1 and reference_nll(few, found) < reference_nll(few, 1)
+    most = np.array([[1e30, 0.0]] * 4 + [[1.0, 0.0]] * 3)  # the median is absurd too
+    assert reference_nll(most, fit_temperature(most, [0] * 7)) <= reference_nll(most, 1)
     assert 1e-4 <= fit_temperature([[1e-12, 0.0]], [0]) < fit_temperature([[1e12, 0.0]], [0]) <= 1e4
     for logits, labels in ([], []), ([[1.0, 2.0]], [0, 1]), ([[np.nan, 1.0]], [0]):
         with pytest.raises(ValueError, match="give no temperature"):
@@ -71,10 +82,18 @@ def test_cross_fitting_measures_each_image_with_a_temperature_of_others() -> Non
     fewer = cross_fitted(logits[1:], labels[1:])
     assert fewer.ece_before is fewer.ece_after is None and fewer.nll_after < fewer.nll_before
     # two groups of two images: each temperature comes from the other group alone
-    logits, labels, groups = np.array([[3.0, 0], [1, 0], [2, 0], [0, 4]]), np.array([0, 1, 1, 1]), [0, 0, 1, 1]
+    logits, labels, groups = np.array([[6.0, 0], [9, 0], [9, 0], [0, 4]]), np.array([0, 1, 1, 1]), [0, 0, 1, 1]
     one, other = fit_temperature(logits[2:], labels[2:]), fit_temperature(logits[:2], labels[:2])
     expected = (nll(logits[:2], labels[:2], one) + nll(logits[2:], labels[2:], other)) / 2
     assert cross_fitted(logits, labels, groups).nll_after == pytest.approx(expected)
+    # folds whose logits have opposite faults: a temperature of the one is worse than none for the other
+    logits, labels = drawn(ECE_FROM, scale=1)
+    groups = np.arange(ECE_FROM) % 2
+    logits[groups == 0] *= 3
+    logits[groups == 1] /= 3
+    found = cross_fitted(logits, labels, groups)
+    assert fit_temperature(logits, labels) != found.temperature == 1
+    assert (found.nll_after, found.ece_after) == (found.nll_before, found.ece_before)
     assert cross_fitted(logits, labels, [7] * 4).nll_after is None and cross_fitted(logits[:1], [0]).nll_after is None
 
 

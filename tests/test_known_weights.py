@@ -1,6 +1,7 @@
 """A local weights file is found again by its digest, wherever it is now, and an adapter file has no path of it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -81,8 +82,10 @@ def test_a_weights_file_is_found_again_by_its_digest(
 
     monkeypatch.setenv("NOLA_VISION_WEIGHTS", str(tmp_path / "elsewhere"))
     read: list[str] = []
-    digests = known_weights.file_digest
-    monkeypatch.setattr(known_weights, "file_digest", lambda path: read.append(Path(path).name) or digests(path))
+    digests = known_weights.file_digests
+    monkeypatch.setattr(
+        known_weights, "file_digests", lambda base, paths: read.extend(p.name for p in paths) or digests(base, paths)
+    )
     (moved.parent / "large.safetensors").write_bytes(b"of another size, so it is not read")
     assert load_adapter(adapter).card.backbone.file == str(moved)
     assert read[:2] == [other.name, moved.name] and "large.safetensors" not in read  # that of the name comes first
@@ -116,6 +119,47 @@ def test_a_folder_of_a_merged_model_is_found_again(tmp_path: Path, monkeypatch: 
     (tmp_path / "place" / "new" / "config.json").unlink()  # without it nothing states the architecture
     with pytest.raises(NolaVisionError, match="--weights FOLDER"):
         load_adapter(adapter)
+
+
+def test_the_search_in_a_folder_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    place, outside = tmp_path / "place", tmp_path / "outside.pth"
+    (place / "deep").mkdir(parents=True)
+    outside.write_bytes(b"wanted")
+    digest = local_files.file_digest(outside)
+    assert digest is not None
+    wanted, spec = known_weights.WeightsOrigin(None, "w.pth", 6, digest), BackboneSpec(TAG)
+    (place / "link.pth").symlink_to(outside)
+    (place / "up").symlink_to(tmp_path)
+    os.mkfifo(place / "w.pth")
+    for number in range(300):
+        (place / f"{number}.pth").write_bytes(b"others")
+    written: list[Path] = []
+    whole = local_files.write_cache
+    monkeypatch.setattr(local_files, "RACY_NS", -(10**12))
+    monkeypatch.setattr(local_files, "write_cache", lambda path, entries: written.append(path) or whole(path, entries))
+    monkeypatch.setenv("NOLA_VISION_WEIGHTS", str(place))
+    assert known_weights.find(wanted, spec) is None
+    assert len(written) == 1  # not once per file
+    (place / "deep" / "in.pth").write_bytes(b"wanted")
+    (place / "in.pth").symlink_to(place / "deep" / "in.pth")
+    assert known_weights.find(wanted, spec) == str(place / "in.pth")
+    (place / "in.pth").unlink()
+    assert known_weights.find(wanted, spec) == str(place / "deep" / "in.pth") and not capsys.readouterr().err
+    monkeypatch.setattr(known_weights, "_MOST_ENTRIES", 303)
+    assert known_weights.find(wanted, spec) is None
+    assert capsys.readouterr().err.count("stops after 303 files and folders: set NOLA_VISION_WEIGHTS") == 1
+
+    # the list of known files may have any content
+    monkeypatch.delenv("NOLA_VISION_WEIGHTS")
+    for entries in ({"a\0b": [digest], "\ud800": [digest], "x" * 5000: [digest], str(outside): [digest]},):
+        local_files.write_cache(known_weights._list_file(), entries)
+        assert known_weights.find(wanted, spec) == str(outside)
+    local_files.write_cache(known_weights._list_file(), [digest])  # type: ignore[arg-type]
+    assert known_weights.find(wanted, spec) is None
+    known_weights.remember(BackboneSpec(TAG, file=str(outside)))
+    assert known_weights.find(wanted, spec) == str(outside)
 
 
 def test_names_that_are_not_a_files() -> None:

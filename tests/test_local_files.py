@@ -1,5 +1,6 @@
 """The user's files: only regular ones of a sane size are read, and what is remembered of them is never stale."""
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -96,6 +97,25 @@ def test_a_warning_says_that_there_is_no_home_folder(
     monkeypatch.setattr(local_files, "_warned", False)
     assert remembered("x", tmp_path, files(tmp_path / "data", "a"), counted[1]) == ["a"]
     assert "(there is no home folder)" in caplog.text
+
+
+def write_checked(path: Path, text: str) -> None:
+    """A cache file whose checksum is right."""
+    path.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '"x"', "null", "3", "[" * 100_000, '{"a":[]}', '{"a":["x",1]}', '{"a":[[],"x"]}']
+)
+def test_a_cache_of_another_form_is_empty(content: str, settled: Path, counted: tuple, tmp_path: Path) -> None:
+    read, compute = counted
+    paths = files(tmp_path / "data", "a")
+    remembered("x", tmp_path, paths, compute)
+    (cache,) = settled.rglob("*.json")
+    write_checked(cache, content.replace('"a"', '"data/0"'))
+    next_process()
+    assert local_files.read_cache(cache) == {}
+    assert remembered("x", tmp_path, paths, compute) == ["a"] and len(read) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "changed", "nested", "a folder", "no cache"])

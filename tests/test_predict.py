@@ -110,9 +110,18 @@ def test_what_is_not_an_image_is_refused_with_a_hint(adapter: tuple[AdaptedModel
     for images, reason in wrong:
         with pytest.raises(NolaVisionError, match=reason):
             model.predict(images)
-    for options in ({"top_k": 0}, {"batch_size": 0}):
-        with pytest.raises(NolaVisionError, match="must be at least 1"):
+    counts: list[Any] = [0, 1.5, "3", True, None, 10**30, 10**5000, float("nan")]
+    for options in [{name: count} for name in ("top_k", "batch_size") for count in counts]:
+        with pytest.raises(NolaVisionError, match="must be a whole number from 1 to 2147483647"):
             model.predict(array, **options)
+    assert len(model.predict(array, top_k=np.int64(2), batch_size=2**31 - 1)) == 2
+    changed = copy.deepcopy(model)
+    for temperature in (-1, 0, float("nan"), "x", None, True, 1e-5, 10**400):
+        changed.temperature = temperature  # type: ignore[assignment]
+        with pytest.raises(NolaVisionError, match="the temperature is .* from 0.0001 to 10,000"):
+            changed.predict(array)
+    changed.temperature = np.float32(1.5)  # type: ignore[assignment]
+    assert changed.predict(array) == model.predict(array)
 
 
 def test_predicting_leaves_modes_as_they_are_also_with_threads(adapter: tuple[AdaptedModel, Path]) -> None:
@@ -166,6 +175,16 @@ def test_the_commands_formats(
     label = first.label.replace("\x1b", "\\x1b")
     assert printed.splitlines()[0].startswith(f"=1+1.png  {label}  {first.probability:.4f}  ")
 
+    # on standard input what is not there is left out like an image that cannot be read
+    Path("empty").mkdir()
+    listed = ["b é.png", "gone.png", "x" * 5000, "nul\0", "empty", "=1+1.png"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + "\n".join(listed).encode())))
+    status, printed, error = run("--format=csv", "-")
+    assert [row["image"] for row in csv.DictReader(io.StringIO(printed))] == ["b é.png", "'=1+1.png"]
+    assert status == 2 and "4 of 6 images have no prediction: cannot decode the image gone.png (No such file" in error
+    status, printed, error = run("b é.png", "gone.png")  # on the command line it is refused at once
+    assert status == 2 and not printed and "gone.png does not exist" in error
+
     status, printed, error = run("--format=csv", "--top-k=3", "--scores", *names)
     assert status == 2 and "1 of 3 images have no prediction: cannot decode the image bad.png" in error
     rows = list(csv.DictReader(io.StringIO(printed)))
@@ -200,13 +219,16 @@ def test_the_commands_formats(
     for words, reason in [
         (["--scores", names[0]], "--scores needs --format csv"),
         (["--top-k=0", names[0]], "top_k is 0"),
+        (["--batch-size=99999999999999999999", names[0]], "batch_size is 99999999999999999999: it must be"),
+        ([f"--batch-size={'9' * 5000}", names[0]], "9' is no whole number"),
+        (["x" * 5000], "x does not exist: name image files"),
         (["--min-probability=1.5", names[0]], "'1.5' is not a number from 0 to 1"),
         (["--min-probability=nan", names[0]], "is not a number from 0 to 1"),
         (["--device=gpu", names[0]], "--device is 'gpu': did you mean cuda?"),
         (["-"], "no paths on standard input"),
     ]:
         status, printed, error = run(*words)
-        assert status == 2 and reason in error and not printed
+        assert status == 2 and reason in error and not printed and len(error) < 600
 
 
 def test_lines_are_printed_as_batches_are_done(

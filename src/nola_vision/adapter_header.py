@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from nola_vision import methods, peft_bridge
 from nola_vision.adapters.target import HEAD
 from nola_vision.backbones import BackboneSpec, InputConfig, own_side
-from nola_vision.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
+from nola_vision.calibration import check_temperature
 from nola_vision.errors import NolaVisionError
 from nola_vision.field_types import check_types, quoted
 from nola_vision.known_weights import WeightsOrigin, is_file_name
@@ -98,12 +98,8 @@ def check_calibrated(calibrated: Calibrated) -> Calibrated:
     Raises:
         NolaVisionError: a value of another type or out of range.
     """
-    calibrated = check_types(dataclasses.replace(calibrated, temperature=_float(calibrated.temperature)))
-    if not MIN_TEMPERATURE <= calibrated.temperature <= MAX_TEMPERATURE:  # not a number fails too
-        raise NolaVisionError(
-            f"the temperature is {quoted(calibrated.temperature)}: it must be from {MIN_TEMPERATURE:g} to "
-            f"{MAX_TEMPERATURE:,.0f}"
-        )
+    temperature = check_temperature(calibrated.temperature)
+    calibrated = check_types(dataclasses.replace(calibrated, temperature=temperature))
     text = calibrated.calibrated_on
     if not 0 < len(text) <= _MOST_CALIBRATED_ON or not text.isprintable():
         raise NolaVisionError(
@@ -114,10 +110,6 @@ def check_calibrated(calibrated: Calibrated) -> Calibrated:
             f"a temperature fitted on {quoted(calibrated.images)} images makes no sense: give their number"
         )
     return dataclasses.replace(calibrated, temperature=float(f"{calibrated.temperature:.6g}"))
-
-
-def _float(value: Any) -> Any:
-    return float(value) if type(value) is int and abs(value) < 2**31 else value
 
 
 def check_card(card: Card) -> Card:

@@ -15,6 +15,9 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.model_selection import GroupKFold
 
+from nola_vision.errors import NolaVisionError
+from nola_vision.field_types import plain_number, quoted
+
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4  # what a file may state
 ECE_BINS = 15
 ECE_FROM = 500  # predictions: with fewer, most of the error that bins show is noise
@@ -29,7 +32,8 @@ class Calibration:
     """What one temperature does to held-out predictions.
 
     Args:
-        temperature: fitted on all of them.
+        temperature: fitted on all of them; 1 if the temperatures of `nll_after` did not lower the NLL, and `nll_after`
+            and `ece_after` are then as before.
         nll_before: mean negative log-likelihood in nats, uncalibrated.
         nll_after: the same where each image's temperature was fitted on other images; None where no two groups of
             images exist.
@@ -56,13 +60,29 @@ class Calibration:
         }
 
 
+def check_temperature(temperature: Any) -> float:
+    """A temperature as a float.
+
+    Raises:
+        NolaVisionError: it is not a number from `MIN_TEMPERATURE` to `MAX_TEMPERATURE`.
+    """
+    number = plain_number(temperature)
+    if type(number) not in (int, float) or not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:  # not a number fails too
+        raise NolaVisionError(
+            f"the temperature is {quoted(temperature)}: it must be a number from {MIN_TEMPERATURE:g} to "
+            f"{MAX_TEMPERATURE:,.0f}"
+        )
+    return float(number)
+
+
 def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """The temperature T > 0 with the lowest negative log-likelihood of softmax(logits / T), to 6 digits.
 
     n right answers are no evidence of an error rate under 1 / (n + 2) (Laplace's rule of succession), so T is not taken
     below the one at which the mean probability of the predicted classes is (n + 1) / (n + 2). This decides where all
     images are right, or nearly so: there the likelihood alone would take T to 0. The upper bound, where all classes are
-    about equally probable, decides where logits are no better than chance. Logits that are all equal give 1.
+    about equally probable, decides where logits are no better than chance. Logits that are all equal give 1. Where 1 is
+    not below the first bound, the likelihood on these images is never lower than at 1.
 
     Args:
         logits: `[n, classes]`, finite, of images that were not trained on.
@@ -72,30 +92,34 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
         ValueError: no images, or logits and labels that do not belong together.
     """
     scores, true = _checked(logits, labels)
-    spread = float((scores.max(axis=1) - scores.mean(axis=1)).mean())
-    if spread == 0:
+    spreads = scores.max(axis=1) - scores.mean(axis=1)
+    if not spreads.any():
         return 1.0
+    spread = float(np.median(spreads[spreads > 0]))  # a mean would follow one absurd logit
     low, high = np.log(np.clip(spread * np.array([1e-3, 1e2]), MIN_TEMPERATURE, MAX_TEMPERATURE))
-    if low == high:  # logits of a size that no training gives
-        return MIN_TEMPERATURE if low < 0 else MAX_TEMPERATURE
     highest = (len(true) + 1) / (len(true) + 2)
 
     def too_sure(log_temperature: float) -> float:
         return float(softmax(scores / np.exp(log_temperature), axis=1).max(axis=1).mean()) - highest
 
+    def loss(log_temperature: float) -> float:
+        return nll(scores / np.exp(log_temperature), true)
+
     if too_sure(low) > 0:
         low = brentq(too_sure, low, high) if too_sure(high) < 0 else high  # type: ignore[no-untyped-call]
-    found = minimize_scalar(  # type: ignore[no-untyped-call]
-        lambda log_temperature: nll(scores / np.exp(log_temperature), true),
-        bounds=(low, high),
-        method="bounded",
-        options={"xatol": 1e-7},
-    )
-    return float(np.clip(float(f"{np.exp(found.x):.{_DIGITS}g}"), MIN_TEMPERATURE, MAX_TEMPERATURE))
+    best = low
+    if low < high:  # they are equal for logits of a size that no training gives
+        options = {"xatol": 1e-7}
+        best = minimize_scalar(loss, bounds=(low, high), method="bounded", options=options).x  # type: ignore[no-untyped-call]
+    found = float(np.clip(float(f"{np.exp(best):.{_DIGITS}g}"), MIN_TEMPERATURE, MAX_TEMPERATURE))
+    return 1.0 if too_sure(0) <= 0 and nll(scores, true) < nll(scores / found, true) else found
 
 
 def cross_fitted(logits: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Calibration:
-    """Fits a temperature, and measures it on predictions that it was not fitted on.
+    """Fits a temperature, and measures it on predictions that it was not fitted on; 1 if that does not lower the NLL.
+
+    Few images may give a temperature that is worse than none, and so do models that choose the scale of their logits
+    themselves, such as nearest class mean: it differs from fold to fold.
 
     Args:
         logits: `[n, classes]`, of images that were not trained on.
@@ -115,6 +139,8 @@ def cross_fitted(logits: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.Array
         after = np.empty_like(scores)
         for kept, left_out in GroupKFold(parts, shuffle=True, random_state=0).split(scores, true, members):
             after[left_out] = scores[left_out] / fit_temperature(scores[kept], true[kept])
+        if nll(after, true) >= nll(scores, true):
+            temperature, after = 1.0, scores
     enough = len(true) >= ECE_FROM
     return Calibration(
         temperature,

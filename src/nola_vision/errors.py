@@ -1,14 +1,21 @@
 """The one base class of every error this package raises on purpose."""
 
-from nola_vision.text import printable
+import re
+
+from nola_vision.text import printable, without_middle
 
 _LONGEST = 2000  # characters of a message
+_LONGEST_WORD = 300  # of a path or a number in it
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
 
 
 def one_line(message: str) -> str:
-    """A message on one line of a bounded length, without characters that control a terminal."""
-    text = printable(message)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    """A message on one line of a bounded length, without characters that control a terminal.
+
+    Long words and long messages lose their middle: a message begins with the cause and ends with how to fix it.
+    """
+    text = _LONG_WORD.sub(lambda found: without_middle(found[0], _LONGEST_WORD), printable(message))
+    return without_middle(text, _LONGEST)
 
 
 class NolaVisionError(Exception):

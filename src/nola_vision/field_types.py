@@ -14,6 +14,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from nola_vision.errors import NolaVisionError
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+MOST_COUNT = 2**31 - 1
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 T = TypeVar("T")
@@ -21,14 +22,18 @@ T = TypeVar("T")
 
 def quoted(value: Any) -> str:
     """A value as Python writes it, on one line and not longer than a message can take."""
-    return _SHORT.repr(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return f"a value of type {type(value).__name__} that is too long to show"
 
 
-def check_counts(**counts: int) -> None:
-    """Refuses a count under 1."""
+def check_counts(**counts: Any) -> None:
+    """Refuses what is not a whole number from 1 to `MOST_COUNT`."""
     for name, count in counts.items():
-        if count < 1:
-            raise NolaVisionError(f"{name} is {count}: it must be at least 1")
+        number = plain_number(count)
+        if type(number) is not int or not 1 <= number <= MOST_COUNT:
+            raise NolaVisionError(f"{name} is {quoted(count)}: it must be a whole number from 1 to {MOST_COUNT}")
 
 
 def check_types(value: T) -> T:

@@ -8,18 +8,24 @@ backbones were read from before. The list is `weights.json` in the user's cache 
 from __future__ import annotations
 
 import os
+import stat
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from nola_vision.backbones import BackboneSpec, repository, weights_file
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import WEIGHTS_SUFFIXES
-from nola_vision.local_files import cache_folder, file_digest, read_cache, write_cache
+from nola_vision.local_files import cache_folder, file_digest, file_digests, read_cache, write_cache
+from nola_vision.progress import PlainLines, say_aside
 
 FOLDER_VARIABLE = "NOLA_VISION_WEIGHTS"
 _MOST_NAME = 255  # characters
 _MOST_KNOWN = 1000  # files in the list; the oldest are dropped
+_MOST_ENTRIES = 10_000  # files and folders that a search looks at
 
 
 @dataclass(frozen=True)
@@ -92,12 +98,13 @@ def find(wanted: WeightsOrigin, spec: BackboneSpec) -> str | None:
     foreign = ":" in spec.tag
     if not foreign and (own := weights_file(spec)) is not None and _is_it(own, wanted):
         return None
-    for path in _candidates(wanted):
-        if _is_it(path, wanted):
-            if not foreign:
-                return str(path)
-            if (path.parent / "config.json").is_file():
-                return str(path.parent)
+    for paths in _candidates(wanted):
+        for path, digest in zip(paths, file_digests(paths[0].parent, paths), strict=True):
+            if digest == wanted.sha256:
+                if not foreign:
+                    return str(path)
+                if (path.parent / "config.json").is_file():
+                    return str(path.parent)
     return None
 
 
@@ -110,26 +117,58 @@ def how_to_find(wanted: WeightsOrigin) -> str:
     )
 
 
-def _candidates(wanted: WeightsOrigin) -> Iterator[Path]:
-    """Files that may be the wanted one, the likeliest first."""
+def _candidates(wanted: WeightsOrigin) -> Iterator[list[Path]]:
+    """Files that may be the wanted one, the likeliest first, in lists of files of one folder."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         if not os.path.isdir(folder):
             raise NolaVisionError(f"{FOLDER_VARIABLE} is {folder!r}, which is not a folder: set it to one, or unset it")
-        paths = [
-            Path(place, name)
-            for place, _, names in os.walk(folder)
-            for name in names
-            if name.endswith(WEIGHTS_SUFFIXES)
-        ]
-        yield from sorted(paths, key=lambda path: (_name(path) != wanted.file, path))
-    yield from (Path(path) for path, entry in read_cache(_list_file()).items() if entry == [wanted.sha256])
+        paths = [path for path in _weights_under(folder) if _has_size(path, wanted.bytes)]
+        paths.sort(key=lambda path: (_name(path) != wanted.file, path.parent, path))
+        for _, of_folder in groupby(paths, lambda path: (_name(path) != wanted.file, path.parent)):
+            yield list(of_folder)
+    listed = [Path(path) for path, entry in read_cache(_list_file()).items() if entry == [wanted.sha256]]
+    for _, of_folder in groupby(listed, lambda path: path.parent):
+        if paths := [path for path in of_folder if _has_size(path, wanted.bytes)]:
+            yield paths
+
+
+def _weights_under(folder: str) -> Iterator[Path]:
+    """Files named like weights in a folder and the folders in it, those nearest to it first; no link leads out of it.
+
+    The search ends after `_MOST_ENTRIES` names, and says so: the folder may be a whole disk.
+    """
+    inside, pending, seen = Path(os.path.realpath(folder)), deque([folder]), 0
+    lines = PlainLines(say=say_aside)
+    while pending:
+        with suppress(OSError), os.scandir(pending.popleft()) as entries:  # a folder that cannot be read is left out
+            for entry in entries:
+                if seen == _MOST_ENTRIES:
+                    say_aside(
+                        f"the search for weights in {folder} stops after {seen:,} files and folders: set "
+                        f"{FOLDER_VARIABLE} to the folder that has the weights file"
+                    )
+                    return
+                seen += 1
+                lines.say(lambda: f"searching for weights in {folder}, which {FOLDER_VARIABLE} names")
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                elif entry.name.endswith(WEIGHTS_SUFFIXES) and (
+                    not entry.is_symlink() or Path(os.path.realpath(entry.path)).is_relative_to(inside)
+                ):
+                    yield Path(entry.path)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    """Whether there is a regular file of a size at a path, which may be any text."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == size
 
 
 def _is_it(path: Path, wanted: WeightsOrigin) -> bool:
-    try:
-        return path.stat().st_size == wanted.bytes and file_digest(path) == wanted.sha256
-    except OSError:
-        return False
+    return _has_size(path, wanted.bytes) and file_digest(path) == wanted.sha256
 
 
 def _list_file() -> Path | None:

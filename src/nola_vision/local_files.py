@@ -184,17 +184,28 @@ def cache_folder() -> Path | None:
 
 
 def read_cache(path: Path | None) -> Entries:
-    """The entries of a cache file; none if the file is damaged."""
+    """The entries of a cache file, each a list of whole numbers and a text; none if the file has anything else.
+
+    The keys are any text, also one that no file can have as its path.
+    """
     if path is None:
         return {}
     try:
         checksum, _, text = read_file(path, 2**28).partition(b"\n")
         if hashlib.sha256(text).hexdigest().encode() != checksum:
             return {}
-        loaded: Entries = json.loads(text)
-        return loaded
-    except (OSError, ValueError):
+        loaded = json.loads(text)
+    except (OSError, ValueError, RecursionError):
         return {}
+    return loaded if isinstance(loaded, dict) and all(map(_is_entry, loaded.values())) else {}
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, list)
+        and [type(value) for value in entry[-1:]] == [str]
+        and all(type(value) is int for value in entry[:-1])
+    )
 
 
 def write_cache(path: Path | None, entries: Entries) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from nola_vision.calibration import check_temperature
 from nola_vision.data.sources import MOST_BYTES, ImageSource, decoded
 from nola_vision.data.transforms import eval_transform
 from nola_vision.errors import NolaVisionError
@@ -54,7 +55,7 @@ class Images(ImageSource):
         image = self._images[index]
         if isinstance(image, str | os.PathLike):
             path = Path(image)
-            if path.is_dir():
+            if os.path.isdir(path):  # false, not an error, of a name that no file can have
                 raise NolaVisionError("it is a folder: give its files, such as list(Path(folder).glob('*.jpg'))")
             return decoded(read_file(path, MOST_BYTES))
         if isinstance(image, Image.Image):
@@ -159,9 +160,10 @@ def probabilities(model: AdaptedModel, batch: Tensor) -> Tensor:
     """The calibrated probabilities `[batch, classes]` of a batch, float32 on the CPU: softmax(logits / temperature).
 
     Raises:
-        NolaVisionError: a logit is not finite.
+        NolaVisionError: a logit is not finite, or the model's temperature is not one that a file can state.
     """
-    found = (computed(model, model, batch).float() / model.temperature).softmax(dim=1).cpu()
+    temperature = check_temperature(model.temperature)
+    found = (computed(model, model, batch).float() / temperature).softmax(dim=1).cpu()
     if not found.isfinite().all():
         raise NolaVisionError(
             "the adapter's logits are not finite: train it again with a smaller learning rate or scale"

@@ -40,6 +40,14 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def without_middle(text: str, most: int) -> str:
+    """The text, or its beginning and its end with `...` between if it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    half = (most - 3) // 2
+    return f"{text[: most - 3 - half]}...{text[len(text) - half :]}"
+
+
 def excerpt(value: object, most: int = 200) -> str:
     """A message or a value as one line of at most `most` characters, the last words left out."""
     return textwrap.shorten(str(value), most)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from nola_vision.errors import NolaVisionError
 
+_MOST_DIGITS = 4300  # that Python reads
 LIGHTNINGS_OWN = ("--protocol", "--method", "--threads", "--seed_everything", "--print_config", "--help")
 
 
@@ -38,7 +39,7 @@ class Options(argparse.ArgumentParser):
 
 def whole_number(text: str) -> int:
     """The type of an option that takes a whole number from 0 up."""
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0 up")
     return int(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import csv
 import io
 import json
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from nola_vision.predict import Prediction
 
 UNKNOWN = "unknown"
+_WIDEST = 200  # characters of a path that the others are aligned with
 
 
 class Answer(NamedTuple):
@@ -129,22 +131,30 @@ def find_images(places: Sequence[str]) -> list[Path]:
     """The image files that are named or are in folders that are named, in the order given; `-`: standard input names.
 
     Raises:
-        NolaVisionError: a name is neither file nor folder, or a folder has no images.
+        NolaVisionError: a name is neither file nor folder, or a folder has no images; such a name on standard input is
+            kept, and predicted as an image that cannot be read.
     """
     from nola_vision.data.datasets import image_files
 
     found: list[Path] = []
     for place in places:
-        for path in _paths_from_input() if place == "-" else [Path(place)]:
-            if not path.exists():
+        listed = place == "-"
+        for path in _paths_from_input() if listed else [Path(place)]:
+            if not listed and not os.path.exists(path):
                 raise NolaVisionError(f"{path} does not exist: name image files, or folders of them")
-            found += image_files(path) if path.is_dir() else [path]
+            try:
+                found += image_files(path) if os.path.isdir(path) else [path]
+            except NolaVisionError:
+                if not listed:
+                    raise
+                found.append(path)
     return found
 
 
 def _paths_from_input() -> list[Path]:
     """The paths on standard input, one per line."""
-    lines = (sys.stdin.buffer.read() if sys.stdin is not None else b"").split(b"\n")
+    content = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not (paths := [Path(os.fsdecode(line.removesuffix(b"\r"))) for line in lines if line.strip()]):
         raise NolaVisionError("there are no paths on standard input: give one per line, or name images instead of `-`")
     return paths
@@ -175,7 +185,7 @@ def column_names(class_names: Sequence[str]) -> list[str]:
 
 
 def _as_text(paths: Sequence[Path]) -> Callable[[Answer], str]:
-    width = max(len(printable(str(path))) for path in paths)
+    width = min(_WIDEST, max(len(printable(str(path))) for path in paths))
 
     def line(answer: Answer) -> str:
         labels = [answer.label, *(label for label, _ in answer.best[1:])]
