@@ -16,6 +16,7 @@ from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -457,6 +458,16 @@ def _prepared(run_config: identity.Config, folder: Path, stage: identity.Stage, 
         if isinstance(built.model, Classifier):
             check_monitors(built.trainer, built.datamodule.describe()["counts"]["validation"] > 0)
     return built
+
+
+def check(run_config: identity.Config, ckpt_path: str | None) -> None:
+    """Sets a run up and drops it, so that a mistake shows before anything is computed.
+
+    Raises:
+        NolaVisionError: as `run` before training.
+    """
+    with TemporaryDirectory() as scratch, quiet():
+        _prepared(run_config, Path(scratch), "final", None if ckpt_path == "last" else ckpt_path)
 
 
 def _measure(

@@ -137,11 +137,13 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
             raise NolaVisionError("folds are trained on one device: leave --trainer.devices out, or --estimate folds")
         if main:
             say("the adapter gets no estimate: folds are trained on one device, and this run has several")
-    frozen: list[Row] = []
-    if main and identity.has_init(run_config):
-        frozen = _frozen_rows(run_config, raw, known)
     folder = identity.run_folder(out, run_config, "final")
     done = None if known.again or rates else run.completed_row(folder)
+    frozen: list[Row] = []
+    if main and identity.has_init(run_config):
+        if done is None and run_config["model"]["backbone"]["base"] == "pretrained":
+            run.check(run_config, known.ckpt_path)
+        frozen = _frozen_rows(run_config, raw, known)
     pending, skipped = list(range(folds)), None
     if done is not None and (not folds or done.estimate is not None):
         if main:
