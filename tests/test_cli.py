@@ -336,7 +336,7 @@ def test_a_small_folder_from_run_to_prediction(
     # five images a class and fewer leave no validation pool: each method keeps its own rate
     assert main(["sweep", *options, "--methods=linear,nola", "--splits=0", "--inits=0"]) == 0
     printed = capsys.readouterr().out
-    assert "too small for a validation pool" in printed and "folder.tree-allshot" in printed
+    assert "there is no validation pool" in printed and "folder.tree-allshot" in printed
     rows = [row for row in store.read_rows("runs")[0] if row.stage == "final"]
     assert {row.learning_rate for row in rows} == {0.005, 0.002} and {row.val_accuracy for row in rows} == {None}
     path = next(Path("runs").rglob("nola/split0*/adapter.safetensors"))
@@ -347,7 +347,7 @@ def test_a_small_folder_from_run_to_prediction(
     digit(tmp_path / "b" / "tree" / "train" / "zero" / "2.png", 20)
     monkeypatch.setenv("NOLA_VISION_DATA", str(tmp_path / "b" / "tree"))
     assert main(["fit", *options, "--method=linear"]) == 0
-    assert len([row for row in store.read_rows("runs")[0] if row.stage == "final"]) == 3
+    assert len([row for row in trained_rows("runs") if row.stage == "final"]) == 3
 
 
 def test_interrupted_sweeps_end_with_status_130(monkeypatch: pytest.MonkeyPatch) -> None:

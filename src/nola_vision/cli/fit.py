@@ -138,6 +138,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
         if main:
             say("the adapter gets no estimate: folds are trained on one device, and this run has several")
     folder = identity.run_folder(out, run_config, "final")
+    store.refuse_other_things(folder)
     done = None if known.again or rates else run.completed_row(folder)
     frozen: list[Row] = []
     if main and identity.has_init(run_config):
