@@ -93,6 +93,12 @@ def test_stop_early_stops_and_keeps_the_best_epoch(tmp_path: Path, monkeypatch: 
     assert run.run(tiny("1nn", model={"stop_early": 2}), tmp_path).status == "completed"
 
 
+def without_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the classes are too small."""
+    pool = property(lambda data: (data._train_set[0], np.empty(0, np.int64)))
+    monkeypatch.setattr(KShotDataModule, "_pool_set", pool)
+
+
 def test_stop_early_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NolaVisionError, match="stop_early is 0: give the number of validations"):
         tiny(model={"stop_early": 0})
@@ -100,7 +106,7 @@ def test_stop_early_is_refused_before_training(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(NolaVisionError, match="both choose the epoch"):
             tiny(model={"stop_early": 1}, trainer={"callbacks": [other]})
     assert tiny(model={"stop_early": 1}, trainer={"callbacks": [callback("ModelCheckpoint", save_last=True)]})
-    monkeypatch.setattr(KShotDataModule, "_pool_indices", lambda *_: np.empty(0, np.int64))
+    without_pool(monkeypatch)
     with pytest.raises(NolaVisionError, match="no validation images .*: leave model.stop_early out"):
         run.run(tiny(model={"stop_early": 1}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -170,7 +176,7 @@ def test_a_monitor_that_is_not_logged_is_named(tmp_path: Path) -> None:
 def test_monitors_are_checked_in_each_process_of_a_distributed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(KShotDataModule, "_pool_indices", lambda *_: np.empty(0, np.int64))  # the classes are too small
+    without_pool(monkeypatch)
     built = build(with_callbacks(callback("EarlyStopping", monitor="val_loss")), tmp_path)
     with pytest.raises(NolaVisionError, match="EarlyStopping monitors 'val_loss', but there are no validation images"):
         built.trainer.fit(built.model, datamodule=built.datamodule)  # as in `run` where the world has two processes

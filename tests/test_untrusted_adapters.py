@@ -84,7 +84,7 @@ def test_a_basis_too_large_for_memory_is_streamed(tmp_path: Path, monkeypatch: p
         model.save(path)
         assert basis(load_adapter(path)) == "cached"
         with monkeypatch.context() as patch:
-            patch.setattr("nola_vision.methods._MOST_CACHED_ON_LOAD", 1000)
+            patch.setattr("nola_vision.stacks._MOST_CACHED_ON_LOAD", 1000)
             loaded = load_adapter(path)
         assert basis(loaded) == "streamed" and loaded.card == model.card
         loaded.save(tmp_path / "b.safetensors")

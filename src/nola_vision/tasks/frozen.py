@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nola_vision.backbones import BackboneSpec
-from nola_vision.calibration import nll
+from nola_vision.calibration import fit_temperature, nll
 from nola_vision.data.datamodule import ImageSubset, KShotDataModule
 from nola_vision.data.folds import MANY_CLASSES, folds
 from nola_vision.data.kshot import Indices, keyed_hash
@@ -163,10 +162,7 @@ def nearest_mean(x: Array, y: Indices, num_classes: int) -> tuple[Array, Array]:
         cosines = u @ means.T
         cosines[np.arange(len(y)), y] = (_unit(sums[y] - u) * u).sum(1)  # without the image itself
         held_out, labels = cosines[several], y[several]
-        found: Any = minimize_scalar(  # type: ignore[no-untyped-call]
-            lambda log: nll(np.exp(log) * held_out, labels), bounds=(0, 7), method="bounded"
-        )
-        scale = float(np.exp(found.x))
+        scale = 1 / fit_temperature(held_out, labels)
     return means * scale / max(float(norms.mean()), 1e-12), np.zeros(num_classes)
 
 
