@@ -104,6 +104,7 @@ def test_a_finished_fit_is_not_repeated_unless_asked(
     assert {row.run_hash: (row.started, row.seconds_total) for row in read_rows(fitted)[0]} == before
 
 
+@pytest.mark.slow
 def test_the_estimate_may_come_later(photos: Path, tmp_path: Path, fitted: Path) -> None:
     assert fit(photos, tmp_path, "--estimate", "none") == 0
     row = final_row(tmp_path)
@@ -120,6 +121,7 @@ def test_the_estimate_may_come_later(photos: Path, tmp_path: Path, fitted: Path)
     assert file.read_bytes() == (final_row(fitted).folder / "adapter.safetensors").read_bytes()  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_a_fold_that_was_not_completed_is_done_again(photos: Path, tmp_path: Path, fitted: Path) -> None:
     shutil.copytree(fitted, tmp_path / "runs")
     out = tmp_path / "runs"
@@ -187,6 +189,7 @@ def test_what_a_completed_run_lacks_is_repeated(
     assert "the methods are not compared: an image has another label" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_learning_rates_are_chosen_inside_the_fold(photos: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     assert main(["init", str(photos), "--backbone", "quickstart", "--epochs", "1", "--out", str(config)]) == 0

@@ -177,7 +177,7 @@ def test_a_file_of_one_adapter_of_several(tmp_path: Path) -> None:
 
 def test_an_averaged_model_is_the_mean_of_its_models() -> None:
     model, images = perturbed(LoRA(targets=["qkv"], rank=2)), torch.randn(2, 3, 32, 32)
-    averaged = AveragedModel(model)
+    averaged, before = AveragedModel(model), model(images)
     first = [parameter.clone() for parameter in model.stack.parameters()]
     averaged.update_parameters(model)
     shake(model.stack)
@@ -186,4 +186,8 @@ def test_an_averaged_model_is_the_mean_of_its_models() -> None:
     with torch.no_grad():
         for parameter, one, other in zip(model.stack.parameters(), first, second, strict=True):
             parameter.copy_((one + other) / 2)
-    assert torch.allclose(averaged(images), model(images), atol=1e-5)
+    for parameter, mean in zip(averaged.module.stack.parameters(), model.stack.parameters(), strict=True):
+        assert torch.allclose(parameter, mean, atol=1e-6)
+    # perturbed layers amplify the last bit in which the two means may differ
+    assert torch.allclose(averaged(images), model(images), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(averaged(images), before, rtol=1e-2, atol=1e-2)
