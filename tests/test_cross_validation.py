@@ -100,7 +100,7 @@ def test_a_finished_fit_is_not_repeated_unless_asked(
 ) -> None:
     before = {row.run_hash: (row.started, row.seconds_total) for row in read_rows(fitted)[0]}
     assert fit(photos, fitted) == 0
-    assert "this run is completed, and its row stands: --again repeats it" in capfd.readouterr().out
+    assert "this run is completed: --again repeats it" in capfd.readouterr().out
     assert {row.run_hash: (row.started, row.seconds_total) for row in read_rows(fitted)[0]} == before
 
 

@@ -658,6 +658,8 @@ def evaluate(run_config: identity.Config, out: str | Path, verb: str, ckpt_path:
                 built.model.load_weights(checkpoint)
             if is_main_process():
                 print(f"checkpoint: {ckpt_path}")
+        if verb == "test" and built.datamodule.test_name is None:
+            raise NolaVisionError("the data set has no test images: `nola-vision fit` prints the estimate of its folds")
         step = built.trainer.validate if verb == "validate" else built.trainer.test
         try:
             step(built.model, datamodule=built.datamodule)

@@ -140,6 +140,8 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     folder = identity.run_folder(out, run_config, "final")
     store.refuse_other_things(folder)
     done = None if known.again or rates else run.completed_row(folder)
+    if main and done is not None and (not folds or done.estimate is not None):
+        say(f"this run is completed: --again repeats it ({folder})")
     frozen: list[Row] = []
     if main and identity.has_init(run_config):
         if done is None and run_config["model"]["backbone"]["base"] == "pretrained":
@@ -147,8 +149,6 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
         frozen = _frozen_rows(run_config, raw, known)
     pending, skipped = list(range(folds)), None
     if done is not None and (not folds or done.estimate is not None):
-        if main:
-            say(f"this run is completed, and its row stands: --again repeats it ({folder})")
         folds = 0
     elif folds:
         if not known.again and not rates:
