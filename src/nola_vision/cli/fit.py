@@ -221,7 +221,7 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
         entries = {key: entry for key, entry in raw.get("methods", {}).items() if _class_of(entry) == class_name}
         name, entry = next(iter(entries.items()), (name, {"class_path": class_name}))
         method = {"class_path": class_name, "init_args": entry.get("init_args") or {}}
-        one = {key: value for key, value in run_config.items() if key != "content"}
+        one = {key: value for key, value in run_config.items() if key not in ("content", "allow_import")}
         # one device and no callbacks: those of the run may need epochs
         trainer = {
             **one["trainer"],
