@@ -1,6 +1,6 @@
 """Runs on a data set without a test split: one training per fold, whose held-out predictions the final run pools.
 
-A fold's training is a run of its own (`stage="fold"`): it leaves a row, resumes, and is not repeated. The final run
+A fold's training is a separate run (`stage="fold"`): it leaves a row, resumes, and is not repeated. The final run
 trains on every image; its row holds the estimate.
 """
 
@@ -17,6 +17,7 @@ import torch
 
 from nola_vision import run
 from nola_vision.config import build, open_data, quiet
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.results.identity import Config
@@ -24,11 +25,15 @@ from nola_vision.results.row import Row
 from nola_vision.results.statistics import search_rank
 
 
-def number_of_folds(run_config: Config) -> int:
+def number_of_folds(run_config: Config, data: KShotDataModule | None = None) -> int:
     """How many folds the estimate of a run needs; 0 if the run is tested directly.
 
     That is a run on a data set with a test split, one of a method on frozen features, which computes its own estimate,
     and one on several devices, whose processes Lightning starts again for each training.
+
+    Args:
+        run_config: as of `run.run`.
+        data: its datamodule, if that is open already.
 
     Raises:
         NolaVisionError: as `KShotDataModule.setup`.
@@ -36,7 +41,7 @@ def number_of_folds(run_config: Config) -> int:
     trainer = run_config["trainer"]
     if not identity.has_init(run_config) or trainer["devices"] not in (1, "1") or trainer["num_nodes"] != 1:
         return 0
-    return open_data(run_config).number_of_folds or 0
+    return (data or open_data(run_config)).number_of_folds or 0
 
 
 def run_with_estimate(

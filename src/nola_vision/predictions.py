@@ -77,7 +77,7 @@ def load_predictions(folder: Path, classes: int | None = None) -> Predictions | 
         classes: how many the run's data have, where that is known: no class index is larger.
 
     Raises:
-        NolaVisionError: the file is damaged, or its class indices are not of so many classes.
+        NolaVisionError: the file is damaged, or a class index is not below `classes`.
     """
     path = folder / PREDICTIONS_FILE
     if not path.is_file():

@@ -55,7 +55,7 @@ def make_stack(
             that trains a plain head.
         basis_seed: sets the basis; `run_seed` if not given.
         num_adapters: n, the number of adapters held.
-        base: what the backbone's weights are; without pretrained ones the trained numbers start random.
+        base: what the backbone's weights are; without pretrained ones the trainable parameters start random.
         target_names: the exact names of the targets, as an adapter file lists them. They replace the method's patterns,
             which are then not read, and a basis that is too large for memory is streamed.
 

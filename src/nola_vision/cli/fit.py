@@ -131,7 +131,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     data = open_data(run_config)
     if main:
         say(_summary(run_config, data))
-    folds = cross_validation.number_of_folds(run_config) if known.estimate != "none" else 0
+    folds = cross_validation.number_of_folds(run_config, data) if known.estimate != "none" else 0
     if identity.has_init(run_config) and data.number_of_folds and not folds and known.estimate != "none":
         if known.estimate == "folds":
             raise NolaVisionError("folds are trained on one device: leave --trainer.devices out, or --estimate folds")
@@ -140,7 +140,8 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     folder = identity.run_folder(out, run_config, "final")
     store.refuse_other_things(folder)
     done = None if known.again or rates else run.completed_row(folder)
-    if main and done is not None and (not folds or done.estimate is not None):
+    settled = done is not None and (not folds or done.estimate is not None)
+    if main and settled:
         say(f"this run is completed: --again repeats it ({folder})")
     frozen: list[Row] = []
     if main and identity.has_init(run_config):
@@ -148,7 +149,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
             run.check(run_config, known.ckpt_path)
         frozen = _frozen_rows(run_config, raw, known)
     pending, skipped = list(range(folds)), None
-    if done is not None and (not folds or done.estimate is not None):
+    if settled:
         folds = 0
     elif folds:
         if not known.again and not rates:

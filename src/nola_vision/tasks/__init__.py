@@ -43,7 +43,7 @@ def make_task(
         class_weights: "balanced" weights the training loss of an image by n / (classes * n_c), with n training images
             of which n_c are of its class (scikit-learn's `compute_class_weight`); for `data.shots: all`, since with a
             number of shots all classes have equally many.
-        stop_early: end the training after so many validations in a row without a lower `val_loss`, and keep the
+        stop_early: end the training after this many validations in a row without a lower `val_loss`, and keep the
             weights of the epoch with the lowest. It needs a validation pool. Without it the last epoch counts.
         warmup_epochs: epochs over which the learning rate rises linearly.
         min_lr: where the cosine ends.
