@@ -84,6 +84,13 @@ def test_few_classes_have_no_top5() -> None:
     assert "test_top5_accuracy" in evaluated(torch.eye(10), torch.arange(10))[0]
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10, 37, 100])
+def test_all_right_is_exactly_one(classes: int) -> None:
+    """A row with a larger share is refused when it is read."""
+    values, _ = evaluated(torch.eye(classes), torch.arange(classes))
+    assert set(values.values()) == {1.0}
+
+
 def test_class_weights_equal_scikit_learn(tmp_path: Path) -> None:
     labels = np.repeat([0, 1, 2, 3], [1, 3, 10, 2])
     expected = compute_class_weight("balanced", classes=np.arange(4), y=labels)
