@@ -21,6 +21,7 @@ from nola_vision.predictions import Predictions, load_predictions
 from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.store import read_row, read_rows
+from nola_vision.thumbnails import load_thumbnails
 
 PER_CLASS = 6
 
@@ -78,6 +79,10 @@ def test_the_estimate_is_that_of_the_folds(photos: Path, fitted: Path) -> None:
     assert row.macro_f1 == pytest.approx(f1_score(pooled.label, pooled.predicted, average="macro", zero_division=0))
     assert row.test_nll == pytest.approx(row.held_out_nll, rel=1e-4) and row.top5_accuracy is None
     assert row.folder is not None and (row.folder / "confusion.csv").is_file()
+    thumbnails, wrong = load_thumbnails(row.folder), pooled.index[~pooled.correct].tolist()
+    names = [f"class {label}/{number}.png" for label in range(3) for number in range(PER_CLASS)]
+    assert {index: one.name for index, one in thumbnails.items()} == {index: names[index] for index in wrong}
+    assert wrong and not any(load_thumbnails(fold.folder) for fold in folds if fold.folder)
     assert row.data["counts"]["train"] == 3 * PER_CLASS + 1  # the final adapter sees every image
     for fold, part in zip(folds, tested, strict=True):
         assert part is not None and fold.data["draw"] is None and not set(part.index) & set(trained_on(fold))
@@ -116,6 +121,7 @@ def test_the_estimate_may_come_later(photos: Path, tmp_path: Path, fitted: Path)
     later = final_row(tmp_path)
     assert later.started == row.started and later.estimate == final_row(fitted).estimate
     assert later.adapter_file_bytes == file.stat().st_size
+    assert load_thumbnails(row.folder) == load_thumbnails(final_row(fitted).folder)  # type: ignore[arg-type]
     assert load_adapter(file).temperature == pytest.approx(later.temperature)
     assert all((tensor == trained[name]).all() for name, tensor in open_adapter(file).tensors().items())
     assert file.read_bytes() == (final_row(fitted).folder / "adapter.safetensors").read_bytes()  # type: ignore[operator]
