@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from nola_vision import memo
 from nola_vision.data.datasets import DATASETS
 from nola_vision.data.hugging_face import HubSource
 from nola_vision.data.sources import ArraySource, FileSource, decoded
@@ -113,6 +114,11 @@ def test_at_most_so_many_are_stored_in_few_bytes(tmp_path: Path, caplog: pytest.
     found = load_thumbnails(tmp_path)
     assert sorted(found) == list(range(16, 40)) and found[16].name == "noise[16]"
     assert max(len(one.jpeg) for one in found.values()) < 16_000
+    with memo.keeping():
+        write_thumbnails(tmp_path, all_wrong(30, first=10), source)
+        source._decode = None  # type: ignore[method-assign, assignment]
+        write_thumbnails(tmp_path, all_wrong(28, first=12), source)  # of another run in this process
+    assert load_thumbnails(tmp_path) == found
     nothing = Predictions.of([0, 1], [0, 0], [[1, 0], [1, 0]])
     write_thumbnails(tmp_path, nothing, source)
     assert load_thumbnails(tmp_path) == {} and (tmp_path / THUMBNAILS_FILE).is_file()
