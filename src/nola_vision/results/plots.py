@@ -27,11 +27,11 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
 from nola_vision.results.confusion import class_differences, entry_confusions
 from nola_vision.results.labels import along, place_at_points, short_name, short_names, spread, text_width
+from nola_vision.results.published import published_result
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import Summary, entries, kind, run_accuracies, subject, summarise
 from nola_vision.results.store import read_run_file
 from nola_vision.results.svg import inline_svg
-from nola_vision.results.tables import _published
 from nola_vision.text import printable
 
 # The subject of the page has the first colour; text in any of them can be read on PAPER (a contrast of 4.5 or more)
@@ -209,7 +209,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     sized.sort(key=lambda one: rank.index(one[0].label))
     lines = [(item, mean) for item, mean, _ in measured if not item.adapter_file_bytes]
     bars = {item.label: _bar(item) for item, _, _ in measured}
-    printed = {item.label: figure for item, _, runs in measured if (figure := _published(runs[0]))}
+    printed = {item.label: figure for item, _, runs in measured if (figure := published_result(runs[0]))}
     papers = [(item, size, float(printed[item.label]["mean"])) for item, size, _ in sized if item.label in printed]
 
     several = any(item.n > 1 for item, _, _ in sized)
