@@ -204,11 +204,11 @@ class _Mark(NamedTuple):
 
 
 def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
-    """Top-1 accuracy over the size of the adapter file; None where no entry has both.
+    """Top-1 accuracy over the size of the adapter file; None where no entry that trains has both.
 
-    Bars are the std over runs (ddof 0), of a single run on a test set its 95 % interval. An entry without a file is a
-    line across. Hollow markers are what the paper prints for an entry, at the size of our file. The thin line joins
-    the Pareto front.
+    Bars are the std over runs (ddof 0), of a single run on a test set its 95 % interval. A method on frozen
+    features is a line across, as is an entry without a file. Hollow markers are what the paper prints for an entry, at
+    the size of our file. The thin line joins the Pareto front of the other entries.
 
     Args:
         found: the entries of one cell, as `statistics.entries` returns them.
@@ -220,7 +220,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     for item, runs in found:
         assert item.mean is not None
         look = looks[item.label]
-        if not (size := item.adapter_file_bytes):
+        if not (size := item.adapter_file_bytes) or kind(item) == "frozen":
             lines.append((item, item.mean, f"{look.name} {item.mean:.1f}", look))
             continue
         own.append(_Mark(item.label, size, item.mean, _bar(item), look, look.name))
@@ -231,7 +231,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     if not own:
         return None
 
-    sized = [item for item, _ in found if item.adapter_file_bytes]
+    sized = [item for item, _ in found if item.label in {mark.label for mark in own}]
     bars = ["std"] * any(item.n > 1 for item in sized) + ["95 % interval"] * any(item.interval for item in sized)
     heading = "top-1 accuracy, %" + (f"; bars: {' or '.join(bars)}" if bars else "")
     figure, axes = _panel(heading, "adapter file, head included", column=_column(text for _, _, text, _ in lines))
