@@ -125,6 +125,7 @@ def test_the_front_by_hand() -> None:
 
 def test_the_papers_figures_are_hollow_markers() -> None:
     config = identity.resolve(load_config("vitb_cifar10_5shot"), "nola-mlp")
+    config["model"]["backbone"]["base"] = "pretrained"  # as a run has it
     one = row("nola-mlp", 0.8, config=config, adapter_file_bytes=90_000)
     (paper, own) = charts_of([one])["pareto"].figure.axes[0].containers
     assert paper.get_label() == "paper: nola-mlp" and own.get_label() == "nola-mlp"

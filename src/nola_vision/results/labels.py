@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import unicodedata
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from nola_vision.text import printable
 
 Boxes = NDArray[np.float64]  # [n, 4]: left, bottom, right, top
-_DISTANCES = (5.0, 10.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0)  # of a label from its point
+_DISTANCES = (7.0, 11.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0)  # of a label from its point
 _SIDES = [side for side in itertools.product((1.0, 0.5, 0.0, -0.5, -1.0), repeat=2) if 1 in map(abs, side)]
 _SIDES.sort(key=lambda side: (side[0] != 1, abs(side[1]), side))  # to the right if possible
 _CROSSED = 15.0  # a line under a label is as bad as so many points of distance
@@ -37,15 +38,31 @@ class Place(NamedTuple):
 
 
 def short_names(names: Sequence[str], most: int) -> dict[str, str]:
-    """Names as distinct printable labels; a name of more than `most` characters is without its middle."""
-    texts = {name: short_name(name, most) for name in dict.fromkeys(names)}
-    count = Counter(texts.values())
-    numbers: Counter[str] = Counter()
-    for name, text in texts.items():
-        if count[text] > 1:
-            numbers[text] += 1
-            texts[name] = f"{text} {numbers[text]}"
-    return texts
+    """Names as distinct printable labels of about `most` characters.
+
+    Of a single long name the middle is left out. Of several that begin alike, as one method with several settings, each
+    keeps its beginning and the part from the first word in which they differ.
+    """
+    alike: dict[str, list[str]] = defaultdict(list)
+    for text in {printable(name) for name in names if len(printable(name)) > most}:
+        alike[text[: most // 3]].append(text)
+    labels: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in dict.fromkeys(names):
+        text = short_name(name, most)
+        if text != (whole := printable(name)) and len(group := alike[whole[: most // 3]]) > 1:
+            common = os.path.commonprefix(group)
+            word = max(common.rfind(separator) for separator in " (,") + 1
+            start = f"{whole[: most // 3]}…" if word > most // 3 + 1 else whole[:word]
+            rest = whole[word : word + most - len(start)]
+            text = start + (rest if whole.endswith(rest) else f"{rest[:-1]}…")
+        label, number = text, 1
+        while label in taken:
+            number += 1
+            label = f"{text} {number}"
+        taken.add(label)
+        labels[name] = label
+    return labels
 
 
 def short_name(name: str, most: int) -> str:

@@ -67,6 +67,7 @@ _WIDTH, _HEIGHT = 420, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 32, 46
 _TEXT, _LINE = 13, 15  # size and height of a line
 _LABEL_GAP = 14  # between the axes and the labels of lines
+_TICK = 56  # between two sizes
 _MOST_LABELS = 14  # as many as fit beneath each other
 _MOST_CHARACTERS = 18  # of a label
 _MARKERS = "os^DvPX*"
@@ -221,7 +222,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
         assert item.mean is not None
         look = looks[item.label]
         if not (size := item.adapter_file_bytes) or kind(item) == "frozen":
-            lines.append((item, item.mean, f"{look.name} {item.mean:.1f}", look))
+            lines.append((item, item.mean, look))
             continue
         own.append(_Mark(item.label, size, item.mean, _bar(item), look, look.name))
         if printed := published_result(runs[0]):
@@ -234,19 +235,19 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     sized = [item for item, _ in found if item.label in {mark.label for mark in own}]
     bars = ["std"] * any(item.n > 1 for item in sized) + ["95 % interval"] * any(item.interval for item in sized)
     heading = "top-1 accuracy, %" + (f"; bars: {' or '.join(bars)}" if bars else "")
-    figure, axes = _panel(heading, "adapter file, head included", column=_column(text for _, _, text, _ in lines))
+    figure, axes = _panel(heading, "adapter file, head included", column=_column([look for _, _, look in lines]))
     low, high = _range([mark.size for mark in own])
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    ticks = _byte_ticks(low, high)
+    ticks = _byte_ticks(low, high, float(axes.bbox.width))
     axes.set_xticks(ticks, [bytes_text(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    heights = [height for mark in [*own, *papers] for height in mark.bar] + [mean for _, mean, _, _ in lines]
+    heights = [height for mark in [*own, *papers] for height in mark.bar] + [mean for _, mean, _ in lines]
     _limit(axes, heights, least=2.0, bound=100.0)
 
     front = [(float(item.adapter_file_bytes or 0), item.mean or 0.0) for item in pareto_front(sized)]
     axes.step(*zip(*front, strict=True), where="post", color=MUTED, linewidth=1, label="Pareto front")
-    for item, mean, _, look in lines:
+    for item, mean, look in lines:
         axes.axhline(mean, color=MUTED, linewidth=1.2, linestyle=look.line, label=item.label)
     for mark in [*papers, *reversed(own)]:  # the subject on top
         below, above = mark.mean - mark.bar[0], mark.bar[1] - mark.mean
@@ -255,8 +256,8 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
             markerfacecolor=PAPER if mark in papers else mark.look.colour, markersize=9 if mark.look.strong else 7,
             markeredgewidth=1.5, elinewidth=1.4, label=mark.label, clip_on=False,
         )  # fmt: skip
-    _label_points(figure, axes, [*own, *papers], [mean for _, mean, _, _ in lines], front)
-    _label_ends(figure, axes, [(high, mean, text, look) for _, mean, text, look in lines])
+    _label_points(figure, axes, [*own, *papers], [mean for _, mean, _ in lines], front)
+    _label_ends(figure, axes, [(high, mean, look) for _, mean, look in lines])
 
     parts = []
     for item, _ in found:
@@ -286,7 +287,7 @@ def split_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     labelled = list(means)[:_MOST_LABELS]
     inits = any(len(values) > 1 for of_splits in accuracies.values() for values in of_splits.values())
     heading = "top-1 accuracy, %" + ("; lines: mean over inits" if inits else "")
-    figure, axes = _panel(heading, place, column=_column(looks[label].name for label in labelled))
+    figure, axes = _panel(heading, place, column=_column([looks[label] for label in labelled]))
     axes.set_xlim(-0.2, len(places) - 0.8)
     step = math.ceil(len(places) / 12)
     axes.set_xticks(range(0, len(places), step), [str(split) for split in places[::step]])
@@ -299,11 +300,7 @@ def split_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
             axes.plot(*zip(*pairs, strict=True), ".", color=look.colour, markersize=3, alpha=0.5, clip_on=False)
         _line(axes, [at[split] for split in of_splits], list(of_splits.values()), label, look, marked=len(places) <= 30)
     last = {label: max(of_splits) for label, of_splits in means.items()}
-    _label_ends(
-        figure,
-        axes,
-        [(at[last[label]], means[label][last[label]], looks[label].name, looks[label]) for label in labelled],
-    )
+    _label_ends(figure, axes, [(at[last[label]], means[label][last[label]], looks[label]) for label in labelled])
     parts = []
     for label, of_splits in means.items():
         least, most, mean = (of(of_splits.values()) for of in (min, max, fmean))
@@ -412,7 +409,7 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, L
     several = any(len(curves[label]) > 1 for label in shown)
     labelled = shown[:_MOST_LABELS]
     heading = "training loss" + ("; band: least to most of the runs" if several else "")
-    figure, axes = _panel(heading, "epoch", column=_column(looks[label].name for label in labelled))
+    figure, axes = _panel(heading, "epoch", column=_column([looks[label] for label in labelled]))
     epochs = [epoch for of_epochs in by_epoch.values() for epoch in of_epochs]
     axes.set_xlim(min(epochs), max(max(epochs), min(epochs) + 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -426,7 +423,7 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, L
             least, most = ([end(by_epoch[label][epoch]) for epoch in order] for end in (min, max))
             axes.fill_between(order, least, most, color=look.colour, alpha=0.15, linewidth=0)
         _line(axes, order, means, label, look, marked=len(order) == 1)
-        ends[label] = order[-1], means[-1], look.name, look
+        ends[label] = order[-1], means[-1], look
         runs = f" (mean of {len(curves[label])} runs)" if len(curves[label]) > 1 else ""
         parts.insert(0, f"{label} {means[0]:.3g} to {means[-1]:.3g} after {order[-1]} epochs{runs}")
     _label_ends(figure, axes, [ends[label] for label in labelled])
@@ -454,10 +451,10 @@ def _panel(heading: str, under: str, column: float) -> tuple[Figure, Axes]:
     Args:
         heading: above it, of the vertical axis.
         under: beneath it, of the horizontal axis.
-        column: the width to its right that labels need.
+        column: the width to its right.
     """
     figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, facecolor="none")
-    width, height = _WIDTH - _LEFT - _RIGHT - column, _HEIGHT - _TOP - _BOTTOM
+    width, height = _WIDTH - _LEFT - column, _HEIGHT - _TOP - _BOTTOM
     axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / _HEIGHT, width / _WIDTH, height / _HEIGHT), facecolor="none")
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
@@ -495,22 +492,26 @@ def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], label: str, look
     )  # fmt: skip
 
 
-def _column(names: Iterable[str]) -> float:
-    """The width that the names need at the ends of their lines."""
-    return max((text_width(name, _TEXT, "bold") for name in names), default=-_LABEL_GAP) + _LABEL_GAP
+def _column(looks: Sequence[Look]) -> float:
+    """The width that labels at the ends of lines need."""
+    return max((_LABEL_GAP + _name_width(look) for look in looks), default=_RIGHT)
 
 
-def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str, Look]]) -> None:
+def _name_width(look: Look) -> float:
+    return text_width(look.name, _TEXT, "bold" if look.strong else "normal")
+
+
+def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, Look]]) -> None:
     """Write the labels of lines to the right of the axes, each joined to its line's end, a point in data units."""
     if not ends:
         return
-    points = axes.transData.transform([(x, y) for x, y, _, _ in ends])
+    points = axes.transData.transform([(x, y) for x, y, _ in ends])
     heights = spread(points[:, 1].tolist(), _LINE, _BOTTOM - 4, _HEIGHT - _TOP + 4)
     edge = float(axes.bbox.x1)
-    for (x, y), height, (_, _, name, look) in zip(points.tolist(), heights, ends, strict=True):
+    for (x, y), height, (_, _, look) in zip(points.tolist(), heights, ends, strict=True):
         start = (max(x, edge) + 2 if x >= edge - 8 else x + 4, y)
         _join(figure, start, (edge + _LABEL_GAP - 2, height))
-        _write(figure, edge + _LABEL_GAP, height, name, look.colour, bold=look.strong)
+        _write(figure, edge + _LABEL_GAP, height, look.name, look.colour, bold=look.strong)
 
 
 def _label_points(
@@ -542,7 +543,7 @@ def _label_points(
         [(text_width(mark.text, _TEXT, "bold" if mark.look.strong else "normal"), _LINE - 1) for mark in marks],
         hidden=np.array([(x - 5, y - 5, x + 5, y + 5) for x, y in places]),
         crossed=np.concatenate(crossed),
-        area=(4, _BOTTOM + 1, float(axes.bbox.x1) if lines else _WIDTH - 2, _HEIGHT - _TOP + 8),
+        area=(_LEFT - 4, _BOTTOM + 1, float(axes.bbox.x1) if lines else _WIDTH - 2, _HEIGHT - _TOP + 8),
     )
     for mark, place, label in zip(marks, places, labels, strict=True):
         if label is not None:
@@ -576,15 +577,14 @@ def _range(sizes: Sequence[float]) -> tuple[float, float]:
     return min(sizes) / 10**room, max(sizes) * 10**room
 
 
-def _byte_ticks(low: float, high: float) -> list[float]:
-    """Up to five round sizes on a logarithmic axis."""
-    ticks: list[float] = []
-    for steps in ((1,), (1, 3), (1, 2, 5)):
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
-        if len(ticks) >= 3:
-            break
-    return ticks[:: math.ceil(len(ticks) / 5)]
+def _byte_ticks(low: float, high: float, width: float) -> list[float]:
+    """Round sizes on a logarithmic axis of a width in points, as many as have room."""
+    decade = width / math.log10(high / low)
+    choices: list[tuple[tuple[int, ...], float]] = [((1, 2, 5), 0.3 * decade), ((1, 3), 0.47 * decade), ((1,), decade)]
+    steps, apart = next((choice for choice in choices if choice[1] >= _TICK), choices[-1])
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+    return ticks[:: max(1, math.ceil(_TICK / apart))]
 
 
 @_drawing()
