@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nola_vision.text import printable
 
 Boxes = NDArray[np.float64]  # [n, 4]: left, bottom, right, top
-_DISTANCES = (7.0, 11.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0)  # of a label from its point
+_DISTANCES = (7.0, 11.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0, 110.0, 140.0)  # of a label from its point
 _SIDES = [side for side in itertools.product((1.0, 0.5, 0.0, -0.5, -1.0), repeat=2) if 1 in map(abs, side)]
 _SIDES.sort(key=lambda side: (side[0] != 1, abs(side[1]), side))  # to the right if possible
 _CROSSED = 15.0  # a line under a label is as bad as so many points of distance
@@ -114,25 +114,26 @@ def place_at_points(
         area: left, bottom, right and top of what labels may use.
     """
     places: list[Place | None] = []
+    labels = np.empty((0, 4))
     sides = np.array([(x, y, distance) for distance in _DISTANCES for x, y in _SIDES])
     for (x, y), (width, height) in zip(points, sizes, strict=True):
-        middles = np.stack(
-            [x + sides[:, 0] * (width / 2 + sides[:, 2]), y + sides[:, 1] * (height / 2 + sides[:, 2])], axis=1
-        )
         half = np.array([width / 2, height / 2])
+        middles = np.array([x, y]) + sides[:, :2] * (half + sides[:, 2:])
         boxes = np.concatenate([middles - half, middles + half], axis=1)
         inside = (boxes[:, :2] >= area[:2]).all(axis=1) & (boxes[:, 2:] <= area[2:]).all(axis=1)
-        free = inside & ~_overlap(boxes, hidden).any(axis=1)
-        if not free.any():
-            places.append(None)
-            continue
-        cost = sides[:, 2] + _CROSSED * _overlap(boxes, crossed).sum(axis=1)
-        best = int(np.where(free, cost, np.inf).argmin())
-        left, bottom, right, top = boxes[best].tolist()
-        near = (min(max(x, left), right), min(max(y, bottom), top))
-        places.append(Place(left, (bottom + top) / 2, near, math.dist((x, y), near)))
-        hidden = np.concatenate([hidden, boxes[best][None]])
-        crossed = np.concatenate([crossed, along((x, y), near)])
+        free = inside & ~_overlap(boxes, np.concatenate([hidden, labels])).any(axis=1)
+        cost = np.where(free, sides[:, 2] + _CROSSED * _overlap(boxes, crossed).sum(axis=1), np.inf)
+        place = None
+        for choice in np.argsort(cost, kind="stable")[: free.sum()]:
+            left, bottom, right, top = boxes[choice].tolist()
+            near = (min(max(x, left), right), min(max(y, bottom), top))
+            joint = along((x, y), near)
+            if not _overlap(joint, labels).any():
+                place = Place(left, (bottom + top) / 2, near, math.dist((x, y), near))
+                labels = np.concatenate([labels, boxes[choice][None]])
+                crossed = np.concatenate([crossed, joint])
+                break
+        places.append(place)
     return places
 
 
