@@ -76,7 +76,7 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
     # it has no East Asian letters and emoji, whose width is about that of a W
     known = "".join("W" if unicodedata.east_asian_width(letter) in "WF" else letter for letter in text)
     properties = FontProperties(size=size, weight=weight)
-    return float(text_to_path.get_text_width_height_descent(known, properties, ismath=False)[0])  # type: ignore[no-untyped-call]
+    return float(text_to_path.get_text_width_height_descent(known, properties, ismath=False)[0])
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -147,4 +147,5 @@ def along(start: tuple[float, float], end: tuple[float, float], thickness: float
 def _overlap(boxes: Boxes, others: Boxes) -> NDArray[np.bool_]:
     """`[box, other]`: whether they share area."""
     one, other = boxes[:, None], others[None]
-    return ((one[..., :2] < other[..., 2:]) & (other[..., :2] < one[..., 2:])).all(axis=-1)
+    shared: NDArray[np.bool_] = np.logical_and(one[..., :2] < other[..., 2:], other[..., :2] < one[..., 2:])
+    return shared[..., 0] & shared[..., 1]

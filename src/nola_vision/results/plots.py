@@ -245,8 +245,8 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
 
     front = [(float(item.adapter_file_bytes or 0), item.mean or 0.0) for item in pareto_front(sized)]
     path = front[:1]
-    for (_, before), (size, mean) in itertools.pairwise(front):
-        path += [(size, before), (size, mean)]
+    for (_, before), corner in itertools.pairwise(front):
+        path += [(corner[0], before), corner]
     _draw(axes, *zip(*path, strict=True), color=MUTED, linewidth=1, label="Pareto front")
     for item, mean, look in lines:
         _draw(axes, sizes, [mean, mean], color=MUTED, linewidth=1.2, linestyle=look.line, label=item.label)
@@ -420,7 +420,8 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, L
     ticks = {float(tick): f"{tick:g}" for tick in MaxNLocator(6, integer=True).tick_values(first, last)}
     column = _column([looks[label] for label in labelled])
     figure, axes = _panel(heading, "epoch", column, (first, last), _range(losses, least=0), ticks)
-    ends, parts = {}, []
+    ends: dict[str, tuple[float, float, Look]] = {}
+    parts: list[str] = []
     for label in reversed(shown):
         look, order = looks[label], sorted(by_epoch[label])
         means = [fmean(by_epoch[label][epoch]) for epoch in order]
@@ -559,9 +560,9 @@ def _label_points(
 
     places = shown(*((mark.size, mark.mean) for mark in marks))
     left, right = axes.get_xlim()
-    crossed = [along(*ends) for ends in itertools.pairwise(shown(*path))]
-    crossed += [along(*shown((mark.size, mark.bar[0]), (mark.size, mark.bar[1]))) for mark in marks]
-    crossed += [along(*shown((left, mean), (right, mean))) for mean in lines]
+    drawn = [*itertools.pairwise(path), *(((left, mean), (right, mean)) for mean in lines)]
+    drawn += [((mark.size, mark.bar[0]), (mark.size, mark.bar[1])) for mark in marks]
+    crossed = [along(start, end) for start, end in (shown(*ends) for ends in drawn)]
     labels = place_at_points(
         places,
         [(text_width(mark.text, _TEXT, "bold" if mark.look.strong else "normal"), _LINE - 1) for mark in marks],
