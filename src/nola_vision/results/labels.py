@@ -12,6 +12,7 @@ import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,7 @@ def short_name(name: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-(most // 3 - 1) :]}"
 
 
+@lru_cache(maxsize=4096)
 def text_width(text: str, size: float, weight: str = "normal") -> float:
     """How wide a text is in DejaVu Sans, which is wider than the sans-serif fonts of browsers."""
     # it has no East Asian letters and emoji, whose width is about that of a W
