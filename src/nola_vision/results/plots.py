@@ -487,7 +487,7 @@ def _panel(
     for tick, text in ticks.items():
         if xs[0] <= tick <= xs[1]:
             _write(figure, axes.transData.transform((tick, ys[0]))[0], _BOTTOM - 13, text, MUTED, align="center")
-    _write(figure, 4, _HEIGHT - 12, heading, MUTED)
+    _write(figure, 0, _HEIGHT - 12, heading, MUTED)
     _write(figure, _LEFT + width / 2, 12, under, MUTED, align="center")
     return figure, axes
 
