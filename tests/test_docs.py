@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from nola_vision import load_adapter
 from nola_vision.cli.main import main
@@ -68,16 +69,14 @@ def test_the_results_notebook_by_hand(tmp_path: Path, monkeypatch: pytest.Monkey
     names = run_notebook("few_shot_results", CELL=CELL)
     assert names["cells"] == ["another", CELL] and len(names["rows"]) == len(rows) - 1
     assert len(names["final"]) == 4 * 6 - 1 + 1
-    front = {"small": (900, 76), "best": (5000, 85.5)}
-    assert list(names["front"].index) == list(front)
-    (axes,) = names["pareto"].axes
-    (line,) = [line for line in axes.lines if line.get_label() == "Pareto front"]
-    assert line.get_xydata().tolist() == [pytest.approx(point) for point in front.values()]
+    assert [chart.name for chart in names["charts"]] == ["pareto", "by-split"]
     assert names["parts"].loc["small"].tolist() == pytest.approx([25, 1])
     assert names["parts"].loc["best"].tolist() == pytest.approx([4.5**2, 0.5])
     # by split: 71 - 81 and 81 - 90; where a run failed, of the init that both have
     differences = names["differences"]
-    assert differences.loc["small", ["mean", "low", "high", "splits"]].tolist() == pytest.approx([-9.5, -10, -9, 2])
+    half = stats.t.ppf(0.975, 1) * 0.5  # the std (ddof 1) of two differences 1 apart, over the root of 2
+    expected = [-9.5, -9.5 - half, -9.5 + half, 2]
+    assert differences.loc["small", ["mean", "low", "high", "splits"]].tolist() == pytest.approx(expected)
     assert differences.loc["larger-and-worse", "mean"] == pytest.approx((60 - 80 + 71 - 90) / 2)
     assert differences.loc["1nn", "mean"] == pytest.approx(60 - 81) and differences.isna().loc["1nn", "low"]
     assert "best" not in differences.index
