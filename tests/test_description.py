@@ -185,6 +185,8 @@ def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
         )
     lines, problems = run_verdict(rows["nola"], [rows["logistic"]], names, [rows["full"]])
     assert cell_verdict(rows.values(), CELL) == lines and not problems
+    elsewhere = row("logistic", 0.1, split=5, init=None, **FROZEN)  # on another split, so it is not compared
+    assert cell_verdict([elsewhere, *rows.values()], CELL) == lines
     assert [line.partition(" (")[0] for line in lines] == [
         "nola: 90.0 % right",
         "Frozen features: logistic, 50.0 %",

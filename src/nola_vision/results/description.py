@@ -137,8 +137,8 @@ def how_measured(rows: Sequence[Row]) -> list[str]:
     if any(item.completed > 1 for item in summarise(final)):
         sentences.append(
             "The interval of a difference between two methods is Student's t over the splits that both have, of the "
-            "difference of their means in each, since runs of one split share their training images. It leaves out that "
-            "other test images would give another difference: all splits share them."
+            "difference of their means in each, since runs of one split share their training images. It leaves out "
+            "that other test images would give another difference: all splits share them."
         )
     sentences.append(
         "Split s draws the training images with seed s. Init i seeds the basis, the head and the order of batches; "
