@@ -102,6 +102,7 @@ def test_a_cell_in_words() -> None:
 
 def test_what_rows_do_not_say_is_left_out() -> None:
     bare = [row(config=CONFIG)]
+    assert cell_title([row(config=config(backbone={"file": "/home/me/w.pth"}))]).endswith(", b, local weights")
     assert cell_title(bare) == "digits: b" and cell_title([]) == "" and cell_facts([]) == []
     assert dict(cell_facts(bare))["data"] == "digits" and how_measured(bare) and how_measured([])
     odd = row(config=CONFIG | {"protocol": [1]}, data={"counts": {"train": "x"}, "transform": 3, "test_name": ["\x1b"]})
