@@ -97,7 +97,8 @@ def name_text(name: object, most: int = _MOST_CHARACTERS) -> str:
 def cell_title(rows: Sequence[Row]) -> str:
     """The title of the rows of one cell: `stamps: 4 classes, 80 images, ViT-S/14 DINOv2`.
 
-    A local weights file and a protocol that is not a default are named. What the rows lack is left out; without rows the title is empty.
+    A local weights file and a protocol that is not a default are named. What the rows lack is left out; without rows
+    the title is empty.
     """
     if not rows:
         return ""
