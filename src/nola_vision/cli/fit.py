@@ -176,7 +176,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     lines, unusable = run_verdict(row, frozen, data.class_names)
     for line in lines:
         print(textwrap.fill(line, console.width))
-    for command in _next_commands(row, skipped):  # for copying: a terminal that breaks a line puts it together again
+    for command in _next_commands(row, skipped, out):  # a terminal that breaks a line joins it again when it is copied
         print(f"Next: {command}")
     for problem in (*unusable, *(problem for _, problem in problems)):
         print(problem, file=sys.stderr)
@@ -273,12 +273,12 @@ def _too_long(
     return None
 
 
-def _next_commands(row: Row, skipped: str | None) -> list[str]:
-    """What to type next: the folds that were skipped, and the use of the adapter."""
+def _next_commands(row: Row, skipped: str | None, out: Path) -> list[str]:
+    """What to type next: the folds that were skipped, the use of the adapter, and the page."""
     from nola_vision.run import ADAPTER_FILE
 
     commands = [skipped] if skipped else []
     adapter = row.folder / ADAPTER_FILE if row.folder else None
     if adapter is not None and adapter.is_file():
         commands.append(f"nola-vision predict --adapter {shlex.quote(str(adapter))} IMAGES")
-    return commands
+    return [*commands, shlex.join(["nola-vision", "report", str(out), "--open"])]
