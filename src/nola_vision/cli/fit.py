@@ -29,7 +29,6 @@ from nola_vision.text import printable
 
 if TYPE_CHECKING:
     from nola_vision.data.datamodule import KShotDataModule
-    from nola_vision.predictions import Predictions
     from nola_vision.results.row import Row
 
 LONGEST_ESTIMATE = 600.0  # seconds that the folds may take unless they are asked for
@@ -122,6 +121,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     from nola_vision import cross_validation, run
     from nola_vision.config import open_data
     from nola_vision.results import store, tables
+    from nola_vision.results.verdict import run_verdict
 
     if run_config["trainer"]["accelerator"] in ("cuda", "gpu") and not torch.cuda.is_available():
         raise NolaVisionError("there is no CUDA device here: leave --device (--trainer.accelerator) out, or give cpu")
@@ -173,10 +173,12 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     rows, problems = store.read_rows(out / row.cell)
     console.print(tables.row_panel(row))
     console.print(tables.cell_table(rows, row.cell))
-    for sentence in _verdict(row, frozen, data.class_names, known, skipped):
-        # a command is for copying: a terminal that breaks its line puts it together again
-        print(sentence if sentence.startswith("Next: ") else textwrap.fill(sentence, console.width))
-    for _, problem in problems:
+    lines, unusable = run_verdict(row, frozen, data.class_names)
+    for line in lines:
+        print(textwrap.fill(line, console.width))
+    for command in _next_commands(row, skipped):  # for copying: a terminal that breaks a line puts it together again
+        print(f"Next: {command}")
+    for problem in (*unusable, *(problem for _, problem in problems)):
         print(problem, file=sys.stderr)
     return 0
 
@@ -212,7 +214,7 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
     """The rows of the methods on frozen features, each printed when it is known."""
     from nola_vision import run
     from nola_vision.config import parse
-    from nola_vision.results.tables import accuracy_text
+    from nola_vision.results.description import accuracy_text
 
     if run_config["model"]["backbone"]["base"] != "pretrained":
         return []
@@ -271,27 +273,12 @@ def _too_long(
     return None
 
 
-def _verdict(
-    row: Row, frozen: Sequence[Row], class_names: Sequence[str], known: argparse.Namespace, skipped: str | None
-) -> list[str]:
-    """The verdict in words, and the commands to type next."""
-    from nola_vision.predictions import load_predictions
-    from nola_vision.results.verdict import verdict
+def _next_commands(row: Row, skipped: str | None) -> list[str]:
+    """What to type next: the folds that were skipped, and the use of the adapter."""
     from nola_vision.run import ADAPTER_FILE
 
-    tested: list[tuple[Row, Predictions | None]] = []
-    for one in (row, *frozen):
-        try:
-            tested.append((one, load_predictions(one.folder, len(class_names)) if one.folder else None))
-        except NolaVisionError as error:
-            print(f"{printable(one.method)} is not compared: {printable(str(error))}", file=sys.stderr)
-            tested.append((one, None))
     commands = [skipped] if skipped else []
     adapter = row.folder / ADAPTER_FILE if row.folder else None
     if adapter is not None and adapter.is_file():
-        commands += [f"nola-vision predict --adapter {shlex.quote(str(adapter))} IMAGES"]
-    try:
-        return verdict(tested[0], tested[1:], class_names, commands)
-    except ValueError as error:  # a file is whole, and that of another run
-        print(f"the methods are not compared: {error}", file=sys.stderr)
-        return verdict((row, None), [(one, None) for one in frozen], class_names, commands)
+        commands.append(f"nola-vision predict --adapter {shlex.quote(str(adapter))} IMAGES")
+    return commands

@@ -24,6 +24,7 @@ from nola_vision.config_files import load_configs, load_yaml
 from nola_vision.errors import NolaVisionError
 from nola_vision.progress import PlainLines, is_live, say, say_start, seconds_left, time_left
 from nola_vision.results import identity, store
+from nola_vision.results.description import accuracy_text
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import summarise
 from nola_vision.sweep import apart, local, plan, protocol
@@ -163,7 +164,7 @@ def _sweep(
     from nola_vision.results import tables  # pandas takes a while to import
 
     everything, problems = store.read_rows(out / cell)
-    console.print(tables.cell_table(everything, cell))
+    console.print(tables.cell_report(everything, cell))
     for _, problem in problems:
         print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
@@ -263,6 +264,4 @@ def _line(spec: plan.RunSpec, row: Row) -> str:
         return printable(f"{where}: {row.status}, {row.error}")
     if spec.stage == "search":
         return f"{where}: learning rate {spec.learning_rate:g}, validation {100 * (row.val_accuracy or 0):.1f} %"
-    from nola_vision.results.tables import accuracy_text
-
     return f"{where}: {accuracy_text(row)}, {row.seconds_total:.1f} s"

@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum
-from statistics import fmean, pstdev, pvariance
-from typing import Any, TypeVar
+from statistics import fmean, pstdev, pvariance, stdev
+from typing import Any, Literal, TypeVar
 
-import numpy as np
-
-from nola_vision.results.estimates import wilson
-from nola_vision.results.identity import entry_settings
+from nola_vision.results.estimates import Estimate, wilson
+from nola_vision.results.identity import FROZEN_METHODS, entry_settings
 from nola_vision.results.row import Row
 from nola_vision.text import shortened
 
@@ -110,8 +108,9 @@ class Difference:
 
     Args:
         mean: over splits, of the difference of the two entries' means over the inits that both have in it.
-        low, high: a 95 % interval: the percentile bootstrap of that mean, splits drawn with replacement, since runs of
-            one split share their training images. None where there is one split only. Of few splits it is too narrow.
+        low, high: its 95 % interval, Student's t over splits: `mean ± t(0.975, n - 1) s / sqrt(n)`, with s the std
+            (ddof 1) of the n differences. Runs of one split share their training images, so splits are the
+            independent draws. None where there is one split only.
         splits: how many.
     """
 
@@ -119,6 +118,11 @@ class Difference:
     low: float | None
     high: float | None
     splits: int
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low is not None and self.high is not None and (self.low > _ROUNDING or self.high < -_ROUNDING)
 
 
 def paired_difference(rows: Iterable[Row], others: Iterable[Row]) -> Difference | None:
@@ -138,12 +142,11 @@ def paired_difference(rows: Iterable[Row], others: Iterable[Row]) -> Difference 
     if not differences:
         return None
     low = high = None
-    if len(differences) > 1:
-        from scipy.stats import bootstrap  # takes a while to import
+    if (count := len(differences)) > 1:
+        from scipy.special import stdtrit  # takes a while to import
 
-        options: dict[str, Any] = {"n_resamples": 9999, "method": "percentile", "rng": np.random.default_rng(0)}
-        interval = bootstrap((differences,), np.mean, **options).confidence_interval
-        low, high = float(interval.low), float(interval.high)
+        half = float(stdtrit(count - 1, 0.975)) * stdev(differences) / math.sqrt(count)
+        low, high = fmean(differences) - half, fmean(differences) + half
     return Difference(fmean(differences), low, high, len(differences))
 
 
@@ -153,10 +156,15 @@ def _by_place(rows: Iterable[Row]) -> dict[int, dict[int | None, float]]:
     for row in count_once(rows):
         if row.stage != "final" or row.status != "completed" or not (values := run_accuracies(row)):
             continue
-        if row.estimate is not None:  # the first repeat alone, whose folds all methods share
+        if row.estimate is not None and cross_validated(row):  # the first repeat, whose folds all methods share
             values = values[: len(values) // row.estimate["repeats"]]
         places[row.split][row.init] = fmean(values)
     return places
+
+
+def cross_validated(row: Row) -> bool:
+    """Whether a run's accuracy is an estimate by cross-validation, not that of a test set."""
+    return row.test_accuracy is None and row.estimate is not None
 
 
 def run_accuracies(row: Row) -> list[float]:
@@ -166,17 +174,53 @@ def run_accuracies(row: Row) -> list[float]:
     return [] if row.estimate is None else [100 * accuracy for accuracy in row.estimate["folds"]]
 
 
-def run_interval(row: Row) -> tuple[float, float] | None:
-    """Wilson's 95 % interval of a run's test accuracy, in per cent; None where the number of images is not known.
+@dataclass(frozen=True)
+class RunAccuracy:
+    """The accuracy of one run and its 95 % interval, as fractions.
 
-    It is that of the test images alone: other training images and another init would change the accuracy too.
+    Args:
+        correct, images: how many of the tested images were classified correctly; of an estimate, in its first repeat.
+        low, high: Wilson's interval of `correct` out of `images`, or that of the estimate. It is that of the tested
+            images alone: other training images and another init would change the accuracy too.
+        estimate: the estimate by cross-validation; None with a test set.
     """
-    images = (row.data.get("counts") or {}).get("test")
-    part = (row.config.get("trainer") or {}).get("limit_test_batches")
-    if row.test_accuracy is None or not images or part not in (None, 1.0):
+
+    correct: int
+    images: int
+    low: float
+    high: float
+    estimate: Estimate | None
+
+    @property
+    def value(self) -> float:
+        """The share of correct images."""
+        return self.correct / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """`low` and `high` in per cent."""
+        return 100 * self.low, 100 * self.high
+
+
+def run_accuracy(row: Row, images: int | None = None) -> RunAccuracy | None:
+    """The accuracy of a completed run; None where it was not tested, or the number of its test images is not known.
+
+    Args:
+        row: of the run.
+        images: the number of images in its predictions; without it the one that the row states.
+    """
+    if row.status != "completed":
         return None
-    low, high = wilson(round(row.test_accuracy * images), images)
-    return 100 * low, 100 * high
+    if row.estimate is not None and cross_validated(row):
+        found = Estimate.from_dict(row.estimate)
+        return RunAccuracy(found.correct, found.images, found.low, found.high, found)
+    part = (row.config.get("trainer") or {}).get("limit_test_batches")
+    if images is None and part in (None, 1.0):
+        images = (row.data.get("counts") or {}).get("test")
+    if row.test_accuracy is None or not images:
+        return None
+    correct = round(row.test_accuracy * images)
+    return RunAccuracy(correct, images, *wilson(correct, images), None)
 
 
 def search_rank(row: Row) -> tuple[float, float]:
@@ -221,6 +265,24 @@ def entries(rows: Iterable[Row]) -> list[tuple[Summary, list[Row]]]:
     return [(_summary(runs, labels[entry]), runs) for entry, runs in sorted(found.items(), key=lambda item: item[0])]
 
 
+def kind(summary: Summary) -> Literal["NOLA", "trained", "frozen"]:
+    """What an entry is: NOLA, another method that trains, or a method on frozen features."""
+    if summary.method_class in FROZEN_METHODS.values():
+        return "frozen"
+    return "NOLA" if summary.method_class == "NOLA" else "trained"
+
+
+def subject(summaries: Iterable[Summary]) -> Summary | None:
+    """The entry that a cell's report is about; None where no entry has an accuracy.
+
+    It is the NOLA entry with the best mean, else the best of the other methods that train, else the best on frozen
+    features; of equal ones the first by label.
+    """
+    kinds = ("NOLA", "trained", "frozen")
+    measured = [item for item in summaries if item.mean is not None]
+    return min(measured, key=lambda item: (kinds.index(kind(item)), -(item.mean or 0), item.label), default=None)
+
+
 def _labels(method: str, versions: Sequence[tuple[str, Row]]) -> list[str]:
     """One label for each entry of one name, given the entry's hash and one of its rows."""
     if len(versions) == 1:
@@ -237,8 +299,9 @@ def _labels(method: str, versions: Sequence[tuple[str, Row]]) -> list[str]:
         ]
         more = ", ..." if len(shown) > _SHOWN_SETTINGS else ""
         labels.append(", ".join(shown[:_SHOWN_SETTINGS]) + more)
+    count = Counter(labels)
     hashed = [
-        f"{label}, {digest[:4]}".removeprefix(", ") if not label or labels.count(label) > 1 else label
+        f"{label}, {digest[:4]}".removeprefix(", ") if not label or count[label] > 1 else label
         for label, (digest, _) in zip(labels, versions, strict=True)
     ]
     return [f"{method} ({label})" for label in hashed]
@@ -262,7 +325,7 @@ def _summary(runs: list[Row], label: str) -> Summary:
     ended_well = [row for row in runs if row.status == "completed"]
     measured = [row for row in ended_well if run_accuracies(row)]
     accuracies = [accuracy for row in measured for accuracy in run_accuracies(row)]
-    folds = any(row.test_accuracy is None for row in measured)
+    folds = any(map(cross_validated, measured))
     mean, std = mean_std(accuracies) if accuracies else (None, None)
     places = {split: list(inits.values()) for split, inits in _by_place(runs).items()}
     split_std, init_std = variance_parts(places) if places and not folds else (None, None)
@@ -285,7 +348,7 @@ def _summary(runs: list[Row], label: str) -> Summary:
         cross_validated=folds,
         mean=mean,
         std=std,
-        interval=run_interval(measured[0]) if len(measured) == 1 else None,
+        interval=_interval(measured),
         split_std=split_std,
         init_std=init_std,
         chance=_largest(100 * share for row in measured if (share := row.data.get("majority_share")) is not None),
@@ -295,6 +358,12 @@ def _summary(runs: list[Row], label: str) -> Summary:
         learning_rate=_largest(row.learning_rate for row in runs),
         metrics=metrics,
     )
+
+
+def _interval(measured: Sequence[Row]) -> tuple[float, float] | None:
+    """The 95 % interval of a single run on a test set, in per cent."""
+    found = run_accuracy(measured[0]) if len(measured) == 1 else None
+    return found.interval if found is not None and found.estimate is None else None
 
 
 def _largest(values: Iterable[Number | None]) -> Number | None:

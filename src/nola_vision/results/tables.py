@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from nola_vision.config_files import published_config
-from nola_vision.results.estimates import Estimate
+from nola_vision.results.description import NOT_MEASURED, accuracy_text, cell_title, points, signed
 from nola_vision.results.identity import FROZEN_METHODS, differing_settings
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import (
     Summary,
-    mean_std,
+    entries,
     paired_difference,
-    run_accuracies,
-    run_interval,
-    summarise,
+    run_accuracy,
 )
+from nola_vision.results.verdict import cell_verdict
 from nola_vision.text import excerpt, printable
 
 _ORDER = (*FROZEN_METHODS.values(), "LinearProbe", "FullFinetune", "LoRA", "NOLA")
@@ -36,7 +36,6 @@ COLUMNS: Mapping[str, tuple[str, str, int]] = {
     "top5": ("top5_accuracy", "top-5 %", 100),
     "nll": ("test_nll", "NLL", 1),
 }
-_NOT_MEASURED = "-"
 
 # Markdown's own characters, what begins a block, and what GitHub makes a link of
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[-+#](?=\s)|(?<=:)/(?=/)|(?<=\bwww)\.")
@@ -51,6 +50,27 @@ _LATEX = {
     "|": r"\textbar{}",
 }
 _LATEX_FONTS_LACK = re.compile("[^\\x00-\u017f\u2013\u2014\u2018\u2019\u201c\u201d\u2026]")
+
+_Entry = tuple[Summary, list[Row]]
+# What the columns of `cell_sheets` hold; docs/sweeps.md says more
+_HELP: Mapping[str, str] = {
+    "method": "name in the config; in brackets the settings that differ, where one name was run with several",
+    "trainable": "trainable parameters without the head; where the head alone is trained or fitted, the head's",
+    "file, bytes": "size of the adapter file, head included",
+    "top-1 %": "share of tested images classified correctly: mean (std, ddof 0) over n, or one run [95 % interval]",
+    "n": "accuracies in the mean: completed runs, or the folds of a cross-validation",
+    "balanced %": "mean over the classes of the share of their images classified correctly",
+    "macro F1 %": "mean over the classes of F1",
+    "top-5 %": "share of images whose class is among the five with the largest logits",
+    "NLL": "mean cross-entropy in nats, not calibrated",
+    "lr": "learning rate, chosen on validation images where there are several to try",
+    "difference": "accuracy minus that of the method with the best mean, in points: mean over the splits that both "
+    "have, with Student's t interval over them",
+    "splits": "splits that both methods have",
+    "std by split": "part of the std that is between splits; the squares of both parts add to the std's square",
+    "std by init": "part of the std that is between inits of one split",
+    "paper, %": "what the paper prints for this method, mean (std): its own protocol, splits and whole test set",
+}
 
 Mark = Literal["best", "close", "plain"]
 
@@ -70,13 +90,15 @@ class Sheet:
         title: above it.
         columns: their heads; the first names the lines, the others hold numbers.
         lines: one cell a column.
-        notes: sentences beneath it.
+        notes: sentences under it.
+        column_help: one explanation per column.
     """
 
     title: str
     columns: tuple[str, ...]
     lines: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...]
+    column_help: tuple[str, ...]
 
 
 def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]:
@@ -89,24 +111,43 @@ def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]
     return tested, others
 
 
+def cell_report(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> Group:
+    """A cell for the terminal: its title, what its runs showed, and its tables; `columns` are names of `COLUMNS`."""
+    rows = [row for row in rows if row.cell == cell]
+    lines = map(Text, cell_verdict(rows, cell))
+    return Group(Text(cell_title(rows) or printable(cell), style="bold"), "", *lines, *_tables(rows, cell, columns))
+
+
 def cell_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> Group:
-    """The tables of one cell, for the terminal; `columns` are names of `COLUMNS`."""
-    return Group(*map(_rich, cell_sheets(rows, cell, columns)))
+    """The title and the tables of one cell, for the terminal."""
+    rows = [row for row in rows if row.cell == cell]
+    return Group(Text(cell_title(rows) or printable(cell), style="bold"), *_tables(rows, cell, columns))
 
 
 def markdown_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> str:
     """The same tables as Markdown."""
-    return "\n".join(map(_markdown, cell_sheets(rows, cell, columns)))
+    rows = [row for row in rows if row.cell == cell]
+    head = f"## {markdown_text(cell_title(rows) or printable(cell))}"
+    return "\n".join([head, "", *map(_markdown, cell_sheets(rows, cell, columns))])
 
 
 def latex_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> str:
     """The same tables as LaTeX, which needs no package."""
-    return "\n".join(map(_latex, cell_sheets(rows, cell, columns)))
+    rows = [row for row in rows if row.cell == cell]
+    title = cell_title(rows) or printable(cell)
+    return "\n".join(_latex(sheet, title) for sheet in cell_sheets(rows, cell, columns))
+
+
+def _tables(rows: Sequence[Row], cell: str, columns: Sequence[str]) -> Iterator[RenderableType]:
+    for sheet in cell_sheets(rows, cell, columns):
+        yield ""
+        yield _rich(sheet)
+        yield from map(Text, sheet.notes)
 
 
 def _rich(sheet: Sheet) -> Table:
     styles = {"best": "bold", "close": "underline", "plain": ""}
-    table = Table(title=Text(sheet.title), caption=Text("\n".join(sheet.notes)), caption_justify="left")
+    table = Table(title=Text(sheet.title), title_justify="left")
     for place, column in enumerate(sheet.columns):
         table.add_column(Text(column), justify="right" if place else "left", overflow="fold")
     for line in sheet.lines:
@@ -127,8 +168,10 @@ def markdown_text(text: str) -> str:
     return _MARKDOWN.sub(lambda found: f"\\{found[0]}", text)
 
 
-def _latex(sheet: Sheet) -> str:
+def _latex(sheet: Sheet, title: str) -> str:
     styles = {"best": r"\textbf{{{}}}", "close": r"\underline{{{}}}", "plain": "{}"}
+
+    caption = " ".join(_latex_text(f"{text}.") for text in (title, sheet.title, *sheet.notes))
 
     def row(cells: Iterable[str]) -> str:
         return "  " + " & ".join(cells) + r" \\"
@@ -137,7 +180,7 @@ def _latex(sheet: Sheet) -> str:
         [
             r"\begin{table}",
             r"  \centering",
-            rf"  \caption{{{_latex_text(sheet.title)}. {' '.join(_latex_text(f'{note}.') for note in sheet.notes)}}}",
+            rf"  \caption{{{caption}}}",
             rf"  \begin{{tabular}}{{l{'r' * (len(sheet.columns) - 1)}}}",
             r"  \hline",
             row(map(_latex_text, sheet.columns)),
@@ -156,27 +199,17 @@ def _latex_text(text: str) -> str:
     return _LATEX_FONTS_LACK.sub(lambda found: f"U+{ord(found[0]):04X}", escaped)
 
 
-def accuracy_text(row: Row) -> str:
-    """The accuracy of a run in words: `91.2 %`, or `85.0 % (6.1), mean and std of 50 folds`."""
-    accuracies = run_accuracies(row)
-    if row.estimate is None or not accuracies:
-        return f"{_points(accuracies[0])} %" if accuracies else _NOT_MEASURED
-    mean, std = mean_std(accuracies)
-    return f"{_points(mean)} % ({_points(std)}), mean and std of {len(accuracies)} folds"
-
-
 def row_panel(row: Row) -> Panel:
     """Return a short account of one run, for its end."""
     place = f"split {row.split}" + (f", init {row.init}" if row.init is not None else "")
-    accuracy, interval = _percent(row.test_accuracy), run_interval(row)
+    accuracy, found = _percent(row.test_accuracy), run_accuracy(row)
     tested = row.data.get("test_name") or "test"
-    if interval is not None:
-        accuracy += f", 95 % interval {_between(interval)} (Wilson, of the {tested} images alone)"
+    if found is not None and found.estimate is None:
+        accuracy += f", 95 % interval {_between(found.interval)} (Wilson, of the {tested} images alone)"
     measured = {f"{tested} accuracy" if tested == "test" else f"accuracy on {tested} images": accuracy}
-    if row.estimate is not None:
-        found = Estimate.from_dict(row.estimate)
-        first = f"each image once: {found.correct} of {found.images} right, {_points(100 * found.accuracy)} %"
-        between = f"95 % interval {_points(100 * found.low)} to {_points(100 * found.high)}"
+    if found is not None and found.estimate is not None:
+        first = f"each image once: {found.correct} of {found.images} right, {points(100 * found.value)} %"
+        between = f"95 % interval {' to '.join(map(points, found.interval))}"
         measured = {"cross-validated accuracy": accuracy_text(row), "": f"{first}, {between}"}
     for key, name, factor in COLUMNS.values():
         if (value := getattr(row, key)) is not None:
@@ -190,8 +223,8 @@ def row_panel(row: Row) -> Panel:
         f"other {_count(row.other_parameters)}",
         "adapter file": _bytes(row.adapter_file_bytes),
         **({"best epoch": f"{row.epoch} (from 0), by {row.monitor}"} if row.monitor is not None else {}),
-        "seconds": _NOT_MEASURED if row.seconds_total is None else f"{row.seconds_total:.1f}",
-        "peak memory": _NOT_MEASURED if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f} MiB",
+        "seconds": NOT_MEASURED if row.seconds_total is None else f"{row.seconds_total:.1f}",
+        "peak memory": NOT_MEASURED if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f} MiB",
     }
     body = Table.grid(padding=(0, 2))
     for name, value in [*facts.items(), *(("warning", warning) for warning in row.warnings)]:
@@ -233,39 +266,38 @@ def cell_sheets(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> 
         columns: names of `COLUMNS`, for further metrics.
     """
     rows = [row for row in rows if row.cell == cell]
-    every = sorted(summarise(rows), key=_rank)
-    shown = [item for item in every if item.completed or item.untested]
+    found = sorted(entries(rows), key=lambda entry: _rank(entry[0]))
+    shown = [(item, runs) for item, runs in found if item.completed or item.untested]
+    summaries = [item for item, _ in shown]
+    names = ("method", "trainable", "file, bytes", "top-1 %", "n", *(COLUMNS[name][1] for name in columns), "lr")
     results = Sheet(
-        title=cell,
-        columns=("method", "trainable", "file, bytes", "top-1 %", "n", *(COLUMNS[name][1] for name in columns), "lr"),
-        lines=tuple(_results(item, mark, columns) for item, mark in zip(shown, _marks(shown), strict=True)),
-        notes=(
-            "trainable: parameters without the head; if the head is all that is trained or fitted, the head's",
-            *_explanations(shown),
-            *_cautions(rows, every, shown),
-        ),
+        title="Results",
+        columns=names,
+        lines=tuple(_results(item, mark, columns) for item, mark in zip(summaries, _marks(summaries), strict=True)),
+        notes=(*_explanations(summaries), *_cautions(rows, found)),
+        column_help=tuple(_HELP[name] for name in names),
     )
-    measured = [item for item in shown if item.mean is not None]
-    several = any(item.completed > 1 for item in measured)
-    both = several or (any(map(_published, rows)) and measured)
-    return [_printable(sheet) for sheet in ([results, _comparison(rows, measured)] if both else [results])]
+    measured = [(item, runs) for item, runs in shown if item.mean is not None]
+    several = any(item.completed > 1 for item, _ in measured)
+    both = several or (any(_published(runs[0]) for _, runs in measured))
+    return [_printable(sheet) for sheet in ([results, _comparison(measured)] if both else [results])]
 
 
 def _explanations(shown: Sequence[Summary]) -> list[str]:
-    """What the figures of the accuracy column are."""
+    """What the figures of the accuracy column are, in one line."""
+    parts = []
     over = ["folds" if item.cross_validated else "runs" for item in shown if item.n and not item.interval]
-    notes = [f"(std): over {' or '.join(dict.fromkeys(over))}, ddof 0"] if over else []
+    if over:
+        parts.append(f"mean (std) over n {' or '.join(dict.fromkeys(over))}")
+    if (folded := [item.label for item in shown if item.cross_validated]) and len(folded) < len(shown):
+        parts.append(f"folds: {', '.join(folded)}")
     if any(item.interval for item in shown):
-        notes.append("[low, high]: one run; 95 % interval by Wilson, of the test images alone")
-    if folded := [item.label for item in shown if item.cross_validated]:
-        which = "" if len(folded) == len(shown) else f" ({', '.join(folded)})"
-        notes.append(
-            f"cross-validated{which}: there is no test set, n counts folds, whose models were trained on fewer images"
-        )
-    if shares := sorted({_points(item.chance) for item in shown if item.chance is not None}, key=float):
-        share = " to ".join(dict.fromkeys((shares[0], shares[-1])))
-        notes.append(f"chance: {share} %, the largest class's share of the tested images; no mark under it")
-    return [*notes, "the best in bold, those within one point of it underlined"]
+        parts.append("one run with its 95 % interval")
+    if shares := sorted({points(item.chance) for item in shown if item.chance is not None}, key=float):
+        parts.append(f"chance {' to '.join(dict.fromkeys((shares[0], shares[-1])))} %")
+    if any(mark != "plain" for mark in _marks(shown)):
+        parts.append("best in bold, within 1 point underlined")
+    return ["; ".join(parts)] if parts else []
 
 
 def _printable(sheet: Sheet) -> Sheet:
@@ -274,31 +306,32 @@ def _printable(sheet: Sheet) -> Sheet:
         tuple(map(printable, sheet.columns)),
         tuple(tuple(Cell(printable(cell.text), cell.mark) for cell in line) for line in sheet.lines),
         tuple(map(printable, sheet.notes)),
+        sheet.column_help,
     )
 
 
 def _marks(summaries: Sequence[Summary]) -> list[Mark]:
     # Compared as printed, in tenths of a point, so that a reader can check the marks.
     tenths = [
-        None if item.mean is None or item.under_chance else round(10 * float(_points(item.mean))) for item in summaries
+        None if item.mean is None or item.under_chance else round(10 * float(points(item.mean))) for item in summaries
     ]
     best = max((one for one in tenths if one is not None), default=0)
     return ["plain" if one is None or best - one > 10 else "close" if best - one else "best" for one in tenths]
 
 
 def _results(item: Summary, mark: Mark, columns: Sequence[str]) -> tuple[Cell, ...]:
-    accuracy = _NOT_MEASURED
+    accuracy = NOT_MEASURED
     if item.mean is not None and item.std is not None:
-        spread = _between(item.interval) if item.interval else f"({_points(item.std)})"
-        accuracy = f"{_points(item.mean)} {spread}"
+        spread = _between(item.interval) if item.interval else f"({points(item.std)})"
+        accuracy = f"{points(item.mean)} {spread}"
     others = []
     for name in columns:
         key, _, factor = COLUMNS[name]
         digits = 1 if factor == 100 else 3
         mean, std = item.metrics.get(key, (None, 0.0))
         spread = f" ({factor * std:.{digits}f})" if item.completed > 1 else ""
-        others.append(_NOT_MEASURED if mean is None else f"{factor * mean:.{digits}f}{spread}")
-    rate = _NOT_MEASURED if item.learning_rate is None else f"{item.learning_rate:g}"
+        others.append(NOT_MEASURED if mean is None else f"{factor * mean:.{digits}f}{spread}")
+    rate = NOT_MEASURED if item.learning_rate is None else f"{item.learning_rate:g}"
     head_alone = item.trainable_parameters == 0 and item.head_parameters is not None
     trainable = item.head_parameters if head_alone else item.trainable_parameters
     before = (item.label, _count(trainable), _count(item.adapter_file_bytes))
@@ -306,41 +339,36 @@ def _results(item: Summary, mark: Mark, columns: Sequence[str]) -> tuple[Cell, .
 
 
 def _between(interval: tuple[float, float]) -> str:
-    return f"[{_points(interval[0])}, {_points(interval[1])}]"
+    return f"[{points(interval[0])}, {points(interval[1])}]"
 
 
-def _comparison(rows: Sequence[Row], summaries: Sequence[Summary]) -> Sheet:
+def _comparison(found: Sequence[_Entry]) -> Sheet:
     """The parts of each entry's std, its difference from the best entry, and what the paper prints."""
-    runs = {item: [row for row in rows if _of(row, item)] for item in summaries}
-    best = max(summaries, key=lambda item: item.mean or 0)
-    published = {item: figure for item in summaries if (figure := _published(runs[item][0]))}
+    best, of_best = max(found, key=lambda entry: entry[0].mean or 0)
+    published = {item: figure for item, runs in found if (figure := _published(runs[0]))}
     lines, notes = [], []
-    for item in summaries:
-        difference = paired_difference(runs[item], runs[best]) if item != best else None
-        told = [_NOT_MEASURED, _NOT_MEASURED]
+    for item, runs in found:
+        difference = paired_difference(runs, of_best) if item != best else None
+        told = [NOT_MEASURED, NOT_MEASURED]
         if difference is not None:
             interval = ""
             if difference.low is not None and difference.high is not None:
-                interval = f" {_between((difference.low, difference.high))}"
-            told = [f"{_points(difference.mean)}{interval}", str(difference.splits)]
-        printed = _NOT_MEASURED
+                interval = f" [{signed(difference.low)}, {signed(difference.high)}]"
+            told = [f"{signed(difference.mean)}{interval}", str(difference.splits)]
+        printed = NOT_MEASURED
         if figure := published.get(item):
             printed = f"{figure['mean']:.1f}" + (f" ({figure['std']:.1f})" if "std" in figure else "")
             notes += [f"published {item.method}: {figure['note']}"] if "note" in figure else []
-        parts = [_NOT_MEASURED if part is None else _points(part) for part in (item.split_std, item.init_std)]
-        lines.append(tuple(Cell(text) for text in (item.label, *parts, *told, *([printed] if published else []))))
+        parts = [NOT_MEASURED if part is None else points(part) for part in (item.split_std, item.init_std)]
+        lines.append(tuple(Cell(text) for text in (item.label, *told, *parts, *([printed] if published else []))))
+    difference_column = f"difference to {best.label} (95 % CI)"
+    names = ("method", difference_column, "splits", "std by split", "std by init", *(["paper, %"] if published else []))
     return Sheet(
-        title=f"{summaries[0].cell}: where the spread comes from, and paired differences",
-        columns=("method", "std by split", "std by init", f"less {best.label} [95 %]", "splits")
-        + (("paper, % (std)",) if published else ()),
+        title="Differences and spread",
+        columns=names,
         lines=tuple(lines),
-        notes=(
-            "the squares of both parts add to the std's; the first holds a share of the second too",
-            "differences in points over the splits that both have, with a bootstrap interval over splits: too narrow "
-            "where they are few",
-            *(["paper: its own protocol, splits and whole test set"] if published else []),
-            *notes,
-        ),
+        notes=tuple(notes),
+        column_help=tuple(_HELP["difference" if name == difference_column else name] for name in names),
     )
 
 
@@ -360,51 +388,49 @@ def _published(row: Row) -> Mapping[str, Any] | None:
     return figures[0] if figures else None
 
 
-def _cautions(rows: Sequence[Row], every: Sequence[Summary], shown: Sequence[Summary]) -> list[str]:
+def _cautions(rows: Sequence[Row], found: Sequence[_Entry]) -> list[str]:
     """What a reader of a cell's results must know besides."""
     notes = []
-    if mixed := differing_settings(r.config for r in rows if r.stage == "final" and r.status == "completed"):
+    shown = [(item, runs) for item, runs in found if item.completed or item.untested]
+    # the runs of one entry differ in their seeds alone
+    completed = (next(row for row in runs if row.status == "completed") for _, runs in shown)
+    if mixed := differing_settings(row.config for row in completed):
         notes.append(f"these runs differ in more than their method, so compare with care: {', '.join(mixed)}")
-    if any(item.label != item.method for item in shown):
-        notes.append(
-            "(setting=value): one method's name with several settings, of which up to two that differ are named; four "
-            "digits begin the entry_hash of the rows"
-        )
     if not shown:
         notes.append("no final run has left a row yet")
-    for item in shown:
+    for item, runs in shown:
         counts = {"failed": item.failed, "interrupted": item.interrupted, "without a test accuracy": item.untested}
         if told := ", ".join(f"{n} {what}" for what, n in counts.items() if n):
-            notes.append(f"{item.label}: {told}, not in its mean{_last_error(rows, item)}")
-    for item in every:
-        if item not in shown and (ended := item.failed + item.interrupted):
-            notes.append(f"{item.method}: none of its runs ({ended}) was completed{_last_error(rows, item)}")
-    final = {item.method for item in every}
-    for method in sorted({row.method for row in rows} - final):
-        errors = [row.error for row in rows if row.method == method and row.error]
-        folds = [row for row in rows if row.method == method and row.stage == "fold" and row.status == "completed"]
-        done = f"no final run yet, {len(folds)} folds done" if folds else "search runs only"
+            notes.append(f"{item.label}: {told}, not in its mean{_last_error(runs)}")
+    for item, runs in found:
+        if not item.completed and not item.untested:
+            ended = item.failed + item.interrupted
+            notes.append(f"{item.method}: none of its runs ({ended}) was completed{_last_error(runs)}")
+    final = {item.method for item, _ in found}
+    others: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.method not in final:
+            others[row.method].append(row)
+    for method, runs in sorted(others.items()):
+        errors = [row.error for row in runs if row.error]
+        folds = sum(row.stage == "fold" and row.status == "completed" for row in runs)
+        done = f"no final run yet, {folds} folds done" if folds else "search runs only"
         notes.append(f"{method}: {done}" + (f"; the last failure: {excerpt(errors[-1])}" if errors else ""))
-    places = {item: {(row.split, row.init) for row in rows if _of(row, item)} for item in shown}
-    every_place = set().union(*places.values())
-    for item, found in places.items():
-        expected = {place for place in every_place if place[1] is not None}
-        if any(init is None for _, init in found):  # a method on frozen features
-            expected = {(split, None) for split, _ in every_place}
-        if missing := len(expected - found):
+    places = [(item, {(row.split, row.init) for row in runs}) for item, runs in shown]
+    every = set().union(*(places for _, places in places))
+    with_init = {place for place in every if place[1] is not None}
+    without = {(split, None) for split, _ in every}
+    for item, own in places:
+        expected = without if any(init is None for _, init in own) else with_init  # frozen features have no init
+        if missing := len(expected) - len(expected & own):
             notes.append(f"{item.label}: {missing} of {len(expected)} runs have no row (splits x inits of the others)")
     return notes
 
 
-def _last_error(rows: Sequence[Row], item: Summary) -> str:
+def _last_error(runs: Sequence[Row]) -> str:
     """What the last failed run of an entry said, as the end of a sentence."""
-    failed = sorted((row for row in rows if _of(row, item) and row.status == "failed"), key=lambda row: row.started)
+    failed = sorted((row for row in runs if row.status == "failed"), key=lambda row: row.started)
     return f"; the last failure: {excerpt(failed[-1].error or 'unknown')}" if failed else ""
-
-
-def _of(row: Row, item: Summary) -> bool:
-    """Whether a final run is of an entry."""
-    return row.stage == "final" and (row.method, row.entry_hash) == (item.method, item.entry_hash)
 
 
 def _rank(item: Summary) -> tuple[int, str, str]:
@@ -413,21 +439,17 @@ def _rank(item: Summary) -> tuple[int, str, str]:
 
 
 def _count(number: int | None) -> str:
-    return _NOT_MEASURED if number is None else f"{number:,}"
-
-
-def _points(per_cent: float) -> str:
-    return f"{round(per_cent, 1) + 0.0:.1f}"  # no minus before a zero
+    return NOT_MEASURED if number is None else f"{number:,}"
 
 
 def _percent(fraction: float | None) -> str:
-    return _NOT_MEASURED if fraction is None else f"{100 * fraction:.2f} %"
+    return NOT_MEASURED if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def _bytes(number: int | None) -> str:
     """Write a size for people, with the exact bytes beside it: `96.3 KiB (98,612 B)`."""
     if number is None or number < 1024:
-        return _NOT_MEASURED if number is None else f"{number} B"
+        return NOT_MEASURED if number is None else f"{number} B"
     size, unit = (number / 2**10, "KiB") if number < 2**20 else (number / 2**20, "MiB")
     return f"{size:.1f} {unit} ({number:,} B)"
 
