@@ -148,7 +148,8 @@ def test_the_gallery_shows_each_image_once_most_confident_first(rows: list[Row])
         f"misclassified in {wrong[index]} of 4 runs" for index in order
     ]
     assert "not calibrated" in cell.gallery.note and f"of the {len(wrong)} images" in cell.gallery.note
-    small = html._gallery(*(html._tested(*_nola(rows), []), sum(len(p.source) for p in cell.gallery.photos[:3]), []))
+    size = sum(len(photo.source) for photo in cell.gallery.photos[:3])
+    small = html._gallery(html._tested(*_nola(rows), []), size, [])
     assert list(small.photos) == list(cell.gallery.photos[:3])
 
 

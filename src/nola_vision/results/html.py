@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
@@ -34,10 +34,9 @@ from nola_vision.results.description import (
     points,
     signed,
 )
-from nola_vision.results.identity import FROZEN_METHODS
 from nola_vision.results.plots import CSS_COLOURS, cell_charts
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import Summary, entries, subject
+from nola_vision.results.statistics import Summary, entries, kind, run_accuracy, subject
 from nola_vision.results.tables import Sheet
 from nola_vision.results.verdict import cell_verdict
 from nola_vision.text import excerpt, printable
@@ -307,7 +306,7 @@ def _cell(
 ) -> CellView:
     """A cell's section; sentences on files that could not be used are added to `problems`."""
     runs = dict(entries(rows))
-    own, frozen = subject(list(runs)), _best_frozen(list(runs))
+    own, frozen = subject(runs), subject(one for one in runs if kind(one) == "frozen")
     other = frozen if frozen is not own else None
     tested = _tested(own, runs[own], problems) if own else None
     of_other = _tested(other, runs[other], problems) if other and tested else None
@@ -318,12 +317,12 @@ def _cell(
         title=cell_title(rows),
         index=IndexLine(
             method=name_text(own.label) if own else "",
-            accuracy=_per_cent(own.mean) if own else "",
-            frozen=_per_cent(frozen.mean) if frozen else "",
+            accuracy=_accuracy(own, runs[own])[0] if own else "",
+            frozen=_accuracy(frozen, runs[frozen])[0] if frozen else "",
             runs=f"{len(rows):,}",
         ),
         verdict=cell_verdict(rows, cell),
-        figures=_key_figures(own, other),
+        figures=_key_figures(own, other, runs),
         facts=cell_facts(rows),
         sheets=tables.cell_sheets(rows, cell, columns),
         charts=[ChartView(chart.title, chart.svg(f"{anchor}-{chart.name}")) for chart in charts],
@@ -335,18 +334,13 @@ def _cell(
     )
 
 
-def _best_frozen(summaries: Sequence[Summary]) -> Summary | None:
-    """The frozen-feature method with the best mean."""
-    measured = [one for one in summaries if one.method_class in FROZEN_METHODS.values() and one.mean is not None]
-    return max(measured, key=lambda one: one.mean or 0, default=None)
-
-
-def _key_figures(own: Summary | None, frozen: Summary | None) -> list[KeyFigure]:
-    """The subject's accuracy, the best frozen-feature method's, chance, and the size of the file."""
+def _key_figures(own: Summary | None, other: Summary | None, runs: Mapping[Summary, Sequence[Row]]) -> list[KeyFigure]:
+    """The accuracies of the subject and of the best method on frozen features, chance, and the size of the file."""
     figures = []
-    for one, kind in ((own, "top-1 accuracy"), (frozen, "best on frozen features")):
-        if one is not None and one.mean is not None:
-            figures.append(KeyFigure(f"{name_text(one.label)}, {kind}", f"{_per_cent(one.mean)} %", _spread(one)))
+    for one, what in ((own, "top-1 accuracy"), (other, "best on frozen features")):
+        if one is not None:
+            accuracy, spread = _accuracy(one, runs[one])
+            figures.append(KeyFigure(f"{name_text(one.label)}, {what}", f"{accuracy} %", spread))
     if own is not None and own.chance is not None:
         figures.append(KeyFigure("chance", f"{_per_cent(own.chance)} %", "always answering the largest class"))
     if own is not None and own.adapter_file_bytes:
@@ -355,11 +349,15 @@ def _key_figures(own: Summary | None, frozen: Summary | None) -> list[KeyFigure]
     return figures
 
 
-def _spread(one: Summary) -> str:
-    """What goes with a mean: an interval, or the std and what it is over."""
-    if one.interval is not None:
-        return f"95 % interval {_per_cent(one.interval[0])} to {_per_cent(one.interval[1])}"
-    return f"mean of {plural('fold' if one.cross_validated else 'run', one.n)}, std {_per_cent(one.std)}"
+def _accuracy(one: Summary, runs: Sequence[Row]) -> tuple[str, str]:
+    """An entry's accuracy in per cent as in the verdict, and what its uncertainty is."""
+    if one.completed == 1:
+        found = next((found for row in runs if (found := run_accuracy(row))), None)
+        if found is not None:
+            low, high = found.interval
+            return points(100 * found.value), f"95 % interval {points(low)} to {points(high)}"
+    counted = plural("fold" if one.cross_validated else "run", one.n)
+    return _per_cent(one.mean), f"mean of {counted}, std {_per_cent(one.std)}"
 
 
 @dataclass(frozen=True)

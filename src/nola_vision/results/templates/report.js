@@ -42,7 +42,9 @@ function step(by) {
 }
 
 for (const photo of document.querySelectorAll(".photo")) photo.addEventListener("click", () => show(photo));
-for (const button of dialog.querySelectorAll("[value]")) button.addEventListener("click", () => step(Number(button.value)));
+for (const button of dialog.querySelectorAll("button[value]")) {
+  button.addEventListener("click", () => button.value === "close" ? dialog.close() : step(Number(button.value)));
+}
 dialog.addEventListener("keydown", event => {
   const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (by) { event.preventDefault(); step(by); }
