@@ -1,8 +1,7 @@
-"""Plots of a cell's runs, from their rows and logs; needs matplotlib (`pip install 'nola-vision[plots]'`)."""
+"""The charts of a cell, drawn by matplotlib: as SVG for the page and as PNG for files and notebooks."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import math
@@ -10,105 +9,341 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from statistics import fmean
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
 from nola_vision.results.confusion import class_differences, entry_confusions
+from nola_vision.results.labels import along, place_at_points, short_name, short_names, spread, text_width
+from nola_vision.results.published import published_result
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import entries, summarise
+from nola_vision.results.statistics import Summary, entries, kind, run_accuracies, subject, summarise
 from nola_vision.results.store import read_run_file
+from nola_vision.results.svg import inline_svg
 from nola_vision.text import printable
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+# The subject of the page has the first colour; text in any of them can be read on PAPER (a contrast of 4.5 or more)
+PALETTE = ("#0072b2", "#b84a00", "#007a5a", "#8f4b8f", "#8a5a00", "#c2285c", "#0a7c91", "#5f6b00")
+INK, MUTED, GRID, PAPER = "#1f2328", "#595f69", "#e1e4e8", "#ffffff"  # of names, axes, grid lines, background
+# The CSS variable that takes each colour's place in an SVG; without it the colour stays
+CSS_COLOURS: Mapping[str, str] = {
+    **{colour: f"--c{number}" for number, colour in enumerate(PALETTE)},
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    PAPER: "--paper",
+}
+# What these variables are on a dark page
+DARK_COLOURS: Mapping[str, str] = {
+    "--c0": "#58b5f0",
+    "--c1": "#ff9a57",
+    "--c2": "#3fcf9d",
+    "--c3": "#d79ad7",
+    "--c4": "#dba945",
+    "--c5": "#ff86a5",
+    "--c6": "#4fc4d6",
+    "--c7": "#b9c540",
+    "--ink": "#e6e9ee",
+    "--muted": "#a6aebb",
+    "--grid": "#333a45",
+    "--paper": "#14181f",
+}
+
+# Lengths in points, which are CSS pixels where the SVG is shown in its own size
+_WIDTH, _HEIGHT = 420, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 32, 46
+_TEXT, _LINE = 13, 15  # size and height of a line
+_MOST_LABELS = 14  # as many as fit beneath each other
+_MOST_CHARACTERS = 18  # of a label
+_MARKERS = "os^DvPX*"
+_DASHES = ("--", ":", "-.")
 
 _FEW_CLASSES = 20  # whose names and figures can be read
 _MOST_CLASSES = 40
 _MOST_LOG_BYTES = 2**26
+_MOST_LOSS = 1e30  # a larger one, infinity and nan are left out: training diverged
 _MOST_PIXELS = 20_000  # of a side of a plot of many entries
 
-Size = Literal["trainable_parameters", "adapter_file_bytes"]
-_AXES: dict[Size, str] = {
-    "trainable_parameters": "trainable parameters, without the head",
-    "adapter_file_bytes": "adapter file, bytes (head included)",
-}
+Entries = Sequence[tuple[Summary, list[Row]]]
+Curve = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart of a cell.
+
+    Args:
+        name: of its file, and for ids: `pareto`.
+        title: in words.
+        alt: what it shows, with the figures.
+        figure: 420 x 300 points, on a transparent background.
+    """
+
+    name: str
+    title: str
+    alt: str
+    figure: Figure
+
+    def svg(self, prefix: str) -> str:
+        """The chart as an `<svg>` element of an HTML page, as described at `inline_svg`.
+
+        Args:
+            prefix: of its ids, unique in the page; letters, digits and hyphens.
+        """
+        with _drawing():
+            return inline_svg(self.figure, prefix, self.title, self.alt, CSS_COLOURS)
+
+    def png(self) -> bytes:
+        """The chart as a PNG file, 875 x 625 pixels."""
+        return _png(self.figure)
+
+
+class Look(NamedTuple):
+    """How an entry is drawn in every chart of its cell, and its label in them."""
+
+    name: str
+    colour: str
+    marker: str
+    line: str
+    strong: bool
 
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Draws every text as it is, whatever it contains and whatever the user's matplotlib settings are.
-
-    Raises:
-        NolaVisionError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise NolaVisionError("plots need matplotlib: pip install 'nola-vision[plots]'") from error
+    """Draws every text as it is, whatever it contains and whatever the user's matplotlib settings are."""
     # in a name with `$` mathtext finds a formula, which may not parse; TeX would run a name's commands
-    settings = {"text.parse_math": False, "text.usetex": False}
+    settings = {
+        "text.parse_math": False,
+        "text.usetex": False,
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],  # which comes with matplotlib, so that labels have the width they are given
+    }
     with matplotlib.rc_context(settings), warnings.catch_warnings():  # type: ignore[arg-type]
         warnings.simplefilter("ignore", UserWarning)  # a font without a name's letters, names too long for the layout
         yield
 
 
-@_drawing()
-def accuracy_over(rows: Iterable[Row], cell: str, size: Size) -> Figure:
-    """Mean and std (ddof 0) of each entry's test accuracy over what it costs; a line where it costs nothing."""
-    from matplotlib.ticker import LogFormatter
+def cell_charts(rows: Iterable[Row], cell: str) -> tuple[list[Chart], list[str]]:
+    """The charts of a cell that its runs have left the numbers for.
 
-    summaries = [item for item in summarise(rows) if item.cell == cell and item.mean is not None]
-    figure, axes = _axes()
-    free = "no file" if size == "adapter_file_bytes" else "none trained"
-    for item in summaries:
-        cost = getattr(item, size)
-        assert item.mean is not None
-        if cost:
-            axes.errorbar(cost, item.mean, yerr=item.std, fmt="o", capsize=3, label=_entry(item.label, item.completed))
+    Args:
+        rows: of any runs; the logs of their training are read from the rows' folders.
+        cell: which.
+
+    Returns:
+        The charts `pareto`, `by-split` and `learning-curves`, and a sentence for each file that could not be used.
+    """
+    found = entries(row for row in rows if row.cell == cell)
+    looks = entry_looks([item for item, _ in found])
+    curves, problems = entry_curves(found)
+    with _drawing():
+        charts = [pareto_chart(found, looks), split_chart(found, looks), learning_curves(curves, looks)]
+    return [chart for chart in charts if chart is not None], problems
+
+
+def entry_looks(summaries: Sequence[Summary]) -> dict[str, Look]:
+    """How each entry of a cell is drawn, by its label; in the order of their importance, the subject first.
+
+    What trains has a colour and a marker; methods on frozen features, the yardstick, are grey broken lines.
+    """
+    first = subject(summaries)
+    ranked = sorted(summaries, key=lambda item: (item is not first, -(item.mean or 0), item.label))
+    names = short_names([item.label for item in ranked], _MOST_CHARACTERS)
+    looks: dict[str, Look] = {}
+    trained = frozen = 0
+    for item in ranked:
+        if kind(item) == "frozen":
+            look = Look(names[item.label], MUTED, "", _DASHES[frozen % len(_DASHES)], item is first)
+            frozen += 1
         else:
-            across = axes.get_yaxis_transform()  # from the left to the right, whatever the costs
-            label = f"{_entry(item.label, item.completed)}, {free}"
-            axes.plot([0, 1], [item.mean] * 2, "--", transform=across, label=label)
+            around = trained // len(PALETTE)  # the same colour comes with another marker
+            marker = _MARKERS[(trained + around) % len(_MARKERS)]
+            look = Look(names[item.label], PALETTE[trained % len(PALETTE)], marker, "-", item is first)
+            trained += 1
+        looks[item.label] = look
+    return looks
+
+
+def pareto_front(summaries: Iterable[Summary]) -> list[Summary]:
+    """The entries that are more accurate than every entry with a smaller adapter file, by their means alone."""
+    sized = [item for item in summaries if item.mean is not None and item.adapter_file_bytes]
+    front: list[Summary] = []
+    best = -math.inf
+    for item in sorted(sized, key=lambda item: (item.adapter_file_bytes or 0, -(item.mean or 0))):
+        mean = round(item.mean or 0, 4)  # equal accuracies may differ in their seventh digit
+        if mean > best:
+            front.append(item)
+            best = mean
+    return front
+
+
+def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
+    """Top-1 accuracy over the size of the adapter file; None where no entry has both.
+
+    Bars are the std over runs (ddof 0), of a single run on a test set its 95 % interval. An entry without a file is a
+    line across. Hollow markers are what the paper prints for an entry, at the size of our file. The thin line joins
+    the Pareto front.
+
+    Args:
+        found: the entries of one cell, as `statistics.entries` returns them.
+        looks: as `entry_looks` returns them.
+    """
+    measured = [(item, item.mean, runs) for item, runs in found if item.mean is not None]
+    sized = [(item, item.adapter_file_bytes, mean) for item, mean, _ in measured if item.adapter_file_bytes]
+    if not sized:
+        return None
+    rank = list(looks)
+    sized.sort(key=lambda one: rank.index(one[0].label))
+    lines = [(item, mean) for item, mean, _ in measured if not item.adapter_file_bytes]
+    bars = {item.label: _bar(item) for item, _, _ in measured}
+    printed = {item.label: figure for item, _, runs in measured if (figure := published_result(runs[0]))}
+    papers = [(item, size, float(printed[item.label]["mean"])) for item, size, _ in sized if item.label in printed]
+
+    several = any(item.n > 1 for item, _, _ in sized)
+    single = any(item.interval for item, _, _ in sized)
+    kinds = ["std"] * several + ["95 % interval"] * single
+    heading = "top-1 accuracy, %" + (f"; bars: {' or '.join(kinds)}" if kinds else "")
+    names = {item.label: f"{looks[item.label].name} {mean:.1f}" for item, mean in lines}
+    figure, axes = _panel(heading, "adapter file, head included", column=_column(names.values()))
+    low, high = _range([size for _, size, _ in sized])
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(LogFormatter())  # the default one writes mathtext
-    axes.xaxis.set_minor_formatter(LogFormatter())
-    axes.margins(x=0.15)
-    if not any(getattr(item, size) for item in summaries):
-        axes.set_xlim(1, 10)  # lines alone ask for no range
-    axes.set_xlabel(_AXES[size])
-    axes.set_ylabel("top-1 accuracy, %")
-    axes.set_title(f"{_short(cell, 60)}: mean and std over runs", fontsize=9)
-    axes.grid(alpha=0.3)
-    _legend(figure)
-    return figure
+    axes.set_xlim(low, high)
+    ticks = _byte_ticks(low, high)
+    axes.set_xticks(ticks, [bytes_text(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    ends = [end for item, _, _ in sized for end in bars[item.label]]
+    _limit(axes, [*ends, *(mean for _, mean in lines), *(mean for _, _, mean in papers)], least=2.0, bound=100.0)
+
+    front = pareto_front(item for item, _, _ in sized)
+    corners = [(item.adapter_file_bytes or 0, item.mean or 0) for item in front]
+    axes.step(*zip(*corners, strict=True), where="post", color=MUTED, linewidth=1, label="Pareto front")
+    for item, mean in lines:
+        axes.axhline(mean, color=MUTED, linewidth=1.2, linestyle=looks[item.label].line, label=item.label)
+    for item, size, mean in papers:
+        look = looks[item.label]
+        hollow = {"markerfacecolor": PAPER, "markeredgecolor": look.colour, "markeredgewidth": 1.5, "markersize": 7}
+        axes.plot([size], [mean], look.marker, **hollow, clip_on=False, label=f"paper: {item.label}")  # type: ignore[arg-type]
+    for item, size, mean in sized:
+        look = looks[item.label]
+        axes.plot([size, size], bars[item.label], "-", color=look.colour, linewidth=1.4, clip_on=False)
+        size_of_marker = 9 if look.strong else 7
+        axes.plot([size], [mean], look.marker, color=look.colour, markersize=size_of_marker, clip_on=False)
+        axes.lines[-1].set_label(item.label)
+    _label_points(figure, axes, sized, papers, lines, corners, bars, looks)
+    _label_ends(figure, axes, [(high, mean, names[item.label], looks[item.label]) for item, mean in lines])
+
+    parts = [f"{item.label} {mean:.1f} %{_bar_text(item)} at {bytes_text(size)}" for item, size, mean in sized]
+    parts += [f"{item.label} {mean:.1f} %{_bar_text(item)} without a file" for item, mean in lines]
+    parts += [f"the paper's {item.label} {mean:.1f} %" for item, _, mean in papers]
+    return _chart("pareto", "Top-1 accuracy over the size of the adapter file", parts, figure)
 
 
-def read_losses(path: Path) -> pd.DataFrame:
-    """The training losses in a `metrics.csv`: columns `epoch` and `train_loss`, one line per logged step.
+def split_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
+    """Top-1 accuracy by split: a point for each run, and a line for each entry through its means over inits.
+
+    Where every entry has a single cross-validated run, by fold of its first repeat, whose folds all methods share.
+    None where no entry has two splits or folds.
+
+    Args:
+        found: the entries of one cell, as `statistics.entries` returns them.
+        looks: as `entry_looks` returns them.
+    """
+    place, accuracies = split_accuracies(found)
+    places = sorted({split for of_splits in accuracies.values() for split in of_splits})
+    if max(map(len, accuracies.values()), default=0) < 2:
+        return None
+    at = {split: number for number, split in enumerate(places)}
+    means = {label: {split: fmean(accuracies[label][split]) for split in sorted(accuracies[label])} for label in looks
+             if label in accuracies}  # fmt: skip
+    labelled = list(means)[:_MOST_LABELS]
+    inits = any(len(values) > 1 for of_splits in accuracies.values() for values in of_splits.values())
+    heading = "top-1 accuracy, %" + ("; lines: mean over inits" if inits else "")
+    figure, axes = _panel(heading, place, column=_column(looks[label].name for label in labelled))
+    axes.set_xlim(-0.2, len(places) - 0.8)
+    step = math.ceil(len(places) / 12)
+    axes.set_xticks(range(0, len(places), step), [str(split) for split in places[::step]])
+    every = [value for of_splits in accuracies.values() for values in of_splits.values() for value in values]
+    _limit(axes, every, least=2.0, bound=100.0)
+    for label in reversed(means):  # the subject on top
+        look, of_splits = looks[label], means[label]
+        if inits:
+            pairs = [(at[split], value) for split, values in accuracies[label].items() for value in values]
+            axes.plot(*zip(*pairs, strict=True), ".", color=look.colour, markersize=3, alpha=0.5, clip_on=False)
+        _line(axes, [at[split] for split in of_splits], list(of_splits.values()), label, look, marked=len(places) <= 30)
+    last = {label: max(of_splits) for label, of_splits in means.items()}
+    _label_ends(
+        figure,
+        axes,
+        [(at[last[label]], means[label][last[label]], looks[label].name, looks[label]) for label in labelled],
+    )
+    parts = []
+    for label, of_splits in means.items():
+        least, most, mean = (of(of_splits.values()) for of in (min, max, fmean))
+        parts.append(f"{label} {least:.1f} to {most:.1f} %, mean {mean:.1f} %")
+    return _chart("by-split", f"Top-1 accuracy by {place}, {len(places)} {place}s", parts, figure)
+
+
+def split_accuracies(found: Entries) -> tuple[str, dict[str, dict[int, list[float]]]]:
+    """What the columns are, "split" or "fold", and each entry's accuracies in per cent by split or by fold."""
+    by_split: dict[str, dict[int, list[float]]] = {}
+    folds: dict[str, dict[int, list[float]]] = {}
+    for item, runs in found:
+        splits: dict[int, list[float]] = defaultdict(list)
+        for row in runs:
+            values = run_accuracies(row) if row.status == "completed" else []
+            if values and row.test_accuracy is None and row.estimate is not None:
+                values = values[: len(values) // row.estimate["repeats"]]
+                folds[item.label] = {number: [value] for number, value in enumerate(values, start=1)}
+            if values:
+                splits[row.split].append(fmean(values))
+        if splits:
+            by_split[item.label] = splits
+    single = all(len(values) == 1 for splits in by_split.values() for values in splits.values())
+    alike = len({tuple(of_folds) for of_folds in folds.values()}) == 1
+    one_split = len({split for splits in by_split.values() for split in splits}) == 1
+    if single and alike and one_split and folds.keys() == by_split.keys():
+        return "fold", folds
+    return "split", by_split
+
+
+def read_losses(path: Path) -> list[tuple[int, float]]:
+    """The training losses in a `metrics.csv`: (epoch, loss) of each logged step.
 
     Raises:
         NolaVisionError: the file cannot be read, or is not a log of a run.
     """
-    content = read_run_file(path, _MOST_LOG_BYTES)
-    names = content.partition(b"\n")[0].strip().split(b",", maxsplit=1000)
-    columns = ["epoch", "train_loss"]
-    if not content or (b"epoch" in names and b"train_loss" not in names):  # nothing logged, nothing trained
-        return pd.DataFrame({name: [] for name in columns})
+    head, _, body = read_run_file(path, _MOST_LOG_BYTES).partition(b"\n")
+    names = head.strip().split(b",", maxsplit=1000)
+    if names == [b""] or (b"epoch" in names and b"train_loss" not in names):  # nothing logged, nothing trained
+        return []
+    steps = []
     try:
         if not {b"epoch", b"train_loss"} <= set(names) or len(names) > 1000:
             raise ValueError("another header")
-        types: dict[str, type] = dict.fromkeys(columns, float)
-        steps: pd.DataFrame = pd.read_csv(io.BytesIO(content), usecols=columns, dtype=types, quoting=csv.QUOTE_NONE)
-        steps = steps.loc[np.isfinite(steps["train_loss"])]
-        if not (steps["epoch"].between(0, 1e9) & (steps["epoch"] % 1 == 0)).all():
-            raise ValueError("an epoch that is not a whole number")
+        of_epoch, of_loss = names.index(b"epoch"), names.index(b"train_loss")
+        for line in body.splitlines():
+            values = line.split(b",")
+            if len(values) <= max(of_epoch, of_loss) or not values[of_loss]:
+                continue  # a line of validation, or the half line of a killed run
+            epoch, loss = float(values[of_epoch]), float(values[of_loss])
+            if not abs(loss) < _MOST_LOSS:
+                continue
+            if not (0 <= epoch <= 1e9 and epoch.is_integer()):
+                raise ValueError("an epoch that is not a whole number")
+            steps.append((int(epoch), loss))
     except (ValueError, OverflowError) as error:
         raise NolaVisionError(
             f"{path} is not a log of a run: delete it (the learning curves then leave it out)"
@@ -116,53 +351,231 @@ def read_losses(path: Path) -> pd.DataFrame:
     return steps
 
 
-def entry_curves(rows: Iterable[Row], cell: str) -> tuple[dict[str, list[pd.Series[float]]], list[str]]:
+def entry_curves(found: Entries) -> tuple[dict[str, list[Curve]], list[str]]:
     """The training losses of each entry's completed final runs.
 
     Args:
-        rows: of any runs; those without a log in their folder are left out.
-        cell: which.
+        found: the entries of one cell, as `statistics.entries` returns them; runs without a log are left out.
 
     Returns:
         By the entry's label, the mean loss by epoch of each run; and a sentence for each file that could not be used.
     """
-    curves: dict[str, list[pd.Series[float]]] = defaultdict(list)
+    curves: dict[str, list[Curve]] = defaultdict(list)
     problems = []
-    for summary, runs in entries(row for row in rows if row.cell == cell):
+    for summary, runs in found:
         for run in runs:
             if run.folder is None or run.status != "completed":
                 continue
-            logs = []
+            losses: dict[int, list[float]] = defaultdict(list)
             for path in sorted(run.folder.glob("metrics*.csv")):  # one for each time it was resumed, and the last
                 try:
-                    logs.append(read_losses(path))
+                    for epoch, loss in read_losses(path):
+                        losses[epoch].append(loss)
                 except NolaVisionError as error:
                     problems.append(str(error))
-            if logs and len(steps := pd.concat(logs)):
-                curves[summary.label].append(steps.groupby("epoch")["train_loss"].mean())
+            if losses:
+                curves[summary.label].append({epoch: fmean(losses[epoch]) for epoch in sorted(losses)})
     return curves, problems
 
 
-@_drawing()
-def learning_curves(curves: Mapping[str, Sequence[pd.Series[float]]], cell: str) -> Figure:
+def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, Look]) -> Chart | None:
     """Training loss of each entry over epochs: the mean of its runs, and from the least to the most of them.
 
     Args:
         curves: the losses, as `entry_curves` returns them.
-        cell: for the title.
+        looks: as `entry_looks` returns them.
     """
-    figure, axes = _axes()
-    for label, losses in curves.items():
-        together = pd.concat(losses, axis=1)
-        (line,) = axes.plot(together.index + 1, together.mean(axis=1), label=_entry(label, len(losses)))
-        least, most = together.min(axis=1), together.max(axis=1)
-        axes.fill_between(together.index + 1, least, most, alpha=0.15, color=line.get_color())
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("training loss")
-    axes.set_title(f"{_short(cell, 60)}: mean over runs, least to most", fontsize=9)
-    axes.grid(alpha=0.3)
-    _legend(figure)
-    return figure
+    if not curves:
+        return None
+    shown = [label for label in looks if label in curves]
+    by_epoch: dict[str, dict[int, list[float]]] = {}
+    for label in shown:
+        by_epoch[label] = defaultdict(list)
+        for curve in curves[label]:
+            for epoch, loss in curve.items():
+                by_epoch[label][epoch + 1].append(loss)
+    several = any(len(curves[label]) > 1 for label in shown)
+    labelled = shown[:_MOST_LABELS]
+    heading = "training loss" + ("; band: least to most of the runs" if several else "")
+    figure, axes = _panel(heading, "epoch", column=_column(looks[label].name for label in labelled))
+    epochs = [epoch for of_epochs in by_epoch.values() for epoch in of_epochs]
+    axes.set_xlim(min(epochs), max(max(epochs), min(epochs) + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _limit(axes, [loss for of_epochs in by_epoch.values() for values in of_epochs.values() for loss in values], least=0)
+    ends, parts = {}, []
+    for label in reversed(shown):
+        look, order = looks[label], sorted(by_epoch[label])
+        means = [fmean(by_epoch[label][epoch]) for epoch in order]
+        if len(curves[label]) > 1:
+            least, most = ([end(by_epoch[label][epoch]) for epoch in order] for end in (min, max))
+            axes.fill_between(order, least, most, color=look.colour, alpha=0.15, linewidth=0)
+        _line(axes, order, means, label, look, marked=len(order) == 1)
+        ends[label] = order[-1], means[-1], look.name, look
+        runs = f" (mean of {len(curves[label])} runs)" if len(curves[label]) > 1 else ""
+        parts.insert(0, f"{label} {means[0]:.3g} to {means[-1]:.3g} after {order[-1]} epochs{runs}")
+    _label_ends(figure, axes, [ends[label] for label in labelled])
+    return _chart("learning-curves", "Training loss over epochs", parts, figure)
+
+
+def bytes_text(number: float) -> str:
+    """A size in units of 1,000: `37.2 KB`, `1 MB`."""
+    units = ["B", "KB", "MB", "GB"]
+    while number >= 999.5 and len(units) > 1:
+        number /= 1000
+        units.pop(0)
+    return f"{number:.3g} {units[0]}"
+
+
+def _chart(name: str, title: str, parts: Sequence[str], figure: Figure) -> Chart:
+    """A chart whose text says what `parts` do, one for each entry, of many the first ones."""
+    more = [f"and {len(parts) - _MOST_LABELS} more"] if len(parts) > _MOST_LABELS else []
+    return Chart(name, title, printable(f"{title}: {'; '.join([*parts[:_MOST_LABELS], *more])}."), figure)
+
+
+def _panel(heading: str, under: str, column: float) -> tuple[Figure, Axes]:
+    """An empty chart.
+
+    Args:
+        heading: above it, of the vertical axis.
+        under: beneath it, of the horizontal axis.
+        column: the width to its right that labels need.
+    """
+    figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, facecolor="none")
+    width, height = _WIDTH - _LEFT - _RIGHT - column, _HEIGHT - _TOP - _BOTTOM
+    axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / _HEIGHT, width / _WIDTH, height / _HEIGHT), facecolor="none")
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=6, labelsize=_TEXT, labelcolor=MUTED)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _write(figure, 4, _HEIGHT - 12, heading, MUTED)
+    _write(figure, _LEFT + width / 2, 12, under, MUTED, align="center")
+    return figure, axes
+
+
+def _write(figure: Figure, x: float, y: float, text: str, colour: str, align: str = "left", bold: bool = False) -> None:
+    """A text, the middle of its small letters at a height."""
+    figure.text(
+        x / 72, (y - 0.36 * _TEXT) / 72, text, transform=figure.dpi_scale_trans, fontsize=_TEXT, color=colour,
+        horizontalalignment=align, verticalalignment="baseline", fontweight="bold" if bold else "normal",
+    )  # fmt: skip
+
+
+def _join(figure: Figure, axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """A thin line from what is labelled to its label, in points."""
+    xs, ys = zip(start, end, strict=True)
+    transform = figure.dpi_scale_trans
+    line = Line2D([x / 72 for x in xs], [y / 72 for y in ys], transform=transform, color=MUTED, linewidth=0.7)
+    figure.add_artist(line)
+
+
+def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], label: str, look: Look, marked: bool) -> None:
+    marker = (look.marker or ".") if marked else ""
+    axes.plot(
+        xs, ys, linestyle=look.line, marker=marker, color=look.colour, label=label, clip_on=False,
+        markersize=6 if look.strong else 5, linewidth=2.4 if look.strong else 1.4,
+    )  # fmt: skip
+
+
+def _column(names: Iterable[str]) -> float:
+    """The width that the names need at the ends of their lines."""
+    return max((text_width(name, _TEXT, "bold") for name in names), default=-_LABEL_GAP) + _LABEL_GAP
+
+
+_LABEL_GAP = 14.0  # between the axes and the labels of lines
+
+
+def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str, Look]]) -> None:
+    """Write the labels of lines to the right of the axes, each joined to its line's end, a point in data units."""
+    if not ends:
+        return
+    points = axes.transData.transform([(x, y) for x, y, _, _ in ends])
+    heights = spread(points[:, 1].tolist(), _LINE, _BOTTOM - 4, _HEIGHT - _TOP + 4)
+    edge = float(axes.bbox.x1)
+    for (x, y), height, (_, _, name, look) in zip(points.tolist(), heights, ends, strict=True):
+        start = (max(x, edge) + 2 if x >= edge - 8 else x + 4, y)
+        _join(figure, axes, start, (edge + _LABEL_GAP - 2, height))
+        _write(figure, edge + _LABEL_GAP, height, name, look.colour, bold=look.strong)
+
+
+def _label_points(
+    figure: Figure,
+    axes: Axes,
+    sized: Sequence[tuple[Summary, int, float]],
+    papers: Sequence[tuple[Summary, int, float]],
+    lines: Sequence[tuple[Summary, float]],
+    corners: Sequence[tuple[float, float]],
+    bars: Mapping[str, tuple[float, float]],
+    looks: Mapping[str, Look],
+) -> None:
+    """Write the labels of a Pareto chart next to its points."""
+
+    def shown(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(float(x), float(y)) for x, y in axes.transData.transform(points)] if points else []
+
+    own, paper = shown([(size, mean) for _, size, mean in sized]), shown([(size, mean) for _, size, mean in papers])
+    texts = [(looks[item.label].name, looks[item.label]) for item, _, _ in sized]
+    texts += [("paper", looks[item.label]._replace(strong=False)) for item, _, _ in papers]
+    markers = np.array([(x - 5, y - 5, x + 5, y + 5) for x, y in [*own, *paper]])
+    crossed = [along(*shown([(size, end) for end in bars[item.label]])) for item, size, _ in sized]
+    left, right = axes.get_xlim()
+    crossed += [along(*shown([(left, mean), (right, mean)])) for _, mean in lines]
+    steps = [
+        point for (_, before), (x, y) in zip(corners, corners[1:], strict=False) for point in ((x, before), (x, y))
+    ]
+    path = shown([*corners[:1], *(point for step in steps for point in step)])
+    crossed += [along(start, end) for start, end in zip(path, path[1:], strict=False)]
+    places = place_at_points(
+        [*own, *paper],
+        [(text_width(name, _TEXT, "bold" if look.strong else "normal"), _LINE - 1) for name, look in texts],
+        hidden=markers,
+        crossed=np.concatenate(crossed),
+        area=(4, _BOTTOM + 1, _WIDTH - 2 if not lines else float(axes.bbox.x1), _HEIGHT - _TOP + 8),
+    )
+    for point, place, (name, look) in zip([*own, *paper], places, texts, strict=True):
+        if place is not None:
+            if place.distance > 12:
+                _join(figure, axes, point, place.near)
+            _write(figure, place.left, place.middle, name, look.colour, bold=look.strong)
+
+
+def _bar(item: Summary) -> tuple[float, float]:
+    """From where to where an entry's bar goes, in per cent."""
+    assert item.mean is not None and item.std is not None
+    return item.interval or (item.mean - item.std, item.mean + item.std)
+
+
+def _bar_text(item: Summary) -> str:
+    if item.interval:
+        return f" (95 % interval {item.interval[0]:.1f} to {item.interval[1]:.1f})"
+    return f" (std {item.std:.1f})" if item.n > 1 else ""
+
+
+def _limit(axes: Axes, values: Sequence[float], least: float, bound: float = math.inf) -> None:
+    """Show all values with some room around them, nothing under 0 or above `bound`, and a range of at least `least`."""
+    low, high = min(values), max(values)
+    room = max(0.08 * (high - low), (least - (high - low)) / 2, 1e-6 * max(1.0, abs(high)))
+    axes.set_ylim(low - room if low < 0 else max(0.0, low - room), min(bound, high + room))
+
+
+def _range(sizes: Sequence[float]) -> tuple[float, float]:
+    """The range of a logarithmic axis of sizes, with room for labels."""
+    room = max(0.3, 0.12 * (math.log10(max(sizes)) - math.log10(min(sizes))))
+    return min(sizes) / 10**room, max(sizes) * 10**room
+
+
+def _byte_ticks(low: float, high: float) -> list[float]:
+    """Up to five round sizes on a logarithmic axis."""
+    ticks: list[float] = []
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks[:: math.ceil(len(ticks) / 5)]
 
 
 @_drawing()
@@ -186,20 +599,20 @@ def class_differences_plot(
     if not differences:
         return None
     points = pd.DataFrame({f"{label} ({n} splits)": series for label, (n, series) in differences.items()}).T
-    spread = points.abs().max().sort_values(ascending=False)
-    shown = points[[name for name in points if name in set(spread.index[:_MOST_CLASSES])]]
+    largest = points.abs().max().sort_values(ascending=False)
+    shown = points[[name for name in points if name in set(largest.index[:_MOST_CLASSES])]]
     figure, axes = _axes(height=1.8 + 0.35 * len(shown))
-    most = max(1.0, float(spread.iloc[0]))
+    most = max(1.0, float(largest.iloc[0]))
     picture = axes.imshow(shown, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
-    axes.set_xticks(range(shown.shape[1]), [_short(name) for name in shown.columns], rotation=90, fontsize=8)
-    axes.set_yticks(range(len(shown)), [_short(name, 40) for name in shown.index], fontsize=8)
+    axes.set_xticks(range(shown.shape[1]), [short_name(name, 20) for name in shown.columns], rotation=90, fontsize=8)
+    axes.set_yticks(range(len(shown)), [short_name(name, 40) for name in shown.index], fontsize=8)
     if shown.shape[1] <= _FEW_CLASSES:
         for (line, column), value in np.ndenumerate(shown.to_numpy()):
             colour = "white" if abs(value) > 0.6 * most else "black"
             axes.text(column, line, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(picture, label=f"points above {_short(best, 30)}")
+    figure.colorbar(picture, label=f"points above {short_name(best, 30)}")
     part = f", the {shown.shape[1]} of {points.shape[1]} that differ most" if shown.shape[1] < points.shape[1] else ""
-    axes.set_title(f"{_short(cell, 60)}: accuracy by class{part}", fontsize=9)
+    axes.set_title(f"{short_name(cell, 60)}: accuracy by class{part}", fontsize=9)
     return figure
 
 
@@ -222,18 +635,18 @@ def confusion_plot(by_split: Mapping[str, Mapping[int, pd.DataFrame]], cell: str
         shares = 100 * counts.div(counts.sum(axis=1).replace(0, np.nan), axis=0)
         picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
         ticks = range(len(counts)) if len(counts) <= _FEW_CLASSES else []
-        axes.set_xticks(ticks, [_short(counts.columns[tick]) for tick in ticks], rotation=90, fontsize=7)
-        axes.set_yticks(ticks, [_short(counts.index[tick]) for tick in ticks], fontsize=7)
-        axes.set_title(_short(label, 30), fontsize=9)
+        axes.set_xticks(ticks, [short_name(counts.columns[tick], 20) for tick in ticks], rotation=90, fontsize=7)
+        axes.set_yticks(ticks, [short_name(counts.index[tick], 20) for tick in ticks], fontsize=7)
+        axes.set_title(short_name(label, 30), fontsize=9)
     grid[0].set_ylabel("true class")
     grid[0].set_xlabel("predicted class")
     figure.colorbar(picture, ax=list(grid), label="% of the true class's images")
-    figure.suptitle(f"{_short(cell, 60)}: confusions, over runs", fontsize=9)
+    figure.suptitle(f"{short_name(cell, 60)}: confusions, over runs", fontsize=9)
     return figure
 
 
 def cell_plots(rows: Iterable[Row], cell: str) -> tuple[dict[str, bytes], list[str]]:
-    """Every plot of a cell that its runs have left the numbers for.
+    """Every plot of a cell that its runs have left the numbers for: its charts, differences by class and confusions.
 
     Args:
         rows: of any runs; their logs and confusion matrices are read from the rows' folders.
@@ -241,17 +654,12 @@ def cell_plots(rows: Iterable[Row], cell: str) -> tuple[dict[str, bytes], list[s
 
     Returns:
         PNG files by what they show, and a sentence for each file that could not be used.
-
-    Raises:
-        NolaVisionError: matplotlib is not installed.
     """
     rows = [row for row in rows if row.cell == cell]
-    curves, bad_logs = entry_curves(rows, cell)
+    charts, bad_logs = cell_charts(rows, cell)
     confusions, bad_matrices = entry_confusions(rows, cell)
     drawn = {
-        "accuracy-over-parameters": accuracy_over(rows, cell, "trainable_parameters"),
-        "accuracy-over-bytes": accuracy_over(rows, cell, "adapter_file_bytes"),
-        "learning-curves": learning_curves(curves, cell),
+        **{chart.name: chart.figure for chart in charts},
         "class-differences": class_differences_plot(confusions, rows, cell),
         "confusions": confusion_plot(confusions, cell),
     }
@@ -283,20 +691,8 @@ def write_plots(plots: Mapping[str, Mapping[str, bytes]], out: Path) -> list[Pat
 @_drawing()
 def _png(figure: Figure) -> bytes:
     content = io.BytesIO()
-    figure.savefig(content, dpi=min(150, _MOST_PIXELS / max(figure.get_size_inches())), format="png")
+    figure.savefig(content, dpi=min(150, _MOST_PIXELS / max(figure.get_size_inches())), format="png", facecolor=PAPER)
     return content.getvalue()
-
-
-def _short(name: str, most: int = 20) -> str:
-    """A name as a label: on one line, and without its middle if it is long."""
-    text = printable(name)
-    return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-(most // 3 - 1) :]}"
-
-
-def _entry(label: str, runs: int) -> str:
-    """An entry in a legend, which leaves out labels that begin with an underscore."""
-    text = f"{_short(label, 30)} ({runs})"
-    return f" {text}" if text.startswith("_") else text
 
 
 def _axes(height: float = 3.6) -> tuple[Figure, Axes]:
@@ -306,18 +702,5 @@ def _axes(height: float = 3.6) -> tuple[Figure, Axes]:
 
 def _grid(lines: int, columns: int, width: float = 3.2, height: float = 3.0) -> tuple[Figure, list[Axes]]:
     """A figure of so many axes, each of a size in inches, line by line."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-    strong, pale = colormaps["tab20"].colors[::2], colormaps["tab20"].colors[1::2]  # type: ignore[attr-defined]
-    for axes in grid:
-        axes.set_prop_cycle(color=[*strong, *pale])
-    return figure, grid
-
-
-def _legend(figure: Figure) -> None:
-    """Beside the axes: entries may lie close to each other."""
-    if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper", fontsize=8)
+    return figure, list(figure.subplots(lines, columns, squeeze=False).flat)

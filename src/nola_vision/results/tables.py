@@ -15,9 +15,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from nola_vision.config_files import published_config
 from nola_vision.results.description import NOT_MEASURED, accuracy_text, cell_title, points, signed
 from nola_vision.results.identity import FROZEN_METHODS, differing_settings
+from nola_vision.results.published import published_result
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import (
     Summary,
@@ -279,7 +279,7 @@ def cell_sheets(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> 
     )
     measured = [(item, runs) for item, runs in shown if item.mean is not None]
     several = any(item.completed > 1 for item, _ in measured)
-    both = several or (any(_published(runs[0]) for _, runs in measured))
+    both = several or (any(published_result(runs[0]) for _, runs in measured))
     return [_printable(sheet) for sheet in ([results, _comparison(measured)] if both else [results])]
 
 
@@ -345,7 +345,7 @@ def _between(interval: tuple[float, float]) -> str:
 def _comparison(found: Sequence[_Entry]) -> Sheet:
     """The parts of each entry's std, its difference from the best entry, and what the paper prints."""
     best, of_best = max(found, key=lambda entry: entry[0].mean or 0)
-    published = {item: figure for item, runs in found if (figure := _published(runs[0]))}
+    published = {item: figure for item, runs in found if (figure := published_result(runs[0]))}
     lines, notes = [], []
     for item, runs in found:
         difference = paired_difference(runs, of_best) if item != best else None
@@ -370,22 +370,6 @@ def _comparison(found: Sequence[_Entry]) -> Sheet:
         notes=tuple(notes),
         column_help=tuple(_HELP["difference" if name == difference_column else name] for name in names),
     )
-
-
-def _published(row: Row) -> Mapping[str, Any] | None:
-    """What the paper prints for a run's entry: of the same name, class and settings, on the same pretrained weights."""
-    model, data = row.config.get("model") or {}, row.config.get("data") or {}
-    backbone, method = model.get("backbone") or {}, model.get("method") or {}
-    shipped = published_config(backbone.get("tag"), data.get("dataset"), data.get("shots"))
-    entry = shipped["methods"].get(row.method) if shipped else None
-    if not shipped or not entry or backbone.get("base") != (shipped["model"]["backbone"].get("base") or "pretrained"):
-        return None
-    asked = {key: value for key, value in (entry.get("init_args") or {}).items() if key not in ("lr", "c", "start")}
-    held = method.get("init_args") or {}
-    if row.method_class != entry["class_path"] or any(held.get(key) != value for key, value in asked.items()):
-        return None
-    figures = [line for line in shipped["published"] if line["entry"] == row.method]
-    return figures[0] if figures else None
 
 
 def _cautions(rows: Sequence[Row], found: Sequence[_Entry]) -> list[str]:
