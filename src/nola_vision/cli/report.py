@@ -40,11 +40,13 @@ def main(arguments: Sequence[str], verb: str) -> int:
         none = f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them"
         raise NolaVisionError("; ".join([none, *problems[:5]]))
     if known.plots is not None:
-        from nola_vision.results.plots import write_plots  # matplotlib takes a while to import
+        from nola_vision.results.plots import cell_plots, write_plots  # matplotlib takes a while to import
 
-        written, unusable = write_plots(rows, Path(known.plots))
-        problems += unusable
-        for path in written:
+        plots = {}
+        for cell in tables.tested_cells(rows)[0]:
+            plots[cell], unusable = cell_plots(rows, cell)
+            problems += unusable
+        for path in write_plots(plots, Path(known.plots)):
             print(path, file=sys.stderr)
     if known.html is not None or known.open:
         path = Path(known.folders[0]) / PAGE_FILE if known.html is None else Path(known.html)

@@ -34,7 +34,7 @@ from nola_vision.results.description import (
     points,
     signed,
 )
-from nola_vision.results.plots import CSS_COLOURS, cell_charts
+from nola_vision.results.plots import CSS_COLOURS, DARK_COLOURS, bytes_text, cell_charts, entry_looks
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import Summary, entries, kind, run_accuracy, subject
 from nola_vision.results.tables import Sheet
@@ -52,6 +52,7 @@ _MOST_PAIRS = 10
 _MATRIX_CLASSES = 20
 _HEATS = 5  # steps of colour in the confusion matrix
 _TINY = 48  # pixels of an image that is enlarged without smoothing
+_DARK = "@media screen and (prefers-color-scheme: dark)"
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ class CellView:
     index: IndexLine
     verdict: Sequence[str]
     figures: Sequence[KeyFigure]
+    colours: Mapping[str, str]  # class of the style sheet by the label of an entry, as in its charts
     facts: Sequence[tuple[str, str]]
     sheets: Sequence[Sheet]
     charts: Sequence[ChartView]
@@ -288,9 +290,10 @@ def _environment() -> Environment:
 
 
 def _style() -> str:
-    """The style sheet, after the light theme's colours."""
-    colours = "".join(f"{name}: {colour}; " for colour, name in CSS_COLOURS.items())
-    return f":root {{ {colours}}}\n{_asset('report.css')}"
+    """The style sheet, after the colours of both themes."""
+    light = "".join(f"{name}: {colour}; " for colour, name in CSS_COLOURS.items())
+    dark = "".join(f"{name}: {colour}; " for name, colour in DARK_COLOURS.items())
+    return f":root {{ {light}}}\n{_DARK} {{ :root {{ {dark}}} }}\n{_asset('report.css')}"
 
 
 def _asset(name: str) -> str:
@@ -323,6 +326,9 @@ def _cell(
         ),
         verdict=cell_verdict(rows, cell),
         figures=_key_figures(own, other, runs),
+        colours={
+            printable(label): CSS_COLOURS[look.colour].lstrip("-") for label, look in entry_looks(list(runs)).items()
+        },
         facts=cell_facts(rows),
         sheets=tables.cell_sheets(rows, cell, columns),
         charts=[ChartView(chart.title, chart.svg(f"{anchor}-{chart.name}")) for chart in charts],
@@ -345,7 +351,7 @@ def _key_figures(own: Summary | None, other: Summary | None, runs: Mapping[Summa
         figures.append(KeyFigure("chance", f"{_per_cent(own.chance)} %", "always answering the largest class"))
     if own is not None and own.adapter_file_bytes:
         size = own.adapter_file_bytes
-        figures.append(KeyFigure("adapter file", _file_size(size), f"{size:,} bytes, head included"))
+        figures.append(KeyFigure("adapter file", bytes_text(size), f"{size:,} bytes, head included"))
     return figures
 
 
@@ -612,9 +618,3 @@ def _run_texts(row: Row) -> tuple[str, ...]:
 
 def _per_cent(accuracy: float | None) -> str:
     return NOT_MEASURED if accuracy is None or not np.isfinite(accuracy) else points(float(accuracy))
-
-
-def _file_size(number: int) -> str:
-    """A file's size in decimal units: `37.4 KB`."""
-    size, unit = (number / 1e6, "MB") if number >= 1e6 else (number / 1e3, "KB")
-    return f"{size:.3g} {unit}"
