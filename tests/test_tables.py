@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-import itertools
 import json
 import math
 import re
@@ -26,12 +25,14 @@ from nola_vision.cli.main import main
 from nola_vision.config_files import load_config
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity, store, tables
+from nola_vision.results.description import cell_facts, how_measured
 from nola_vision.results.page import html_page
 from nola_vision.results.plots import cell_plots
 from nola_vision.results.published import published_figures
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import count_once, mean_std, paired_difference, summarise, variance_parts
 from nola_vision.results.tables import (
+    cell_report,
     cell_sheets,
     cell_table,
     frame,
@@ -113,13 +114,15 @@ def test_paired_differences_by_hand() -> None:
     found = paired_difference(one, other)
     # by split: 71 - 71; of the init that both have 80 - 78; 73 - 75
     assert found is not None and found.splits == 3 and found.mean == pytest.approx(0, abs=1e-9)
-    means = [np.mean(draw) for draw in itertools.product([0.0, 2.0, -2.0], repeat=3)]  # all 27 draws of three splits
-    low, high = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
-    assert found.low == pytest.approx(low, abs=0.7) and found.high == pytest.approx(high, abs=0.7)
-    interval = scipy.stats.bootstrap(
-        ([0.0, 2.0, -2.0],), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    assert (found.low, found.high) == pytest.approx(tuple(interval))
+    # std (ddof 1) 2, so 4.3027 * 2 / sqrt(3) with 2 degrees of freedom
+    assert (found.low, found.high) == (pytest.approx(-4.968, abs=1e-3), pytest.approx(4.968, abs=1e-3))
+    assert not found.shown
+    shifted = paired_difference(grid("a", [[70], [71], [75], [72.5]]), grid("b", [[69], [69.5], [72], [70]]))
+    expected = scipy.stats.ttest_1samp([1.0, 1.5, 3.0, 2.5], 0).confidence_interval(0.95)
+    assert shifted is not None and shifted.shown and shifted.splits == 4
+    assert (shifted.low, shifted.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    same = paired_difference(one, one)
+    assert same is not None and (same.low, same.high, same.shown) == (0, 0, False)
     assert found == paired_difference(one[::-1], other[::-1])
     assert (paired_difference(other, one) or found).mean == pytest.approx(0, abs=1e-9)
 
@@ -137,10 +140,12 @@ def test_the_second_table_says_where_the_spread_comes_from() -> None:
     rows = [*grid("nola", [[70, 72], [80, 82]]), *grid("lora", [[71, 71], [78, 78]], method_class="LoRA")]
     results, comparison = cell_sheets(rows, CELL)
     assert [[cell.text for cell in line] for line in comparison.lines] == [
-        ["lora", "3.5", "0.0", "-1.5 [-3.0, 0.0]", "2"],
-        ["nola", "5.0", "1.0", "-", "-"],
+        ["lora", "-1.5 [-20.6, +17.6]", "2", "3.5", "0.0"],
+        ["nola", "-", "-", "5.0", "1.0"],
     ]
-    assert comparison.columns[3] == "less nola [95 %]"
+    assert comparison.columns[1] == "difference to nola (95 % CI)"
+    for sheet in (results, comparison):
+        assert len(sheet.column_help) == len(sheet.columns) and all(sheet.column_help)
     assert len(cell_sheets([row()], CELL)) == 1
 
 
@@ -282,9 +287,11 @@ ROWS = [
 
 def test_markdown_table() -> None:
     best, close = "**80.1 (0.0)**", "<u>80.0 (0.5)</u>"
-    lines = markdown_table(ROWS, CELL).split("\n\n### ")[0].splitlines()
+    lines = markdown_table(ROWS, CELL).split("\n\n### Differences")[0].splitlines()
     assert [line for line in lines if "have no row" not in line] == [
-        f"### {CELL}",
+        "## digits: b",
+        "",
+        "### Results",
         "",
         "| method | trainable | file, bytes | top-1 % | n | lr |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -296,9 +303,7 @@ def test_markdown_table() -> None:
         f"| nola-big | - | 3,145,728 | {best} | 1 | - |",
         "| other | - | - | 30.0 (0.0) | 1 | - |",
         "",
-        "- trainable: parameters without the head; if the head is all that is trained or fitted, the head's",
-        "- (std): over runs, ddof 0",
-        "- the best in bold, those within one point of it underlined",
+        "- mean (std) over n runs; best in bold, within 1 point underlined",
         "- lora: 1 failed, 1 interrupted, not in its mean; the last failure: unknown",
     ]
 
@@ -315,7 +320,7 @@ def test_what_is_not_in_a_mean_is_said_beneath() -> None:
         row("late", split=1, init=0, error="no room", **failed),
         row("late", split=1, init=0, entry_hash="f" * 10, accuracy=None, status="interrupted"),
     ]
-    assert list(cell_sheets(rows, CELL)[0].notes[3:]) == [
+    assert list(cell_sheets(rows, CELL)[0].notes[1:]) == [
         "b: 2 failed, not in its mean; the last failure: the loss is" + " no number" * 18 + " no [...]",
         "late: none of its runs (1) was completed; the last failure: no room",
         "late: none of its runs (1) was completed",
@@ -340,18 +345,12 @@ def test_folds_count_where_there_is_no_test_set() -> None:
         ["1nn", "-", "-", "46.7 (4.7)", "3", "-"],
         ["nola", "-", "-", "71.0 (7.9)", "3", "-"],
     ]
-    assert list(results.notes[1:]) == [
-        "(std): over folds, ddof 0",
-        "cross-validated: there is no test set, n counts folds, whose models were trained on fewer images",
-        "chance: 50.0 %, the largest class's share of the tested images; no mark under it",
-        "the best in bold, those within one point of it underlined",
-    ]
+    assert list(results.notes) == ["mean (std) over n folds; chance 50.0 %; best in bold, within 1 point underlined"]
     found = paired_difference([folded], [nearest])
     assert found is not None and found.mean == pytest.approx(71 - 140 / 3)
     assert "71.0 % (7.9), mean and std of 3 folds" in text_of(row_panel(folded))
     mixed = cell_sheets([folded, row("lora", 0.8)], CELL)[0]
-    assert {"(std): over runs or folds, ddof 0", "(std): over folds or runs, ddof 0"} & set(mixed.notes)
-    assert any(note.startswith("cross-validated (nola): ") for note in mixed.notes)
+    assert mixed.notes[0].startswith("mean (std) over n runs or folds; folds: nola; best")
 
 
 def test_one_test_set_has_wilsons_interval() -> None:
@@ -363,8 +362,10 @@ def test_one_test_set_has_wilsons_interval() -> None:
         "nola": f"80.2 [{100 * expected.low:.1f}, {100 * expected.high:.1f}]",
         "lora": "75.0 (5.0)",
     }
-    notes = cell_sheets(rows, CELL)[0].notes
-    assert "[low, high]: one run; 95 % interval by Wilson, of the test images alone" in notes
+    note = (
+        "mean (std) over n runs; one run with its 95 % interval; chance 10.0 %; best in bold, within 1 point underlined"
+    )
+    assert cell_sheets(rows, CELL)[0].notes[0] == note
     assert f"80.25 %, 95 % interval [{100 * expected.low:.1f}" in text_of(row_panel(rows[0]))
     part = row("nola", 0.8, data=data, config={**CONFIG, "trainer": {"limit_test_batches": 2}})
     assert summarise([part])[0].interval is None
@@ -432,9 +433,9 @@ def test_exactly_one_point_is_close() -> None:
 
 def test_terminal_table_says_the_same() -> None:
     text = text_of(cell_table(ROWS, CELL))
-    places = [text.index(name) for name in (CELL, "nn1", "linear", "full", "lora", "nola ", "nola-big", "other")]
+    places = [text.index(name) for name in ("digits: b", "nn1", "linear", "full", "lora", "nola ", "nola-big", "other")]
     assert places == sorted(places)
-    for part in ("24,552", "98,612", "80.0 (0.5)", "0.005", "ddof 0", "1 failed, 1 interrupted"):
+    for part in ("24,552", "98,612", "80.0 (0.5)", "0.005", "mean (std) over n runs", "1 failed, 1 interrupted"):
         assert part in text
     assert "elsewhere" not in text
 
@@ -588,7 +589,8 @@ def test_any_row_is_refused_in_one_line_or_shown_by_everything() -> None:
         rows = [row("other", 0.6, cell=read.cell), read, row("nola", 0.4, cell=read.cell, split=1)]
         tested, _ = tables.tested_cells(rows)
         for cell in tested:
-            assert text_of(cell_table(rows, cell)) and markdown_table(rows, cell) and latex_table(rows, cell)
+            assert text_of(cell_report(rows, cell)) and how_measured(rows) and cell_facts(rows)
+            assert markdown_table(rows, cell) and latex_table(rows, cell)
         assert text_of(row_panel(read)) and Row.from_json(read.to_json(), Path("row.json")) == read
 
     check()

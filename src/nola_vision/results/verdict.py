@@ -231,8 +231,9 @@ def _rival_lines(name: str, tested: Sequence[_Found], own: _Found | None) -> lis
         lines.append(
             f"{_name(own.row.method)} against {_name(best.row.method)}, image by image: "
             + _difference_text(found.difference, f"{signed(found.low)} to {signed(found.high)}", found.shown)
-            + _file_text(own.row.adapter_file_bytes, best.row.adapter_file_bytes if name == "trained" else None)
         )
+    if own is not None and name == "trained":
+        lines += _file_line(own.row.method, own.row.adapter_file_bytes, best.row.method, best.row.adapter_file_bytes)
     return lines
 
 
@@ -247,12 +248,13 @@ def _difference_text(difference: float, interval: str, shown: bool) -> str:
     return f"{abs(difference):.1f} points {'better' if difference > 0 else 'worse'} ({interval})."
 
 
-def _file_text(own: int | None, other: int | None) -> str:
-    """How many times as large the other's adapter file is, as the end of a sentence."""
-    if not own or not other or own == other:
-        return ""
-    times, which = (other / own, "larger") if other > own else (own / other, "smaller")
-    return f" Its file is {times:,.1f} times {which}."
+def _file_line(name: str, own: int | None, rival: str, other: int | None) -> list[str]:
+    """A sentence on how many times as large another method's adapter file is."""
+    if not own or not other:
+        return []
+    times = f"{other / own:{',.0f' if other >= 10 * own else '.2g'}}"
+    words = f"{times} times as large as that of {_name(name)}"
+    return [] if times == "1" else [f"The adapter file of {_name(rival)} is {words}."]
 
 
 def _several(chosen: Summary, runs: list[Row], found: Sequence[Entry]) -> list[str]:
@@ -274,8 +276,9 @@ def _several(chosen: Summary, runs: list[Row], found: Sequence[Entry]) -> list[s
             f"{_best_of(name, len(rivals))}: {_name(best.label)}, {points(best.mean)} % ({_over(best, others)})."
         )
         if difference := paired_difference(runs, others):
-            size = _file_text(chosen.adapter_file_bytes, best.adapter_file_bytes if name == "trained" else None)
-            lines.append(f"{_name(chosen.label)} against {_name(best.label)}{_paired_text(difference)}{size}")
+            lines.append(f"{_name(chosen.label)} against {_name(best.label)}{_paired_text(difference)}")
+        if name == "trained":
+            lines += _file_line(chosen.label, chosen.adapter_file_bytes, best.label, best.adapter_file_bytes)
     if chosen.cross_validated:
         lines.append("Each fold trained on fewer images than the final adapter.")
     sums, problems = entry_confusions(runs, chosen.cell)

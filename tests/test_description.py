@@ -1,0 +1,212 @@
+"""A cell in words: its title, what was asked, how it was measured, and the verdict on all its runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
+from nola_vision.results.description import backbone_name, cell_facts, cell_title, grid_text, how_measured
+from nola_vision.results.estimates import Estimate
+from nola_vision.results.row import Row
+from nola_vision.results.statistics import subject, summarise
+from nola_vision.results.tables import cell_report
+from nola_vision.results.verdict import cell_verdict, run_verdict
+from test_estimates import predictions
+from test_tables import CELL, CONFIG, grid, row, text_of
+
+FROZEN = {"method_class": "LogisticRegression"}
+LORA, FULL = {"method_class": "LoRA"}, {"method_class": "FullFinetune"}
+
+
+def config(tag: str = "b", dataset: str = "digits", shots: Any = 5, **sections: Any) -> dict[str, Any]:
+    backbone = {"tag": tag} | sections.pop("backbone", {})
+    data = {"dataset": dataset, "shots": shots} | sections.pop("data", {})
+    return {"model": {"backbone": backbone, "method": {"class_path": "NOLA"}}, "data": data, **sections}
+
+
+def facts(classes: int = 10, **data: Any) -> dict[str, Any]:
+    return {"class_names": list("abcdefghij")[:classes], "counts": {"train": 50, "test": 1297}} | data
+
+
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [
+        ("vit_small_patch14_dinov2.lvd142m", "ViT-S/14 DINOv2"),
+        ("vit_base_patch16_224.augreg_in21k_ft_in1k", "ViT-B/16 ImageNet-21k"),
+        ("vit_large_patch16_224.mae", "ViT-L/16 MAE"),
+        ("vit_large_patch14_reg4_dinov2.lvd142m", "ViT-L/14 DINOv2"),
+        ("resnet18.a1_in1k", "ResNet-18 ImageNet-1k"),
+        ("vit_glyph_patch4_32.glyphs", "small ViT/4 pretrained on glyphs"),
+        ("vit_so150m_patch16_reg4_gap_256.sbb", "vit_so150m_patch16_reg4_gap_256"),
+        ("local-dir:/home/me/merged", "merged"),
+        ("hf-hub:owner/name", "owner/name"),
+        ("a\x1b[31m", "a\\x1b[31m"),
+    ],
+)
+def test_a_backbone_by_its_name(tag: str, name: str) -> None:
+    assert backbone_name(row(config=config(tag))) == name
+
+
+def test_a_cell_in_words() -> None:
+    tag = "vit_small_patch14_dinov2.lvd142m"
+    photos = config(tag, "folder", "all", data={"root": "/home/me/stamps"}, protocol="photos")
+    estimate = Estimate.of([(9, 16)] * 5).to_dict()
+    own = facts(4, counts={"train": 80}, transform={"size": 224})
+    rows = [row("nola", None, estimate=estimate, data=own, config=photos, started="2026-01-02T10:00:00+00:00")]
+    assert cell_title(rows) == "stamps: 4 classes, 80 images, ViT-S/14 DINOv2"
+    assert cell_facts(rows) == [
+        ("data", "80 training images of 4 classes in 'stamps', no test images: 5-fold cross-validation"),
+        ("shots", "every training image"),
+        ("backbone", f"ViT-S/14 DINOv2 ({tag}), images of 224 pixels"),
+        ("runs", "1 method, 1 split x 1 init: 1 final run"),
+        ("protocol", "photos"),
+    ]
+    text = " ".join(how_measured(rows))
+    for part in ("divided into 5 folds", "Clopper and Pearson", "Started 2026-01-02 10:00 UTC.", f"Cell: {CELL}."):
+        assert part in text
+    assert "Wilson" not in text and "/home" not in text + str(cell_facts(rows))
+
+    trained = config("resnet18.a1_in1k", "cifar100", protocol="paper", trainer={"max_epochs": 50})
+    trained["data"] |= {"batch_size": 16, "augmentation": "none"}
+    columns = {"config": trained, "data": facts(), "device": "cpu", "threads": 2, "versions": {"torch": "2.13"}}
+    rows = [
+        *grid("nola", [[70, 72, 71], [70, None, 71]], **columns),
+        *(row("1nn", 0.5, split=split, init=None, **FROZEN, **columns) for split in (0, 1)),
+        row("nola", None, stage="search", **columns),
+    ]
+    assert cell_title(rows) == "CIFAR-100: 10 classes, 5 images per class, ResNet-18 ImageNet-1k, protocol paper"
+    assert dict(cell_facts(rows)) == {
+        "data": "50 training images of 10 classes of CIFAR-100, tested on 1,297 test images",
+        "shots": "5 images per class, drawn with seeds 0 to 1 (the splits)",
+        "backbone": "ResNet-18 ImageNet-1k (resnet18.a1_in1k)",
+        "runs": "2 methods, 2 splits x 3 inits (frozen features: one run per split): 8 final runs, 1 failed",
+        "protocol": "paper (as the paper states): 50 epochs, batches of 16, augmentation none",
+    }
+    text = " ".join(how_measured(rows))
+    for part in (
+        "tested on 1,297 test images.",
+        "Wilson",
+        "Student's t",
+        "Device: cpu with 2 threads.",
+        "PyTorch: 2.13.",
+    ):
+        assert part in text
+    assert grid_text(rows[:3]) == "3 runs: 1 split x 3 inits" and grid_text(rows[6:8]) == "2 splits"
+    assert grid_text([*rows[:4], rows[5]]) == "5 runs of 2 splits"
+
+
+def test_what_rows_do_not_say_is_left_out() -> None:
+    bare = [row(config=CONFIG)]
+    assert cell_title(bare) == "digits: b" and cell_title([]) == "" and cell_facts([]) == []
+    assert dict(cell_facts(bare))["data"] == "digits" and how_measured(bare) and how_measured([])
+    odd = row(config=CONFIG | {"protocol": [1]}, data={"counts": {"train": "x"}, "transform": 3, "test_name": ["\x1b"]})
+    assert "\x1b" not in str([cell_title([odd]), cell_facts([odd]), how_measured([odd]), cell_verdict([odd], CELL)])
+
+
+def test_the_subject_is_nola_then_what_trains_then_frozen_features() -> None:
+    rows = [
+        row("nola-qv", 0.5), row("nola-mlp", 0.6), row("lora", 0.9, **LORA), row("full", 0.8, **FULL),
+        row("logistic", 0.95, init=None, **FROZEN), row("nola-big", None, status="failed"),
+    ]  # fmt: skip
+
+    def chosen(*kept: Row) -> str | None:
+        found = subject(summarise(kept))
+        return None if found is None else found.method
+
+    assert chosen(*rows) == "nola-mlp"
+    assert chosen(*rows[2:]) == "lora" and chosen(*rows[4:]) == "logistic" and chosen(rows[-1]) is None
+    assert chosen(*(dataclasses.replace(one, test_accuracy=0.5) for one in rows[:2])) == "nola-mlp"  # the first by name
+
+
+def with_confusion(rows: list[Row], place: Path, counts: list[list[int]]) -> list[Row]:
+    made = []
+    for number, one in enumerate(rows):
+        folder = place / f"{one.method}-{number}"
+        folder.mkdir()
+        names = ["cat", "dog", "owl"]
+        (folder / CONFUSION_FILE).write_text(confusion_csv(np.array(counts), names))
+        made.append(dataclasses.replace(one, folder=folder))
+    return made
+
+
+def test_a_verdict_on_several_runs(tmp_path: Path) -> None:
+    data = facts(3, majority_share=0.4)
+    nola = grid("nola", [[70, 72], [80, 82], [75, 77]], adapter_file_bytes=1000, data=data)
+    nola = with_confusion(nola, tmp_path, [[5, 1, 2], [0, 5, 0], [1, 1, 5]])
+    lora = grid("lora", [[76, 74], [83, 83], [81, 79]], adapter_file_bytes=1500, data=data, **LORA)
+    frozen = [row("logistic", 0.6 + 0.1 * split, split=split, init=None, data=data, **FROZEN) for split in range(3)]
+    worse = [row("1nn", 0.1, init=None, method_class="NearestNeighbor", data=data)]
+    lost = [row("lora", None, split=9, status="failed", error="no room", **LORA)]
+    # nola - lora by split: -4, -2, -4; nola - logistic 11, 11, -4; t(0.975, 2) = 4.3027
+    assert cell_verdict([*nola, *lora, *frozen, *worse, *lost, row(cell="another")], CELL) == [
+        "nola: 76.0 % right (std 4.2; 6 runs: 3 splits x 2 inits).",
+        "Chance: always answering the largest class is right for 40.0 %.",
+        "Best of 2 frozen-feature methods (an optimistic choice): logistic, 70.0 % (std 8.2; 3 splits).",
+        "nola against logistic, split by split: no difference shown (+6.0 points, -15.5 to +27.5, 3 splits).",
+        "The other method that trains: lora, 79.3 % (std 3.5; 6 runs: 3 splits x 2 inits).",
+        "nola against lora, split by split: 3.3 points worse (-6.2 to -0.5, 3 splits).",
+        "The adapter file of lora is 1.5 times as large as that of nola.",
+        "Most often confused: 'cat' and 'owl' (18 images), 'cat' and 'dog' (6 images), and 1 more pair with 6.",
+        "Not completed: 1 run (lora 1).",
+    ]
+    other = [dataclasses.replace(one, method="nola-big", test_accuracy=0.2) for one in nola]
+    first = cell_verdict([*nola, *other], CELL)[0]
+    assert first.startswith("nola, the best of 2 NOLA entries (an optimistic choice): 76.0 %")
+    one_split = cell_verdict([*nola[:2], frozen[0]], CELL)
+    assert "nola against logistic: +11.0 points on one split, which gives no interval." in one_split
+    (nola[0].folder or tmp_path).joinpath(CONFUSION_FILE).write_text("x")
+    assert cell_verdict(nola, CELL)[-1].endswith("delete it (plots then leave its run out)")
+    assert cell_verdict(lost, CELL) == ["No run of this cell has an accuracy yet.", "Not completed: 1 run (lora 1)."]
+
+
+def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
+    names, rows = ["cat", "dog"], {}
+    of = {"nola": [0] * 18 + [1] * 2, "logistic": [0] * 10 + [1] * 10, "full": [0] * 20}
+    for method, predicted in of.items():
+        found = predictions(predicted, [0] * 20)
+        folder = tmp_path / method
+        folder.mkdir()
+        found.save(folder)
+        columns = {"logistic": FROZEN | {"init": None}, "full": FULL}.get(method, {})
+        rows[method] = dataclasses.replace(
+            row(
+                method,
+                found.correct.mean(),
+                data={"class_names": names},
+                adapter_file_bytes=100 if method == "nola" else 123_456,
+                **columns,
+            ),
+            folder=folder,
+        )
+    lines, problems = run_verdict(rows["nola"], [rows["logistic"]], names, [rows["full"]])
+    assert cell_verdict(rows.values(), CELL) == lines and not problems
+    assert [line.partition(" (")[0] for line in lines] == [
+        "nola: 90.0 % right",
+        "Frozen features: logistic, 50.0 %",
+        "nola against logistic, image by image: 40.0 points better",
+        "The other method that trains: full, 100.0 %",
+        "nola against full, image by image: no difference shown",
+        "The adapter file of full is 1,235 times as large as that of nola.",
+        "Most often confused: 'cat' and 'dog'",
+    ]
+    assert cell_verdict([rows["logistic"], row("nola", None)], CELL)[0] == (
+        "nola has no estimate of its accuracy: it was not tested."
+    )
+    (tmp_path / "logistic" / "predictions.safetensors").write_bytes(b"x")
+    lines = cell_verdict(rows.values(), CELL)
+    assert lines[-1].startswith("logistic is not compared: ") and not any("against logistic" in line for line in lines)
+
+
+def test_the_terminal_shows_title_verdict_and_tables_in_this_order() -> None:
+    rows = [
+        *grid("nola", [[70, 72], [80, 82]], data=facts()),
+        *grid("lora", [[71, 71], [78, 78]], data=facts(), **LORA),
+    ]
+    text = text_of(cell_report(rows, CELL), width=80)
+    places = [text.index(part) for part in ("digits: 10 classes", "nola: 76.0 % right", "Results", "Differences")]
+    assert places == sorted(places) and max(map(len, text.splitlines())) <= 80
