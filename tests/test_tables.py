@@ -599,7 +599,7 @@ def test_any_row_is_refused_in_one_line_or_shown_by_everything() -> None:
     text_frame(together, csv_cell).to_csv(index=False).encode()
     frame(together).to_parquet(index=False)
     html_page(together, {}).encode()
-    assert len(cell_plots(together, CELL)[0]) == 3
+    assert "by-split" in cell_plots(together, CELL)[0]
 
 
 def test_a_cell_without_final_runs_says_so() -> None:

@@ -20,6 +20,7 @@ from nola_vision.text import csv_cell, name_text, printable
         ("\ud83d", "\\ud83d"),
         ("line\u2028two\r", "line\\u2028two\\r"),
         ("c\u200bat c\xadat \ufeffcat", "c\\u200bat c\\xadat \\ufeffcat"),
+        ("\ufffe\uffff\ufffd", "\\ufffe\\uffff\ufffd"),
         ("cat\U000e0041 cat\ufe0f cat\u3164", "cat\\U000e0041 cat\\ufe0f cat\\u3164"),
         ("👩\u200d🚀 👍🏽 cafe\u0301", "👩\\u200d🚀 👍🏽 cafe\u0301"),
     ],

@@ -9,11 +9,11 @@ import unicodedata
 
 # C0 and C1 controls, line and paragraph separators, and lone surrogates; Unicode's format characters (category Cf),
 # which reorder what is displayed or are not displayed; and the other characters that are not displayed: fillers,
-# variation selectors and tags (property Default_Ignorable_Code_Point). Emoji are not exempt: a joiner between two that
-# the font does not combine is not displayed either.
+# variation selectors and tags (property Default_Ignorable_Code_Point); and U+FFFE and U+FFFF, which XML forbids. Emoji
+# are not exempt: a joiner between two that the font does not combine is not displayed either.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160\u17b4\u17b5\u180b-\u180f"
-    "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff"
     "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 

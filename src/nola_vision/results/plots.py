@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import warnings
 from collections import defaultdict
@@ -65,6 +66,7 @@ DARK_COLOURS: Mapping[str, str] = {
 _WIDTH, _HEIGHT = 420, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 32, 46
 _TEXT, _LINE = 13, 15  # size and height of a line
+_LABEL_GAP = 14  # between the axes and the labels of lines
 _MOST_LABELS = 14  # as many as fit beneath each other
 _MOST_CHARACTERS = 18  # of a label
 _MARKERS = "os^DvPX*"
@@ -190,64 +192,77 @@ def pareto_front(summaries: Iterable[Summary]) -> list[Summary]:
     return front
 
 
-def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
-    """Top-1 accuracy over the size of the adapter file; None where no entry has both.
+class _Mark(NamedTuple):
+    """A marker with its bar and its label, in data units."""
 
-    Bars are the std over runs (ddof 0), of a single run on a test set its 95 % interval. An entry without a file is a
-    line across. Hollow markers are what the paper prints for an entry, at the size of our file. The thin line joins
-    the Pareto front.
+    label: str
+    size: int
+    mean: float
+    bar: tuple[float, float]
+    look: Look
+    text: str
+
+
+def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
+    """Top-1 accuracy over the size of the adapter file; None where no entry that trains has both.
+
+    Bars are the std over runs (ddof 0), of a single run on a test set its 95 % interval. A method on frozen
+    features is a line across, as is an entry without a file. Hollow markers are what the paper prints for an entry, at
+    the size of our file. The thin line joins the Pareto front of the other entries.
 
     Args:
         found: the entries of one cell, as `statistics.entries` returns them.
         looks: as `entry_looks` returns them.
     """
-    measured = [(item, item.mean, runs) for item, runs in found if item.mean is not None]
-    sized = [(item, item.adapter_file_bytes, mean) for item, mean, _ in measured if item.adapter_file_bytes]
-    if not sized:
-        return None
     rank = list(looks)
-    sized.sort(key=lambda one: rank.index(one[0].label))
-    lines = [(item, mean) for item, mean, _ in measured if not item.adapter_file_bytes]
-    bars = {item.label: _bar(item) for item, _, _ in measured}
-    printed = {item.label: figure for item, _, runs in measured if (figure := published_result(runs[0]))}
-    papers = [(item, size, float(printed[item.label]["mean"])) for item, size, _ in sized if item.label in printed]
+    found = sorted((one for one in found if one[0].mean is not None), key=lambda one: rank.index(one[0].label))
+    own, papers, lines = [], [], []
+    for item, runs in found:
+        assert item.mean is not None
+        look = looks[item.label]
+        if not (size := item.adapter_file_bytes) or kind(item) == "frozen":
+            lines.append((item, item.mean, f"{look.name} {item.mean:.1f}", look))
+            continue
+        own.append(_Mark(item.label, size, item.mean, _bar(item), look, look.name))
+        if printed := published_result(runs[0]):
+            mean, std = float(printed["mean"]), float(printed.get("std", 0))
+            plain = look._replace(strong=False)
+            papers.append(_Mark(f"paper: {item.label}", size, mean, (mean - std, mean + std), plain, "paper"))
+    if not own:
+        return None
 
-    several = any(item.n > 1 for item, _, _ in sized)
-    single = any(item.interval for item, _, _ in sized)
-    kinds = ["std"] * several + ["95 % interval"] * single
-    heading = "top-1 accuracy, %" + (f"; bars: {' or '.join(kinds)}" if kinds else "")
-    names = {item.label: f"{looks[item.label].name} {mean:.1f}" for item, mean in lines}
-    figure, axes = _panel(heading, "adapter file, head included", column=_column(names.values()))
-    low, high = _range([size for _, size, _ in sized])
+    sized = [item for item, _ in found if item.label in {mark.label for mark in own}]
+    bars = ["std"] * any(item.n > 1 for item in sized) + ["95 % interval"] * any(item.interval for item in sized)
+    heading = "top-1 accuracy, %" + (f"; bars: {' or '.join(bars)}" if bars else "")
+    figure, axes = _panel(heading, "adapter file, head included", column=_column(text for _, _, text, _ in lines))
+    low, high = _range([mark.size for mark in own])
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     ticks = _byte_ticks(low, high)
     axes.set_xticks(ticks, [bytes_text(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    ends = [end for item, _, _ in sized for end in bars[item.label]]
-    _limit(axes, [*ends, *(mean for _, mean in lines), *(mean for _, _, mean in papers)], least=2.0, bound=100.0)
+    heights = [height for mark in [*own, *papers] for height in mark.bar] + [mean for _, mean, _, _ in lines]
+    _limit(axes, heights, least=2.0, bound=100.0)
 
-    front = pareto_front(item for item, _, _ in sized)
-    corners = [(item.adapter_file_bytes or 0, item.mean or 0) for item in front]
-    axes.step(*zip(*corners, strict=True), where="post", color=MUTED, linewidth=1, label="Pareto front")
-    for item, mean in lines:
-        axes.axhline(mean, color=MUTED, linewidth=1.2, linestyle=looks[item.label].line, label=item.label)
-    for item, size, mean in papers:
-        look = looks[item.label]
-        hollow = {"markerfacecolor": PAPER, "markeredgecolor": look.colour, "markeredgewidth": 1.5, "markersize": 7}
-        axes.plot([size], [mean], look.marker, **hollow, clip_on=False, label=f"paper: {item.label}")  # type: ignore[arg-type]
-    for item, size, mean in sized:
-        look = looks[item.label]
-        axes.plot([size, size], bars[item.label], "-", color=look.colour, linewidth=1.4, clip_on=False)
-        size_of_marker = 9 if look.strong else 7
-        axes.plot([size], [mean], look.marker, color=look.colour, markersize=size_of_marker, clip_on=False)
-        axes.lines[-1].set_label(item.label)
-    _label_points(figure, axes, sized, papers, lines, corners, bars, looks)
-    _label_ends(figure, axes, [(high, mean, names[item.label], looks[item.label]) for item, mean in lines])
+    front = [(float(item.adapter_file_bytes or 0), item.mean or 0.0) for item in pareto_front(sized)]
+    axes.step(*zip(*front, strict=True), where="post", color=MUTED, linewidth=1, label="Pareto front")
+    for item, mean, _, look in lines:
+        axes.axhline(mean, color=MUTED, linewidth=1.2, linestyle=look.line, label=item.label)
+    for mark in [*papers, *reversed(own)]:  # the subject on top
+        below, above = mark.mean - mark.bar[0], mark.bar[1] - mark.mean
+        axes.errorbar(
+            mark.size, mark.mean, yerr=[[below], [above]], fmt=mark.look.marker, color=mark.look.colour,
+            markerfacecolor=PAPER if mark in papers else mark.look.colour, markersize=9 if mark.look.strong else 7,
+            markeredgewidth=1.5, elinewidth=1.4, label=mark.label, clip_on=False,
+        )  # fmt: skip
+    _label_points(figure, axes, [*own, *papers], [mean for _, mean, _, _ in lines], front)
+    _label_ends(figure, axes, [(high, mean, text, look) for _, mean, text, look in lines])
 
-    parts = [f"{item.label} {mean:.1f} %{_bar_text(item)} at {bytes_text(size)}" for item, size, mean in sized]
-    parts += [f"{item.label} {mean:.1f} %{_bar_text(item)} without a file" for item, mean in lines]
-    parts += [f"the paper's {item.label} {mean:.1f} %" for item, _, mean in papers]
+    parts = []
+    for item, _ in found:
+        where = f"at {bytes_text(item.adapter_file_bytes)}" if item.adapter_file_bytes else "without a file"
+        parts.append(f"{item.label} {item.mean:.1f} %{_bar_text(item)} {where}")
+    parts += [f"{mark.label} {mark.mean:.1f} %" for mark in papers]
     return _chart("pareto", "Top-1 accuracy over the size of the adapter file", parts, figure)
 
 
@@ -464,7 +479,7 @@ def _write(figure: Figure, x: float, y: float, text: str, colour: str, align: st
     )  # fmt: skip
 
 
-def _join(figure: Figure, axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+def _join(figure: Figure, start: tuple[float, float], end: tuple[float, float]) -> None:
     """A thin line from what is labelled to its label, in points."""
     xs, ys = zip(start, end, strict=True)
     transform = figure.dpi_scale_trans
@@ -485,9 +500,6 @@ def _column(names: Iterable[str]) -> float:
     return max((text_width(name, _TEXT, "bold") for name in names), default=-_LABEL_GAP) + _LABEL_GAP
 
 
-_LABEL_GAP = 14.0  # between the axes and the labels of lines
-
-
 def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str, Look]]) -> None:
     """Write the labels of lines to the right of the axes, each joined to its line's end, a point in data units."""
     if not ends:
@@ -497,49 +509,46 @@ def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, s
     edge = float(axes.bbox.x1)
     for (x, y), height, (_, _, name, look) in zip(points.tolist(), heights, ends, strict=True):
         start = (max(x, edge) + 2 if x >= edge - 8 else x + 4, y)
-        _join(figure, axes, start, (edge + _LABEL_GAP - 2, height))
+        _join(figure, start, (edge + _LABEL_GAP - 2, height))
         _write(figure, edge + _LABEL_GAP, height, name, look.colour, bold=look.strong)
 
 
 def _label_points(
-    figure: Figure,
-    axes: Axes,
-    sized: Sequence[tuple[Summary, int, float]],
-    papers: Sequence[tuple[Summary, int, float]],
-    lines: Sequence[tuple[Summary, float]],
-    corners: Sequence[tuple[float, float]],
-    bars: Mapping[str, tuple[float, float]],
-    looks: Mapping[str, Look],
+    figure: Figure, axes: Axes, marks: Sequence[_Mark], lines: Sequence[float], front: Sequence[tuple[float, float]]
 ) -> None:
-    """Write the labels of a Pareto chart next to its points."""
+    """Write the labels of a Pareto chart next to its markers.
 
-    def shown(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-        return [(float(x), float(y)) for x, y in axes.transData.transform(points)] if points else []
+    Args:
+        figure: the chart.
+        axes: with its final limits.
+        marks: the most important first.
+        lines: heights of the lines across.
+        front: the corners of the Pareto front.
+    """
 
-    own, paper = shown([(size, mean) for _, size, mean in sized]), shown([(size, mean) for _, size, mean in papers])
-    texts = [(looks[item.label].name, looks[item.label]) for item, _, _ in sized]
-    texts += [("paper", looks[item.label]._replace(strong=False)) for item, _, _ in papers]
-    markers = np.array([(x - 5, y - 5, x + 5, y + 5) for x, y in [*own, *paper]])
-    crossed = [along(*shown([(size, end) for end in bars[item.label]])) for item, size, _ in sized]
+    def shown(*points: tuple[float, float]) -> list[tuple[float, float]]:
+        return [(float(x), float(y)) for x, y in axes.transData.transform(points)]
+
+    places = shown(*((mark.size, mark.mean) for mark in marks))
+    path = [front[0]]
+    for (_, before), (size, mean) in zip(front, front[1:], strict=False):
+        path += [(size, before), (size, mean)]
     left, right = axes.get_xlim()
-    crossed += [along(*shown([(left, mean), (right, mean)])) for _, mean in lines]
-    steps = [
-        point for (_, before), (x, y) in zip(corners, corners[1:], strict=False) for point in ((x, before), (x, y))
-    ]
-    path = shown([*corners[:1], *(point for step in steps for point in step)])
-    crossed += [along(start, end) for start, end in zip(path, path[1:], strict=False)]
-    places = place_at_points(
-        [*own, *paper],
-        [(text_width(name, _TEXT, "bold" if look.strong else "normal"), _LINE - 1) for name, look in texts],
-        hidden=markers,
+    crossed = [along(*ends) for ends in itertools.pairwise(shown(*path))]
+    crossed += [along(*shown((mark.size, mark.bar[0]), (mark.size, mark.bar[1]))) for mark in marks]
+    crossed += [along(*shown((left, mean), (right, mean))) for mean in lines]
+    labels = place_at_points(
+        places,
+        [(text_width(mark.text, _TEXT, "bold" if mark.look.strong else "normal"), _LINE - 1) for mark in marks],
+        hidden=np.array([(x - 5, y - 5, x + 5, y + 5) for x, y in places]),
         crossed=np.concatenate(crossed),
-        area=(4, _BOTTOM + 1, _WIDTH - 2 if not lines else float(axes.bbox.x1), _HEIGHT - _TOP + 8),
+        area=(4, _BOTTOM + 1, float(axes.bbox.x1) if lines else _WIDTH - 2, _HEIGHT - _TOP + 8),
     )
-    for point, place, (name, look) in zip([*own, *paper], places, texts, strict=True):
-        if place is not None:
-            if place.distance > 12:
-                _join(figure, axes, point, place.near)
-            _write(figure, place.left, place.middle, name, look.colour, bold=look.strong)
+    for mark, place, label in zip(marks, places, labels, strict=True):
+        if label is not None:
+            if label.distance > 12:
+                _join(figure, place, label.near)
+            _write(figure, label.left, label.middle, mark.text, mark.look.colour, bold=mark.look.strong)
 
 
 def _bar(item: Summary) -> tuple[float, float]:
@@ -601,7 +610,7 @@ def class_differences_plot(
     points = pd.DataFrame({f"{label} ({n} splits)": series for label, (n, series) in differences.items()}).T
     largest = points.abs().max().sort_values(ascending=False)
     shown = points[[name for name in points if name in set(largest.index[:_MOST_CLASSES])]]
-    figure, axes = _axes(height=1.8 + 0.35 * len(shown))
+    figure, (axes,) = _grid(1, 1, width=8, height=1.8 + 0.35 * len(shown))
     most = max(1.0, float(largest.iloc[0]))
     picture = axes.imshow(shown, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     axes.set_xticks(range(shown.shape[1]), [short_name(name, 20) for name in shown.columns], rotation=90, fontsize=8)
@@ -693,11 +702,6 @@ def _png(figure: Figure) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, dpi=min(150, _MOST_PIXELS / max(figure.get_size_inches())), format="png", facecolor=PAPER)
     return content.getvalue()
-
-
-def _axes(height: float = 3.6) -> tuple[Figure, Axes]:
-    figure, (axes,) = _grid(1, 1, 8, height)
-    return figure, axes
 
 
 def _grid(lines: int, columns: int, width: float = 3.2, height: float = 3.0) -> tuple[Figure, list[Axes]]:
