@@ -51,6 +51,7 @@ _WORST_CLASSES = 20
 _MOST_PAIRS = 10
 _MATRIX_CLASSES = 20
 _HEATS = 5  # steps of colour in the confusion matrix
+_UPRIGHT = 3  # characters of a name that fit above a column of the matrix
 _TINY = 48  # pixels of an image that is enlarged without smoothing
 _DARK = "@media screen and (prefers-color-scheme: dark)"
 
@@ -98,6 +99,7 @@ class ClassesView:
     """Accuracy by class of the subject and of the best frozen-feature method, the worst class first."""
 
     subject: str
+    colour: str  # class of the style sheet
     other: str | None
     note: str
     shown: Sequence[ClassLine]
@@ -140,6 +142,7 @@ class ConfusionView:
     more_pairs: str
     caption: str
     names: Sequence[str]
+    upright: bool  # names so short that they need not be turned
     lines: Sequence[MatrixLine]
 
 
@@ -313,6 +316,8 @@ def _cell(
     other = frozen if frozen is not own else None
     tested = _tested(own, runs[own], problems) if own else None
     of_other = _tested(other, runs[other], problems) if other and tested else None
+    looks = entry_looks(list(runs))
+    colours = {printable(label): CSS_COLOURS[look.colour].lstrip("-") for label, look in looks.items()}
     charts, unusable = cell_charts(rows, cell)
     problems += unusable
     return CellView(
@@ -326,13 +331,11 @@ def _cell(
         ),
         verdict=cell_verdict(rows, cell),
         figures=_key_figures(own, other, runs),
-        colours={
-            printable(label): CSS_COLOURS[look.colour].lstrip("-") for label, look in entry_looks(list(runs)).items()
-        },
+        colours=colours,
         facts=cell_facts(rows),
         sheets=tables.cell_sheets(rows, cell, columns),
         charts=[ChartView(chart.title, chart.svg(f"{anchor}-{chart.name}")) for chart in charts],
-        classes=_classes(tested, of_other) if tested else None,
+        classes=_classes(tested, of_other, colours[printable(tested.summary.label)]) if tested else None,
         confusion=_confusion(tested) if tested else None,
         gallery=_gallery(tested, image_bytes, problems) if tested and image_bytes else None,
         measured=how_measured(rows),
@@ -351,7 +354,9 @@ def _key_figures(own: Summary | None, other: Summary | None, runs: Mapping[Summa
         figures.append(KeyFigure("chance", f"{_per_cent(own.chance)} %", "always answering the largest class"))
     if own is not None and own.adapter_file_bytes:
         size = own.adapter_file_bytes
-        figures.append(KeyFigure("adapter file", bytes_text(size), f"{size:,} bytes, head included"))
+        figures.append(
+            KeyFigure(f"{name_text(own.label)}, adapter file", bytes_text(size), f"{size:,} bytes, head included")
+        )
     return figures
 
 
@@ -424,7 +429,7 @@ def _tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> _Test
     return _Tested(summary, names, tuple(found)) if found else None
 
 
-def _classes(own: _Tested, other: _Tested | None) -> ClassesView:
+def _classes(own: _Tested, other: _Tested | None, colour: str) -> ClassesView:
     """Accuracy by class, the class with the lowest first; classes without a tested image are left out."""
     names = own.class_names
     if other is not None and other.class_names != names:
@@ -447,7 +452,7 @@ def _classes(own: _Tested, other: _Tested | None) -> ClassesView:
     ]
     shown = len(lines) if len(lines) <= _MOST_CLASSES else _WORST_CLASSES
     part = "" if shown == len(lines) else f" The {shown} classes of {len(lines)} with the lowest accuracy."
-    return ClassesView(own.label, other.label if other else None, own.what + part, lines[:shown], lines[shown:])
+    return ClassesView(own.label, colour, other.label if other else None, own.what + part, lines[:shown], lines[shown:])
 
 
 def _confusion(own: _Tested) -> ConfusionView | None:
@@ -474,6 +479,7 @@ def _confusion(own: _Tested) -> ConfusionView | None:
         more_pairs=f"and {plural('more pair', rest)}" if rest > 0 else "",
         caption=f"Confusion matrix{part}: {unit}; true class by row, predicted class by column",
         names=[names[i] for i in kept],
+        upright=max(len(names[i]) for i in kept) <= _UPRIGHT,
         lines=[MatrixLine(names[i], [_heat(own, i, j) for j in kept]) for i in kept],
     )
 
