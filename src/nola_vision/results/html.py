@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -253,7 +254,11 @@ def html_page(
             of_cells[row.cell].append(row)
     budget = MOST_IMAGE_BYTES // max(1, len(tested)) if images else 0
     found = list(problems)
-    cells = [_cell(of_cells[cell], cell, columns, f"cell{i}", budget, found) for i, cell in enumerate(tested, start=1)]
+    titles = _titles(of_cells)
+    cells = [
+        _cell(of_cells[cell], titles[cell], columns, f"cell{number}", budget, found)
+        for number, cell in enumerate(tested, start=1)
+    ]
     view = PageView(
         title=cells[0].title if len(cells) == 1 else f"{plural('cell', len(cells))}, {plural('run', len(rows))}",
         cells=cells,
@@ -262,6 +267,13 @@ def html_page(
         footer=f"Made by nola-vision {__version__} from {plural('row', len(rows))}. This file loads nothing.",
     )
     return Page(_render(view), sum(len(cell.gallery.photos) for cell in cells if cell.gallery))
+
+
+def _titles(of_cells: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+    """The title of each cell, with its id where several have the same."""
+    titles = {cell: cell_title(rows) for cell, rows in of_cells.items()}
+    count = Counter(titles.values())
+    return {cell: title if count[title] == 1 else f"{title} ({printable(cell)})" for cell, title in titles.items()}
 
 
 def _render(view: PageView) -> str:
@@ -308,9 +320,10 @@ def _digest(text: str) -> str:
 
 
 def _cell(
-    rows: Sequence[Row], cell: str, columns: Sequence[str], anchor: str, image_bytes: int, problems: list[str]
+    rows: Sequence[Row], title: str, columns: Sequence[str], anchor: str, image_bytes: int, problems: list[str]
 ) -> CellView:
-    """A cell's section; sentences on files that could not be used are added to `problems`."""
+    """The section of the rows of one cell; sentences on files that could not be used are added to `problems`."""
+    cell = rows[0].cell
     runs = dict(entries(rows))
     own, frozen = subject(runs), subject(one for one in runs if kind(one) == "frozen")
     other = frozen if frozen is not own else None
@@ -322,7 +335,7 @@ def _cell(
     problems += unusable
     return CellView(
         anchor=anchor,
-        title=cell_title(rows),
+        title=title,
         index=IndexLine(
             method=name_text(own.label) if own else "",
             accuracy=_accuracy(own, runs[own])[0] if own else "",
@@ -354,9 +367,8 @@ def _key_figures(own: Summary | None, other: Summary | None, runs: Mapping[Summa
         figures.append(KeyFigure("chance", f"{_per_cent(own.chance)} %", "always answering the largest class"))
     if own is not None and own.adapter_file_bytes:
         size = own.adapter_file_bytes
-        figures.append(
-            KeyFigure(f"{name_text(own.label)}, adapter file", bytes_text(size), f"{size:,} bytes, head included")
-        )
+        label = f"{name_text(own.label)}, adapter file"
+        figures.append(KeyFigure(label, bytes_text(size), f"{size:,} bytes, head included"))
     return figures
 
 
@@ -394,7 +406,9 @@ class _Tested:
     def shares(self) -> npt.NDArray[np.float64]:
         """The counts in per cent of the true class's images; not a number where a class has none."""
         totals = self.counts.sum(axis=1, keepdims=True)
-        return np.divide(100.0 * self.counts, totals, out=np.full(self.counts.shape, np.nan), where=totals > 0)
+        shares = np.full(self.counts.shape, np.nan)
+        np.divide(100.0 * self.counts, totals, out=shares, where=totals > 0)
+        return shares
 
     @property
     def what(self) -> str:
@@ -592,9 +606,7 @@ _RUN_COLUMNS = (
 def _runs(rows: Sequence[Row]) -> RunsView:
     stages = {"final": 0, "search": 1, "fold": 2}
     ordered = sorted(rows, key=lambda row: (stages[row.stage], row.method, row.entry_hash, row.split, row.init or 0))
-    ended: dict[str, int] = {}
-    for row in ordered:
-        ended[row.status] = ended.get(row.status, 0) + 1
+    ended = Counter(row.status for row in ordered)
     title = f"{plural('run', len(rows))}: {', '.join(f'{number:,} {status}' for status, number in ended.items())}"
     return RunsView(title, _RUN_COLUMNS, [RunLine(row.status, _run_texts(row)) for row in ordered])
 
