@@ -21,19 +21,21 @@ from nola_vision.predictions import Predictions, load_predictions
 from nola_vision.results import identity
 from nola_vision.results.row import Row
 from nola_vision.results.store import read_row, read_rows
+from nola_vision.thumbnails import load_thumbnails
 
 PER_CLASS = 6
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of six digits, and one of a single digit."""
+    """Three classes of six digits, and one of a single digit. The first image is mislabelled."""
     folder, digits = tmp_path_factory.mktemp("photos"), load_digits()
     for label, count in enumerate([PER_CLASS, PER_CLASS, PER_CLASS, 1]):
         place = folder / f"class {label}"
         place.mkdir()
         for number, index in enumerate(np.flatnonzero(digits.target == label)[:count]):
-            pixels = np.round(digits.images[index] * 255 / 16).astype(np.uint8)
+            shown = index if (label, number) != (0, 0) else np.flatnonzero(digits.target == 1)[PER_CLASS]
+            pixels = np.round(digits.images[shown] * 255 / 16).astype(np.uint8)
             Image.fromarray(pixels).save(place / f"{number}.png")
     return folder
 
@@ -78,6 +80,10 @@ def test_the_estimate_is_that_of_the_folds(photos: Path, fitted: Path) -> None:
     assert row.macro_f1 == pytest.approx(f1_score(pooled.label, pooled.predicted, average="macro", zero_division=0))
     assert row.test_nll == pytest.approx(row.held_out_nll, rel=1e-4) and row.top5_accuracy is None
     assert row.folder is not None and (row.folder / "confusion.csv").is_file()
+    thumbnails, wrong = load_thumbnails(row.folder), pooled.index[~pooled.correct].tolist()
+    names = [f"class {label}/{number}.png" for label in range(3) for number in range(PER_CLASS)]
+    assert {index: one.name for index, one in thumbnails.items()} == {index: names[index] for index in wrong}
+    assert 0 in wrong and not any(load_thumbnails(fold.folder) for fold in folds if fold.folder)
     assert row.data["counts"]["train"] == 3 * PER_CLASS + 1  # the final adapter sees every image
     for fold, part in zip(folds, tested, strict=True):
         assert part is not None and fold.data["draw"] is None and not set(part.index) & set(trained_on(fold))
@@ -116,6 +122,7 @@ def test_the_estimate_may_come_later(photos: Path, tmp_path: Path, fitted: Path)
     later = final_row(tmp_path)
     assert later.started == row.started and later.estimate == final_row(fitted).estimate
     assert later.adapter_file_bytes == file.stat().st_size
+    assert load_thumbnails(row.folder) == load_thumbnails(final_row(fitted).folder)  # type: ignore[arg-type]
     assert load_adapter(file).temperature == pytest.approx(later.temperature)
     assert all((tensor == trained[name]).all() for name, tensor in open_adapter(file).tensors().items())
     assert file.read_bytes() == (final_row(fitted).folder / "adapter.safetensors").read_bytes()  # type: ignore[operator]

@@ -11,6 +11,7 @@ import pytest
 from nola_vision.predictions import load_predictions
 from nola_vision.results import store
 from nola_vision.results.row import Row
+from nola_vision.thumbnails import load_thumbnails
 
 pytestmark = pytest.mark.slow  # processes of their own, each of which imports torch
 
@@ -50,6 +51,8 @@ def test_two_processes_train_as_one(method: str, tmp_path: Path) -> None:
     assert a is not None and b is not None and a.index.tolist() == b.index.tolist() == sorted(set(a.index.tolist()))
     assert len(a.index) == 101 and (a.label == b.label).all() and (a.predicted == b.predicted).all()
     assert b.probability == pytest.approx(a.probability, abs=1e-3)
+    shown = [set(load_thumbnails(row.folder)) for row in (one, two) if row.folder]
+    assert [len(indices) for indices in shown] == [min(24, int((~a.correct).sum()))] * 2
     assert printed.count("test accuracy") == 1  # the second process prints nothing
 
 

@@ -1,5 +1,6 @@
 """One run from config to row: the whole path on the shipped backbone and the bundled digits, made short."""
 
+import io
 import json
 import math
 import signal
@@ -15,6 +16,8 @@ import safetensors.torch
 import timm
 import torch
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from nola_vision import load_adapter, run
@@ -22,9 +25,11 @@ from nola_vision.calibration import fit_temperature
 from nola_vision.config import build, parse
 from nola_vision.config_files import load_configs, overlay
 from nola_vision.errors import NolaVisionError
+from nola_vision.predictions import load_predictions
 from nola_vision.results import identity, store
 from nola_vision.results.confusion import read_confusion
 from nola_vision.results.row import DETERMINISTIC
+from nola_vision.thumbnails import load_thumbnails
 
 SHORT = {
     "threads": 1,
@@ -68,6 +73,20 @@ def test_every_tested_run_leaves_its_confusions(rows: dict) -> None:
         counts = read_confusion(identity.run_folder(rows["out"], config(name), "final") / "confusion.csv")
         assert list(counts.index) == list(counts.columns) == [str(digit) for digit in range(10)], name
         assert np.trace(counts) / counts.to_numpy().sum() == pytest.approx(row.test_accuracy, abs=1e-6)
+
+
+def test_every_tested_run_leaves_thumbnails_of_its_mistakes(rows: dict) -> None:
+    pixels = load_digits().images[-899:] * 255 / 16  # the test split of digits
+    for name in ("1nn", "nola"):
+        predictions = load_predictions(rows[name].folder)
+        assert predictions is not None
+        wrong = predictions.index[~predictions.correct]
+        found = load_thumbnails(rows[name].folder)
+        assert len(found) == min(24, len(wrong)) > 0 and set(found) <= set(wrong.tolist()), name
+        for index, one in found.items():
+            assert (one.index, one.name) == (index, f"digits[{index}]")
+            stored = np.asarray(Image.open(io.BytesIO(one.jpeg)).convert("L"), dtype=float)
+            assert np.abs(stored - pixels[index]).mean() < 10, index
 
 
 def test_a_row_has_the_metrics_of_its_confusions(rows: dict) -> None:

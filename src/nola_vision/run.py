@@ -27,7 +27,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nola_vision.adapters.file import open_adapter
 from nola_vision.calibration import Calibration, cross_fitted
-from nola_vision.config import RunCLI, build, quiet
+from nola_vision.config import RunCLI, build, open_data, quiet
+from nola_vision.data.sources import ImageSource
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import need_checkpoint_file, write_whole
 from nola_vision.interrupts import Interrupts
@@ -51,6 +52,7 @@ from nola_vision.tasks.accuracy import LOGGED, pooled_metrics
 from nola_vision.tasks.classifier import Classifier
 from nola_vision.tasks.frozen import FrozenClassifier
 from nola_vision.tasks.frozen import evaluate as evaluate_frozen
+from nola_vision.thumbnails import write_thumbnails
 from nola_vision.trainer_settings import (
     CHECKPOINTS,
     LAST_CHECKPOINT,
@@ -208,7 +210,7 @@ def run(
     with claim(folder) if main else nullcontext():
         if not again and (row := completed_row(folder)) is not None:
             if held_out and row.estimate is None and main:
-                row = _with_estimate(row, folder, held_out)
+                row = _with_estimate(row, run_config, folder, held_out)
             return row
         if last:
             found = trains and (folder / LAST_CHECKPOINT).is_file()
@@ -323,11 +325,22 @@ def _seconds(held_out: Sequence[Row]) -> float:
     return sum(of_fold.seconds_total or 0 for of_fold in held_out)
 
 
-def _write_estimate(pooled: CrossValidated, folder: Path, class_names: Sequence[str]) -> dict[str, Any]:
-    """Writes the predictions and confusions of all folds into a final run's folder; returns the columns of its row."""
-    _stored(pooled.predictions, "final").save(folder)
+def _write_estimate(
+    pooled: CrossValidated, folder: Path, class_names: Sequence[str], source: ImageSource
+) -> dict[str, Any]:
+    """Writes what the folds predicted into a final run's folder; returns the columns of its row.
+
+    Args:
+        pooled: of all folds.
+        folder: of the final run.
+        class_names: of the data.
+        source: of the tested images.
+    """
     columns, confusions = pooled_metrics(pooled.predictions, len(class_names))
-    _write_confusions(confusions, folder, class_names)
+    if is_main_process():
+        _stored(pooled.predictions, "final").save(folder)
+        write_thumbnails(folder, pooled.predictions, source)
+        _write_confusions(confusions, folder, class_names)
     return {"estimate": pooled.estimate.to_dict(), **columns}
 
 
@@ -336,13 +349,14 @@ def _write_confusions(confusions: torch.Tensor | None, folder: Path, class_names
         write_whole(folder / CONFUSION_FILE, confusion_csv(confusions.numpy(), class_names).encode())
 
 
-def _with_estimate(row: Row, folder: Path, held_out: Sequence[Row]) -> Row:
+def _with_estimate(row: Row, run_config: identity.Config, folder: Path, held_out: Sequence[Row]) -> Row:
     """A completed row with the estimate that was skipped when its run trained."""
     pooled = _pooled(held_out)
     assert pooled is not None
+    source = open_data(run_config).tested_source
     found, path = _fold_calibration(pooled), folder / ADAPTER_FILE
     set_temperature(path, found.temperature, "folds", found.images)
-    columns = _write_estimate(pooled, folder, row.data["class_names"])
+    columns = _write_estimate(pooled, folder, row.data["class_names"], source)
     columns |= {"calibrated_on": "folds", **found.columns()}
     seconds = round((row.seconds_total or 0) + _seconds(held_out), 3)
     row = dataclasses.replace(row, adapter_file_bytes=path.stat().st_size, seconds_total=seconds, **columns)
@@ -525,7 +539,7 @@ def _measure(
             set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
             measured["adapter_file_bytes"] = path.stat().st_size
     if pooled is not None:
-        measured |= _write_estimate(pooled, folder, data.class_names)
+        measured |= _write_estimate(pooled, folder, data.class_names, data.tested_source)
     if stage != "search" and data.test_name is not None:
         clock = time.perf_counter()
         trainer.test(task, **quiet)
@@ -533,6 +547,8 @@ def _measure(
         measured |= {column: _number(trainer.callback_metrics.get(name)) for column, name in LOGGED.items()}
         if task.predictions is not None and trainer.is_global_zero:
             _stored(task.predictions, stage).save(folder)
+            if stage == "final":
+                write_thumbnails(folder, task.predictions, data.tested_source)
         if trainer.is_global_zero:
             _write_confusions(task.confusions, folder, data.class_names)
         if sum(trainer.num_test_batches) < len(data.test_dataloader()):

@@ -320,6 +320,11 @@ class KShotDataModule(L.LightningDataModule):
         """The positions of the test images in their source, in the order of `test_dataloader`."""
         return self._test_set[1]
 
+    @property
+    def tested_source(self) -> ImageSource:
+        """Where the positions of tested images point to: the test split, or all images if there is none."""
+        return self._test_source if self.has_test else self._train_set[0]
+
     @cached_property
     def input_config(self) -> InputConfig:
         """What the backbone takes."""
