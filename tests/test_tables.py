@@ -350,7 +350,7 @@ def test_folds_count_where_there_is_no_test_set() -> None:
     assert found is not None and found.mean == pytest.approx(71 - 140 / 3)
     assert "71.0 % (7.9), mean and std of 3 folds" in text_of(row_panel(folded))
     mixed = cell_sheets([folded, row("lora", 0.8)], CELL)[0]
-    assert mixed.notes[0].startswith("mean (std) over n runs or folds; folds: nola; best")
+    assert mixed.notes[0].startswith("mean (std) over n runs or folds; folds: nola; chance 50.0 %; best")
 
 
 def test_one_test_set_has_wilsons_interval() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ CONFUSION_FILE = "confusion.csv"
 _HEADER = b"true,predicted,count"
 # A run writes a file for up to 1,000 classes: one line per pair of classes with an image
 _MOST_BYTES, _MOST_CLASSES = 2**26, 2000
+_NUMBER = re.compile("[0-9]{1,12}")
 
 
 def confusion_csv(counts: NDArray[np.int64], class_names: Sequence[str]) -> str:
@@ -53,16 +56,25 @@ def read_confusion(path: Path) -> pd.DataFrame:
     try:
         if content.partition(b"\n")[0].strip() != _HEADER:
             raise ValueError("another header")
-        lines = pd.read_csv(io.BytesIO(content), dtype="str", keep_default_na=False)
-        classes = lines["true"].drop_duplicates()
-        if len(classes) > _MOST_CLASSES or not lines["predicted"].isin(classes).all():
-            raise ValueError("too many classes, or one that is predicted only")
-        if not isinstance(lines.index, pd.RangeIndex) or not lines["count"].str.fullmatch("[0-9]{1,12}").all():
-            raise ValueError("more values than columns, or a count that is not a number of images")
-        lines["count"] = lines["count"].astype("int64")
-        square = lines.pivot(index="true", columns="predicted", values="count")
-        return square.reindex(index=classes, columns=classes).fillna(0).astype("int64")
-    except (ValueError, OverflowError) as error:
+        reader = csv.reader(io.StringIO(content.decode(), newline=""))
+        next(reader)
+        classes: dict[str, int] = {}
+        predicted_classes: set[str] = set()
+        counts: dict[tuple[str, str], int] = {}
+        for true, predicted, count in filter(None, reader):
+            if (true, predicted) in counts or not _NUMBER.fullmatch(count):
+                raise ValueError("a pair that is there twice, or a count that is not a number of images")
+            counts[true, predicted] = int(count)
+            classes.setdefault(true, len(classes))
+            predicted_classes.add(predicted)
+            if max(len(classes), len(predicted_classes)) > _MOST_CLASSES:
+                raise ValueError("too many classes")
+        square = np.zeros((len(classes), len(classes)), dtype=np.int64)
+        for (true, predicted), images in counts.items():
+            square[classes[true], classes[predicted]] = images
+        names = pd.Index(classes, dtype="object")
+        return pd.DataFrame(square, index=names.rename("true"), columns=names.rename("predicted"))
+    except (ValueError, KeyError, csv.Error) as error:
         fix = "delete it (plots then leave its run out)"
         raise NolaVisionError(f"{path} holds no confusion matrix: {fix}") from error
 
@@ -81,19 +93,26 @@ def entry_confusions(rows: Iterable[Row], cell: str) -> tuple[dict[str, dict[int
     problems = []
     for summary, runs in entries(row for row in rows if row.cell == cell):
         of_splits: dict[int, pd.DataFrame] = {}
+        first: pd.DataFrame | None = None
         for run in runs:
             if run.folder is None or run.status != "completed" or not os.path.lexists(run.folder / CONFUSION_FILE):
                 continue
             path = run.folder / CONFUSION_FILE
             try:
                 counts = read_confusion(path)
-                if any(set(other.index) != set(counts.index) for other in of_splits.values()):
+                if first is None:
+                    first = counts
+                elif not first.index.equals(counts.index) and set(first.index) != set(counts.index):
                     raise NolaVisionError(f"{path} has other classes than {summary.label}'s other runs: delete it")
             except NolaVisionError as error:
                 problems.append(str(error))
                 continue
             known = of_splits.get(run.split)
-            of_splits[run.split] = counts if known is None else known + counts.reindex_like(known)
+            if known is None:
+                of_splits[run.split] = counts
+            else:
+                same = known.index.equals(counts.index)
+                of_splits[run.split] = known + (counts if same else counts.reindex_like(known))
         if of_splits:
             sums[summary.label] = of_splits
     return sums, problems

@@ -59,7 +59,7 @@ _VERSIONS = {
     "torch": "PyTorch",
     "timm": "timm",
     "python": "Python",
-    "cpu": "Processor",
+    "cpu": "processor",
 }
 
 
@@ -97,7 +97,7 @@ def name_text(name: object, most: int = _MOST_CHARACTERS) -> str:
 def cell_title(rows: Sequence[Row]) -> str:
     """The title of the rows of one cell: `stamps: 4 classes, 80 images, ViT-S/14 DINOv2`.
 
-    The protocol is named where it is not a default. What the rows do not say is left out; no rows have no title.
+    The protocol is named where it is not a default. What the rows lack is left out; without rows the title is empty.
     """
     if not rows:
         return ""
@@ -235,10 +235,10 @@ def _runs_text(rows: Sequence[Row]) -> str:
     if inits:
         text += f" x {plural('init', len(inits))}"
         text += " (frozen features: one run per split)" if any(row.init is None for row in final) else ""
-    statuses = Counter(row.status for row in final)
+    statuses: Counter[str] = Counter(row.status for row in final)
     text += f": {plural('final run', len(final))}"
-    for status, words in (("failed", "failed"), ("interrupted", "interrupted")):
-        text += f", {statuses[status]} {words}" if statuses[status] else ""
+    for status in ("failed", "interrupted"):
+        text += f", {statuses[status]} {status}" if statuses[status] else ""
     return text
 
 
@@ -293,10 +293,12 @@ def _machines(rows: Sequence[Row]) -> list[str]:
     )
     if devices:
         sentences.append(f"Device: {_listed(devices)}.")
-    for package, words in _VERSIONS.items():
-        found = Counter(name_text(version) for row in rows if (version := row.versions.get(package)))
-        if found:
-            sentences.append(f"{words}: {_listed(found)}.")
+    found = {
+        words: Counter(name_text(version) for row in rows if (version := row.versions.get(package)))
+        for package, words in _VERSIONS.items()
+    }
+    if versions := [f"{words} {_listed(counts)}" for words, counts in found.items() if counts]:
+        sentences.append(f"Versions: {', '.join(versions)}.")
     if times := sorted(row.started for row in rows if row.started):
         first, last = (time[:16].replace("T", " ") for time in (times[0], times[-1]))
         sentences.append(f"Started {first} UTC." if first == last else f"Started {first} to {last} UTC.")
@@ -313,9 +315,9 @@ def _listed(counts: Counter[str], most: int = 3) -> str:
 
 def _shots(rows: Sequence[Row]) -> str:
     """`5 images per class`, or of `shots: all` how many there are; empty where that is not known."""
-    shots = (rows[0].config.get("data") or {}).get("shots")
-    if _whole(shots) is not None:
-        return f"{plural('image', int(shots))} per class"
+    shots = _whole((rows[0].config.get("data") or {}).get("shots"))
+    if shots is not None:
+        return f"{plural('image', shots)} per class"
     train = _span(_count(row, "train") for row in rows)
     return f"{train} images" if train else ""
 

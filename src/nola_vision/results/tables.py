@@ -115,13 +115,13 @@ def cell_report(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> 
     """A cell for the terminal: its title, what its runs showed, and its tables; `columns` are names of `COLUMNS`."""
     rows = [row for row in rows if row.cell == cell]
     lines = map(Text, cell_verdict(rows, cell))
-    return Group(Text(cell_title(rows) or printable(cell), style="bold"), "", *lines, *_tables(rows, cell, columns))
+    return Group(*_head(rows, cell), "", *lines, *_tables(rows, cell, columns))
 
 
 def cell_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> Group:
     """The title and the tables of one cell, for the terminal."""
     rows = [row for row in rows if row.cell == cell]
-    return Group(Text(cell_title(rows) or printable(cell), style="bold"), *_tables(rows, cell, columns))
+    return Group(*_head(rows, cell), *_tables(rows, cell, columns))
 
 
 def markdown_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> str:
@@ -136,6 +136,13 @@ def latex_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> 
     rows = [row for row in rows if row.cell == cell]
     title = cell_title(rows) or printable(cell)
     return "\n".join(_latex(sheet, title) for sheet in cell_sheets(rows, cell, columns))
+
+
+def _head(rows: Sequence[Row], cell: str) -> Iterator[Text]:
+    """A cell's title and, under it, its name."""
+    if title := cell_title(rows):
+        yield Text(title, style="bold")
+    yield Text(printable(cell), style="dim")
 
 
 def _tables(rows: Sequence[Row], cell: str, columns: Sequence[str]) -> Iterator[RenderableType]:
@@ -289,7 +296,8 @@ def _explanations(shown: Sequence[Summary]) -> list[str]:
     over = ["folds" if item.cross_validated else "runs" for item in shown if item.n and not item.interval]
     if over:
         parts.append(f"mean (std) over n {' or '.join(dict.fromkeys(over))}")
-    if (folded := [item.label for item in shown if item.cross_validated]) and len(folded) < len(shown):
+    if len(set(over)) > 1:
+        folded = [item.label for item in shown if item.cross_validated]
         parts.append(f"folds: {', '.join(folded)}")
     if any(item.interval for item in shown):
         parts.append("one run with its 95 % interval")

@@ -285,10 +285,11 @@ def _several(chosen: Summary, runs: list[Row], found: Sequence[Entry]) -> list[s
     for by_split in sums.values():
         total = reduce(lambda one, other: one.add(other, fill_value=0), by_split.values())
         pairs: Counter[tuple[str, str]] = Counter()
-        for true, predicted in np.argwhere(total.to_numpy() > 0).tolist():
+        counts = total.to_numpy()
+        for true, predicted in np.argwhere(counts > 0).tolist():
             if true != predicted:
                 names = total.index[min(true, predicted)], total.index[max(true, predicted)]
-                pairs[names] += int(total.iat[true, predicted])
+                pairs[names] += int(counts[true, predicted])
         lines.append(_confusion_line(pairs, ""))
     return [*lines, *map(printable, problems)]
 
