@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from nola_vision import load_adapter
 from nola_vision.cli.main import main
@@ -73,7 +74,9 @@ def test_the_results_notebook_by_hand(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names["parts"].loc["best"].tolist() == pytest.approx([4.5**2, 0.5])
     # by split: 71 - 81 and 81 - 90; where a run failed, of the init that both have
     differences = names["differences"]
-    assert differences.loc["small", ["mean", "low", "high", "splits"]].tolist() == pytest.approx([-9.5, -10, -9, 2])
+    half = stats.t.ppf(0.975, 1) * 0.5  # the std (ddof 1) of two differences 1 apart, over the root of 2
+    expected = [-9.5, -9.5 - half, -9.5 + half, 2]
+    assert differences.loc["small", ["mean", "low", "high", "splits"]].tolist() == pytest.approx(expected)
     assert differences.loc["larger-and-worse", "mean"] == pytest.approx((60 - 80 + 71 - 90) / 2)
     assert differences.loc["1nn", "mean"] == pytest.approx(60 - 81) and differences.isna().loc["1nn", "low"]
     assert "best" not in differences.index

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import scipy.special
-from nola_vision.thumbnails import THUMBNAILS_FILE, load_thumbnails
 from sklearn.metrics import confusion_matrix, recall_score
 
 from fake_runs import METHODS, write_runs
@@ -24,6 +23,7 @@ from nola_vision.predictions import PREDICTIONS_FILE, Predictions, load_predicti
 from nola_vision.results import html, store
 from nola_vision.results.html import html_page
 from nola_vision.results.row import Row
+from nola_vision.thumbnails import THUMBNAILS_FILE, load_thumbnails
 
 NAMES = ["birds", "</script><script>alert(1)</script>", "$x_1$ & co", "a\x1b[31m\u202e", "{{ 7 * 7 }}", "x" * 300]
 FEW = tuple(method for method in METHODS if method.name in ("logistic", "lora-r4", "nola"))

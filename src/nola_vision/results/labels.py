@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import unicodedata
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from nola_vision.text import printable
 
 Boxes = NDArray[np.float64]  # [n, 4]: left, bottom, right, top
-_DISTANCES = (5.0, 10.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0)  # of a label from its point
+_DISTANCES = (7.0, 11.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0, 110.0, 140.0)  # of a label from its point
 _SIDES = [side for side in itertools.product((1.0, 0.5, 0.0, -0.5, -1.0), repeat=2) if 1 in map(abs, side)]
 _SIDES.sort(key=lambda side: (side[0] != 1, abs(side[1]), side))  # to the right if possible
 _CROSSED = 15.0  # a line under a label is as bad as so many points of distance
@@ -37,15 +38,31 @@ class Place(NamedTuple):
 
 
 def short_names(names: Sequence[str], most: int) -> dict[str, str]:
-    """Names as distinct printable labels; a name of more than `most` characters is without its middle."""
-    texts = {name: short_name(name, most) for name in dict.fromkeys(names)}
-    count = Counter(texts.values())
-    numbers: Counter[str] = Counter()
-    for name, text in texts.items():
-        if count[text] > 1:
-            numbers[text] += 1
-            texts[name] = f"{text} {numbers[text]}"
-    return texts
+    """Names as distinct printable labels of about `most` characters.
+
+    Of a single long name the middle is left out. Of several that begin alike, as one method with several settings, each
+    keeps its beginning and the part from the first word in which they differ.
+    """
+    alike: dict[str, list[str]] = defaultdict(list)
+    for text in {printable(name) for name in names if len(printable(name)) > most}:
+        alike[text[: most // 3]].append(text)
+    labels: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in dict.fromkeys(names):
+        text = short_name(name, most)
+        if text != (whole := printable(name)) and len(group := alike[whole[: most // 3]]) > 1:
+            common = os.path.commonprefix(group)
+            word = max(common.rfind(separator) for separator in " (,") + 1
+            start = f"{whole[: most // 3]}…" if word > most // 3 + 1 else whole[:word]
+            rest = whole[word : word + most - len(start)]
+            text = start + (rest if whole.endswith(rest) else f"{rest[:-1]}…")
+        label, number = text, 1
+        while label in taken:
+            number += 1
+            label = f"{text} {number}"
+        taken.add(label)
+        labels[name] = label
+    return labels
 
 
 def short_name(name: str, most: int) -> str:
@@ -59,7 +76,7 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
     # it has no East Asian letters and emoji, whose width is about that of a W
     known = "".join("W" if unicodedata.east_asian_width(letter) in "WF" else letter for letter in text)
     properties = FontProperties(size=size, weight=weight)
-    return float(text_to_path.get_text_width_height_descent(known, properties, ismath=False)[0])  # type: ignore[no-untyped-call]
+    return float(text_to_path.get_text_width_height_descent(known, properties, ismath=False)[0])
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -97,25 +114,26 @@ def place_at_points(
         area: left, bottom, right and top of what labels may use.
     """
     places: list[Place | None] = []
+    labels = np.empty((0, 4))
     sides = np.array([(x, y, distance) for distance in _DISTANCES for x, y in _SIDES])
     for (x, y), (width, height) in zip(points, sizes, strict=True):
-        middles = np.stack(
-            [x + sides[:, 0] * (width / 2 + sides[:, 2]), y + sides[:, 1] * (height / 2 + sides[:, 2])], axis=1
-        )
         half = np.array([width / 2, height / 2])
+        middles = np.array([x, y]) + sides[:, :2] * (half + sides[:, 2:])
         boxes = np.concatenate([middles - half, middles + half], axis=1)
         inside = (boxes[:, :2] >= area[:2]).all(axis=1) & (boxes[:, 2:] <= area[2:]).all(axis=1)
-        free = inside & ~_overlap(boxes, hidden).any(axis=1)
-        if not free.any():
-            places.append(None)
-            continue
-        cost = sides[:, 2] + _CROSSED * _overlap(boxes, crossed).sum(axis=1)
-        best = int(np.where(free, cost, np.inf).argmin())
-        left, bottom, right, top = boxes[best].tolist()
-        near = (min(max(x, left), right), min(max(y, bottom), top))
-        places.append(Place(left, (bottom + top) / 2, near, math.dist((x, y), near)))
-        hidden = np.concatenate([hidden, boxes[best][None]])
-        crossed = np.concatenate([crossed, along((x, y), near)])
+        free = inside & ~_overlap(boxes, np.concatenate([hidden, labels])).any(axis=1)
+        cost = np.where(free, sides[:, 2] + _CROSSED * _overlap(boxes, crossed).sum(axis=1), np.inf)
+        place = None
+        for choice in np.argsort(cost, kind="stable")[: free.sum()]:
+            left, bottom, right, top = boxes[choice].tolist()
+            near = (min(max(x, left), right), min(max(y, bottom), top))
+            joint = along((x, y), near)
+            if not _overlap(joint, labels).any():
+                place = Place(left, (bottom + top) / 2, near, math.dist((x, y), near))
+                labels = np.concatenate([labels, boxes[choice][None]])
+                crossed = np.concatenate([crossed, joint])
+                break
+        places.append(place)
     return places
 
 
@@ -129,4 +147,5 @@ def along(start: tuple[float, float], end: tuple[float, float], thickness: float
 def _overlap(boxes: Boxes, others: Boxes) -> NDArray[np.bool_]:
     """`[box, other]`: whether they share area."""
     one, other = boxes[:, None], others[None]
-    return ((one[..., :2] < other[..., 2:]) & (other[..., :2] < one[..., 2:])).all(axis=-1)
+    shared: NDArray[np.bool_] = np.logical_and(one[..., :2] < other[..., 2:], other[..., :2] < one[..., 2:])
+    return shared[..., 0] & shared[..., 1]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -22,7 +22,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.patches import Polygon
+from matplotlib.ticker import MaxNLocator
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
@@ -67,6 +68,7 @@ _WIDTH, _HEIGHT = 420, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 32, 46
 _TEXT, _LINE = 13, 15  # size and height of a line
 _LABEL_GAP = 14  # between the axes and the labels of lines
+_TICK = 56  # between two sizes
 _MOST_LABELS = 14  # as many as fit beneath each other
 _MOST_CHARACTERS = 18  # of a label
 _MARKERS = "os^DvPX*"
@@ -221,7 +223,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
         assert item.mean is not None
         look = looks[item.label]
         if not (size := item.adapter_file_bytes) or kind(item) == "frozen":
-            lines.append((item, item.mean, f"{look.name} {item.mean:.1f}", look))
+            lines.append((item, item.mean, look))
             continue
         own.append(_Mark(item.label, size, item.mean, _bar(item), look, look.name))
         if printed := published_result(runs[0]):
@@ -234,29 +236,31 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     sized = [item for item, _ in found if item.label in {mark.label for mark in own}]
     bars = ["std"] * any(item.n > 1 for item in sized) + ["95 % interval"] * any(item.interval for item in sized)
     heading = "top-1 accuracy, %" + (f"; bars: {' or '.join(bars)}" if bars else "")
-    figure, axes = _panel(heading, "adapter file, head included", column=_column(text for _, _, text, _ in lines))
-    low, high = _range([mark.size for mark in own])
-    axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    ticks = _byte_ticks(low, high)
-    axes.set_xticks(ticks, [bytes_text(tick) for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    heights = [height for mark in [*own, *papers] for height in mark.bar] + [mean for _, mean, _, _ in lines]
-    _limit(axes, heights, least=2.0, bound=100.0)
+    column = _column([look for _, _, look in lines])
+    sizes = _size_range([mark.size for mark in own])
+    ticks = {tick: bytes_text(tick) for tick in _size_ticks(*sizes, _WIDTH - _LEFT - column)}
+    means = [mean for _, mean, _ in lines]
+    heights = _range([*(height for mark in [*own, *papers] for height in mark.bar), *means], least=2.0, bound=100.0)
+    figure, axes = _panel(heading, "adapter file, head included", column, sizes, heights, ticks, scale="log")
 
     front = [(float(item.adapter_file_bytes or 0), item.mean or 0.0) for item in pareto_front(sized)]
-    axes.step(*zip(*front, strict=True), where="post", color=MUTED, linewidth=1, label="Pareto front")
-    for item, mean, _, look in lines:
-        axes.axhline(mean, color=MUTED, linewidth=1.2, linestyle=look.line, label=item.label)
-    for mark in [*papers, *reversed(own)]:  # the subject on top
-        below, above = mark.mean - mark.bar[0], mark.bar[1] - mark.mean
-        axes.errorbar(
-            mark.size, mark.mean, yerr=[[below], [above]], fmt=mark.look.marker, color=mark.look.colour,
-            markerfacecolor=PAPER if mark in papers else mark.look.colour, markersize=9 if mark.look.strong else 7,
-            markeredgewidth=1.5, elinewidth=1.4, label=mark.label, clip_on=False,
+    path = front[:1]
+    for (_, before), corner in itertools.pairwise(front):
+        path += [(corner[0], before), corner]
+    _draw(axes, *zip(*path, strict=True), color=MUTED, linewidth=1, label="Pareto front")
+    for item, mean, look in lines:
+        _draw(axes, sizes, [mean, mean], color=MUTED, linewidth=1.2, linestyle=look.line, label=item.label)
+    marks = [*papers, *reversed(own)]  # the subject on top
+    for mark in marks:
+        _draw(axes, [mark.size] * 2, mark.bar, color=mark.look.colour, linewidth=1.4, label=f"bar of {mark.label}")
+    for mark in marks:
+        look = mark.look
+        _draw(
+            axes, [mark.size], [mark.mean], color=look.colour, marker=look.marker, markersize=9 if look.strong else 7,
+            markerfacecolor=PAPER if mark in papers else look.colour, markeredgewidth=1.5, label=mark.label,
         )  # fmt: skip
-    _label_points(figure, axes, [*own, *papers], [mean for _, mean, _, _ in lines], front)
-    _label_ends(figure, axes, [(high, mean, text, look) for _, mean, text, look in lines])
+    _label_points(figure, axes, [*own, *papers], means, path)
+    _label_ends(figure, axes, [(sizes[1], mean, look) for _, mean, look in lines])
 
     parts = []
     for item, _ in found:
@@ -286,24 +290,22 @@ def split_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     labelled = list(means)[:_MOST_LABELS]
     inits = any(len(values) > 1 for of_splits in accuracies.values() for values in of_splits.values())
     heading = "top-1 accuracy, %" + ("; lines: mean over inits" if inits else "")
-    figure, axes = _panel(heading, place, column=_column(looks[label].name for label in labelled))
-    axes.set_xlim(-0.2, len(places) - 0.8)
-    step = math.ceil(len(places) / 12)
-    axes.set_xticks(range(0, len(places), step), [str(split) for split in places[::step]])
     every = [value for of_splits in accuracies.values() for values in of_splits.values() for value in values]
-    _limit(axes, every, least=2.0, bound=100.0)
+    heights = _range(every, least=2.0, bound=100.0)
+    ticks = {float(at[split]): str(split) for split in places[:: math.ceil(len(places) / 12)]}
+    column = _column([looks[label] for label in labelled])
+    figure, axes = _panel(heading, place, column, (-0.2, len(places) - 0.8), heights, ticks)
     for label in reversed(means):  # the subject on top
         look, of_splits = looks[label], means[label]
         if inits:
             pairs = [(at[split], value) for split, values in accuracies[label].items() for value in values]
-            axes.plot(*zip(*pairs, strict=True), ".", color=look.colour, markersize=3, alpha=0.5, clip_on=False)
+            _draw(
+                axes, *zip(*pairs, strict=True), linestyle="", marker=".", color=look.colour, markersize=4, alpha=0.6,
+                markeredgewidth=0, label=f"runs of {label}",
+            )  # fmt: skip
         _line(axes, [at[split] for split in of_splits], list(of_splits.values()), label, look, marked=len(places) <= 30)
     last = {label: max(of_splits) for label, of_splits in means.items()}
-    _label_ends(
-        figure,
-        axes,
-        [(at[last[label]], means[label][last[label]], looks[label].name, looks[label]) for label in labelled],
-    )
+    _label_ends(figure, axes, [(at[last[label]], means[label][last[label]], looks[label]) for label in labelled])
     parts = []
     for label, of_splits in means.items():
         least, most, mean = (of(of_splits.values()) for of in (min, max, fmean))
@@ -412,21 +414,23 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, L
     several = any(len(curves[label]) > 1 for label in shown)
     labelled = shown[:_MOST_LABELS]
     heading = "training loss" + ("; band: least to most of the runs" if several else "")
-    figure, axes = _panel(heading, "epoch", column=_column(looks[label].name for label in labelled))
-    epochs = [epoch for of_epochs in by_epoch.values() for epoch in of_epochs]
-    axes.set_xlim(min(epochs), max(max(epochs), min(epochs) + 1))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _limit(axes, [loss for of_epochs in by_epoch.values() for values in of_epochs.values() for loss in values], least=0)
-    ends, parts = {}, []
+    epochs = {epoch for of_epochs in by_epoch.values() for epoch in of_epochs}
+    first, last = min(epochs), max(max(epochs), min(epochs) + 1)
+    losses = [loss for of_epochs in by_epoch.values() for values in of_epochs.values() for loss in values]
+    ticks = {float(tick): f"{tick:g}" for tick in MaxNLocator(6, integer=True).tick_values(first, last)}
+    column = _column([looks[label] for label in labelled])
+    figure, axes = _panel(heading, "epoch", column, (first, last), _range(losses, least=0), ticks)
+    ends: dict[str, tuple[float, float, Look]] = {}
+    parts: list[str] = []
     for label in reversed(shown):
         look, order = looks[label], sorted(by_epoch[label])
         means = [fmean(by_epoch[label][epoch]) for epoch in order]
         if len(curves[label]) > 1:
             least, most = ([end(by_epoch[label][epoch]) for epoch in order] for end in (min, max))
-            axes.fill_between(order, least, most, color=look.colour, alpha=0.15, linewidth=0)
+            edge = [*zip(order, least, strict=True), *reversed([*zip(order, most, strict=True)])]
+            axes.add_artist(Polygon(edge, color=look.colour, alpha=0.15, linewidth=0, label=f"runs of {label}"))
         _line(axes, order, means, label, look, marked=len(order) == 1)
-        ends[label] = order[-1], means[-1], look.name, look
+        ends[label] = order[-1], means[-1], look
         runs = f" (mean of {len(curves[label])} runs)" if len(curves[label]) > 1 else ""
         parts.insert(0, f"{label} {means[0]:.3g} to {means[-1]:.3g} after {order[-1]} epochs{runs}")
     _label_ends(figure, axes, [ends[label] for label in labelled])
@@ -448,27 +452,48 @@ def _chart(name: str, title: str, parts: Sequence[str], figure: Figure) -> Chart
     return Chart(name, title, printable(f"{title}: {'; '.join([*parts[:_MOST_LABELS], *more])}."), figure)
 
 
-def _panel(heading: str, under: str, column: float) -> tuple[Figure, Axes]:
-    """An empty chart.
+def _panel(
+    heading: str,
+    under: str,
+    column: float,
+    xs: tuple[float, float],
+    ys: tuple[float, float],
+    ticks: Mapping[float, str],
+    scale: str = "linear",
+) -> tuple[Figure, Axes]:
+    """A chart without its contents.
+
+    The frame is a few lines and texts: matplotlib's own ticks take half of the time of such a chart.
 
     Args:
         heading: above it, of the vertical axis.
         under: beneath it, of the horizontal axis.
-        column: the width to its right that labels need.
+        column: the width to its right.
+        xs, ys: the ranges shown.
+        ticks: labels under the horizontal axis; those outside of its range are left out.
+        scale: of the horizontal axis.
     """
     figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, facecolor="none")
-    width, height = _WIDTH - _LEFT - _RIGHT - column, _HEIGHT - _TOP - _BOTTOM
-    axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / _HEIGHT, width / _WIDTH, height / _HEIGHT), facecolor="none")
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.grid(axis="y", color=GRID, linewidth=1)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, pad=6, labelsize=_TEXT, labelcolor=MUTED)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    width, height = _WIDTH - _LEFT - column, _HEIGHT - _TOP - _BOTTOM
+    axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / _HEIGHT, width / _WIDTH, height / _HEIGHT))
+    axes.set_axis_off()
+    axes.set(xscale=scale, xlim=xs, ylim=ys)
+    levels = [level for level in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(*ys) if ys[0] <= level <= ys[1]]
+    for level in levels:
+        _draw(axes, xs, [level, level], color=GRID, linewidth=1, zorder=1)
+        _write(figure, _LEFT - 8, axes.transData.transform((xs[0], level))[1], f"{level:g}", MUTED, align="right")
+    _draw(axes, xs, [ys[0], ys[0]], color=MUTED, linewidth=1, zorder=1)
+    for tick, text in ticks.items():
+        if xs[0] <= tick <= xs[1]:
+            _write(figure, axes.transData.transform((tick, ys[0]))[0], _BOTTOM - 13, text, MUTED, align="center")
     _write(figure, 4, _HEIGHT - 12, heading, MUTED)
     _write(figure, _LEFT + width / 2, 12, under, MUTED, align="center")
     return figure, axes
+
+
+def _draw(axes: Axes, xs: Iterable[float], ys: Iterable[float], **style: Any) -> None:
+    """A line or markers; faster than `axes.plot`, which looks after the ranges too."""
+    axes.add_artist(Line2D([*xs], [*ys], clip_on=False, **style))
 
 
 def _write(figure: Figure, x: float, y: float, text: str, colour: str, align: str = "left", bold: bool = False) -> None:
@@ -489,32 +514,36 @@ def _join(figure: Figure, start: tuple[float, float], end: tuple[float, float]) 
 
 def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], label: str, look: Look, marked: bool) -> None:
     marker = (look.marker or ".") if marked else ""
-    axes.plot(
-        xs, ys, linestyle=look.line, marker=marker, color=look.colour, label=label, clip_on=False,
+    _draw(
+        axes, xs, ys, linestyle=look.line, marker=marker, color=look.colour, label=label,
         markersize=6 if look.strong else 5, linewidth=2.4 if look.strong else 1.4,
     )  # fmt: skip
 
 
-def _column(names: Iterable[str]) -> float:
-    """The width that the names need at the ends of their lines."""
-    return max((text_width(name, _TEXT, "bold") for name in names), default=-_LABEL_GAP) + _LABEL_GAP
+def _column(looks: Sequence[Look]) -> float:
+    """The width that labels at the ends of lines need."""
+    return max((_LABEL_GAP + _name_width(look) + 3 for look in looks), default=_RIGHT)
 
 
-def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str, Look]]) -> None:
+def _name_width(look: Look) -> float:
+    return text_width(look.name, _TEXT, "bold" if look.strong else "normal")
+
+
+def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, Look]]) -> None:
     """Write the labels of lines to the right of the axes, each joined to its line's end, a point in data units."""
     if not ends:
         return
-    points = axes.transData.transform([(x, y) for x, y, _, _ in ends])
+    points = axes.transData.transform([(x, y) for x, y, _ in ends])
     heights = spread(points[:, 1].tolist(), _LINE, _BOTTOM - 4, _HEIGHT - _TOP + 4)
     edge = float(axes.bbox.x1)
-    for (x, y), height, (_, _, name, look) in zip(points.tolist(), heights, ends, strict=True):
+    for (x, y), height, (_, _, look) in zip(points.tolist(), heights, ends, strict=True):
         start = (max(x, edge) + 2 if x >= edge - 8 else x + 4, y)
         _join(figure, start, (edge + _LABEL_GAP - 2, height))
-        _write(figure, edge + _LABEL_GAP, height, name, look.colour, bold=look.strong)
+        _write(figure, edge + _LABEL_GAP, height, look.name, look.colour, bold=look.strong)
 
 
 def _label_points(
-    figure: Figure, axes: Axes, marks: Sequence[_Mark], lines: Sequence[float], front: Sequence[tuple[float, float]]
+    figure: Figure, axes: Axes, marks: Sequence[_Mark], lines: Sequence[float], path: Sequence[tuple[float, float]]
 ) -> None:
     """Write the labels of a Pareto chart next to its markers.
 
@@ -523,26 +552,23 @@ def _label_points(
         axes: with its final limits.
         marks: the most important first.
         lines: heights of the lines across.
-        front: the corners of the Pareto front.
+        path: the line of the Pareto front.
     """
 
     def shown(*points: tuple[float, float]) -> list[tuple[float, float]]:
         return [(float(x), float(y)) for x, y in axes.transData.transform(points)]
 
     places = shown(*((mark.size, mark.mean) for mark in marks))
-    path = [front[0]]
-    for (_, before), (size, mean) in zip(front, front[1:], strict=False):
-        path += [(size, before), (size, mean)]
     left, right = axes.get_xlim()
-    crossed = [along(*ends) for ends in itertools.pairwise(shown(*path))]
-    crossed += [along(*shown((mark.size, mark.bar[0]), (mark.size, mark.bar[1]))) for mark in marks]
-    crossed += [along(*shown((left, mean), (right, mean))) for mean in lines]
+    drawn = [*itertools.pairwise(path), *(((left, mean), (right, mean)) for mean in lines)]
+    drawn += [((mark.size, mark.bar[0]), (mark.size, mark.bar[1])) for mark in marks]
+    crossed = [along(start, end) for start, end in (shown(*ends) for ends in drawn)]
     labels = place_at_points(
         places,
         [(text_width(mark.text, _TEXT, "bold" if mark.look.strong else "normal"), _LINE - 1) for mark in marks],
         hidden=np.array([(x - 5, y - 5, x + 5, y + 5) for x, y in places]),
         crossed=np.concatenate(crossed),
-        area=(4, _BOTTOM + 1, float(axes.bbox.x1) if lines else _WIDTH - 2, _HEIGHT - _TOP + 8),
+        area=(_LEFT - 4, _BOTTOM + 1, float(axes.bbox.x1) if lines else _WIDTH - 2, _HEIGHT - _TOP + 8),
     )
     for mark, place, label in zip(marks, places, labels, strict=True):
         if label is not None:
@@ -563,28 +589,27 @@ def _bar_text(item: Summary) -> str:
     return f" (std {item.std:.1f})" if item.n > 1 else ""
 
 
-def _limit(axes: Axes, values: Sequence[float], least: float, bound: float = math.inf) -> None:
-    """Show all values with some room around them, nothing under 0 or above `bound`, and a range of at least `least`."""
+def _range(values: Sequence[float], least: float, bound: float = math.inf) -> tuple[float, float]:
+    """The range of an axis: all values with some room, nothing under 0 or above `bound`, and `least` wide."""
     low, high = min(values), max(values)
     room = max(0.08 * (high - low), (least - (high - low)) / 2, 1e-6 * max(1.0, abs(high)))
-    axes.set_ylim(low - room if low < 0 else max(0.0, low - room), min(bound, high + room))
+    return low - room if low < 0 else max(0.0, low - room), min(bound, high + room)
 
 
-def _range(sizes: Sequence[float]) -> tuple[float, float]:
+def _size_range(sizes: Sequence[float]) -> tuple[float, float]:
     """The range of a logarithmic axis of sizes, with room for labels."""
     room = max(0.3, 0.12 * (math.log10(max(sizes)) - math.log10(min(sizes))))
     return min(sizes) / 10**room, max(sizes) * 10**room
 
 
-def _byte_ticks(low: float, high: float) -> list[float]:
-    """Up to five round sizes on a logarithmic axis."""
-    ticks: list[float] = []
-    for steps in ((1,), (1, 3), (1, 2, 5)):
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
-        if len(ticks) >= 3:
-            break
-    return ticks[:: math.ceil(len(ticks) / 5)]
+def _size_ticks(low: float, high: float, width: float) -> list[float]:
+    """Round sizes on a logarithmic axis of a width in points, as many as have room."""
+    decade = width / math.log10(high / low)
+    choices: list[tuple[tuple[int, ...], float]] = [((1, 2, 5), 0.3 * decade), ((1, 3), 0.47 * decade), ((1,), decade)]
+    steps, apart = next((choice for choice in choices if choice[1] >= _TICK), choices[-1])
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+    return ticks[:: max(1, math.ceil(_TICK / apart))]
 
 
 @_drawing()
