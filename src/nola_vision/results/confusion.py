@@ -6,7 +6,6 @@ import csv
 import io
 import os
 import re
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
