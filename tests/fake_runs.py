@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,6 +151,7 @@ def _write_run(
     (place / THUMBNAILS_FILE).write_bytes(safetensors.numpy.save(stored))
 
 
+@cache
 def _jpeg(index: int, side: int) -> bytes:
     """A picture with some detail, the same for the same image."""
     rng = np.random.default_rng(index)
