@@ -102,6 +102,7 @@ def test_a_cell_in_words() -> None:
 
 def test_what_rows_do_not_say_is_left_out() -> None:
     bare = [row(config=CONFIG)]
+    assert cell_title([row(config=config(backbone={"file": "/home/me/w.pth"}))]).endswith(", b, local weights")
     assert cell_title(bare) == "digits: b" and cell_title([]) == "" and cell_facts([]) == []
     assert dict(cell_facts(bare))["data"] == "digits" and how_measured(bare) and how_measured([])
     odd = row(config=CONFIG | {"protocol": [1]}, data={"counts": {"train": "x"}, "transform": 3, "test_name": ["\x1b"]})
@@ -185,6 +186,8 @@ def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
         )
     lines, problems = run_verdict(rows["nola"], [rows["logistic"]], names, [rows["full"]])
     assert cell_verdict(rows.values(), CELL) == lines and not problems
+    elsewhere = row("logistic", 0.1, split=5, init=None, **FROZEN)  # on another split, so it is not compared
+    assert cell_verdict([elsewhere, *rows.values()], CELL) == lines
     assert [line.partition(" (")[0] for line in lines] == [
         "nola: 90.0 % right",
         "Frozen features: logistic, 50.0 %",

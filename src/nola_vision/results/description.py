@@ -10,7 +10,7 @@ from typing import Any
 
 from nola_vision.results.identity import OWN_IMAGES
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import count_once, cross_validated, mean_std, run_accuracies, summarise
+from nola_vision.results.statistics import count_once, cross_validated, mean_std, run_accuracies
 from nola_vision.tags import short_tag, split_tag
 from nola_vision.text import printable, shortened
 
@@ -97,7 +97,8 @@ def name_text(name: object, most: int = _MOST_CHARACTERS) -> str:
 def cell_title(rows: Sequence[Row]) -> str:
     """The title of the rows of one cell: `stamps: 4 classes, 80 images, ViT-S/14 DINOv2`.
 
-    The protocol is named where it is not a default. What the rows lack is left out; without rows the title is empty.
+    A local weights file and a protocol that is not a default are named. What the rows lack is left out; without rows
+    the title is empty.
     """
     if not rows:
         return ""
@@ -105,6 +106,7 @@ def cell_title(rows: Sequence[Row]) -> str:
         *([plural("class", classes)] if (classes := _classes(rows)) else []),
         *([images] if (images := _shots(rows)) else []),
         backbone_name(rows[0]),
+        *(["local weights"] if ((rows[0].config.get("model") or {}).get("backbone") or {}).get("file") else []),
     ]
     protocol = rows[0].config.get("protocol")
     if isinstance(protocol, str) and protocol not in _PLAIN_PROTOCOLS:
@@ -134,10 +136,11 @@ def how_measured(rows: Sequence[Row]) -> list[str]:
         sentences += _on_a_test_set(measured)
     if any(map(cross_validated, measured)):
         sentences += _on_folds(measured)
-    if any(item.completed > 1 for item in summarise(final)):
+    if any(count > 1 for count in Counter((row.method, row.entry_hash) for row in measured).values()):
         sentences.append(
             "The interval of a difference between two methods is Student's t over the splits that both have, of the "
-            "difference of their means in each: runs of one split share their training images."
+            "difference of their means in each, since runs of one split share their training images. It leaves out "
+            "that other test images would give another difference: all splits share them."
         )
     sentences.append(
         "Split s draws the training images with seed s. Init i seeds the basis, the head and the order of batches; "

@@ -156,7 +156,8 @@ def _rich(sheet: Sheet) -> Table:
     styles = {"best": "bold", "close": "underline", "plain": ""}
     table = Table(title=Text(sheet.title), title_justify="left")
     for place, column in enumerate(sheet.columns):
-        table.add_column(Text(column), justify="right" if place else "left", overflow="fold")
+        head = Text(column.replace(" (", "\n("))  # the interval on its own line, for a terminal of 80 columns
+        table.add_column(head, justify="right" if place else "left", overflow="fold")
     for line in sheet.lines:
         table.add_row(*(Text(cell.text, style=styles[cell.mark]) for cell in line))
     return table
