@@ -311,7 +311,9 @@ def test_short_names_are_distinct() -> None:
     names = [f"nola (targets=qkv, rank={rank}, num_basis=1024)" for rank in range(3)] + ["nola", "a\nb"]
     short = short_names(names, 18)
     assert len(set(short.values())) == 5 and short["nola"] == "nola" and short["a\nb"] == "a\\nb"
-    assert all(len(text) <= 20 for text in short.values())
+    assert all(len(text) <= 18 for text in short.values())
+    assert [text[:15] for text in list(short.values())[:3]] == ["nola (…rank=0, ", "nola (…rank=1, ", "nola (…rank=2, "]
+    assert short_names(["日" * 30, "x" * 30], 18) == {"日" * 30: "日" * 6 + "…日日", "x" * 30: "x" * 12 + "…xxxxx"}
 
 
 def test_sizes_are_round_numbers() -> None:
@@ -355,6 +357,16 @@ HOSTILE = [
     'url(#a) href="#b"',
     "\u202eabc",
 ]
+
+
+def test_of_many_entries_the_first_have_labels() -> None:
+    many = [one for k in range(60) for one in grid(f"m{k}", [[50 + k % 30], [51]], method_class="LoRA",
+                                                   adapter_file_bytes=1000 + 900 * k)]  # fmt: skip
+    many += [one for k in range(40) for one in grid(f"f{k}", [[50 + k], [51]], method_class="NearestMean")]
+    for chart in charts_of(many).values():
+        names = [text for text in texts(chart.figure) if re.fullmatch("[mf][0-9]+", text)]
+        assert 14 <= len(names) <= 24 + 14 and "m29" in names and "m29" in lines(chart.figure)
+        assert sum(label[0] in "mf" for label in lines(chart.figure)) == 100 and "and 86 more" in chart.alt
 
 
 def test_names_are_plain_text_whatever_they_contain() -> None:

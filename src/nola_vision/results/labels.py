@@ -12,6 +12,7 @@ import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -68,13 +69,20 @@ def short_names(names: Sequence[str], most: int) -> dict[str, str]:
 def short_name(name: str, most: int) -> str:
     """A name as a label: on one line, and without its middle if it is longer than `most` characters."""
     text = printable(name)
+    wide = sum(map(_is_wide, text))
+    most = most * len(text) // (len(text) + wide) if wide else most
     return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-(most // 3 - 1) :]}"
 
 
+def _is_wide(letter: str) -> bool:
+    return unicodedata.east_asian_width(letter) in "WF"
+
+
+@lru_cache(maxsize=4096)
 def text_width(text: str, size: float, weight: str = "normal") -> float:
     """How wide a text is in DejaVu Sans, which is wider than the sans-serif fonts of browsers."""
     # it has no East Asian letters and emoji, whose width is about that of a W
-    known = "".join("W" if unicodedata.east_asian_width(letter) in "WF" else letter for letter in text)
+    known = "".join("W" if _is_wide(letter) else letter for letter in text)
     properties = FontProperties(size=size, weight=weight)
     return float(text_to_path.get_text_width_height_descent(known, properties, ismath=False)[0])
 

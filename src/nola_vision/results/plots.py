@@ -70,6 +70,7 @@ _TEXT, _LINE = 13, 15  # size and height of a line
 _LABEL_GAP = 14  # between the axes and the labels of lines
 _TICK = 56  # between two sizes
 _MOST_LABELS = 14  # as many as fit beneath each other
+_MOST_MARKS = 24  # with a label next to them
 _MOST_CHARACTERS = 18  # of a label
 _MARKERS = "os^DvPX*"
 _DASHES = ("--", ":", "-.")
@@ -236,7 +237,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     sized = [item for item, _ in found if item.label in {mark.label for mark in own}]
     bars = ["std"] * any(item.n > 1 for item in sized) + ["95 % interval"] * any(item.interval for item in sized)
     heading = "top-1 accuracy, %" + (f"; bars: {' or '.join(bars)}" if bars else "")
-    column = _column([look for _, _, look in lines])
+    column = _column([look for _, _, look in lines[:_MOST_LABELS]])
     sizes = _size_range([mark.size for mark in own])
     ticks = {tick: bytes_text(tick) for tick in _size_ticks(*sizes, _WIDTH - _LEFT - column)}
     means = [mean for _, mean, _ in lines]
@@ -260,7 +261,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
             markerfacecolor=PAPER if mark in papers else look.colour, markeredgewidth=1.5, label=mark.label,
         )  # fmt: skip
     _label_points(figure, axes, [*own, *papers], means, path)
-    _label_ends(figure, axes, [(sizes[1], mean, look) for _, mean, look in lines])
+    _label_ends(figure, axes, [(sizes[1], mean, look) for _, mean, look in lines[:_MOST_LABELS]])
 
     parts = []
     for item, _ in found:
@@ -486,7 +487,7 @@ def _panel(
     for tick, text in ticks.items():
         if xs[0] <= tick <= xs[1]:
             _write(figure, axes.transData.transform((tick, ys[0]))[0], _BOTTOM - 13, text, MUTED, align="center")
-    _write(figure, 4, _HEIGHT - 12, heading, MUTED)
+    _write(figure, 0, _HEIGHT - 12, heading, MUTED)
     _write(figure, _LEFT + width / 2, 12, under, MUTED, align="center")
     return figure, axes
 
@@ -550,7 +551,7 @@ def _label_points(
     Args:
         figure: the chart.
         axes: with its final limits.
-        marks: the most important first.
+        marks: the most important first; of many the first ones have a label.
         lines: heights of the lines across.
         path: the line of the Pareto front.
     """
@@ -563,14 +564,15 @@ def _label_points(
     drawn = [*itertools.pairwise(path), *(((left, mean), (right, mean)) for mean in lines)]
     drawn += [((mark.size, mark.bar[0]), (mark.size, mark.bar[1])) for mark in marks]
     crossed = [along(start, end) for start, end in (shown(*ends) for ends in drawn)]
+    widths = [text_width(mark.text, _TEXT, "bold" if mark.look.strong else "normal") for mark in marks[:_MOST_MARKS]]
     labels = place_at_points(
-        places,
-        [(text_width(mark.text, _TEXT, "bold" if mark.look.strong else "normal"), _LINE - 1) for mark in marks],
+        places[:_MOST_MARKS],
+        [(width, _LINE - 1) for width in widths],
         hidden=np.array([(x - 5, y - 5, x + 5, y + 5) for x, y in places]),
         crossed=np.concatenate(crossed),
         area=(_LEFT - 4, _BOTTOM + 1, float(axes.bbox.x1) if lines else _WIDTH - 2, _HEIGHT - _TOP + 8),
     )
-    for mark, place, label in zip(marks, places, labels, strict=True):
+    for mark, place, label in zip(marks, places, labels, strict=False):
         if label is not None:
             if label.distance > 12:
                 _join(figure, place, label.near)
