@@ -12,6 +12,8 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from nola_vision import memo
+from nola_vision.data import sources
 from nola_vision.data.datasets import DATASETS
 from nola_vision.data.hugging_face import HubSource
 from nola_vision.data.sources import ArraySource, FileSource, decoded
@@ -81,12 +83,17 @@ def test_a_thumbnail_is_small_upright_and_has_no_metadata(tmp_path: Path) -> Non
     assert abs(np.array(images[1].getpixel((10, 5))) - (0, 200, 0)).max() < 10
 
 
-def test_a_large_jpeg_is_decoded_at_a_part_of_its_resolution() -> None:
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = jpeg_of((2000, 1100))
     assert decoded(content).size == (2000, 1100) and decoded(content, SIDE).size == (250, 138)
     exact = decoded(content).resize((250, 138), Image.Resampling.BOX)
     assert np.abs(np.asarray(exact, dtype=int) - np.asarray(decoded(content, SIDE), dtype=int)).mean() < 2
     assert decoded(jpeg_of((200, 100)), SIDE).size == (200, 100)  # never smaller than asked for
+    (tmp_path / "a.jpg").write_bytes(content)
+    monkeypatch.setattr(sources, "to_rgb", lambda image: sizes.append(image.size) or image)
+    sizes: list[tuple[int, int]] = []
+    write_thumbnails(tmp_path, all_wrong(1), FileSource([tmp_path / "a.jpg"], [1], ("a", "b")))
+    assert sizes == [(250, 138)]
 
 
 def test_a_name_has_no_folder_around_the_data_set(tmp_path: Path) -> None:
@@ -113,6 +120,11 @@ def test_at_most_so_many_are_stored_in_few_bytes(tmp_path: Path, caplog: pytest.
     found = load_thumbnails(tmp_path)
     assert sorted(found) == list(range(16, 40)) and found[16].name == "noise[16]"
     assert max(len(one.jpeg) for one in found.values()) < 16_000
+    with memo.keeping():
+        write_thumbnails(tmp_path, all_wrong(30, first=10), source)
+        source._decode = None  # type: ignore[method-assign, assignment]
+        write_thumbnails(tmp_path, all_wrong(28, first=12), source)  # of another run in this process
+    assert load_thumbnails(tmp_path) == found
     nothing = Predictions.of([0, 1], [0, 0], [[1, 0], [1, 0]])
     write_thumbnails(tmp_path, nothing, source)
     assert load_thumbnails(tmp_path) == {} and (tmp_path / THUMBNAILS_FILE).is_file()
@@ -160,7 +172,8 @@ DAMAGED = {
     "another type": {"1 a": GOOD.astype(np.float32)},
     "two dimensions": {"1 a": GOOD[None]},
     "no content": {"1 a": GOOD[:0]},
-    "half a file": {"1 a": GOOD[: len(GOOD) // 2]},
+    "half a header": {"1 a": GOOD[: len(GOOD) // 2]},
+    "half an image": {"1 a": np.frombuffer(jpeg_of((200, 100))[:-900], dtype=np.uint8)},
     "PNG": {"1 a": np.frombuffer(jpeg_of((8, 8), "PNG"), dtype=np.uint8)},
     "SVG": {"1 a": np.frombuffer(b"<svg xmlns='http://www.w3.org/2000/svg'/>", dtype=np.uint8)},
     "too large": {"1 a": np.frombuffer(jpeg_of((513, 8)), dtype=np.uint8)},
@@ -174,10 +187,11 @@ def test_a_damaged_file_is_one_line(case: str, tmp_path: Path) -> None:
     content = DAMAGED[case]
     file = tmp_path / THUMBNAILS_FILE
     file.write_bytes(content if isinstance(content, bytes) else safetensors.numpy.save(content))
-    with warnings.catch_warnings(), pytest.raises(NolaVisionError) as raised:
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(NolaVisionError) as raised:
+        warnings.simplefilter("always")
         load_thumbnails(tmp_path)
     message = str(raised.value)
+    assert not warned
     assert message.startswith(f"{file} is damaged (") and message.isprintable() and len(message) < len(str(file)) + 130
 
 

@@ -9,6 +9,7 @@ import io
 import logging
 import re
 import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from PIL import Image
 
+from nola_vision import memo
 from nola_vision.data.datasets import HUB_PREFIX
 from nola_vision.data.sources import ImageSource
 from nola_vision.errors import NolaVisionError
@@ -31,6 +33,7 @@ SIDE = 128  # pixels of the longer side
 _QUALITY = 80  # of JPEG
 _MOST_SIDE = 512  # of what is read: the file may be someone else's
 _MOST_BYTES = 2**21
+_KEPT_BYTES = 2**24  # of thumbnails, in memory
 _KEY = re.compile(r"(0|[1-9][0-9]{0,17}) (.+)")
 
 _log = logging.getLogger(__name__)
@@ -79,11 +82,9 @@ def write_thumbnails(folder: Path, predictions: Predictions, source: ImageSource
     path, stored, problems = folder / THUMBNAILS_FILE, {}, []
     for index in predictions.index[most_confident_mistakes(predictions)].tolist():
         try:
-            image = source.image(index, source.encoded(index), SIDE)
+            stored[f"{index} {_name(source, index)}"] = np.frombuffer(_jpeg(source, index), dtype=np.uint8)
         except NolaVisionError as error:
             problems.append(str(error))
-        else:
-            stored[f"{index} {_name(source, index)}"] = np.frombuffer(_jpeg(image), dtype=np.uint8)
     if problems:
         _warn(f"{len(problems)} misclassified images are not stored for the report: {problems[0]}")
     try:
@@ -103,12 +104,18 @@ def _name(source: ImageSource, index: int) -> str:
     return printable(path.name if path.is_absolute() else name)
 
 
-def _jpeg(image: Image.Image) -> bytes:
-    image.thumbnail((SIDE, SIDE))  # never enlarges
-    image.info = {}  # Pillow would copy the comment
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
-    return buffer.getvalue()
+def _jpeg(source: ImageSource, index: int) -> bytes:
+    """A thumbnail's content; where this process keeps things, of many runs that misclassify the same images."""
+
+    def make() -> bytes:
+        image = source.image(index, source.encoded(index), SIDE)
+        image.thumbnail((SIDE, SIDE))  # never enlarges
+        image.info = {}  # Pillow would copy the comment
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+        return buffer.getvalue()
+
+    return memo.latest("thumbnails", (weakref.ref(source), index), make, len, _KEPT_BYTES)
 
 
 def load_thumbnails(folder: Path) -> dict[int, Thumbnail]:
