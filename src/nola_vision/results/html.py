@@ -46,7 +46,7 @@ from nola_vision.thumbnails import Thumbnail, load_thumbnails
 MOST_IMAGE_BYTES = 2**21  # of the user's images in one page, as text
 _MOST_PHOTOS = 24  # of one cell
 _MOST_RUNS = 48  # of an entry, whose predictions are read
-_MOST_RUNS_WITH_PHOTOS = 4  # whose thumbnails are read
+_MOST_RUNS_WITH_PHOTOS = 4  # whose thumbnails are read on a page of one cell
 _MOST_CLASSES = 40  # in a table without a fold; of more, the worst are shown
 _WORST_CLASSES = 20
 _MOST_PAIRS = 10
@@ -519,7 +519,8 @@ class _Mistake:
 
 def _gallery(own: _Tested, most_bytes: int, problems: list[str]) -> GalleryView | None:
     """The misclassified images with the highest probabilities, each once; None if no run has a thumbnail."""
-    runs = own.runs[:_MOST_RUNS_WITH_PHOTOS]
+    # each costs 24 images to decode, and the first alone fills a gallery
+    runs = own.runs[: max(1, _MOST_RUNS_WITH_PHOTOS * most_bytes // MOST_IMAGE_BYTES)]
     calibrated = all(row.temperature is not None and found.logits is not None for row, found in runs)
     found = [mistake for row, of_run in runs for mistake in _mistakes(row, of_run, calibrated, problems)]
     found.sort(key=lambda mistake: (-mistake.probability, mistake.thumbnail.index))
