@@ -148,7 +148,8 @@ def test_the_gallery_opens_by_keyboard(show) -> None:
     assert dialog.locator(".view .of").inner_text() == photos.last.locator(".of").text_content()
     page.keyboard.press("Escape")
     dialog.wait_for(state="hidden")
-    page.wait_for_function("document.activeElement === [...document.querySelectorAll('.photo')].at(-1)")  # the close event comes a moment later
+    last = "document.activeElement === [...document.querySelectorAll('.photo')].at(-1)"
+    page.wait_for_function(last)  # the close event comes a moment later
 
 
 def test_without_javascript_everything_is_there(show) -> None:
