@@ -1,9 +1,10 @@
-"""`nola-vision report`: the tables of folders of runs, from their rows alone."""
+"""`nola-vision report`: verdicts and tables of folders of runs, and the page, from what the runs left."""
 
 from __future__ import annotations
 
 import io
 import sys
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,16 +17,20 @@ from nola_vision.results import store, tables
 from nola_vision.results.row import Row
 from nola_vision.text import csv_cell
 
+PAGE_FILE = "report.html"
+
 
 def main(arguments: Sequence[str], verb: str) -> int:
-    options = Options(verb, description="Prints a table for each cell of the rows.")
-    options.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs")
+    options = Options(verb, description="Prints a verdict and tables for each cell of the runs in some folders.")
+    options.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="folders of runs (default: runs)")
     options.add_argument("--format", choices=["table", "markdown", "latex", "csv", "parquet"], default="table")
     chosen = f"further metrics in the tables: {', '.join(tables.COLUMNS)}"
     options.add_argument("--columns", type=_columns, default=(), metavar="NAME,...", help=chosen)
     options.add_argument("--out", metavar="FILE", help="write there instead of printing; parquet needs it")
-    options.add_argument("--plots", metavar="DIR", help="write pictures there too (needs matplotlib)")
-    options.add_argument("--html", metavar="FILE", help="write one page with all of it (needs matplotlib)")
+    options.add_argument("--plots", metavar="DIR", help="write the charts there as PNG files too")
+    options.add_argument("--html", metavar="FILE", help="write one page with all of it too")
+    options.add_argument("--open", action="store_true", help=f"open the page in a browser (default: DIR/{PAGE_FILE})")
+    options.add_argument("--no-images", action="store_true", help="leave misclassified images out of the page")
     known = options.parse_args(arguments)
     if known.format == "parquet" and known.out is None:
         raise NolaVisionError("parquet is no text to print: give --out FILE")
@@ -34,20 +39,20 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if not rows:
         none = f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them"
         raise NolaVisionError("; ".join([none, *problems[:5]]))
-    if known.plots is not None or known.html is not None:
-        from nola_vision.results.page import html_page
-        from nola_vision.results.plots import cell_plots, write_plots  # matplotlib is an extra
+    if known.plots is not None:
+        from nola_vision.results.plots import cell_plots, write_plots  # matplotlib takes a while to import
 
         plots = {}
         for cell in tables.tested_cells(rows)[0]:
             plots[cell], unusable = cell_plots(rows, cell)
             problems += unusable
-        if known.plots is not None:
-            for path in write_plots(plots, Path(known.plots)):
-                print(path, file=sys.stderr)
-        if known.html is not None:
-            write_file(known.html, html_page(rows, plots, problems, known.columns).encode())
-            print(known.html, file=sys.stderr)
+        for path in write_plots(plots, Path(known.plots)):
+            print(path, file=sys.stderr)
+    if known.html is not None or known.open:
+        path = Path(known.folders[0]) / PAGE_FILE if known.html is None else Path(known.html)
+        _write_page(path, rows, problems, known.columns, not known.no_images)
+        if known.open and not webbrowser.open(path.absolute().as_uri()):
+            print(f"there is no browser here: open {path} in one", file=sys.stderr)
     coloured = known.out is None and sys.stdout.isatty()
     content = _content(rows, known.format, problems, coloured, known.columns)
     if known.out is not None:
@@ -56,6 +61,20 @@ def main(arguments: Sequence[str], verb: str) -> int:
     else:
         sys.stdout.write(content.decode())
     return 0
+
+
+def _write_page(path: Path, rows: list[Row], problems: list[str], columns: Sequence[str], images: bool) -> None:
+    """Writes the page, and one line on stderr that states how many of the user's images are in it."""
+    from nola_vision.results.description import plural
+    from nola_vision.results.html import html_page
+
+    page = html_page(rows, problems, columns, images)
+    write_file(path, page.text.encode())
+    shown = f"{page.images} of your images are in it (--no-images leaves them out)"
+    if page.images < 2:
+        shown = "1 of your images is in it (--no-images leaves it out)" if page.images else "no image of yours is in it"
+    cells = plural("cell", len({row.cell for row in rows}))
+    print(f"{path}: {cells}, {plural('run', len(rows))}; {shown}", file=sys.stderr)
 
 
 def _columns(text: str) -> tuple[str, ...]:
@@ -86,7 +105,7 @@ def _content(rows: list[Row], format: str, problems: list[str], coloured: bool, 
             case "latex":
                 console.file.write(tables.latex_table(rows, cell, columns) + "\n")
             case _:
-                console.print(tables.cell_table(rows, cell, columns))
+                console.print(tables.cell_report(rows, cell, columns))
     for cell, reason in others.items():
         note = f"{cell}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
         problems = [*problems, note]

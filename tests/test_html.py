@@ -1,0 +1,227 @@
+"""The report page as text: what it states against the files of the runs, and that it is harmless."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import scipy.special
+from sklearn.metrics import confusion_matrix, recall_score
+
+from fake_runs import METHODS, write_runs
+from nola_vision.cli.main import main
+from nola_vision.predictions import PREDICTIONS_FILE, Predictions, load_predictions
+from nola_vision.results import html, store
+from nola_vision.results.html import html_page
+from nola_vision.results.row import Row
+from nola_vision.thumbnails import THUMBNAILS_FILE, load_thumbnails
+
+NAMES = ["birds", "</script><script>alert(1)</script>", "$x_1$ & co", "a\x1b[31m\u202e", "{{ 7 * 7 }}", "x" * 300]
+FEW = tuple(method for method in METHODS if method.name in ("logistic", "lora-r4", "nola"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    folder = tmp_path_factory.mktemp("page")
+    write_runs(folder, NAMES, FEW, side=32)
+    write_runs(folder, ["a", "b"], FEW, splits=1, inits=1, images=30, cell="vit-folder.other-5shot-default", side=32)
+    found, problems = store.read_rows(folder)
+    assert not problems
+    return found
+
+
+class Tags(HTMLParser):
+    """A page's tags, what it loads or links to, and its ids."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.ids: Counter[str] = Counter()
+        self.text: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found[tag] += 1
+        given = {name: value or "" for name, value in attrs}
+        assert "style" not in given and not any(name.startswith("on") for name in given), given
+        self.links += [given[name] for name in ("src", "href") if name in given]
+        self.ids.update([given["id"]] if "id" in given else [])
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_is_whole_and_loads_nothing(rows: list[Row]) -> None:
+    page = html_page(rows, ["a\x07file is <broken>"])
+    tags = Tags(page.text)
+    assert tags.found["h1"] == 1 and tags.found["h2"] == 2 + 1 and page.text.count('<section class="cell"') == 2
+    assert tags.found["script"] == tags.found["style"] == 1 and max(tags.ids.values()) == 1
+    assert all(link.startswith(("data:", "#")) for link in tags.links)
+    assert {link[1:] for link in tags.links if link.startswith("#cell")} <= set(tags.ids)
+    text = " ".join(tags.text)
+    assert "a\\x07file is <broken>" in text and "{{ 7 * 7 }}" in text and "$x_1$ & co" in text
+    assert "</script><script>alert(1)</script>" in text and "a\\x1b[31m\\u202e" in text and "x" * 100 not in text
+    assert not set(page.text) & set("\x00\x07\x1b\u202e") and len(page.text) < 2**20
+    for name in ("style", "script"):  # the policy allows exactly these two
+        (content,) = re.findall(rf"<{name}>(.*?)</{name}>", page.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{name}-src &#39;sha256-{digest}&#39;" in page.text
+    assert "default-src &#39;none&#39;" in page.text and "unsafe" not in page.text
+
+
+def test_one_cell_has_the_pages_title(rows: list[Row]) -> None:
+    one = [row for row in rows if "other" in row.cell]
+    page = html_page(one)
+    tags = Tags(page.text)
+    title = re.search("<title>(.*)</title>", page.text)
+    assert title and re.search(r'<h1 id="cell1-title">(.*)</h1>', page.text)[1] == title[1]
+    assert tags.found["nav"] == 0 and tags.found["svg"] > 2
+
+
+def test_rows_alone_make_a_page(rows: list[Row]) -> None:
+    """Without their folders (rows of a database, of a test) only what files hold is missing."""
+    page = html_page([replace(row, folder=None) for row in rows])
+    assert page.images == 0 and "Misclassified images</h" not in page.text and "Every run</h" in page.text
+    failed = [replace(row, status="failed", error="out of <memory>", test_accuracy=None) for row in rows]
+    page = html_page(failed)
+    assert "Without a completed final run" in page.text and "out of &lt;memory&gt;" in page.text
+
+
+def view(rows: list[Row], problems: list[str] | None = None) -> html.CellView:
+    return html._cell(rows, "title", (), "cell1", html.MOST_IMAGE_BYTES, [] if problems is None else problems)
+
+
+def of(rows: list[Row], method: str) -> list[tuple[Row, Predictions]]:
+    runs = [row for row in rows if row.method == method and "photos" in row.cell]
+    return [(row, load_predictions(row.folder)) for row in runs]
+
+
+def test_classes_and_confusions_are_those_of_scikit_learn(rows: list[Row]) -> None:
+    cell = view([row for row in rows if "photos" in row.cell])
+    own, frozen = (
+        [np.concatenate([getattr(found, name) for _, found in of(rows, method)]) for name in ("label", "predicted")]
+        for method in ("nola", "logistic")
+    )
+    recall, of_frozen = (100 * recall_score(*pair, average=None) for pair in (own, frozen))
+    order = np.argsort(recall, kind="stable")
+    assert [line.accuracy for line in cell.classes.shown] == [f"{recall[i]:.1f}" for i in order]
+    assert [line.other for line in cell.classes.shown] == [f"{of_frozen[i]:.1f}" for i in order]
+    assert [line.at for line in cell.classes.shown] == pytest.approx(recall[order], abs=0.051)
+    assert [line.difference.lstrip("+") for line in cell.classes.shown] == [
+        f"{recall[i] - of_frozen[i]:.1f}".replace("-0.0", "0.0") for i in order
+    ]
+    counts = confusion_matrix(*own)
+    shares = 100 * counts / counts.sum(axis=1, keepdims=True)
+    expected = [
+        ["" if not n else f"{s:.0f}" for n, s in zip(*pair, strict=True)] for pair in zip(counts, shares, strict=True)
+    ]
+    assert [[heat.text for heat in line.cells] for line in cell.confusion.lines] == expected
+    np.fill_diagonal(counts, 0)
+    assert [int(pair.images) for pair in cell.confusion.pairs] == sorted(counts[counts > 0].tolist(), reverse=True)[:10]
+
+
+def test_the_gallery_shows_each_image_once_most_confident_first(rows: list[Row]) -> None:
+    cell = view([row for row in rows if "photos" in row.cell])
+    best: dict[int, float] = {}
+    wrong: Counter[int] = Counter()
+    for row, found in of(rows, "nola"):
+        thumbnails = load_thumbnails(row.folder)
+        for index, probability in zip(
+            found.index[~found.correct].tolist(), found.probability[~found.correct], strict=True
+        ):
+            wrong[index] += 1
+            if index in thumbnails:
+                best[index] = max(best.get(index, 0), float(probability))
+    order = sorted(best, key=lambda index: -best[index])[:24]
+    assert [photo.probability for photo in cell.gallery.photos] == [f"{100 * best[index]:.0f} %" for index in order]
+    assert [photo.runs for photo in cell.gallery.photos] == [
+        f"misclassified in {wrong[index]} of 4 runs" for index in order
+    ]
+    assert "not calibrated" in cell.gallery.note and f"of the {len(wrong)} images" in cell.gallery.note
+    size = sum(len(photo.source) for photo in cell.gallery.photos[:3])
+    small = html._gallery(html._tested(*_nola(rows), []), size, [])
+    assert 0 < sum(len(photo.source) for photo in small.photos) <= size and len(small.photos) <= 4
+
+
+def _nola(rows: list[Row]) -> tuple[html.Summary, list[Row]]:
+    (found,) = [
+        (summary, runs)
+        for summary, runs in html.entries(row for row in rows if "photos" in row.cell)
+        if summary.method == "nola"
+    ]
+    return found
+
+
+def test_probabilities_are_calibrated_where_every_run_can_be(tmp_path: Path) -> None:
+    write_runs(tmp_path, NAMES, FEW[-1:], splits=1, inits=1, side=32)
+    (row,) = [replace(row, temperature=2.5) for row in store.read_rows(tmp_path)[0]]
+    old = load_predictions(row.folder)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1, (len(old.index), len(NAMES)))
+    logits[np.arange(len(logits)), old.predicted] += 3 + logits.max(axis=1)
+    new = Predictions.of(old.index, old.label, logits)
+    new.save(row.folder)
+    photos = view([row]).gallery.photos
+    shown = list(load_thumbnails(row.folder))
+    expected = scipy.special.softmax(new.logits / 2.5, axis=1).max(axis=1)[shown]
+    assert [photo.probability for photo in photos] == [f"{100 * p:.0f} %" for p in sorted(expected, reverse=True)]
+    assert "are calibrated" in view([row]).gallery.note
+    assert "not calibrated" in view([replace(row, temperature=None)]).gallery.note
+
+
+def test_damaged_files_are_one_line_each_and_the_page_is_whole(tmp_path: Path) -> None:
+    write_runs(tmp_path, NAMES, FEW, side=32)
+    rows, _ = store.read_rows(tmp_path)
+    own = [row.folder for row in rows if row.method == "nola"]
+    (own[0] / PREDICTIONS_FILE).write_bytes(b"garbage")
+    (own[1] / THUMBNAILS_FILE).write_bytes(safetensors.numpy.save({"0 x": np.zeros(9, np.uint8)}))
+    (own[2] / THUMBNAILS_FILE).unlink()
+    os.mkfifo(own[2] / THUMBNAILS_FILE)
+    (own[3] / THUMBNAILS_FILE).unlink()
+    problems: list[str] = []
+    cell = view(rows, problems)
+    assert [str(own[i]) in problem for i, problem in zip((0, 1, 2), problems, strict=True)] == [True] * 3
+    assert cell.gallery is None and cell.classes and "3 of the 4 runs" in cell.classes.note
+    assert html_page(rows).text.count("Files that could not be read") == 1
+
+
+def test_many_classes_are_behind_a_fold(tmp_path: Path) -> None:
+    write_runs(tmp_path, [f"class {i}" for i in range(60)], FEW, splits=1, inits=1, images=5, side=16)
+    cell = view(store.read_rows(tmp_path)[0])
+    assert (len(cell.classes.shown), len(cell.classes.rest)) == (20, 40)
+    assert len(cell.confusion.names) == 20 == len(cell.confusion.lines) and len(cell.confusion.pairs) == 10
+    shown = set(cell.confusion.names)
+    assert all({pair.true, pair.predicted} <= shown for pair in cell.confusion.pairs)
+    assert [line.name for line in cell.confusion.lines] == list(cell.confusion.names)
+
+
+def test_the_command(rows: list[Row], tmp_path: Path, monkeypatch, capsys) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or bool(len(opened) % 2))
+    write_runs(tmp_path / "runs", ["a", "b"], FEW, splits=1, inits=1, side=16)
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "runs" / "report.html"
+    assert main(["report", "--open"]) == 0
+    said = capsys.readouterr()
+    assert opened == [page.as_uri()] and page.read_text().startswith("<!doctype html>")
+    images = page.read_text().count("data:image/jpeg")
+    assert (
+        f"runs/report.html: 1 cell, 3 runs; {images} of your images are in it (--no-images leaves them out)" in said.err
+    )
+    assert images and "there is no browser" not in said.err and "nola" in said.out
+    assert main(["report", "runs", "--open", "--html", "p.html", "--no-images"]) == 0
+    said = capsys.readouterr()
+    assert opened[1] == (tmp_path / "p.html").as_uri() and "data:image/jpeg" not in Path("p.html").read_text()
+    assert "no image of yours is in it" in said.err and "there is no browser here: open p.html" in said.err
+    assert main(["report", "runs", "--html", "no/p.html"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
