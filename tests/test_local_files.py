@@ -3,6 +3,8 @@
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,6 +245,12 @@ def test_what_is_written_goes_through_links_and_into_pipes(tmp_path: Path) -> No
     assert os.read(reader, 10) == b"sent" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
+
+    code = "import sys; from nola_vision.files import write_file; write_file(sys.argv[1], b'page'); print('table')"
+    for stream in ("/dev/stdout", "/dev/fd/1"):  # a file that stdout was redirected to keeps what it had
+        with open(tmp_path / "file", "ab") as redirected:
+            subprocess.run([sys.executable, "-c", code, stream], stdout=redirected, check=True)
+    assert (tmp_path / "file").read_text() == "new" + 2 * "pagetable\n"
 
 
 def test_a_run_never_replaces_a_device(tmp_path: Path) -> None:

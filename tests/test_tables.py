@@ -618,9 +618,10 @@ def test_row_panel() -> None:
 
 
 def test_frame_is_flat(tmp_path: Path) -> None:
-    made = row(accuracy=0.5, config={"model": {"run_seed": 3}, "list": [1, 2]}, versions={"torch": "2"}, threads=2)
+    config = {"model": {"run_seed": 2**60 + 1}, "list": [1, 2]}
+    made = row(accuracy=0.5, config=config, versions={"torch": "2"}, threads=2)
     table = frame([made, row(init=None, accuracy=None)])
-    assert table.loc[0, "config.model.run_seed"] == 3
+    assert table.loc[0, "config.model.run_seed"] == 2**60 + 1  # not by way of a float
     assert table.loc[0, "config.list"] == "[1, 2]"
     assert table.loc[0, "versions.torch"] == "2"
     assert table["test_accuracy"].isna().tolist() == [False, True]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import sys
 import uuid
 from pathlib import Path
 
@@ -12,14 +14,23 @@ from nola_vision.errors import NolaVisionError
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")  # in timm's order of preference
 
 
+# The process's own streams by name. Opened again they may be a file that was redirected to, which would be truncated.
+_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+
+
 def write_file(path: str | Path, content: bytes) -> None:
-    """Writes a file that a person named, as `write_whole` does; into a device or a pipe, such as /dev/stdout.
+    """Writes a file that a person named, as `write_whole` does; into a stream (/dev/stdout), a device or a pipe.
 
     Raises:
         NolaVisionError: it cannot be written.
     """
+    name = re.sub("^/(dev|proc/self)/fd/([12])$", lambda found: list(_STREAMS)[int(found[2]) - 1], str(path))
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
+        if name in _STREAMS:
+            sys.stdout.flush()
+            with open(_STREAMS[name], "wb", closefd=False) as stream:
+                stream.write(content)
+        elif os.path.exists(path) and not os.path.isfile(path):
             Path(path).write_bytes(content)
         else:
             write_whole(path, content)

@@ -124,7 +124,7 @@ def _report(error: Exception) -> tuple[int, str]:
     frame = next((f for f in reversed(frames) if Path(f.filename).is_relative_to(package)), frames[-1])
     place = f"{frame.filename.removeprefix(f'{package.parent}{os.sep}')}:{frame.lineno}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
-        return 1, f"out of memory at {place}: give a smaller batch_size or fewer workers ({error})"
+        return 1, f"out of memory at {place}: give a smaller batch_size, fewer workers or fewer runs ({error})"
     kind = type(error).__name__
     return 1, f"unexpected {kind} at {place}: {error}; run again with --debug for the traceback"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import re
 import subprocess
@@ -47,6 +46,8 @@ DETERMINISTIC = (
 # What a row that is read may hold, so that nothing downstream has to check again.
 _MOST_KEYS = 1000  # each becomes a column of the frame; a run has about 150
 _MOST_DEPTH = 50
+_LARGEST = 1e100  # sums and squares of numbers up to this stay finite
+_MOST_IMAGES = 10**12
 _MOST_BRACKETS = 100_000  # in the text, those in names included: 32 MB of empty lists would take 700 MB
 _SIGNED = ("basis_seed", "train_loss", "val_loss")  # every other number is at least 0
 _FRACTIONS = (
@@ -229,7 +230,7 @@ class Row:
         except (json.JSONDecodeError, RecursionError):
             raise NolaVisionError(f"{path} is not JSON: {again}") from None
         except ValueError:  # by `_finite`, or an integer of more digits than Python converts
-            raise NolaVisionError(f"{path} holds a number that is not finite or too long: {again}") from None
+            raise NolaVisionError(f"{path} holds a number that is not finite or too large: {again}") from None
         version = plain.get("schema_version") if isinstance(plain, dict) else None
         if type(version) is not int or version < 1:
             raise NolaVisionError(f"{path} is not a result row (no schema_version): {again}")
@@ -292,8 +293,8 @@ def _cpu() -> str:
 
 
 def _plain(value: Any, name: str, lost: list[str]) -> Any:
-    """Copy nested values: null for a number that JSON lacks, noted in `lost`, and text that is valid as UTF-8."""
-    if isinstance(value, float) and not math.isfinite(value):
+    """Copy nested values: null for a number that no reader takes, noted in `lost`, and text that is valid as UTF-8."""
+    if isinstance(value, float) and not abs(value) <= _LARGEST:
         lost.append(f"{name} was {value} and is written as null")
         return None
     if isinstance(value, PurePath | str):  # a folder's name may hold bytes that are not UTF-8
@@ -327,8 +328,8 @@ def _kinds(hint: Any) -> frozenset[type]:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
+    if not abs(value) <= _LARGEST:
+        raise ValueError(f"{text} is not finite or too large")
     return value
 
 
@@ -418,7 +419,8 @@ def _data_problem(data: dict[str, Any]) -> str | None:
     """What is wrong with the facts on the data that tables read."""
     counts, share = data.get("counts"), data.get("majority_share")
     images = counts.get("test") if isinstance(counts, dict) else None
-    if not isinstance(counts, dict | None) or type(images) not in (int, type(None)) or (images or 0) < 0:
+    fits = type(images) in (int, type(None)) and 0 <= (images or 0) <= _MOST_IMAGES
+    if not isinstance(counts, dict | None) or not fits:
         return f"has no number of test images in data.counts ({_quoted(counts)})"
     if share is not None and not (type(share) in (int, float) and 0 <= share <= 1):
         return f"has data.majority_share {_quoted(share)}, which must be between 0 and 1"

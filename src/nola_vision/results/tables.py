@@ -248,11 +248,19 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
         _flatten("", row.columns(), line)
         flat.append(line)
     whole = [item.name for item in fields(Row) if item.type in ("int", "int | None")]
-    table = pd.DataFrame(flat, columns=None if flat else [item.name for item in fields(Row) if item.name != "folder"])
-    for name in table:  # a setting may be "auto" in one row and 1 in another
-        if pd.api.types.is_object_dtype(table[name]) and table[name].dropna().map(type).nunique() > 1:
-            table[name] = table[name].map(str, na_action="ignore")
-    return table.astype(dict.fromkeys(whole, "Int64"))
+    every = [item.name for item in fields(Row) if item.name != "folder"]
+    names = list(dict.fromkeys(name for line in flat for name in line)) or every
+    return pd.DataFrame({name: _column([line.get(name) for line in flat], name in whole) for name in names})
+
+
+def _column(values: list[Any], whole: bool) -> Any:
+    """A column of whole numbers keeps all their digits next to a missing one; numbers next to text become text."""
+    kinds = {type(value) for value in values} - {type(None)}
+    if kinds == {int} or (whole and not kinds):
+        return pd.array(values, dtype="Int64")
+    if len(kinds) > 1 and kinds != {int, float}:
+        return [None if value is None else str(value) for value in values]
+    return values
 
 
 def text_frame(rows: Iterable[Row], safe: Callable[[str], str]) -> pd.DataFrame:
