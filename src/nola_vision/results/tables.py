@@ -368,7 +368,7 @@ def _comparison(found: Sequence[Entry]) -> Sheet:
     if any(difference.cross_validated for difference in compared):
         notes.append("differences have no interval: the splits divide the same images, so they are not independent")
     elif any(difference.low is None for difference in compared):
-        notes.append("a difference without an interval: too few splits for an interval, or equal on each")
+        notes.append("a difference without an interval: too few splits for an interval")
     for item, _ in found:
         difference = differences.get(item)
         told = [NOT_MEASURED, NOT_MEASURED]
