@@ -147,7 +147,7 @@ def test_the_second_table_says_where_the_spread_comes_from() -> None:
     assert [[cell.text for cell in line] for line in comparison.lines] == [
         ["lora", "-0.7 [-5.8, +4.5]", "3", "3.1", "0.0"],
         ["nola", "-", "-", "4.1", "1.0"],
-        ["nola-big", "-1.0", "2", "4.0", "-"],
+        ["nola-big", "0.0", "2", "4.0", "-"],
         ["nola-small", "-1.0", "1", "-", "-"],
     ]
     assert comparison.columns[1] == "difference to nola (95 % CI)" and len(comparison.notes) == 1
