@@ -184,8 +184,8 @@ def test_what_a_completed_run_lacks_is_repeated(
     (nearest / "predictions.safetensors").write_bytes(b"")
     assert fit(photos, out) == 0
     printed = capfd.readouterr()
-    assert f"nola is not compared: {final.folder}/predictions.safetensors is damaged" in printed.err
-    assert f"1nn is not compared: {nearest}/predictions.safetensors is damaged" in printed.err
+    assert f"{final.folder}/predictions.safetensors is damaged" in printed.err
+    assert f"{nearest}/predictions.safetensors is damaged" in printed.err
     assert "nola: " in printed.out and "nola against" not in printed.out
 
     for name, label in (("nola", 0), *((name, 1) for name in identity.FROZEN_METHODS)):

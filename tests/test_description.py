@@ -11,7 +11,8 @@ import pytest
 
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.results.description import backbone_name, cell_facts, cell_title, grid_text, how_measured
-from nola_vision.results.estimates import Estimate
+from nola_vision.results.estimates import Estimate, compare
+from nola_vision.results.html import html_page
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import subject, summarise
 from nola_vision.results.tables import cell_report
@@ -67,15 +68,29 @@ def test_a_cell_in_words() -> None:
         ("protocol", "photos"),
     ]
     text = " ".join(how_measured(rows))
-    for part in ("divided into 5 folds", "Clopper and Pearson", "Started 2026-01-02 10:00 UTC.", f"Cell: {CELL}."):
+    for part in (
+        "divided into 5 folds",
+        "Split s divides them with seed s.",
+        "in the first division into folds; the table averages all folds.",
+        "Clopper and Pearson",
+        "Init i seeds the basis, the head and the order of batches. ",
+        "Each fold's model was tested once, after its last epoch.",
+        "Started 2026-01-02 10:00 UTC.",
+        f"Cell: {CELL}.",
+    ):
         assert part in text
-    assert "Wilson" not in text and "/home" not in text + str(cell_facts(rows))
+    assert not any(part in text for part in ("Wilson", "training images with seed", "compared image by image"))
+    assert "/home" not in text + str(cell_facts(rows))
+    text = " ".join(how_measured([*rows, dataclasses.replace(rows[0], split=1, run_hash="s1", monitor="val_loss")]))
+    assert "after its last epoch or best epoch by val_loss." in text and "compared image by image" in text
+    text = " ".join(how_measured([row("1nn", 0.5, init=None, config=photos, **FROZEN)]))
+    assert not any(part in text for part in ("Split s", "Init i", "epoch"))
 
     trained = config("resnet18.a1_in1k", "cifar100", protocol="paper", trainer={"max_epochs": 50})
     trained["data"] |= {"batch_size": 16, "augmentation": "none"}
     columns = {"config": trained, "data": facts(), "device": "cpu", "threads": 2, "versions": {"torch": "2.13"}}
     rows = [
-        *grid("nola", [[70, 72, 71], [70, None, 71]], **columns),
+        *grid("nola", [[70, 72, 71], [70, None, 71]], monitor="val_loss", **columns),
         *(row("1nn", 0.5, split=split, init=None, **FROZEN, **columns) for split in (0, 1)),
         row("nola", None, stage="search", run_hash="s", **columns),
     ]
@@ -91,17 +106,27 @@ def test_a_cell_in_words() -> None:
     for part in (
         "tested on 1,297 test images.",
         "Wilson",
-        "Student's t",
+        "Split s draws the training images with seed s. Init i seeds the basis",
+        "order of batches; methods on frozen features have none.",
+        "Each run was tested once, after its best epoch by val_loss.",
         "Device: cpu with 2 threads.",
         "PyTorch 2.13.",
     ):
         assert part in text
     assert grid_text(rows[:3]) == "3 runs: 1 split x 3 inits" and grid_text(rows[6:8]) == "2 splits"
     assert grid_text([*rows[:4], rows[5]]) == "5 runs of 2 splits"
+    assert "Student's t" not in text
+    rows.append(row("1nn", 0.5, split=5, init=None, **FROZEN, **columns))
+    assert (
+        "Student's t" in " ".join(how_measured(rows))
+        and "seeds 0, 1, 5 (the splits)" in dict(cell_facts(rows))["shots"]
+    )
 
 
 def test_what_rows_do_not_say_is_left_out() -> None:
     bare = [row(config=CONFIG)]
+    for name, title in (("hf:/home/me/pets", "pets: b"), ("hf:me/pets", "me/pets: b")):
+        assert cell_title([row(config=config(dataset=name, shots="all"))]) == title
     assert cell_title([row(config=config(backbone={"file": "/home/me/w.pth"}))]).endswith(", b, local weights")
     assert cell_title(bare) == "digits: b" and cell_title([]) == "" and cell_facts([]) == []
     assert dict(cell_facts(bare))["data"] == "digits" and how_measured(bare) and how_measured([])
@@ -122,6 +147,9 @@ def test_the_subject_is_nola_then_what_trains_then_frozen_features() -> None:
     assert chosen(*rows) == "nola-mlp"
     assert chosen(*rows[2:]) == "lora" and chosen(*rows[4:]) == "logistic" and chosen(rows[-1]) is None
     assert chosen(*(dataclasses.replace(one, test_accuracy=0.5) for one in rows[:2])) == "nola-mlp"  # the first by name
+    # one lucky run is not it
+    assert chosen(*rows, row("nola-qv", 0.5, init=1)) == "nola-qv"
+    assert chosen(*rows, row("nola-qv", 0.5, init=1), row("nola-mlp", 0.1, split=1)) == "nola-mlp"
 
 
 def with_confusion(rows: list[Row], place: Path, counts: list[list[int]]) -> list[Row]:
@@ -144,25 +172,73 @@ def test_a_verdict_on_several_runs(tmp_path: Path) -> None:
     worse = [row("1nn", 0.1, init=None, method_class="NearestNeighbor", data=data)]
     lost = [row("lora", None, split=9, status="failed", error="no room", **LORA)]
     # nola - lora by split: -4, -2, -4; nola - logistic 11, 11, -4; t(0.975, 2) = 4.3027
-    assert cell_verdict([*nola, *lora, *frozen, *worse, *lost, row(cell="another")], CELL) == [
-        "nola: 76.0 % right (std 4.2; 6 runs: 3 splits x 2 inits).",
+    lines, problems = cell_verdict([*nola, *lora, *frozen, *worse, *lost, row(cell="another")], CELL)
+    assert not problems and lines == [
+        "nola: top-1 accuracy 76.0 % (std 4.2; 6 runs: 3 splits x 2 inits).",
         "Chance: always answering the largest class is right for 40.0 %.",
         "Best of 2 frozen-feature methods (an optimistic choice): logistic, 70.0 % (std 8.2; 3 splits).",
         "nola against logistic, split by split: no difference shown (+6.0 points, -15.5 to +27.5, 3 splits).",
         "The other method that trains: lora, 79.3 % (std 3.4; 6 runs: 3 splits x 2 inits).",
         "nola against lora, split by split: 3.3 points worse (-6.2 to -0.5, 3 splits).",
         "The adapter file of lora is 1.5 times as large as that of nola.",
-        "Most often confused: 'cat' and 'owl' (18 images), 'cat' and 'dog' (6 images), and 1 more pair with 6.",
+        "Most often misclassified: 'cat' as 'owl' (12 times in 6 runs), 'cat' as 'dog' (6 times in 6 runs), "
+        "and 2 more pairs with 6.",
         "Not completed: 1 run (lora 1).",
     ]
     other = [dataclasses.replace(one, method="nola-big", test_accuracy=0.2) for one in nola]
-    first = cell_verdict([*nola, *other], CELL)[0]
-    assert first.startswith("nola, the best of 2 NOLA entries (an optimistic choice): 76.0 %")
-    one_split = cell_verdict([*nola[:2], frozen[0]], CELL)
-    assert "nola against logistic: +11.0 points on one split, which gives no interval." in one_split
+    first = cell_verdict([*nola, *other], CELL)[0][0]
+    assert first.startswith("nola, the best of 2 NOLA entries (an optimistic choice): top-1 accuracy 76.0 %")
+    assert cell_verdict([*nola, *other[:2]], CELL)[0][0].startswith("nola: top-1 accuracy 76.0 %")
+    one_split, _ = cell_verdict([*nola[:2], frozen[0]], CELL)
+    assert "nola against logistic: +11.0 points on 1 split, too few splits for an interval." in one_split
+    alike = [row("logistic", 0.5, split=split, init=None, data=data, **FROZEN) for split in range(3)]
+    first = cell_verdict([*frozen, *(dataclasses.replace(one, method="1nn") for one in alike)], CELL)[0][0]
+    assert first.startswith(
+        "logistic, the best of 2 frozen-feature methods (an optimistic choice): top-1 accuracy 70.0"
+    )
     (nola[0].folder or tmp_path).joinpath(CONFUSION_FILE).write_text("x")
-    assert cell_verdict(nola, CELL)[-1].endswith("delete it (plots then leave its run out)")
-    assert cell_verdict(lost, CELL) == ["No run of this cell has an accuracy yet.", "Not completed: 1 run (lora 1)."]
+    lines, problems = cell_verdict(nola, CELL)
+    assert "(10 times in 5 runs)" in lines[-1] and problems[0].endswith("delete it (plots then leave its run out)")
+    lines, _ = cell_verdict(lost, CELL)
+    assert lines == ["No run of this cell has an accuracy yet.", "Not completed: 1 run (lora 1)."]
+
+
+def test_cross_validated_splits_are_compared_image_by_image(tmp_path: Path) -> None:
+    """Splits divide the same images into folds, so their differences say nothing of an interval."""
+    rows = []
+    for method, correct, columns in (("nola", 18, {}), ("logistic", 10, FROZEN | {"init": None})):
+        for split in range(3):
+            found = predictions([0] * correct + [1] * (20 - correct), [0] * 20)
+            folder = tmp_path / f"{method}{split}"
+            folder.mkdir()
+            found.save(folder)
+            estimate = Estimate.of([(correct // 2, 10), (correct - correct // 2, 10)]).to_dict()
+            made = row(method, None, split=split, estimate=estimate, data={"class_names": ["cat", "dog"]}, **columns)
+            rows.append(dataclasses.replace(made, folder=folder))
+    lines, problems = cell_verdict([*rows[1:], row("logistic", None, status="failed", split=0, **FROZEN)], CELL)
+    against = compare(predictions([0] * 18 + [1] * 2, [0] * 20), predictions([0] * 10 + [1] * 10, [0] * 20))
+    between = f"+{against.low:.1f} to +{against.high:.1f}"
+    assert not problems and lines[0] == "nola: top-1 accuracy 90.0 % (std 0.0; 4 folds of 2 runs: 2 splits x 1 init)."
+    assert lines[2] == f"nola against logistic, image by image (split 1, init 0): 40.0 points better ({between})."
+    (tmp_path / "nola1" / "predictions.safetensors").write_bytes(b"x")
+    lines, problems = cell_verdict(rows[1:], CELL)
+    assert not any("against" in line for line in lines) and len(problems) == 1 and "is damaged" in problems[0]
+    page = html_page(rows[1:])
+    assert page.text.count("nola1/predictions.safetensors is damaged") == 1
+
+
+def test_the_page_and_the_verdict_name_the_same_frozen_method() -> None:
+    """On the split of the only run: over all its splits another is better."""
+    rows = [row("nola", 0.9, data=facts())]
+    for method, accuracies in {"logistic": (0.7, 0.1), "1nn": (0.6, 0.8)}.items():
+        rows += [row(method, one, split=s, init=None, data=facts(), **FROZEN) for s, one in enumerate(accuracies)]
+    assert cell_verdict(rows, CELL)[0][1].startswith(
+        "Best of 2 frozen-feature methods (an optimistic choice): logistic"
+    )
+    text = html_page(rows).text
+    assert "logistic, best on frozen features" in text and "1nn, best on frozen features" not in text
+    alone = html_page([row("nola", 0.9)]).text  # tested on an unknown number of images
+    assert "90.0 %" in alone and "mean of 1 run" not in alone and "std 0.0" not in alone
 
 
 def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
@@ -185,24 +261,25 @@ def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
             folder=folder,
         )
     lines, problems = run_verdict(rows["nola"], [rows["logistic"]], names, [rows["full"]])
-    assert cell_verdict(rows.values(), CELL) == lines and not problems
+    assert cell_verdict(rows.values(), CELL) == (lines, []) and not problems
     elsewhere = row("logistic", 0.1, split=5, init=None, **FROZEN)  # on another split, so it is not compared
-    assert cell_verdict([elsewhere, *rows.values()], CELL) == lines
+    assert cell_verdict([elsewhere, *rows.values()], CELL)[0] == lines
     assert [line.partition(" (")[0] for line in lines] == [
-        "nola: 90.0 % right",
+        "nola: top-1 accuracy 90.0 %",
         "Frozen features: logistic, 50.0 %",
         "nola against logistic, image by image: 40.0 points better",
         "The other method that trains: full, 100.0 %",
         "nola against full, image by image: no difference shown",
         "The adapter file of full is 1,235 times as large as that of nola.",
-        "Most often confused: 'cat' and 'dog'",
+        "Most often misclassified: 'cat' as 'dog'",
     ]
-    assert cell_verdict([rows["logistic"], row("nola", None)], CELL)[0] == (
+    assert cell_verdict([rows["logistic"], row("nola", None)], CELL)[0][0] == (
         "nola has no estimate of its accuracy: it was not tested."
     )
     (tmp_path / "logistic" / "predictions.safetensors").write_bytes(b"x")
-    lines = cell_verdict(rows.values(), CELL)
-    assert lines[-1].startswith("logistic is not compared: ") and not any("against logistic" in line for line in lines)
+    lines, problems = cell_verdict(rows.values(), CELL)
+    assert "logistic/predictions.safetensors is damaged" in problems[0]
+    assert not any("against logistic" in line for line in lines)
 
 
 def test_the_terminal_shows_title_verdict_and_tables_in_this_order() -> None:
@@ -210,6 +287,8 @@ def test_the_terminal_shows_title_verdict_and_tables_in_this_order() -> None:
         *grid("nola", [[70, 72], [80, 82]], data=facts()),
         *grid("lora", [[71, 71], [78, 78]], data=facts(), **LORA),
     ]
-    text = text_of(cell_report(rows, CELL), width=80)
-    places = [text.index(part) for part in ("digits: 10 classes", "nola: 76.0 % right", "Results", "Differences")]
+    text = text_of(cell_report(rows, CELL)[0], width=80)
+    places = [
+        text.index(part) for part in ("digits: 10 classes", "nola: top-1 accuracy 76.0 %", "Results", "Differences")
+    ]
     assert places == sorted(places) and max(map(len, text.splitlines())) <= 80

@@ -52,10 +52,10 @@ def run_notebook(name: str, **parameters: Any) -> dict[str, Any]:
 def test_the_results_notebook_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [
-        *grid("small", [[70, 72], [80, 82]], adapter_file_bytes=900),  # 76
+        *grid("small", [[70, 72], [80, 82], [75, 77]], adapter_file_bytes=900),  # 76
         *grid("larger-and-worse", [[60, None], [70, 72]], adapter_file_bytes=2000),
         *grid("larger-and-equal", [[70, 72], [80, 82.000001]], adapter_file_bytes=3000),
-        *grid("best", [[80, 82], [90, 90]], adapter_file_bytes=5000),  # 85.5
+        *grid("best", [[80, 82], [90, 90], [85.5, 85.5]], adapter_file_bytes=5000),  # 85.5
         *grid("as-large-as-best", [[76, 78], [76, 78]], adapter_file_bytes=5000),  # 77
         *grid("largest", [[85, 85], [85, 85]], adapter_file_bytes=9000),
         row("1nn", 0.6, init=None, method_class="NearestNeighbor"),
@@ -68,14 +68,14 @@ def test_the_results_notebook_by_hand(tmp_path: Path, monkeypatch: pytest.Monkey
         store.write_row(folder, one)
     names = run_notebook("few_shot_results", CELL=CELL)
     assert names["cells"] == ["another", CELL] and len(names["rows"]) == len(rows) - 1
-    assert len(names["final"]) == 4 * 6 - 1 + 1
+    assert len(names["final"]) == 4 * 6 - 1 + 1 + 4
     assert [chart.name for chart in names["charts"]] == ["pareto", "by-split"]
-    assert names["parts"].loc["small"].tolist() == pytest.approx([25, 1])
-    assert names["parts"].loc["best"].tolist() == pytest.approx([4.5**2, 0.5])
-    # by split: 71 - 81 and 81 - 90; where a run failed, of the init that both have
+    assert names["parts"].loc["small"].tolist() == pytest.approx([25 * 2 / 3, 1])
+    assert names["parts"].loc["best"].tolist() == pytest.approx([4.5**2 * 2 / 3, 1 / 3])
+    # by split: 71 - 81, 81 - 90 and 76 - 85.5; where a run failed, of the init that both have
     differences = names["differences"]
-    half = stats.t.ppf(0.975, 1) * 0.5  # the std (ddof 1) of two differences 1 apart, over the root of 2
-    expected = [-9.5, -9.5 - half, -9.5 + half, 2]
+    half = stats.t.ppf(0.975, 2) * 0.5 / 3**0.5  # the std (ddof 1) of the three differences is 0.5
+    expected = [-9.5, -9.5 - half, -9.5 + half, 3]
     assert differences.loc["small", ["mean", "low", "high", "splits"]].tolist() == pytest.approx(expected)
     assert differences.loc["larger-and-worse", "mean"] == pytest.approx((60 - 80 + 71 - 90) / 2)
     assert differences.loc["1nn", "mean"] == pytest.approx(60 - 81) and differences.isna().loc["1nn", "low"]

@@ -213,11 +213,11 @@ def test_a_verdict_of_folds() -> None:
         NAMES,
     )
     assert lines == [
-        "nola: 85.0 % right (95 % interval 68.0 to 95.1; 34 of 40 images, 5-fold cross-validation).",
+        "nola: top-1 accuracy 85.0 % (95 % interval 68.0 to 95.1; 34 of 40 images, 5-fold cross-validation).",
         "Best of 2 frozen-feature methods (an optimistic choice): logistic, 50.0 % (31.9 to 68.1).",
         "nola against logistic, image by image: 35.0 points better (+12.8 to +53.9).",
         "The intervals leave out the variation of training sets; each fold trained on fewer images.",
-        "Most often confused: 'cat' and 'dog' (5 images), 'owl' and 'fox' (1 image).",
+        "Most often misclassified: 'dog' as 'cat' (3 images), 'cat' as 'dog' (2 images).",
         "No estimate for 'emu': it has a single image, which is always trained on.",
     ]
 
@@ -239,7 +239,7 @@ def test_a_verdict_on_a_test_set(adapter: int, frozen: int, sentence: str) -> No
     assert lines[1].startswith(f"Frozen features: 1nn, {frozen}.0 % (") and "optimistic" not in lines[1]
     assert lines[2:] == [
         f"nola against 1nn, image by image: {sentence}",
-        f"Most often confused: 'cat' and 'dog' ({100 - adapter} images).",
+        f"Most often misclassified: 'cat' as 'dog' ({100 - adapter} images).",
     ]
 
 
@@ -262,10 +262,11 @@ def test_a_verdict_says_where_the_accuracy_is_not_above_chance(
 
 def test_a_verdict_without_an_estimate_of_the_adapter() -> None:
     frozen = run("nearest-mean", *right_of(10, 9, label=2, instead=0), folds=2)
-    skipped = verdict((make_row("nola"), None), [frozen], NAMES)
-    assert skipped[0] == "nola has no estimate of its accuracy: it was not tested."
+    skipped = verdict((make_row("nola", data={"folds": 5}), None), [frozen], NAMES)
+    assert skipped[0] == "nola has no estimate of its accuracy: its folds were not run."
+    assert verdict((make_row("nola"), None), [], NAMES) == ["nola has no estimate of its accuracy: it was not tested."]
     assert skipped[1].startswith("Frozen features: nearest-mean, 90.0 % (")
-    assert skipped[3] == "Most often confused by nearest-mean: 'cat' and 'owl' (1 image)."
+    assert skipped[3] == "Most often misclassified by nearest-mean: 'owl' as 'cat' (1 image)."
     assert not any("image by image" in line for line in skipped)
     failed = verdict((make_row("nola", status="failed", test_accuracy=0.5), frozen[1]), [frozen], NAMES)
     assert failed[0] == "nola has no estimate of its accuracy: its run failed."
@@ -273,25 +274,25 @@ def test_a_verdict_without_an_estimate_of_the_adapter() -> None:
     assert verdict(None, [frozen], NAMES) == skipped[1:]
     without_file = make_row("nola", test_accuracy=0.75, data={"counts": {"test": 8}})
     assert verdict((without_file, None), [], NAMES) == [
-        "nola: 75.0 % right (95 % interval 40.9 to 92.9; 6 of 8 test images)."
+        "nola: top-1 accuracy 75.0 % (95 % interval 40.9 to 92.9; 6 of 8 test images)."
     ]
     unknown = make_row("nola", test_accuracy=0.75)
-    assert verdict((unknown, None), [], None) == ["nola: 75.0 % right, of an unknown number of images."]
+    assert verdict((unknown, None), [], None) == ["nola: top-1 accuracy 75.0 %, of an unknown number of images."]
 
 
 @pytest.mark.parametrize(
     ("errors", "sentence"),
     [
         ([], "No image was misclassified."),
-        ([(0, 1)], "Most often confused: 'cat' and 'dog' (1 image)."),
-        ([(0, 1), (1, 0), (2, 3)], "Most often confused: 'cat' and 'dog' (2 images), 'owl' and 'fox' (1 image)."),
+        ([(0, 1)], "Most often misclassified: 'cat' as 'dog' (1 image)."),
+        ([(0, 1), (2, 3), (2, 3)], "Most often misclassified: 'owl' as 'fox' (2 images), 'cat' as 'dog' (1 image)."),
         (
             [(0, 1), (2, 3), (3, 0), (1, 2)],
-            "Most often confused: 'cat' and 'dog' (1 image), 'cat' and 'fox' (1 image), and 2 more pairs with 1.",
+            "Most often misclassified: 'cat' as 'dog' (1 image), 'dog' as 'owl' (1 image), and 2 more pairs with 1.",
         ),
         (
             [(0, 1), (0, 1), (2, 3), (1, 3)],
-            "Most often confused: 'cat' and 'dog' (2 images), 'dog' and 'fox' (1 image), and 1 more pair with 1.",
+            "Most often misclassified: 'cat' as 'dog' (2 images), 'dog' as 'fox' (1 image), and 1 more pair with 1.",
         ),
     ],
 )

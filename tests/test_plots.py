@@ -22,6 +22,7 @@ from nola_vision.cli.main import main
 from nola_vision.config_files import load_config
 from nola_vision.results import identity, store
 from nola_vision.results.confusion import confusion_csv, entry_confusions
+from nola_vision.results.description import bytes_text
 from nola_vision.results.labels import short_names, spread
 from nola_vision.results.plots import (
     CSS_COLOURS,
@@ -33,7 +34,6 @@ from nola_vision.results.plots import (
     Chart,
     _drawing,
     _size_ticks,
-    bytes_text,
     cell_charts,
     cell_plots,
     class_differences_plot,

@@ -121,8 +121,8 @@ def test_paired_differences_by_hand() -> None:
     expected = scipy.stats.ttest_1samp([1.0, 1.5, 3.0, 2.5], 0).confidence_interval(0.95)
     assert shifted is not None and shifted.shown and shifted.splits == 4
     assert (shifted.low, shifted.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
-    same = paired_difference(one, one)
-    assert same is not None and (same.low, same.high, same.shown) == (0, 0, False)
+    for no_spread in (paired_difference(one, one), paired_difference(one[:4], other[:4])):  # equal; two splits
+        assert no_spread is not None and (no_spread.low, no_spread.high, no_spread.shown) == (None, None, False)
     assert found == paired_difference(one[::-1], other[::-1])
     assert (paired_difference(other, one) or found).mean == pytest.approx(0, abs=1e-9)
 
@@ -137,13 +137,21 @@ def test_paired_differences_with_one_nn_and_of_what_does_not_meet() -> None:
 
 
 def test_the_second_table_says_where_the_spread_comes_from() -> None:
-    rows = [*grid("nola", [[70, 72], [80, 82]]), *grid("lora", [[71, 71], [78, 78]], method_class="LoRA")]
+    rows = [
+        *grid("nola", [[70, 72], [80, 82], [75, 77]]),
+        *grid("lora", [[71, 71], [78, 78], [77, 77]], method_class="LoRA"),
+        *grid("nola-big", [[71], [79]]),
+        row("nola-small", 0.69),
+    ]
     results, comparison = cell_sheets(rows, CELL)
     assert [[cell.text for cell in line] for line in comparison.lines] == [
-        ["lora", "-1.5 [-20.6, +17.6]", "2", "3.5", "0.0"],
-        ["nola", "-", "-", "5.0", "1.0"],
+        ["lora", "-0.7 [-5.8, +4.5]", "3", "3.1", "0.0"],
+        ["nola", "-", "-", "4.1", "1.0"],
+        ["nola-big", "0.0", "2", "4.0", "-"],
+        ["nola-small", "-1.0", "1", "-", "-"],
     ]
-    assert comparison.columns[1] == "difference to nola (95 % CI)"
+    assert comparison.columns[1] == "difference to nola (95 % CI)" and len(comparison.notes) == 1
+    assert cell_sheets([*rows[:4], *grid("nola-big", [[70], [80]])], CELL)[1].columns[1] == "difference to nola"
     for sheet in (results, comparison):
         assert len(sheet.column_help) == len(sheet.columns) and all(sheet.column_help)
     assert len(cell_sheets([row()], CELL)) == 1
@@ -167,7 +175,7 @@ def test_the_papers_figure_stands_beside_with_its_doubts() -> None:
 
 def test_latex_is_escaped_and_balanced() -> None:
     text = latex_table([row("a_b & 50%", 0.801), row("c", 0.795), row("c", 0.795, split=1)], CELL)
-    assert r"a\_b \& 50\%" in text and r"\textbf{80.1 (0.0)}" in text and r"\underline{79.5 (0.0)}" in text
+    assert r"a\_b \& 50\%" in text and r"\textbf{80.1}" in text and r"\underline{79.5 (0.0)}" in text
     assert text.count(r"\begin{") == text.count(r"\end{") == 4
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count(" & ") + 1 for line in lines} == {6, 5}
@@ -286,7 +294,7 @@ ROWS = [
 
 
 def test_markdown_table() -> None:
-    best, close = "**80.1 (0.0)**", "<u>80.0 (0.5)</u>"
+    best, close = "**80.1**", "<u>80.0 (0.5)</u>"
     lines = markdown_table(ROWS, CELL).split("\n\n### Differences")[0].splitlines()
     assert [line for line in lines if "have no row" not in line] == [
         "## digits: b",
@@ -295,13 +303,13 @@ def test_markdown_table() -> None:
         "",
         "| method | trainable | file, bytes | top-1 % | n | lr |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| nn1 | - | - | 70.0 (0.0) | 1 | - |",
-        "| linear | 0 | 800 | 75.0 (0.0) | 1 | - |",
-        "| full | - | - | 78.9 (0.0) | 1 | - |",
-        "| lora | - | - | 79.0 (0.0) | 1 | - |",
+        "| nn1 | - | - | 70.0 | 1 | - |",
+        "| linear | 0 | 800 | 75.0 | 1 | - |",
+        "| full | - | - | 78.9 | 1 | - |",
+        "| lora | - | - | 79.0 | 1 | - |",
         f"| nola | 24,552 | 98,612 | {close} | 2 | 0.005 |",
         f"| nola-big | - | 3,145,728 | {best} | 1 | - |",
-        "| other | - | - | 30.0 (0.0) | 1 | - |",
+        "| other | - | - | 30.0 | 1 | - |",
         "",
         "- mean (std) over n runs; best in bold, within 1 point underlined",
         "- lora: 1 failed, 1 interrupted, not in its mean; the last failure: unknown",
@@ -348,8 +356,19 @@ def test_folds_count_where_there_is_no_test_set() -> None:
     assert list(results.notes) == ["mean (std) over n folds; chance 50.0 %; best in bold, within 1 point underlined"]
     found = paired_difference([folded], [nearest])
     assert found is not None and found.mean == pytest.approx(71 - 140 / 3)
+    # other splits divide the same images, so they give no interval
+    rows = [dataclasses.replace(one, split=split, run_hash=f"{one.method}{split}",
+                                estimate=one.estimate and {**one.estimate, "folds": [0.1 * split, 0.5, 0.5]}
+                                if one is folded else one.estimate)
+            for one in (folded, nearest) for split in range(4)]  # fmt: skip
+    several = paired_difference(rows[:4], rows[4:])
+    assert several is not None and (several.low, several.high, several.splits, several.shown) == (None, None, 4, False)
+    comparison = cell_sheets(rows, CELL)[1]
+    assert comparison.columns[1] == "difference to 1nn" and "divide the same images" in comparison.notes[0]
+    skipped = row("nola", None, data={"folds": 5})
+    assert "nola: 1 whose folds were not run, not in its mean" in cell_sheets([skipped, nearest], CELL)[0].notes
     assert "71.0 % (7.9), mean and std of 3 folds" in text_of(row_panel(folded))
-    mixed = cell_sheets([folded, row("lora", 0.8)], CELL)[0]
+    mixed = cell_sheets([folded, row("lora", 0.8), row("lora", 0.8, split=1)], CELL)[0]
     assert mixed.notes[0].startswith("mean (std) over n runs or folds; folds: nola; chance 50.0 %; best")
 
 
@@ -426,7 +445,7 @@ def test_a_table_of_a_cell_is_readable_at_80_columns() -> None:
 
 def test_exactly_one_point_is_close() -> None:
     table = markdown_table([row("a", 0.801), row("b", 0.791), row("c", 0.790), row("d", 0.801)], CELL)
-    for marked in ("**80.1 (0.0)**", "<u>79.1 (0.0)</u>", " 79.0 (0.0) "):
+    for marked in ("**80.1**", "<u>79.1</u>", " 79.0 "):
         assert marked in table
     assert table.count("**80.1") == 2
 
@@ -447,7 +466,7 @@ def test_terminal_table_marks_the_best_and_the_close() -> None:
     with console.capture() as capture:
         console.print(cell_table(ROWS, CELL))
     for style, text in ((1, "80.1"), (4, "80.0")):
-        assert re.search(rf"\x1b\[{style}m *{text} ", capture.get())
+        assert re.search(rf"\x1b\[{style}m *{text}\b", capture.get())
 
 
 def test_a_narrow_terminal_loses_no_digit() -> None:
@@ -589,7 +608,7 @@ def test_any_row_is_refused_in_one_line_or_shown_by_everything() -> None:
         rows = [row("other", 0.6, cell=read.cell), read, row("nola", 0.4, cell=read.cell, split=1)]
         tested, _ = tables.tested_cells(rows)
         for cell in tested:
-            assert text_of(cell_report(rows, cell)) and how_measured(rows) and cell_facts(rows)
+            assert text_of(cell_report(rows, cell)[0]) and how_measured(rows) and cell_facts(rows)
             assert markdown_table(rows, cell) and latex_table(rows, cell)
         assert text_of(row_panel(read)) and Row.from_json(read.to_json(), Path("row.json")) == read
 
@@ -615,6 +634,7 @@ def test_row_panel() -> None:
     for part in (CELL, "nola (NOLA), split 0, init 3, final", "failed: it broke [here]", "81.25 %", "12.3", "small"):
         assert part in text
     assert "init" not in text_of(row_panel(row("nn1", init=None)))
+    assert "98.6 KB (98,612 bytes)" in text_of(row_panel(row(adapter_file_bytes=98_612)))
 
 
 def test_frame_is_flat(tmp_path: Path) -> None:

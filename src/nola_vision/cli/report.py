@@ -105,11 +105,13 @@ def _content(rows: list[Row], format: str, problems: list[str], coloured: bool, 
             case "latex":
                 console.file.write(tables.latex_table(rows, cell, columns) + "\n")
             case _:
-                console.print(tables.cell_report(rows, cell, columns))
+                report, unusable = tables.cell_report(rows, cell, columns)
+                console.print(report)
+                problems = [*problems, *unusable]
     for cell, reason in others.items():
         note = f"{cell}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
         problems = [*problems, note]
-    for problem in problems:
+    for problem in dict.fromkeys(problems):
         match format:
             case "markdown":
                 console.file.write(f"- {tables.markdown_text(problem)}\n")

@@ -164,8 +164,9 @@ def _sweep(
     from nola_vision.results import tables  # pandas takes a while to import
 
     everything, problems = store.read_rows(out / cell)
-    console.print(tables.cell_report(everything, cell))
-    for _, problem in problems:
+    report, unusable = tables.cell_report(everything, cell)
+    console.print(report)
+    for problem in (*(problem for _, problem in problems), *unusable):
         print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
 

@@ -1,4 +1,4 @@
-"""Which classes a run took for which, on the test set: its `confusion.csv`, and what many of them say of an entry."""
+"""Which classes runs took for which: the file `confusion.csv`, and what the counts of many runs show of an entry."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nola_vision.errors import NolaVisionError
+from nola_vision.predictions import Predictions
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import entries
 from nola_vision.results.store import read_run_file
 from nola_vision.text import csv_cell
 
 CONFUSION_FILE = "confusion.csv"
+MOST_RUNS = 48  # of an entry, whose counts are summed: the first
 _HEADER = b"true,predicted,count"
 _COUNT = re.compile("[0-9]{1,12}")
 # A run writes a file for up to 1,000 classes: one line per pair of classes with an image
@@ -80,8 +82,47 @@ def read_confusion(path: Path) -> pd.DataFrame:
         raise NolaVisionError(f"{path} holds no confusion matrix: {fix}") from error
 
 
+def count_predictions(found: Sequence[Predictions], classes: int) -> NDArray[np.int64]:
+    """Images by true and predicted class, `[classes, classes]`, summed over runs; at least one."""
+    places = np.concatenate([classes * one.label + one.predicted for one in found])
+    return np.bincount(places, minlength=classes**2).reshape(classes, classes)
+
+
+def confused_pairs(counts: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    """The pairs of a true class and another that was predicted, with their count, the most frequent first."""
+    wrong = counts - np.diag(np.diag(counts))
+    ranked = np.argsort(-wrong, axis=None, kind="stable")[: np.count_nonzero(wrong)]
+    return [(*divmod(place, len(wrong)), int(wrong.flat[place])) for place in ranked.tolist()]
+
+
+def run_confusions(runs: Iterable[Row]) -> tuple[list[tuple[Row, pd.DataFrame]], list[str]]:
+    """The matrices of the first `MOST_RUNS` completed runs of one entry that left one, all with the same classes.
+
+    Returns:
+        The runs with their matrices, and a sentence for each file that could not be used.
+    """
+    found: list[tuple[Row, pd.DataFrame]] = []
+    problems = []
+    for run in runs:
+        if run.folder is None or run.status != "completed" or not os.path.lexists(run.folder / CONFUSION_FILE):
+            continue
+        path = run.folder / CONFUSION_FILE
+        try:
+            counts = read_confusion(path)
+            if found and not found[0][1].index.equals(counts.index):
+                if set(found[0][1].index) != set(counts.index):
+                    raise NolaVisionError(f"{path} has other classes than {run.method}'s other runs: delete it")
+                counts = counts.reindex_like(found[0][1])
+            found.append((run, counts))
+        except NolaVisionError as error:
+            problems.append(str(error))
+        if len(found) == MOST_RUNS:
+            break
+    return found, problems
+
+
 def entry_confusions(rows: Iterable[Row], cell: str) -> tuple[dict[str, dict[int, pd.DataFrame]], list[str]]:
-    """Sum the matrices of each entry's completed final runs.
+    """Sum the matrices of each entry's completed final runs, as `run_confusions` reads them.
 
     Args:
         rows: of any runs; those without a `confusion.csv` in their folder are left out.
@@ -93,27 +134,11 @@ def entry_confusions(rows: Iterable[Row], cell: str) -> tuple[dict[str, dict[int
     sums: dict[str, dict[int, pd.DataFrame]] = {}
     problems = []
     for summary, runs in entries(row for row in rows if row.cell == cell):
+        found, unusable = run_confusions(runs)
+        problems += unusable
         of_splits: dict[int, pd.DataFrame] = {}
-        first: pd.DataFrame | None = None
-        for run in runs:
-            if run.folder is None or run.status != "completed" or not os.path.lexists(run.folder / CONFUSION_FILE):
-                continue
-            path = run.folder / CONFUSION_FILE
-            try:
-                counts = read_confusion(path)
-                if first is None:
-                    first = counts
-                elif not first.index.equals(counts.index) and set(first.index) != set(counts.index):
-                    raise NolaVisionError(f"{path} has other classes than {summary.label}'s other runs: delete it")
-            except NolaVisionError as error:
-                problems.append(str(error))
-                continue
-            known = of_splits.get(run.split)
-            if known is None:
-                of_splits[run.split] = counts
-            else:
-                same = known.index.equals(counts.index)
-                of_splits[run.split] = known + (counts if same else counts.reindex_like(known))
+        for run, counts in found:
+            of_splits[run.split] = of_splits[run.split] + counts if run.split in of_splits else counts
         if of_splits:
             sums[summary.label] = of_splits
     return sums, problems

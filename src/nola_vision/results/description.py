@@ -8,9 +8,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from nola_vision.results.identity import OWN_IMAGES
+from nola_vision.results.identity import FROZEN_METHODS, OWN_IMAGES
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import count_once, cross_validated, mean_std, run_accuracies
+from nola_vision.results.statistics import (
+    LEAST_SPLITS,
+    count_once,
+    cross_validated,
+    is_measured,
+    mean_std,
+    run_accuracies,
+)
 from nola_vision.tags import short_tag, split_tag
 from nola_vision.text import printable, shortened
 
@@ -74,6 +81,15 @@ def signed(difference: float) -> str:
     return text if float(text) else "0.0"
 
 
+def bytes_text(number: float) -> str:
+    """A size in units of 1,000: `37.2 KB`, `1 MB`."""
+    units = ["B", "KB", "MB", "GB"]
+    while number >= 999.5 and len(units) > 1:
+        number /= 1000
+        units.pop(0)
+    return f"{number:.3g} {units[0]}"
+
+
 def accuracy_text(row: Row) -> str:
     """The accuracy of a run: `91.2 %`, or `85.0 % (6.1), mean and std of 50 folds`."""
     accuracies = run_accuracies(row)
@@ -89,7 +105,7 @@ def plural(noun: str, count: int) -> str:
     return f"{count:,} {noun}{ending}"
 
 
-def name_text(name: object, most: int = _MOST_CHARACTERS) -> str:
+def short_printable(name: object, most: int = _MOST_CHARACTERS) -> str:
     """A name of a stranger's row, printable and of at most `most` characters."""
     return shortened(printable(str(name)), most)
 
@@ -110,7 +126,7 @@ def cell_title(rows: Sequence[Row]) -> str:
     ]
     protocol = rows[0].config.get("protocol")
     if isinstance(protocol, str) and protocol not in _PLAIN_PROTOCOLS:
-        facts.append(f"protocol {name_text(protocol)}")
+        facts.append(f"protocol {short_printable(protocol)}")
     return f"{dataset_name(rows[0])}: {', '.join(facts)}"
 
 
@@ -130,24 +146,22 @@ def cell_facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def how_measured(rows: Sequence[Row]) -> list[str]:
     """Sentences on how the figures of one cell's rows were made: statistics, images, seeds, machines, dates, its id."""
     final = [row for row in count_once(rows) if row.stage == "final"]
-    measured = [row for row in final if row.status == "completed" and run_accuracies(row)]
+    measured = [row for row in final if is_measured(row)]
     sentences = ["Top-1 accuracy is the share of tested images whose class was predicted."]
     if not all(map(cross_validated, measured)):
         sentences += _on_a_test_set(measured)
     if any(map(cross_validated, measured)):
         sentences += _on_folds(measured)
-    if any(count > 1 for count in Counter((row.method, row.entry_hash) for row in measured).values()):
-        sentences.append(
-            "The interval of a difference between two methods is Student's t over the splits that both have, of the "
-            "difference of their means in each, since runs of one split share their training images. It leaves out "
-            "that other test images would give another difference: all splits share them."
-        )
-    sentences.append(
-        "Split s draws the training images with seed s. Init i seeds the basis, the head and the order of batches; "
-        "methods on frozen features have none."
-    )
-    if all(row.monitor is None for row in measured):
-        sentences.append("The accuracy is that of the last epoch; test images chose nothing.")
+    if rows and (rows[0].config.get("data") or {}).get("shots") not in ("all", None):
+        sentences.append("Split s draws the training images with seed s.")
+    if any(row.init is not None for row in final):
+        others = "; methods on frozen features have none" if any(row.init is None for row in final) else ""
+        sentences.append(f"Init i seeds the basis, the head and the order of batches{others}.")
+    if trained := [row for row in measured if row.method_class not in FROZEN_METHODS.values()]:
+        monitors = sorted({row.monitor or "" for row in trained})
+        epochs = " or ".join(f"best epoch by {short_printable(name)}" if name else "last epoch" for name in monitors)
+        what = "fold's model" if any(map(cross_validated, trained)) else "run"
+        sentences.append(f"Each {what} was tested once, after its {epochs}.")
     return [*sentences, *_machines(measured or final), *([f"Cell: {printable(rows[0].cell)}."] if rows else [])]
 
 
@@ -155,9 +169,12 @@ def dataset_name(row: Row) -> str:
     """The data set's name for people: `CIFAR-10`, or the name of the folder or list of a user's images."""
     data = row.config.get("data") or {}
     name = str(data.get("dataset", "?"))
-    if name in OWN_IMAGES:
-        name = PurePath(str(data.get("root", name))).name
-    return name_text(_DATASETS.get(name, name.removeprefix("hf:")))
+    own = name in OWN_IMAGES
+    name = str(data.get("root", name)) if own else name.removeprefix("hf:")
+    path = PurePath(name)  # of which the folders may name a person
+    if own or path.is_absolute():
+        name = path.name
+    return short_printable(_DATASETS.get(name, name))
 
 
 def backbone_name(row: Row) -> str:
@@ -172,11 +189,11 @@ def backbone_name(row: Row) -> str:
         name = re.sub(r"^resnet(\d+)$", r"ResNet-\1", architecture)
     name = _ARCHITECTURES.get(architecture, name)
     if source:
-        return name_text(tag)
+        return short_printable(tag)
     base = backbone.get("base") or "pretrained"
     if base != "pretrained":
-        return name_text(f"{name} with {base} weights")
-    return name_text(" ".join([name, *[text for word, text in _PRETRAINING.items() if word in words][:1]]))
+        return short_printable(f"{name} with {base} weights")
+    return short_printable(" ".join([name, *[text for word, text in _PRETRAINING.items() if word in words][:1]]))
 
 
 def grid_text(runs: Sequence[Row]) -> str:
@@ -211,19 +228,21 @@ def _shots_text(rows: Sequence[Row]) -> str:
     if shots == "all" or shots is None:
         return "every training image"
     seeds = sorted({row.split_seed for row in rows})
-    listed = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    listed = short_printable(", ".join(map(str, seeds)))
+    if len(seeds) > 1 and seeds[-1] - seeds[0] == len(seeds) - 1:
+        listed = f"{seeds[0]} to {seeds[-1]}"
     return f"{_shots(rows)}, drawn with seed{'' if len(seeds) == 1 else 's'} {listed} (the splits)"
 
 
 def _backbone_text(rows: Sequence[Row]) -> str:
     backbone = (rows[0].config.get("model") or {}).get("backbone") or {}
-    name, tag = backbone_name(rows[0]), name_text(short_tag(str(backbone.get("tag", "?"))), 100)
+    name, tag = backbone_name(rows[0]), short_printable(short_tag(str(backbone.get("tag", "?"))), 100)
     text = name if name == tag else f"{name} ({tag})"
     transforms = [found for row in rows if isinstance(found := row.data.get("transform"), dict)]
     if size := _span(_whole(found.get("size")) for found in transforms):
         text += f", images of {size} pixels"
     if file := backbone.get("file"):
-        text += f", weights of {name_text(PurePath(str(file)).name)}"
+        text += f", weights of {short_printable(PurePath(str(file)).name)}"
     return text
 
 
@@ -248,7 +267,7 @@ def _runs_text(rows: Sequence[Row]) -> str:
 def _protocol_text(rows: Sequence[Row]) -> str:
     config = rows[0].config
     protocol = str(config.get("protocol", "?"))
-    text = name_text(protocol) + (f" ({_PROTOCOLS[protocol]})" if protocol in _PROTOCOLS else "")
+    text = short_printable(protocol) + (f" ({_PROTOCOLS[protocol]})" if protocol in _PROTOCOLS else "")
     trained = [row.config for row in rows if row.init is not None] or [config]
     epochs = _span(_whole((one.get("trainer") or {}).get("max_epochs")) for one in trained)
     batch = _span(_whole((one.get("data") or {}).get("batch_size")) for one in trained)
@@ -256,7 +275,7 @@ def _protocol_text(rows: Sequence[Row]) -> str:
     parts = [
         *([f"{epochs} epochs"] if epochs else []),
         *([f"batches of {batch}"] if batch else []),
-        *([f"augmentation {name_text(augmentation)}"] if isinstance(augmentation, str) else []),
+        *([f"augmentation {short_printable(augmentation)}"] if isinstance(augmentation, str) else []),
     ]
     return ": ".join([text, *([", ".join(parts)] if parts else [])])
 
@@ -267,37 +286,51 @@ def _on_a_test_set(measured: Sequence[Row]) -> list[str]:
     limit = (tested[0].config.get("data") or {}).get("test_limit")
     part = f"{images} {_test_name(tested)} images" if images else f"the {_test_name(tested)} images"
     chosen = ", evenly spaced over each class" if limit is not None else ""
-    return [
+    sentences = [
         f"Each run was tested on {part}{chosen}.",
         "mean (std): over the completed runs of a method, n of them; the std has ddof 0, as in the paper.",
         "[low, high]: Wilson's 95 % interval of one run, of its test images alone: other training images and another "
         "init change the accuracy too.",
     ]
+    if len({row.split for row in tested}) >= LEAST_SPLITS:
+        sentences.append(
+            "The interval of a difference between two methods is Student's t over the splits that both have, of the "
+            "difference of their means in each, since runs of one split share their training images. It leaves out "
+            "that other test images would give another difference: all splits share them."
+        )
+    return sentences
 
 
 def _on_folds(measured: Sequence[Row]) -> list[str]:
     folds = max(map(_folds, measured))
-    return [
+    sentences = [
         f"There is no test set: all images are divided into {folds} folds, and each is tested by a model that was "
-        "trained on the other folds, so on fewer images than the final one.",
+        "trained on the other folds, so on fewer images than the final one. Split s divides them with seed s.",
         "mean (std): over folds, n of them; methods on frozen features are repeated on further divisions.",
+        "The headline accuracy counts each image once, in the first division into folds; the table averages all folds.",
         "The interval of an accuracy is Clopper and Pearson's for 80 % of the images, since errors of cross-validation "
         "come together; it leaves out the variation of training sets.",
     ]
+    if len({row.split for row in measured}) > 1:
+        sentences.append(
+            "A difference between two methods has no interval over splits, which divide the same images: they are "
+            "compared image by image, in the first split and init that both have."
+        )
+    return sentences
 
 
 def _machines(rows: Sequence[Row]) -> list[str]:
     """Devices, versions and dates, each where the rows have them."""
     sentences = []
     devices = Counter(
-        name_text(row.device) + (f" with {plural('thread', row.threads)}" if row.threads else "")
+        short_printable(row.device) + (f" with {plural('thread', row.threads)}" if row.threads else "")
         for row in rows
         if row.device
     )
     if devices:
         sentences.append(f"Device: {_listed(devices)}.")
     found = {
-        words: Counter(name_text(version) for row in rows if (version := row.versions.get(package)))
+        words: Counter(short_printable(version) for row in rows if (version := row.versions.get(package)))
         for package, words in _VERSIONS.items()
     }
     if versions := [f"{words} {_listed(counts)}" for words, counts in found.items() if counts]:
@@ -335,7 +368,7 @@ def _folds(row: Row) -> int:
 
 def _test_name(rows: Sequence[Row]) -> str:
     """What the test images are called on disk: `test`, or `validation`."""
-    return name_text(next((name for row in rows if (name := row.data.get("test_name"))), "test"))
+    return short_printable(next((name for row in rows if (name := row.data.get("test_name"))), "test"))
 
 
 def _count(row: Row, part: str) -> int | None:

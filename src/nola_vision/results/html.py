@@ -25,19 +25,21 @@ from nola_vision import __version__
 from nola_vision.errors import NolaVisionError
 from nola_vision.predictions import Predictions, load_predictions
 from nola_vision.results import tables
+from nola_vision.results.confusion import MOST_RUNS, confused_pairs, count_predictions
 from nola_vision.results.description import (
     NOT_MEASURED,
+    bytes_text,
     cell_facts,
     cell_title,
     how_measured,
-    name_text,
     plural,
     points,
+    short_printable,
     signed,
 )
-from nola_vision.results.plots import CSS_COLOURS, DARK_COLOURS, bytes_text, cell_charts, entry_looks
+from nola_vision.results.plots import CSS_COLOURS, DARK_COLOURS, cell_charts, entry_looks
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import Summary, entries, kind, run_accuracy, subject
+from nola_vision.results.statistics import Summary, entries, kind, rivals, run_accuracy, subject
 from nola_vision.results.tables import Sheet
 from nola_vision.results.verdict import cell_verdict
 from nola_vision.text import excerpt, printable
@@ -45,7 +47,6 @@ from nola_vision.thumbnails import Thumbnail, load_thumbnails
 
 MOST_IMAGE_BYTES = 2**21  # of the user's images in one page, as text
 _MOST_PHOTOS = 24  # of one cell
-_MOST_RUNS = 48  # of an entry, whose predictions are read
 _MOST_RUNS_WITH_PHOTOS = 4  # whose thumbnails are read on a page of one cell
 _MOST_CLASSES = 40  # in a table without a fold; of more, the worst are shown
 _WORST_CLASSES = 20
@@ -324,25 +325,28 @@ def _cell(
 ) -> CellView:
     """The section of the rows of one cell; sentences on files that could not be used are added to `problems`."""
     cell = rows[0].cell
-    runs = dict(entries(rows))
-    own, frozen = subject(runs), subject(one for one in runs if kind(one) == "frozen")
-    other = frozen if frozen is not own else None
+    found = entries(rows)
+    runs = dict(found)
+    own = subject(runs)
+    frozen = next((one for one, _ in rivals("frozen", own, found)), None) if own else None
+    other = frozen if own and kind(own) != "frozen" else None
     tested = _tested(own, runs[own], problems) if own else None
     of_other = _tested(other, runs[other], problems) if other and tested else None
     looks = entry_looks(list(runs))
     colours = {printable(label): CSS_COLOURS[look.colour].lstrip("-") for label, look in looks.items()}
     charts, unusable = cell_charts(rows, cell)
-    problems += unusable
+    verdict, not_compared = cell_verdict(rows, cell)
+    problems += [*unusable, *not_compared]
     return CellView(
         anchor=anchor,
         title=title,
         index=IndexLine(
-            method=name_text(own.label) if own else "",
+            method=short_printable(own.label) if own else "",
             accuracy=_accuracy(own, runs[own])[0] if own else "",
             frozen=_accuracy(frozen, runs[frozen])[0] if frozen else "",
             runs=f"{len(rows):,}",
         ),
-        verdict=cell_verdict(rows, cell),
+        verdict=verdict,
         figures=_key_figures(own, other, runs),
         colours=colours,
         facts=cell_facts(rows),
@@ -362,12 +366,12 @@ def _key_figures(own: Summary | None, other: Summary | None, runs: Mapping[Summa
     for one, what in ((own, "top-1 accuracy"), (other, "best on frozen features")):
         if one is not None:
             accuracy, spread = _accuracy(one, runs[one])
-            figures.append(KeyFigure(f"{name_text(one.label)}, {what}", f"{accuracy} %", spread))
+            figures.append(KeyFigure(f"{short_printable(one.label)}, {what}", f"{accuracy} %", spread))
     if own is not None and own.chance is not None:
         figures.append(KeyFigure("chance", f"{_per_cent(own.chance)} %", "always answering the largest class"))
     if own is not None and own.adapter_file_bytes:
         size = own.adapter_file_bytes
-        label = f"{name_text(own.label)}, adapter file"
+        label = f"{short_printable(own.label)}, adapter file"
         figures.append(KeyFigure(label, bytes_text(size), f"{size:,} bytes, head included"))
     return figures
 
@@ -380,7 +384,7 @@ def _accuracy(one: Summary, runs: Sequence[Row]) -> tuple[str, str]:
             low, high = found.interval
             return points(100 * found.value), f"95 % interval {points(low)} to {points(high)}"
     counted = plural("fold" if one.cross_validated else "run", one.n)
-    return _per_cent(one.mean), f"mean of {counted}, std {_per_cent(one.std)}"
+    return _per_cent(one.mean), counted if one.std is None else f"mean of {counted}, std {points(one.std)}"
 
 
 @dataclass(frozen=True)
@@ -393,14 +397,12 @@ class _Tested:
 
     @property
     def label(self) -> str:
-        return name_text(self.summary.label)
+        return short_printable(self.summary.label)
 
     @cached_property
     def counts(self) -> npt.NDArray[np.int64]:
         """Images by true and predicted class, `[classes, classes]`, summed over the runs."""
-        classes = len(self.class_names)
-        places = np.concatenate([classes * found.label + found.predicted for _, found in self.runs])
-        return np.bincount(places, minlength=classes**2).reshape(classes, classes)
+        return count_predictions([found for _, found in self.runs], len(self.class_names))
 
     @cached_property
     def shares(self) -> npt.NDArray[np.float64]:
@@ -438,7 +440,7 @@ def _tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> _Test
             problems.append(str(error))
             continue
         found += [] if predictions is None else [(row, predictions)]
-        if len(found) == _MOST_RUNS:
+        if len(found) == MOST_RUNS:
             break
     return _Tested(summary, names, tuple(found)) if found else None
 
@@ -453,7 +455,7 @@ def _classes(own: _Tested, other: _Tested | None, colour: str) -> ClassesView:
     images = own.counts.sum(axis=1) / len(own.runs)
     lines = [
         ClassLine(
-            name=name_text(names[i]),
+            name=short_printable(names[i]),
             images=f"{images[i]:,.0f}",
             accuracy=_per_cent(accuracies[i]),
             other=_per_cent(others[i]),
@@ -471,15 +473,13 @@ def _classes(own: _Tested, other: _Tested | None, colour: str) -> ClassesView:
 
 def _confusion(own: _Tested) -> ConfusionView | None:
     """The pairs of classes that were confused most often; None if no image was misclassified."""
-    names = [name_text(name) for name in own.class_names]
-    wrong = own.counts - np.diag(np.diag(own.counts))
-    ranked = np.argsort(-wrong, axis=None, kind="stable")[: np.count_nonzero(wrong)]
-    pairs = [divmod(place, len(names)) for place in ranked.tolist()]
+    names = [short_printable(name) for name in own.class_names]
+    pairs = confused_pairs(own.counts)
     if not pairs:
         return None
     kept = list(range(len(names)))
     if len(names) > _MATRIX_CLASSES:
-        kept = sorted(list(dict.fromkeys(label for pair in pairs for label in pair))[:_MATRIX_CLASSES])
+        kept = sorted(list(dict.fromkeys(label for *pair, _ in pairs for label in pair))[:_MATRIX_CLASSES])
     several = len(own.runs) > 1
     part = "" if len(kept) == len(names) else f" of the {len(kept)} classes in the most confused pairs"
     unit = "% of the true class's images" if several else "images"
@@ -487,8 +487,8 @@ def _confusion(own: _Tested) -> ConfusionView | None:
     return ConfusionView(
         note=f"{own.what} An image counts once in each run." if several else own.what,
         pairs=[
-            Pair(names[true], names[predicted], f"{wrong[true, predicted]:,}", _per_cent(own.shares[true, predicted]))
-            for true, predicted in pairs[:_MOST_PAIRS]
+            Pair(names[true], names[predicted], f"{count:,}", _per_cent(own.shares[true, predicted]))
+            for true, predicted, count in pairs[:_MOST_PAIRS]
         ],
         more_pairs=f"and {plural('more pair', rest)}" if rest > 0 else "",
         caption=f"Confusion matrix{part}: {unit}; true class by row, predicted class by column",
@@ -581,8 +581,8 @@ def _photo(mistake: _Mistake, own: _Tested) -> Photo:
         height=thumbnail.height,
         tiny=max(thumbnail.width, thumbnail.height) < _TINY,
         name=printable(thumbnail.name),
-        true=name_text(own.class_names[mistake.true]),
-        predicted=name_text(own.class_names[mistake.predicted]),
+        true=short_printable(own.class_names[mistake.true]),
+        predicted=short_printable(own.class_names[mistake.predicted]),
         probability=f"{100 * mistake.probability:.0f} %",
         runs=runs,
     )
@@ -613,11 +613,10 @@ def _runs(rows: Sequence[Row]) -> RunsView:
 
 
 def _run_texts(row: Row) -> tuple[str, ...]:
-    accuracy = row.test_accuracy
-    if accuracy is None and row.estimate is not None:
-        accuracy = row.estimate["correct"] / row.estimate["images"]
-    if accuracy is None:
-        accuracy = row.val_accuracy if row.stage == "search" else None
+    found = run_accuracy(row)
+    accuracy = row.test_accuracy if found is None else found.value
+    if accuracy is None and row.stage == "search":
+        accuracy = row.val_accuracy
     texts = (
         row.status,
         row.stage,

@@ -28,10 +28,21 @@ from matplotlib.ticker import MaxNLocator
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
 from nola_vision.results.confusion import class_differences, entry_confusions
+from nola_vision.results.description import bytes_text
 from nola_vision.results.labels import along, place_at_points, short_name, short_names, spread, text_width
 from nola_vision.results.published import published_result
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import Summary, entries, kind, run_accuracies, subject, summarise
+from nola_vision.results.statistics import (
+    Entry,
+    Summary,
+    cross_validated,
+    entries,
+    first_accuracies,
+    is_measured,
+    kind,
+    subject,
+    summarise,
+)
 from nola_vision.results.store import read_run_file
 from nola_vision.results.svg import inline_svg
 from nola_vision.text import printable
@@ -81,7 +92,7 @@ _MOST_LOG_BYTES = 2**26
 _MOST_LOSS = 1e30  # a larger one, infinity and nan are left out: training diverged
 _MOST_PIXELS = 20_000  # of a side of a plot of many entries
 
-Entries = Sequence[tuple[Summary, list[Row]]]
+Entries = Sequence[Entry]
 Curve = Mapping[int, float]
 
 
@@ -321,12 +332,12 @@ def split_accuracies(found: Entries) -> tuple[str, dict[str, dict[int, list[floa
     for item, runs in found:
         splits: dict[int, list[float]] = defaultdict(list)
         for row in runs:
-            values = run_accuracies(row) if row.status == "completed" else []
-            if values and row.test_accuracy is None and row.estimate is not None:
-                values = values[: len(values) // row.estimate["repeats"]]
+            if not is_measured(row):
+                continue
+            values = first_accuracies(row)
+            if cross_validated(row):
                 folds[item.label] = {number: [value] for number, value in enumerate(values, start=1)}
-            if values:
-                splits[row.split].append(fmean(values))
+            splits[row.split].append(fmean(values))
         if splits:
             by_split[item.label] = splits
     single = all(len(values) == 1 for splits in by_split.values() for values in splits.values())
@@ -436,15 +447,6 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, L
         parts.insert(0, f"{label} {means[0]:.3g} to {means[-1]:.3g} after {order[-1]} epochs{runs}")
     _label_ends(figure, axes, [ends[label] for label in labelled])
     return _chart("learning-curves", "Training loss over epochs", parts, figure)
-
-
-def bytes_text(number: float) -> str:
-    """A size in units of 1,000: `37.2 KB`, `1 MB`."""
-    units = ["B", "KB", "MB", "GB"]
-    while number >= 999.5 and len(units) > 1:
-        number /= 1000
-        units.pop(0)
-    return f"{number:.3g} {units[0]}"
 
 
 def _chart(name: str, title: str, parts: Sequence[str], figure: Figure) -> Chart:
@@ -581,14 +583,15 @@ def _label_points(
 
 def _bar(item: Summary) -> tuple[float, float]:
     """From where to where an entry's bar goes, in per cent."""
-    assert item.mean is not None and item.std is not None
-    return item.interval or (item.mean - item.std, item.mean + item.std)
+    assert item.mean is not None
+    std = item.std or 0.0
+    return item.interval or (item.mean - std, item.mean + std)
 
 
 def _bar_text(item: Summary) -> str:
     if item.interval:
         return f" (95 % interval {item.interval[0]:.1f} to {item.interval[1]:.1f})"
-    return f" (std {item.std:.1f})" if item.n > 1 else ""
+    return "" if item.std is None else f" (std {item.std:.1f})"
 
 
 def _range(values: Sequence[float], least: float, bound: float = math.inf) -> tuple[float, float]:

@@ -5,6 +5,7 @@ The std is over runs with ddof 0, as in NOLA's released code; of cross-validated
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from nola_vision.text import shortened
 METRICS = ("balanced_accuracy", "macro_f1", "top5_accuracy", "test_nll")  # columns of a row, next to its accuracy
 Number = TypeVar("Number", int, float)
 _ROUNDING = 1e-4  # points: of an accuracy in float32
+LEAST_SPLITS = 3  # for an interval of a difference: of two splits it is so wide that it says nothing
 _SHOWN_SETTINGS = 2  # in a label
 _MOST_VALUE = 24  # characters of a setting's value in a label
 _DIGEST = re.compile(r"[0-9a-f]{64}")  # of a file, or of all images
@@ -37,10 +39,12 @@ class Summary:
             `nola (rank=8)`.
         completed: runs with an accuracy.
         untested: runs that ended well but have none.
-        n: accuracies that `mean` and `std` (in per cent) are over: one per run, or one per fold of its estimate.
+        splits: of the completed runs.
+        n: accuracies that `mean` and `std` (in per cent) are over: one per run, or one per fold of its estimate. One
+            has no std.
         cross_validated: whether they are those of folds.
         interval: where there is one accuracy of one test set, its 95 % interval by Wilson, in per cent.
-        split_std, init_std: the parts of `std` (`variance_parts`); None for folds.
+        split_std, init_std: the parts of `std` (`variance_parts`); None for folds, and with one split or one init.
         chance: the largest class's share of the tested images, in per cent.
         trainable_parameters: without the head.
         metrics: mean and std of the other metrics by their column (`METRICS`), in a row's units.
@@ -55,6 +59,7 @@ class Summary:
     failed: int
     interrupted: int
     untested: int
+    splits: int
     n: int
     cross_validated: bool
     mean: float | None
@@ -75,12 +80,15 @@ class Summary:
         return self.mean is not None and self.chance is not None and self.mean < self.chance - _ROUNDING
 
 
+Entry = tuple[Summary, list[Row]]
+
+
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and the standard deviation with ddof 0 (divided by n, not n - 1) of at least one value."""
     return fmean(values), pstdev(values)
 
 
-def variance_parts(accuracies: Mapping[int, Sequence[float]]) -> tuple[float, float | None]:
+def variance_parts(accuracies: Mapping[int, Sequence[float]]) -> tuple[float | None, float | None]:
     """Split the variance of an entry's accuracies into that between its splits and that within them, by its inits.
 
     With n runs in all, n_s of them in split s with mean m_s and variance v_s (ddof 0), and m the mean of all,
@@ -91,15 +99,16 @@ def variance_parts(accuracies: Mapping[int, Sequence[float]]) -> tuple[float, fl
         accuracies: those of each split, at least one.
 
     Returns:
-        `split_std` and `init_std`; the second is None where no split has two runs.
+        `split_std` and `init_std`; the first is None with one split, the second where no split has two runs.
     """
     runs = [accuracy for group in accuracies.values() for accuracy in group]
     middle = fmean(runs)
     between = fsum(len(group) * (fmean(group) - middle) ** 2 for group in accuracies.values()) / len(runs)
-    if all(len(group) == 1 for group in accuracies.values()):
-        return math.sqrt(between), None
     within = fsum(len(group) * pvariance(group) for group in accuracies.values()) / len(runs)
-    return math.sqrt(between), math.sqrt(within)
+    return (
+        math.sqrt(between) if len(accuracies) > 1 else None,
+        math.sqrt(within) if len(runs) > len(accuracies) else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -110,14 +119,17 @@ class Difference:
         mean: over splits, of the difference of the two entries' means over the inits that both have in it.
         low, high: its 95 % interval, Student's t over splits: `mean ± t(0.975, n - 1) s / sqrt(n)`, with s the std
             (ddof 1) of the n differences. Runs of one split share their training images, so splits are the
-            independent draws. None where there is one split only.
+            independent draws. None with fewer than `LEAST_SPLITS` splits or equal differences, which do not show
+            the spread, and for cross-validated runs, whose splits divide the same images into folds.
         splits: how many.
+        cross_validated: whether the accuracies are estimates by cross-validation.
     """
 
     mean: float
     low: float | None
     high: float | None
     splits: int
+    cross_validated: bool
 
     @property
     def shown(self) -> bool:
@@ -130,6 +142,7 @@ def paired_difference(rows: Iterable[Row], others: Iterable[Row]) -> Difference 
 
     An entry without inits (a method on frozen features) is compared with every init of the other's.
     """
+    rows, others = list(rows), list(others)
     one, other = _by_place(rows), _by_place(others)
     differences = []
     for split in sorted(one.keys() & other.keys()):
@@ -142,23 +155,32 @@ def paired_difference(rows: Iterable[Row], others: Iterable[Row]) -> Difference 
     if not differences:
         return None
     low = high = None
-    if (count := len(differences)) > 1:
+    folds = any(map(cross_validated, (*rows, *others)))
+    if not folds and (count := len(differences)) >= LEAST_SPLITS and stdev(differences) > _ROUNDING:
         from scipy.special import stdtrit  # takes a while to import
 
         half = float(stdtrit(count - 1, 0.975)) * stdev(differences) / math.sqrt(count)
         low, high = fmean(differences) - half, fmean(differences) + half
-    return Difference(fmean(differences), low, high, len(differences))
+    return Difference(fmean(differences), low, high, len(differences), folds)
+
+
+def first_pair(rows: Iterable[Row], others: Iterable[Row]) -> tuple[Row, Row]:
+    """The runs of two entries in the first split and init that both have; there must be one.
+
+    A run without an init (a method on frozen features) is paired with every init.
+    """
+    pairs = itertools.product(filter(is_measured, count_once(rows)), filter(is_measured, count_once(others)))
+    same = ((one, other) for one, other in pairs if one.split == other.split)
+    shared = ((one, other) for one, other in same if one.init == other.init or None in (one.init, other.init))
+    return min(shared, key=lambda pair: (pair[0].split, pair[0].init or 0, pair[1].init or 0))
 
 
 def _by_place(rows: Iterable[Row]) -> dict[int, dict[int | None, float]]:
     """Accuracies in per cent by split and init; of a run without a test set the mean over its first folds."""
     places: dict[int, dict[int | None, float]] = defaultdict(dict)
     for row in count_once(rows):
-        if row.stage != "final" or row.status != "completed" or not (values := run_accuracies(row)):
-            continue
-        if row.estimate is not None and cross_validated(row):  # the first repeat, whose folds all methods share
-            values = values[: len(values) // row.estimate["repeats"]]
-        places[row.split][row.init] = fmean(values)
+        if row.stage == "final" and is_measured(row):
+            places[row.split][row.init] = fmean(first_accuracies(row))
     return places
 
 
@@ -172,6 +194,18 @@ def run_accuracies(row: Row) -> list[float]:
     if row.test_accuracy is not None:
         return [100 * row.test_accuracy]
     return [] if row.estimate is None else [100 * accuracy for accuracy in row.estimate["folds"]]
+
+
+def first_accuracies(row: Row) -> list[float]:
+    """`run_accuracies`; of an estimate those of the first repeat alone, whose folds all methods share."""
+    values = run_accuracies(row)
+    repeats = row.estimate["repeats"] if row.estimate is not None and cross_validated(row) else 1
+    return values[: len(values) // repeats]
+
+
+def is_measured(row: Row) -> bool:
+    """Whether a run was completed and has an accuracy."""
+    return row.status == "completed" and bool(run_accuracies(row))
 
 
 @dataclass(frozen=True)
@@ -246,7 +280,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     return [summary for summary, _ in entries(rows)]
 
 
-def entries(rows: Iterable[Row]) -> list[tuple[Summary, list[Row]]]:
+def entries(rows: Iterable[Row]) -> list[Entry]:
     """The entries that final runs are of, in the order of (cell, method, entry hash), each with its runs."""
     found: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in count_once(rows):
@@ -275,12 +309,30 @@ def kind(summary: Summary) -> Literal["NOLA", "trained", "frozen"]:
 def subject(summaries: Iterable[Summary]) -> Summary | None:
     """The entry that a cell's report is about; None where no entry has an accuracy.
 
-    It is the NOLA entry with the best mean, else the best of the other methods that train, else the best on frozen
-    features; of equal ones the first by label.
+    It is a NOLA entry, else another method that trains, else one on frozen features. Of several the one with the most
+    splits, then the most runs, so that one lucky run is not it; then the best mean; of equal ones the first by label.
     """
-    kinds = ("NOLA", "trained", "frozen")
-    measured = [item for item in summaries if item.mean is not None]
-    return min(measured, key=lambda item: (kinds.index(kind(item)), -(item.mean or 0), item.label), default=None)
+
+    def rank(item: Summary) -> tuple[int, int, int, float, str]:
+        kinds = ("NOLA", "trained", "frozen")
+        return kinds.index(kind(item)), -item.splits, -item.completed, -(item.mean or 0), item.label
+
+    return min((item for item in summaries if item.mean is not None), key=rank, default=None)
+
+
+def rivals(name: str, chosen: Summary, found: Sequence[Entry]) -> list[Entry]:
+    """The entries of a kind (`chosen` may be one) that were measured on some of the splits of `chosen`, the best first.
+
+    The best has the highest mean accuracy on these splits; of equal ones it is the first by label.
+    """
+    splits = {row.split for item, runs in found if item is chosen for row in runs if is_measured(row)}
+    ranked = []
+    for item, runs in found:
+        shared = [row for row in runs if row.split in splits and is_measured(row)]
+        if kind(item) == name and shared:
+            mean = fmean(accuracy for row in shared for accuracy in run_accuracies(row))
+            ranked.append((-mean, item.label, (item, runs)))
+    return [entry for *_, entry in sorted(ranked, key=lambda one: one[:2])]
 
 
 def _labels(method: str, versions: Sequence[tuple[str, Row]]) -> list[str]:
@@ -322,8 +374,7 @@ def _shown(value: Any) -> str:
 
 def _summary(runs: list[Row], label: str) -> Summary:
     statuses = [row.status for row in runs]
-    ended_well = [row for row in runs if row.status == "completed"]
-    measured = [row for row in ended_well if run_accuracies(row)]
+    measured = [row for row in runs if is_measured(row)]
     accuracies = [accuracy for row in measured for accuracy in run_accuracies(row)]
     folds = any(map(cross_validated, measured))
     mean, std = mean_std(accuracies) if accuracies else (None, None)
@@ -343,11 +394,12 @@ def _summary(runs: list[Row], label: str) -> Summary:
         completed=len(measured),
         failed=statuses.count("failed"),
         interrupted=statuses.count("interrupted"),
-        untested=len(ended_well) - len(measured),
+        untested=statuses.count("completed") - len(measured),
+        splits=len(places),
         n=len(accuracies),
         cross_validated=folds,
         mean=mean,
-        std=std,
+        std=std if len(accuracies) > 1 else None,
         interval=_interval(measured),
         split_std=split_std,
         init_std=init_std,

@@ -15,11 +15,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from nola_vision.results.description import NOT_MEASURED, accuracy_text, cell_title, points, signed
+from nola_vision.results.description import NOT_MEASURED, accuracy_text, bytes_text, cell_title, points, signed
 from nola_vision.results.identity import FROZEN_METHODS, differing_settings
 from nola_vision.results.published import published_result
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import (
+    LEAST_SPLITS,
+    Entry,
     Summary,
     entries,
     paired_difference,
@@ -51,7 +53,6 @@ _LATEX = {
 }
 _LATEX_FONTS_LACK = re.compile("[^\\x00-\u017f\u2013\u2014\u2018\u2019\u201c\u201d\u2026]")
 
-_Entry = tuple[Summary, list[Row]]
 # What the columns of `cell_sheets` hold; docs/sweeps.md says more
 _HELP: Mapping[str, str] = {
     "method": "name in the config; in brackets the settings that differ, where one name was run with several",
@@ -65,7 +66,7 @@ _HELP: Mapping[str, str] = {
     "NLL": "mean cross-entropy in nats, not calibrated",
     "lr": "learning rate, chosen on validation images where there are several to try",
     "difference": "accuracy minus that of the method with the best mean, in points: mean over the splits that both "
-    "have, with Student's t interval over them",
+    f"have, with Student's t interval from {LEAST_SPLITS} splits on, where there is a test set",
     "splits": "splits that both methods have",
     "std by split": "part of the std that is between splits; the squares of both parts add to the std's square",
     "std by init": "part of the std that is between inits of one split",
@@ -111,11 +112,14 @@ def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]
     return tested, others
 
 
-def cell_report(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> Group:
-    """A cell for the terminal: its title, what its runs showed, and its tables; `columns` are names of `COLUMNS`."""
+def cell_report(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> tuple[Group, list[str]]:
+    """A cell for the terminal, and a sentence for each file that could not be used.
+
+    It is its title, what its runs showed, and its tables; `columns` are names of `COLUMNS`.
+    """
     rows = [row for row in rows if row.cell == cell]
-    lines = map(Text, cell_verdict(rows, cell))
-    return Group(*_head(rows, cell), "", *lines, *_tables(rows, cell, columns))
+    lines, problems = cell_verdict(rows, cell)
+    return Group(*_head(rows, cell), "", *map(Text, lines), *_tables(rows, cell, columns)), problems
 
 
 def cell_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> Group:
@@ -302,7 +306,7 @@ def cell_sheets(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> 
 def _explanations(shown: Sequence[Summary]) -> list[str]:
     """What the figures of the accuracy column are, in one line."""
     parts = []
-    over = ["folds" if item.cross_validated else "runs" for item in shown if item.n and not item.interval]
+    over = ["folds" if item.cross_validated else "runs" for item in shown if item.std is not None]
     if over:
         parts.append(f"mean (std) over n {' or '.join(dict.fromkeys(over))}")
     if len(set(over)) > 1:
@@ -338,9 +342,12 @@ def _marks(summaries: Sequence[Summary]) -> list[Mark]:
 
 def _results(item: Summary, mark: Mark, columns: Sequence[str]) -> tuple[Cell, ...]:
     accuracy = NOT_MEASURED
-    if item.mean is not None and item.std is not None:
-        spread = _between(item.interval) if item.interval else f"({points(item.std)})"
-        accuracy = f"{points(item.mean)} {spread}"
+    if item.mean is not None:
+        accuracy = points(item.mean)
+        if item.interval:
+            accuracy += f" {_between(item.interval)}"
+        elif item.std is not None:
+            accuracy += f" ({points(item.std)})"
     others = []
     for name in columns:
         key, _, factor = COLUMNS[name]
@@ -359,13 +366,19 @@ def _between(interval: tuple[float, float]) -> str:
     return f"[{points(interval[0])}, {points(interval[1])}]"
 
 
-def _comparison(found: Sequence[_Entry]) -> Sheet:
+def _comparison(found: Sequence[Entry]) -> Sheet:
     """The parts of each entry's std, its difference from the best entry, and what the paper prints."""
     best, of_best = max(found, key=lambda entry: entry[0].mean or 0)
     published = {item: figure for item, runs in found if (figure := published_result(runs[0]))}
     lines, notes = [], []
-    for item, runs in found:
-        difference = paired_difference(runs, of_best) if item != best else None
+    differences = {item: paired_difference(runs, of_best) for item, runs in found if item != best}
+    compared = [difference for difference in differences.values() if difference is not None]
+    if any(difference.cross_validated for difference in compared):
+        notes.append("differences have no interval: the splits divide the same images, so they are not independent")
+    elif any(difference.low is None for difference in compared):
+        notes.append("a difference without an interval: too few splits for an interval")
+    for item, _ in found:
+        difference = differences.get(item)
         told = [NOT_MEASURED, NOT_MEASURED]
         if difference is not None:
             interval = ""
@@ -378,7 +391,8 @@ def _comparison(found: Sequence[_Entry]) -> Sheet:
             notes += [f"published {item.method}: {figure['note']}"] if "note" in figure else []
         parts = [NOT_MEASURED if part is None else points(part) for part in (item.split_std, item.init_std)]
         lines.append(tuple(Cell(text) for text in (item.label, *told, *parts, *([printed] if published else []))))
-    difference_column = f"difference to {best.label} (95 % CI)"
+    interval = " (95 % CI)" if any(difference.low is not None for difference in compared) else ""
+    difference_column = f"difference to {best.label}{interval}"
     names = ("method", difference_column, "splits", "std by split", "std by init", *(["paper, %"] if published else []))
     return Sheet(
         title="Differences and spread",
@@ -389,7 +403,7 @@ def _comparison(found: Sequence[_Entry]) -> Sheet:
     )
 
 
-def _cautions(rows: Sequence[Row], found: Sequence[_Entry]) -> list[str]:
+def _cautions(rows: Sequence[Row], found: Sequence[Entry]) -> list[str]:
     """What a reader of a cell's results must know besides."""
     notes = []
     shown = [(item, runs) for item, runs in found if item.completed or item.untested]
@@ -400,7 +414,8 @@ def _cautions(rows: Sequence[Row], found: Sequence[_Entry]) -> list[str]:
     if not shown:
         notes.append("no final run has left a row yet")
     for item, runs in shown:
-        counts = {"failed": item.failed, "interrupted": item.interrupted, "without a test accuracy": item.untested}
+        lacking = "whose folds were not run" if runs[0].data.get("folds") else "without a test accuracy"
+        counts = {"failed": item.failed, "interrupted": item.interrupted, lacking: item.untested}
         if told := ", ".join(f"{n} {what}" for what, n in counts.items() if n):
             notes.append(f"{item.label}: {told}, not in its mean{_last_error(runs)}")
     for item, runs in found:
@@ -448,11 +463,8 @@ def _percent(fraction: float | None) -> str:
 
 
 def _bytes(number: int | None) -> str:
-    """Write a size for people, with the exact bytes beside it: `96.3 KiB (98,612 B)`."""
-    if number is None or number < 1024:
-        return NOT_MEASURED if number is None else f"{number} B"
-    size, unit = (number / 2**10, "KiB") if number < 2**20 else (number / 2**20, "MiB")
-    return f"{size:.1f} {unit} ({number:,} B)"
+    """A size in units of 1,000, with the exact bytes: `98.6 KB (98,612 bytes)`."""
+    return NOT_MEASURED if number is None else f"{bytes_text(number)} ({number:,} bytes)"
 
 
 def _markdown_row(cells: Iterable[str]) -> str:

@@ -5,40 +5,41 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import reduce
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.predictions import Predictions, load_predictions
-from nola_vision.results.confusion import entry_confusions
-from nola_vision.results.description import accuracy_text, grid_text, name_text, plural, points, signed
+from nola_vision.results.confusion import confused_pairs, count_predictions, run_confusions
+from nola_vision.results.description import accuracy_text, grid_text, plural, points, short_printable, signed
 from nola_vision.results.estimates import compare
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import (
-    Difference,
+    Entry,
     RunAccuracy,
     Summary,
     entries,
+    first_pair,
+    is_measured,
     kind,
     paired_difference,
+    rivals,
+    run_accuracies,
     run_accuracy,
     subject,
 )
 from nola_vision.text import printable
 
 Tested = tuple[Row, Predictions | None]
-Entry = tuple[Summary, list[Row]]
 _MOST_NAMES = 3  # in one sentence
 _MOST_CHARACTERS = 40  # of a name
-_RIVALS = {  # kinds of entries that the subject is compared with: how one and how several are introduced
-    "frozen": ("Frozen features", "frozen-feature methods"),
-    "trained": ("The other method that trains", "other methods that train"),
-}
+_LEFT_OUT = "The intervals leave out the variation of training sets; each fold trained on fewer images."
+_KINDS = {"NOLA": "NOLA entries", "trained": "methods that train", "frozen": "frozen-feature methods"}
 
 
 class _Found(NamedTuple):
@@ -49,55 +50,58 @@ class _Found(NamedTuple):
     accuracy: RunAccuracy
 
 
-def cell_verdict(rows: Iterable[Row], cell: str) -> list[str]:
+def cell_verdict(rows: Iterable[Row], cell: str) -> tuple[list[str], list[str]]:
     """The sentences on all runs of a cell, most important first; about the entry that `statistics.subject` chooses.
 
     Of a single run of it they are those of `run_verdict`. Of several: its mean, the best of the other methods with the
-    paired difference over splits, and what is confused.
+    paired difference over splits (image by image where they are cross-validated), and what is confused.
 
     Args:
         rows: of any runs. Predictions and `confusion.csv` are read from the folders where they were found.
         cell: which.
+
+    Returns:
+        The sentences, and a sentence for each file that could not be used.
     """
     found = entries(row for row in rows if row.cell == cell)
     chosen = subject(summary for summary, _ in found)
     if chosen is None:
-        return ["No run of this cell has an accuracy yet.", *_lost_line(found)]
+        return ["No run of this cell has an accuracy yet.", *_lost_line(found)], []
     runs = next(runs for summary, runs in found if summary is chosen)
     if chosen.completed > 1:
-        return [*_several(chosen, runs, found), *_lost_line(found)]
-    (run,) = [row for row in runs if row.status == "completed" and _has_accuracy(row)]
-    run = replace(run, method=chosen.label)
-    frozen, trained = (_rivals(name, chosen, run, found) for name in ("frozen", "trained"))
+        lines, problems = _several(chosen, runs, found)
+    else:
+        lines, problems = _single(chosen, next(filter(is_measured, runs)), found)
+    return [*lines, *_lost_line(found)], problems
+
+
+def _single(chosen: Summary, run: Row, found: Sequence[Entry]) -> tuple[list[str], list[str]]:
+    """`run_verdict` of an entry's only run, with the runs of the others on its split."""
+
+    def labelled(summary: Summary, runs: Sequence[Row]) -> Row:
+        same = [row for row in runs if row.split == run.split and is_measured(row)]
+        return replace(min(same, key=lambda row: (row.init != run.init, row.init or 0)), method=summary.label)
+
     names = run.data.get("class_names")
-    if kind(chosen) != "frozen":
-        lines, problems = run_verdict(run, frozen, names, trained)
-    else:  # whatever trains has no accuracy
+    frozen, trained = ([labelled(*entry) for entry in rivals(one, chosen, found)] for one in ("frozen", "trained"))
+    if kind(chosen) == "frozen":  # whatever trains has no accuracy
         adapter = next((others[-1] for summary, others in found if kind(summary) != "frozen"), None)
-        lines, problems = run_verdict(adapter, [run, *frozen], names)
+        return run_verdict(adapter, frozen, names)
+    run = replace(run, method=chosen.label)
+    lines, problems = run_verdict(run, frozen, names, trained if kind(chosen) == "NOLA" else ())
     if choice := _choice(chosen, found):
         lines.insert(1, f"{_name(chosen.label)} is {choice}.")
-    return [*lines, *_lost_line(found), *problems]
-
-
-def _rivals(name: str, chosen: Summary, run: Row, found: Sequence[Entry]) -> list[Row]:
-    """The runs of the other entries of a kind on the split of a run, each with its entry's label as its method."""
-    rows = []
-    for summary, runs in found:
-        if kind(summary) == name and summary is not chosen and (name == "frozen" or kind(chosen) != name):
-            same = [row for row in runs if row.status == "completed" and row.split == run.split]
-            one = min(same, key=lambda row: (row.init != run.init, row.init or 0), default=None)
-            rows += [] if one is None else [replace(one, method=summary.label)]
-    return rows
+    return lines, problems
 
 
 def _choice(chosen: Summary, found: Sequence[Entry]) -> str:
-    """`the best of 3 NOLA entries`, where one of several that train was chosen; else empty."""
-    same = [summary for summary, _ in found if kind(summary) == kind(chosen) and summary.mean is not None]
-    if len(same) == 1 or kind(chosen) == "frozen":
-        return ""
-    words = "NOLA entries" if kind(chosen) == "NOLA" else "methods that train"
-    return f"the best of {len(same)} {words} (an optimistic choice)"
+    """`the best of 3 NOLA entries`, of those with as many runs as the one that was chosen; else empty."""
+    same = [
+        summary
+        for summary, _ in found
+        if kind(summary) == kind(chosen) and (summary.splits, summary.completed) == (chosen.splits, chosen.completed)
+    ]
+    return f"the best of {len(same)} {_KINDS[kind(chosen)]} (an optimistic choice)" if len(same) > 1 else ""
 
 
 def run_verdict(
@@ -117,18 +121,9 @@ def run_verdict(
     Returns:
         The sentences, and a sentence for each file that could not be used.
     """
-    problems = []
-
-    def tested(row: Row) -> Tested:
-        try:
-            classes = len(class_names) if class_names else None
-            return row, load_predictions(row.folder, classes) if row.folder else None
-        except NolaVisionError as error:
-            problems.append(printable(f"{row.method} is not compared: {error}"))
-            return row, None
-
-    own = None if adapter is None else tested(adapter)
-    of_frozen, of_others = [tested(row) for row in frozen], [tested(row) for row in others]
+    problems: list[str] = []
+    own = None if adapter is None else _read(adapter, class_names, problems)
+    of_frozen, of_others = ([_read(row, class_names, problems) for row in rows] for rows in (frozen, others))
     try:
         return verdict(own, of_frozen, class_names, of_others), problems
     except ValueError as error:  # a file is whole, and that of another run
@@ -137,6 +132,15 @@ def run_verdict(
         return verdict(
             rows_alone, [(row, None) for row in frozen], class_names, [(row, None) for row in others]
         ), problems
+
+
+def _read(row: Row, class_names: Sequence[str] | None, problems: list[str]) -> Tested:
+    """A run with the predictions in its folder; a sentence on a file that cannot be used is added to `problems`."""
+    try:
+        return row, load_predictions(row.folder, len(class_names) if class_names else None) if row.folder else None
+    except NolaVisionError as error:
+        problems.append(printable(str(error)))
+        return row, None
 
 
 def verdict(
@@ -159,13 +163,15 @@ def verdict(
     """
     lines = []
     own = _found([] if adapter is None else [adapter])
-    best = max(_found(frozen), key=lambda item: (item.accuracy.value, _mean(item.accuracy)), default=None)
+    best = _best(_found(frozen))
     if adapter is not None and not own:
         row = adapter[0]
         if row.status == "completed" and row.test_accuracy is not None:
-            lines.append(f"{_name(row.method)}: {accuracy_text(row)} right, of an unknown number of images.")
+            lines.append(f"{_name(row.method)}: top-1 accuracy {accuracy_text(row)}, of an unknown number of images.")
         else:
-            reason = "it was not tested" if row.status == "completed" else f"its run {_ended(row)}"
+            reason = "its folds were not run" if row.data.get("folds") else "it was not tested"
+            if row.status != "completed":
+                reason = "its run failed" if row.status == "failed" else "its run was interrupted"
             lines.append(f"{_name(row.method)} has no estimate of its accuracy: {reason}.")
     for item in own:
         lines += [_accuracy_line(item), *_chance_line(item)]
@@ -173,11 +179,13 @@ def verdict(
         lines += _rival_lines(name, _found(tested), own[0] if own else None)
     shown = own[0] if own else best
     if shown is not None and shown.accuracy.estimate is not None:
-        lines.append("The intervals leave out the variation of training sets; each fold trained on fewer images.")
+        lines.append(_LEFT_OUT)
     confused = own[0] if own and own[0].predictions is not None else best
     if confused is not None and confused.predictions is not None:
         by = "" if own and confused is own[0] else f" by {_name(confused.row.method)}"
-        lines.append(_confusion_line(_confused_pairs(confused.predictions, class_names), by))
+        largest = int(max(confused.predictions.label.max(), confused.predictions.predicted.max()))
+        names = class_names or [f"class {label}" for label in range(largest + 1)]
+        lines.append(_confusion_line(count_predictions([confused.predictions], len(names)), names, by))
     if shown is not None and shown.accuracy.estimate is not None and shown.accuracy.estimate.untested_classes:
         lines.append(_untested_line(shown.accuracy.estimate.untested_classes))
     return lines
@@ -193,8 +201,9 @@ def _found(tested: Sequence[Tested]) -> list[_Found]:
     return found
 
 
-def _mean(accuracy: RunAccuracy) -> float:
-    return accuracy.value if accuracy.estimate is None else accuracy.estimate.mean
+def _best(found: Sequence[_Found]) -> _Found | None:
+    """The run with the highest accuracy, as `statistics.rivals` ranks: of an estimate the mean of all its folds."""
+    return max(found, key=lambda item: fmean(run_accuracies(item.row)), default=None)
 
 
 def _accuracy_line(item: _Found) -> str:
@@ -202,9 +211,10 @@ def _accuracy_line(item: _Found) -> str:
     if found.estimate is not None:
         images = f"{_images(found.images)}, {found.estimate.number_of_folds}-fold cross-validation"
     else:
-        images = f"{name_text(item.row.data.get('test_name') or 'test')} {_images(found.images)}"
+        images = f"{short_printable(item.row.data.get('test_name') or 'test')} {_images(found.images)}"
     counts = f"{found.correct:,} of {found.images:,} {images}"
-    return f"{_name(item.row.method)}: {points(100 * found.value)} % right (95 % interval {_between(found)}; {counts})."
+    accuracy = f"top-1 accuracy {points(100 * found.value)} %"
+    return f"{_name(item.row.method)}: {accuracy} (95 % interval {_between(found)}; {counts})."
 
 
 def _chance_line(item: _Found) -> list[str]:
@@ -219,27 +229,30 @@ def _chance_line(item: _Found) -> list[str]:
 
 def _rival_lines(name: str, tested: Sequence[_Found], own: _Found | None) -> list[str]:
     """The best of some other methods, and the adapter against it image by image."""
-    best = max(tested, key=lambda item: (item.accuracy.value, _mean(item.accuracy)), default=None)
-    if best is None:
+    if (best := _best(tested)) is None:
         return []
     accuracy = f"{points(100 * best.accuracy.value)} % ({_between(best.accuracy)})"
     lines = [f"{_best_of(name, len(tested))}: {_name(best.row.method)}, {accuracy}."]
     if name == "frozen":
         lines += _chance_line(best)
     if own is not None and own.predictions is not None and best.predictions is not None:
-        found = compare(own.predictions, best.predictions)
-        lines.append(
-            f"{_name(own.row.method)} against {_name(best.row.method)}, image by image: "
-            + _difference_text(found.difference, f"{signed(found.low)} to {signed(found.high)}", found.shown)
-        )
+        who = f"{_name(own.row.method)} against {_name(best.row.method)}"
+        lines.append(f"{who}, image by image: {_compared(own.predictions, best.predictions)}")
     if own is not None and name == "trained":
         lines += _file_line(own.row.method, own.row.adapter_file_bytes, best.row.method, best.row.adapter_file_bytes)
     return lines
 
 
 def _best_of(name: str, count: int) -> str:
-    one, several = _RIVALS[name]
-    return one if count == 1 else f"Best of {count} {several} (an optimistic choice)"
+    if count == 1:
+        return "Frozen features" if name == "frozen" else "The other method that trains"
+    return f"Best of {count} {'other ' if name == 'trained' else ''}{_KINDS[name]} (an optimistic choice)"
+
+
+def _compared(own: Predictions, other: Predictions) -> str:
+    """Two runs image by image, as the end of a sentence; a ValueError where they are of different data."""
+    found = compare(own, other)
+    return _difference_text(found.difference, f"{signed(found.low)} to {signed(found.high)}", found.shown)
 
 
 def _difference_text(difference: float, interval: str, shown: bool) -> str:
@@ -257,49 +270,38 @@ def _file_line(name: str, own: int | None, rival: str, other: int | None) -> lis
     return [] if times == "1" else [f"The adapter file of {_name(rival)} is {words}."]
 
 
-def _several(chosen: Summary, runs: list[Row], found: Sequence[Entry]) -> list[str]:
-    """The sentences on an entry of several runs."""
-    assert chosen.mean is not None and chosen.std is not None
+def _several(chosen: Summary, runs: list[Row], found: Sequence[Entry]) -> tuple[list[str], list[str]]:
+    """The sentences on an entry of several runs, and those on files that could not be used."""
     choice = f", {text}" if (text := _choice(chosen, found)) else ""
-    lines = [f"{_name(chosen.label)}{choice}: {points(chosen.mean)} % right ({_over(chosen, runs)}).", *_chance(chosen)]
-    for name in _RIVALS:
-        rivals = [
-            (summary, others)
-            for summary, others in found
-            if kind(summary) == name and kind(chosen) != name and summary.mean is not None
-        ]
-        if not rivals or kind(chosen) == "frozen":
+    accuracy = f"top-1 accuracy {points(chosen.mean or 0)} % ({_over(chosen, runs)})"
+    lines = [f"{_name(chosen.label)}{choice}: {accuracy}.", *_chance(chosen)]
+    problems: list[str] = []
+    for name in ("frozen", "trained"):
+        others = rivals(name, chosen, found) if kind(chosen) not in ("frozen", name) else []
+        if not others:
             continue
-        best, others = max(rivals, key=lambda entry: entry[0].mean or 0)
-        assert best.mean is not None
-        lines.append(
-            f"{_best_of(name, len(rivals))}: {_name(best.label)}, {points(best.mean)} % ({_over(best, others)})."
-        )
-        if difference := paired_difference(runs, others):
-            lines.append(f"{_name(chosen.label)} against {_name(best.label)}{_paired_text(difference)}")
+        best, of_best = others[0]
+        accuracy = f"{points(best.mean or 0)} % ({_over(best, of_best)})"
+        lines.append(f"{_best_of(name, len(others))}: {_name(best.label)}, {accuracy}.")
+        if text := _paired_text(runs, of_best, problems):
+            lines.append(f"{_name(chosen.label)} against {_name(best.label)}{text}")
         if name == "trained":
             lines += _file_line(chosen.label, chosen.adapter_file_bytes, best.label, best.adapter_file_bytes)
     if chosen.cross_validated:
-        lines.append("Each fold trained on fewer images than the final adapter.")
-    sums, problems = entry_confusions(runs, chosen.cell)
-    for by_split in sums.values():
-        total = reduce(lambda one, other: one.add(other, fill_value=0), by_split.values())
-        pairs: Counter[tuple[str, str]] = Counter()
-        counts = total.to_numpy()
-        for true, predicted in np.argwhere(counts > 0).tolist():
-            if true != predicted:
-                names = total.index[min(true, predicted)], total.index[max(true, predicted)]
-                pairs[names] += int(counts[true, predicted])
-        lines.append(_confusion_line(pairs, ""))
-    return [*lines, *map(printable, problems)]
+        lines.append(_LEFT_OUT)
+    read, unusable = run_confusions(runs)
+    if read:
+        names = read[0][1].index.tolist()
+        lines.append(_confusion_line(np.sum([counts for _, counts in read], axis=0), names, "", len(read)))
+    return lines, [*problems, *map(printable, unusable)]
 
 
 def _over(summary: Summary, runs: Sequence[Row]) -> str:
     """What a mean is over: `std 0.8; 12 runs: 4 splits x 3 inits`."""
-    counted = grid_text([row for row in runs if row.status == "completed" and _has_accuracy(row)])
+    counted = grid_text([row for row in runs if is_measured(row)])
     if summary.cross_validated:
         counted = f"{summary.n} folds of {counted}"
-    return f"std {points(summary.std or 0)}; {counted}"
+    return counted if summary.std is None else f"std {points(summary.std)}; {counted}"
 
 
 def _chance(chosen: Summary) -> list[str]:
@@ -309,40 +311,54 @@ def _chance(chosen: Summary) -> list[str]:
     return [f"{where}: always answering the largest class is right for {points(chosen.chance)} %."]
 
 
-def _paired_text(found: Difference) -> str:
-    """A paired difference as the end of a sentence."""
-    if found.low is None or found.high is None:
-        return f": {signed(found.mean)} points on one split, which gives no interval."
-    interval = f"{signed(found.low)} to {signed(found.high)}, {plural('split', found.splits)}"
-    return ", split by split: " + _difference_text(found.mean, interval, found.shown)
+def _paired_text(runs: Sequence[Row], others: Sequence[Row], problems: list[str]) -> str:
+    """The difference of two entries as the end of a sentence; empty where they cannot be compared.
+
+    It is that of the means by split; of cross-validated runs image by image, in the first split and init of both, since
+    their splits divide the same images.
+    """
+    found = paired_difference(runs, others)
+    if found is None:
+        return ""
+    if not found.cross_validated:
+        if found.low is None or found.high is None:
+            return f": {signed(found.mean)} points on {plural('split', found.splits)}, too few splits for an interval."
+        interval = f"{signed(found.low)} to {signed(found.high)}, {plural('split', found.splits)}"
+        return f", split by split: {_difference_text(found.mean, interval, found.shown)}"
+    one, other = first_pair(runs, others)
+    names = one.data.get("class_names")
+    (_, own), (_, rival) = _read(one, names, problems), _read(other, names, problems)
+    if own is None or rival is None:
+        return ""
+    try:
+        compared = _compared(own, rival)
+    except ValueError as error:  # a file is whole, and that of another run
+        problems.append(f"the methods are not compared: {error}")
+        return ""
+    where = f"split {one.split}" + ("" if one.init is None else f", init {one.init}")
+    return f", image by image ({where}): {compared}"
 
 
-def _confused_pairs(predictions: Predictions, class_names: Sequence[str] | None) -> Counter[tuple[str, str]]:
-    """How many images of one class of a pair were predicted as the other, in either direction."""
-    wrong = ~predictions.correct
-    counted = Counter(
-        (min(pair), max(pair))
-        for pair in zip(predictions.label[wrong].tolist(), predictions.predicted[wrong].tolist(), strict=True)
-    )
-    names = class_names or ()
+def _confusion_line(counts: npt.NDArray[np.int64], names: Sequence[str], by: str, runs: int = 1) -> str:
+    """The two classes that were most often predicted as another; of equal ones the first.
 
-    def name(label: int) -> str:
-        return names[label] if label < len(names) else f"class {label}"
-
-    return Counter({(name(first), name(second)): counted[first, second] for first, second in sorted(counted)})
-
-
-def _confusion_line(pairs: Mapping[tuple[str, str], int], by: str) -> str:
-    """The two pairs of classes with the most images of one predicted as the other; of equal ones the first."""
+    Args:
+        counts: by true and predicted class, summed over `runs`.
+        names: of the classes.
+        by: of which method, as the middle of a sentence.
+        runs: in which an image counts once each.
+    """
+    pairs = confused_pairs(counts)
     if not pairs:
         return f"No image was misclassified{by}."
-    ranked = sorted(pairs.items(), key=lambda item: -item[1])
-    listed = ", ".join(
-        f"{_quoted(first)} and {_quoted(second)} ({plural('image', count)})" for (first, second), count in ranked[:2]
-    )
-    tied = sum(count == ranked[1][1] for _, count in ranked[2:]) if len(ranked) > 2 else 0
-    more = f", and {tied} more {'pair' if tied == 1 else 'pairs'} with {ranked[1][1]}" if tied else ""
-    return f"Most often confused{by}: {listed}{more}."
+
+    def often(count: int) -> str:
+        return plural("image", count) if runs == 1 else f"{plural('time', count)} in {runs} runs"
+
+    listed = ", ".join(f"{_quoted(names[i])} as {_quoted(names[j])} ({often(count)})" for i, j, count in pairs[:2])
+    tied = sum(count == pairs[1][2] for *_, count in pairs[2:])
+    more = f", and {tied} more {'pair' if tied == 1 else 'pairs'} with {pairs[1][2]}" if tied else ""
+    return f"Most often misclassified{by}: {listed}{more}."
 
 
 def _untested_line(names: Sequence[str]) -> str:
@@ -365,10 +381,6 @@ def _lost_line(found: Sequence[Entry]) -> list[str]:
     return [f"Not completed: {plural('run', len(lost))} ({', '.join(listed[:_MOST_NAMES])}{more})."]
 
 
-def _has_accuracy(row: Row) -> bool:
-    return row.test_accuracy is not None or row.estimate is not None
-
-
 def _between(found: RunAccuracy) -> str:
     return " to ".join(map(points, found.interval))
 
@@ -377,13 +389,9 @@ def _images(count: int) -> str:
     return "image" if count == 1 else "images"
 
 
-def _ended(row: Row) -> str:
-    return "failed" if row.status == "failed" else "was interrupted"
-
-
 def _name(method: str) -> str:
-    return name_text(method, _MOST_CHARACTERS)
+    return short_printable(method, _MOST_CHARACTERS)
 
 
 def _quoted(name: str) -> str:
-    return f"'{name_text(name, _MOST_CHARACTERS)}'"
+    return f"'{short_printable(name, _MOST_CHARACTERS)}'"
