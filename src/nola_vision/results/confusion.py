@@ -22,7 +22,6 @@ from nola_vision.text import csv_cell
 
 CONFUSION_FILE = "confusion.csv"
 _HEADER = b"true,predicted,count"
-_COUNT = re.compile("[0-9]{1,12}")
 # A run writes a file for up to 1,000 classes: one line per pair of classes with an image
 _MOST_BYTES, _MOST_CLASSES = 2**26, 2000
 _NUMBER = re.compile("[0-9]{1,12}")
