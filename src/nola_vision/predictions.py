@@ -68,7 +68,7 @@ class Predictions:
 def _highest_probability(logits: npt.NDArray[np.float32], temperature: float = 1.0) -> npt.NDArray[np.float32]:
     """The probability of the class with the largest logit, by softmax(logits / temperature), `[n]`."""
     shifted = (logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature
-    return (1 / np.exp(shifted).sum(axis=1)).astype(np.float32)
+    return np.asarray(1 / np.exp(shifted).sum(axis=1), dtype=np.float32)
 
 
 def pool(parts: Sequence[Predictions]) -> Predictions:

@@ -274,7 +274,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     parts += [f"{mark.label} {mark.mean:.1f} %" for mark in papers]
     keys = [
         ("thin line: Pareto front", len(front) > 1),
-        ("broken lines: methods on frozen features" if _any_frozen(found) else "level lines: no file", bool(lines)),
+        ("broken lines: methods on frozen features", _any_frozen(found)),
         ("hollow markers: the paper's accuracy, at the size of our file", bool(papers)),
     ]
     return _chart("pareto", "Top-1 accuracy over the size of the adapter file", parts, _caption(keys), figure)
