@@ -3,8 +3,8 @@
     python scripts/measure_report.py [--rows 5000]
 
 The runs have made-up figures (`tests/fake_runs.py`) and the files of real ones: logs, predictions, confusion matrices
-and thumbnails. The time is that of `nola-vision report DIR --html FILE` in a separate process, imports included. Exit status 1 if a
-page takes more than 10 s or is larger than 20 MB.
+and thumbnails. The time is that of `nola-vision report DIR --html FILE` in a separate process, imports included.
+Exit status 1 if a page takes more than 10 s or is larger than 20 MB.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ PAGES = ["few", "many", "cells", "single", "folds"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pages of one cell with hostile names, of 100 classes and 8 methods, of two cells, of single runs, and of folds."""
+    """Pages: hostile names, 100 classes and 8 methods, two cells, single runs, and cross-validated ones."""
     folder = tmp_path_factory.mktemp("browser")
     hostile = [METHODS[2], METHODS[-1]._replace(name="<b>nola</b>"), METHODS[-3]._replace(name="x" * 200)]
     write_runs(folder / "few", HOSTILE, hostile, splits=3)

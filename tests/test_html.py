@@ -86,7 +86,7 @@ def test_one_cell_has_the_pages_title(rows: list[Row]) -> None:
     title = re.search("<title>(.*)</title>", page.text)
     assert title and re.search(r'<h1 id="cell1-title">(.*)</h1>', page.text)[1] == title[1]
     assert tags.found["nav"] == 0 and tags.found["figure"] >= 1 == page.text.count(
-        "Broken lines: methods on frozen features."
+        "roken lines: methods on frozen features."
     )
 
 
