@@ -15,6 +15,7 @@ from PIL import Image
 
 from nola_vision.predictions import PREDICTIONS_FILE
 from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
+from nola_vision.results.estimates import Estimate
 from nola_vision.results.row import Row
 from nola_vision.results.store import ROW_FILE
 from nola_vision.thumbnails import SIDE, THUMBNAILS_FILE
@@ -51,6 +52,7 @@ def write_runs(
     images: int = 10,
     cell: str = "vit_small_patch14_dinov2.lvd142m-folder.photos-5shot-default",
     side: int = SIDE,
+    folds: int = 0,
 ) -> int:
     """Writes the runs of one cell into a folder, and returns how many they are.
 
@@ -62,12 +64,13 @@ def write_runs(
         images: test images per class.
         cell: the cell's name.
         side: of a thumbnail, in pixels.
+        folds: of a cross-validation that takes the place of a test set; 0 for a test set.
     """
     written = 0
     for method in methods:
         for split in range(splits):
             for init in [None] if method.name in FROZEN else range(inits):
-                _write_run(folder, class_names, method, split, init, images, cell, side)
+                _write_run(folder, class_names, method, split, init, images, cell, side, folds)
                 written += 1
     return written
 
@@ -81,6 +84,7 @@ def _write_run(
     images: int,
     cell: str,
     side: int,
+    folds: int,
 ) -> None:
     classes = len(class_names)
     seed = [len(method.name), sum(method.name.encode()), split, 0 if init is None else init + 1]
@@ -120,7 +124,8 @@ def _write_run(
         head_parameters=classes * 385,
         other_parameters=0,
         adapter_file_bytes=method.file_bytes,
-        test_accuracy=float(right.mean()),
+        test_accuracy=None if folds else float(right.mean()),
+        estimate=_estimate(right, folds) if folds else None,
         learning_rate=0.005 if method.file_bytes else None,
         seconds_total=12.5,
         device="cpu",
@@ -129,7 +134,7 @@ def _write_run(
         started=f"2026-01-{1 + split % 28:02d}T12:00:00+00:00",
         data={
             "class_names": list(class_names),
-            "counts": {"train": 5 * classes, "validation": 0, "test": len(label)},
+            "counts": {"train": 5 * classes, "validation": 0, "test": 0 if folds else len(label)},
             "majority_share": 1 / classes,
         },
     )
@@ -149,6 +154,12 @@ def _write_run(
     wrong = wrong[np.argsort(-probability[wrong], kind="stable")][:24]
     stored = {f"{i} class {label[i]}/image {i}.jpg": np.frombuffer(_jpeg(int(i), side), np.uint8) for i in wrong}
     (place / THUMBNAILS_FILE).write_bytes(safetensors.numpy.save(stored))
+
+
+def _estimate(right: np.ndarray, folds: int) -> dict[str, object]:
+    """As of folds that take every image in turn."""
+    parts = [right[fold::folds] for fold in range(folds)]
+    return Estimate.of([(int(part.sum()), len(part)) for part in parts], 1, ()).to_dict()
 
 
 @cache

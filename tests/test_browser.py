@@ -18,18 +18,20 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
 ]
 HOSTILE = ["<img src=x onerror=alert(1)>", "$x$", "a" * 200, "\u202eevil", "日本語", "two words", "</style>", "8"]
-PAGES = ["few", "many", "cells"]
+PAGES = ["few", "many", "cells", "single", "folds"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pages: one cell with hostile names, one with 100 classes and 8 methods, and two cells."""
+    """Pages: hostile names, 100 classes and 8 methods, two cells, single runs, and cross-validated ones."""
     folder = tmp_path_factory.mktemp("browser")
     hostile = [METHODS[2], METHODS[-1]._replace(name="<b>nola</b>"), METHODS[-3]._replace(name="x" * 200)]
     write_runs(folder / "few", HOSTILE, hostile, splits=3)
     write_runs(folder / "many", [f"a class of number {i}" for i in range(100)], splits=3)
     for number in range(2):
         write_runs(folder / "cells", ["cat", "dog"], METHODS[-3:], cell=f"vit-folder.photos{number}-5shot-default")
+    for name, folds in (("single", 0), ("folds", 5)):
+        write_runs(folder / name, ["cat", "dog", "owl"], METHODS[2:], splits=1, inits=1, images=30, folds=folds)
     for name in PAGES:
         rows, problems = store.read_rows(folder / name)
         assert not problems
@@ -137,7 +139,10 @@ def test_the_gallery_opens_by_keyboard(show) -> None:
     page = show("few")
     photos, dialog = page.locator(".photo"), page.get_by_role("dialog")
     photos.first.focus()
+    name = photos.first.locator("img").get_attribute("alt")
+    assert "image" in name and page.get_by_role("button", name=name).count() == 1
     page.keyboard.press("Enter")
+    assert dialog.get_by_role("img").get_attribute("alt") == name
     assert (
         dialog.is_visible() and dialog.locator(".view .of").inner_text() == photos.nth(0).locator(".of").text_content()
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
@@ -75,6 +76,11 @@ def test_the_estimate_is_that_of_the_folds(photos: Path, fitted: Path) -> None:
     assert row.estimate["untested_classes"] == ["class 3"]
     pooled = load_predictions(row.folder) if row.folder else None
     assert pooled is not None and pooled.logits is None
+    logits = np.concatenate([part.logits for part in tested if part])[
+        np.argsort(np.concatenate([part.index for part in tested if part]))
+    ]
+    calibrated = softmax(logits.astype(float) / row.temperature, axis=1).max(axis=1)
+    assert row.temperature != 1 and pooled.probability == pytest.approx(calibrated, abs=1e-6)
     assert pooled.index.tolist() == sorted(np.concatenate([part.index for part in tested if part]).tolist())
     assert row.balanced_accuracy == pytest.approx(balanced_accuracy_score(pooled.label, pooled.predicted))
     assert row.macro_f1 == pytest.approx(f1_score(pooled.label, pooled.predicted, average="macro", zero_division=0))

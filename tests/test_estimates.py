@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from nola_vision.errors import NolaVisionError
-from nola_vision.predictions import Predictions, load_predictions
+from nola_vision.predictions import PREDICTIONS_FILE, Predictions, load_predictions
 from nola_vision.results.estimates import CrossValidated, Estimate, clopper_pearson, compare, wilson
 from nola_vision.results.row import Row
 from nola_vision.results.verdict import verdict
@@ -359,3 +360,14 @@ def test_a_damaged_file_is_named(changes: dict[str, Any], fault: str, tmp_path: 
     dataclasses.replace(good, **changes).save(tmp_path)
     with pytest.raises(NolaVisionError, match=rf"predictions\.safetensors is damaged: {fault}.*; delete the run's"):
         load_predictions(tmp_path, 3)
+
+
+def test_what_is_not_a_file_of_predictions_is_not_read(tmp_path: Path) -> None:
+    assert load_predictions(tmp_path) is None and load_predictions(tmp_path / "absent") is None
+    Predictions.of([2, 0, 1], [0, 1, 2], np.eye(3)).save(tmp_path)
+    with pytest.raises(NolaVisionError, match="is damaged: it is larger than"):
+        load_predictions(tmp_path, most_bytes=99)
+    (tmp_path / PREDICTIONS_FILE).unlink()
+    os.mkfifo(tmp_path / PREDICTIONS_FILE)
+    with pytest.raises(NolaVisionError, match="is damaged: it is a FIFO"):
+        load_predictions(tmp_path)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-import scipy.special
 from sklearn.metrics import confusion_matrix, recall_score
 
 from fake_runs import METHODS, write_runs
@@ -23,6 +22,7 @@ from nola_vision.predictions import PREDICTIONS_FILE, Predictions, load_predicti
 from nola_vision.results import html, store
 from nola_vision.results.html import html_page
 from nola_vision.results.row import Row
+from nola_vision.results.tested import read_tested
 from nola_vision.thumbnails import THUMBNAILS_FILE, load_thumbnails
 
 NAMES = ["birds", "</script><script>alert(1)</script>", "$x_1$ & co", "a\x1b[31m\u202e", "{{ 7 * 7 }}", "x" * 300]
@@ -85,7 +85,9 @@ def test_one_cell_has_the_pages_title(rows: list[Row]) -> None:
     tags = Tags(page.text)
     title = re.search("<title>(.*)</title>", page.text)
     assert title and re.search(r'<h1 id="cell1-title">(.*)</h1>', page.text)[1] == title[1]
-    assert tags.found["nav"] == 0 and tags.found["svg"] > 2
+    assert tags.found["nav"] == 0 and tags.found["figure"] >= 1 == page.text.count(
+        "roken lines: methods on frozen features."
+    )
 
 
 def test_rows_alone_make_a_page(rows: list[Row]) -> None:
@@ -149,7 +151,7 @@ def test_the_gallery_shows_each_image_once_most_confident_first(rows: list[Row])
     ]
     assert "not calibrated" in cell.gallery.note and f"of the {len(wrong)} images" in cell.gallery.note
     size = sum(len(photo.source) for photo in cell.gallery.photos[:3])
-    small = html._gallery(html._tested(*_nola(rows), []), size, [])
+    small = html._gallery(read_tested(*_nola(rows), []), size, [])
     assert 0 < sum(len(photo.source) for photo in small.photos) <= size and len(small.photos) <= 4
 
 
@@ -162,21 +164,40 @@ def _nola(rows: list[Row]) -> tuple[html.Summary, list[Row]]:
     return found
 
 
-def test_probabilities_are_calibrated_where_every_run_can_be(tmp_path: Path) -> None:
-    write_runs(tmp_path, NAMES, FEW[-1:], splits=1, inits=1, side=32)
-    (row,) = [replace(row, temperature=2.5) for row in store.read_rows(tmp_path)[0]]
-    old = load_predictions(row.folder)
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 1, (len(old.index), len(NAMES)))
-    logits[np.arange(len(logits)), old.predicted] += 3 + logits.max(axis=1)
-    new = Predictions.of(old.index, old.label, logits)
-    new.save(row.folder)
-    photos = view([row]).gallery.photos
-    shown = list(load_thumbnails(row.folder))
-    expected = scipy.special.softmax(new.logits / 2.5, axis=1).max(axis=1)[shown]
-    assert [photo.probability for photo in photos] == [f"{100 * p:.0f} %" for p in sorted(expected, reverse=True)]
-    assert "are calibrated" in view([row]).gallery.note
-    assert "not calibrated" in view([replace(row, temperature=None)]).gallery.note
+def test_probabilities_are_calibrated_where_every_run_has_a_temperature(rows: list[Row]) -> None:
+    own = [replace(row, temperature=2.5) for row in rows if "photos" in row.cell]
+    assert "Probabilities are calibrated." in view(own).gallery.note
+    own = [replace(row, temperature=None) if (row.split, row.init) == (1, 1) else row for row in own]
+    assert "Probabilities are not calibrated." in view(own).gallery.note
+
+
+def test_classes_are_compared_on_shared_splits(rows: list[Row]) -> None:
+    own = [row for row in rows if "photos" in row.cell and (row.method != "logistic" or row.split == 0)]
+    classes = view(own).classes
+    assert classes.note == "Over 2 of the 4 runs of nola and the run of logistic."
+    parts = [found for row, found in of(own, "nola") if row.split == 0]
+    label, predicted = (np.concatenate([getattr(part, name) for part in parts]) for name in ("label", "predicted"))
+    recall = 100 * recall_score(label, predicted, average=None)
+    assert [line.accuracy for line in classes.shown] == [f"{value:.1f}" for value in sorted(recall)]
+    other = [replace(row, split=7) if row.method == "logistic" else row for row in own]
+    assert view(other).classes.other is None and "the 4 runs of nola" in view(other).classes.note
+
+
+def test_a_share_under_half_a_per_cent_is_not_none(rows: list[Row]) -> None:
+    tested = read_tested(*_nola(rows), [])
+    tested.__dict__["counts"] = np.array([[996, 4], [0, 5]])
+    assert html._heat(tested, 0, 1) == html.Heat("<1", 1, False) and html._heat(tested, 1, 0).text == ""
+
+
+def test_what_a_row_may_not_cost(tmp_path: Path) -> None:
+    """A row of very many classes, and the folder that the runs are in."""
+    write_runs(tmp_path / "secret" / "runs", NAMES, FEW[-1:], splits=1, inits=1, side=16)
+    folder = tmp_path / "secret" / "runs"
+    (row,) = store.read_rows(folder)[0]
+    many = replace(row, data={**row.data, "class_names": [str(i) for i in range(100_000)]})
+    page = html_page([many], [f"{row.folder}/x is damaged"], folders=[folder])
+    assert "has 100,000 classes" in page.text and f"{row.cell}/nola/{row.folder.name}/x is damaged" in page.text
+    assert "secret" not in page.text and page.images == 0
 
 
 def test_damaged_files_are_one_line_each_and_the_page_is_whole(tmp_path: Path) -> None:
@@ -216,12 +237,13 @@ def test_the_command(rows: list[Row], tmp_path: Path, monkeypatch, capsys) -> No
     assert opened == [page.as_uri()] and page.read_text().startswith("<!doctype html>")
     images = page.read_text().count("data:image/jpeg")
     assert (
-        f"runs/report.html: 1 cell, 3 runs; {images} of your images are in it (--no-images leaves them out)" in said.err
+        f"runs/report.html: 1 cell, 3 runs; {images} images of the data are in it (--no-images leaves them out)"
+        in said.err
     )
     assert images and "there is no browser" not in said.err and "nola" in said.out
     assert main(["report", "runs", "--open", "--html", "p.html", "--no-images"]) == 0
     said = capsys.readouterr()
     assert opened[1] == (tmp_path / "p.html").as_uri() and "data:image/jpeg" not in Path("p.html").read_text()
-    assert "no image of yours is in it" in said.err and "there is no browser here: open p.html" in said.err
+    assert "no image is in it" in said.err and "there is no browser here: open p.html" in said.err
     assert main(["report", "runs", "--html", "no/p.html"]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -117,6 +117,12 @@ def test_the_bar_of_a_single_run_is_its_interval() -> None:
     assert "top-1 accuracy, %; bars: 95 % interval" in texts(chart.figure)
 
 
+def test_a_bar_ends_where_accuracies_do() -> None:
+    folds = row("nola", None, adapter_file_bytes=900, estimate=estimate([1, 1, 0.7, 1, 1]))
+    (_, low), (_, high) = lines(charts_of([folds])["pareto"].figure)["bar of nola"]
+    assert (low, high) == pytest.approx((94 - 12, 100))
+
+
 def test_the_front_by_hand() -> None:
     rows = [
         *grid("small", [[70, 72], [80, 82]], adapter_file_bytes=900),  # 76

@@ -106,15 +106,22 @@ def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
     built = build(config("nola"), folder / "again")
     built.datamodule.setup("test")
     right = total = loss = 0
+    scores = []
     with torch.inference_mode():
         for images, labels in built.datamodule.test_dataloader():
             logits = model(images)
+            scores.append(logits)
             right += int((logits.argmax(1) == labels).sum())
             loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             total += len(labels)
     assert right / total == pytest.approx(rows["nola"].test_accuracy, abs=1e-6)
     assert loss / total == pytest.approx(rows["nola"].test_nll, rel=1e-5)
     assert (folder / run.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
+    # the stored probabilities are those that `predict` gives: calibrated
+    found = load_predictions(folder)
+    assert found is not None and found.logits is None and model.temperature != 1
+    expected = torch.softmax(torch.cat(scores).double() / model.temperature, 1).max(1).values
+    assert found.probability == pytest.approx(expected.numpy(), abs=1e-4)
 
 
 def test_the_temperature_is_fitted_on_the_validation_pool(rows: dict) -> None:

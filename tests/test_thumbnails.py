@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from PIL import Image
+from PIL import Image, ImageCms
 
 from nola_vision import memo
 from nola_vision.data import sources
@@ -81,6 +81,15 @@ def test_a_thumbnail_is_small_upright_and_has_no_metadata(tmp_path: Path) -> Non
     top, bottom = (np.array(images[0].getpixel((48, y))) for y in (20, 108))
     assert abs(top - (255, 0, 0)).max() < 10 and abs(bottom - (0, 0, 255)).max() < 10
     assert abs(np.array(images[1].getpixel((10, 5))) - (0, 200, 0)).max() < 10
+
+
+def test_colours_of_a_profile_become_those_of_srgb(tmp_path: Path) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    wide = srgb.replace(b"rXYZ", b"tmpX").replace(b"gXYZ", b"rXYZ").replace(b"tmpX", b"gXYZ")  # red and green exchanged
+    Image.new("RGB", (16, 16), (200, 40, 40)).save(tmp_path / "a.png", icc_profile=wide)
+    write_thumbnails(tmp_path, all_wrong(1), FileSource([tmp_path / "a.png"], [1], ("a", "b")))
+    shown = np.array(Image.open(io.BytesIO(load_thumbnails(tmp_path)[0].jpeg)).getpixel((8, 8)))
+    assert shown[1] > 150 > 100 > shown[0]
 
 
 def test_a_large_jpeg_is_decoded_at_a_part_of_its_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
+from nola_vision.local_files import read_file
 from nola_vision.text import shortened
 
 PREDICTIONS_FILE = "predictions.safetensors"
@@ -28,8 +29,9 @@ class Predictions:
         index: int64 `[n]`, positions of the images in their source; two runs on one data set are paired by them.
         label: int64 `[n]`, true class indices.
         predicted: int64 `[n]`, predicted class indices.
-        probability: float32 `[n]`, of the predicted class, not calibrated.
-        logits: float32 `[n, classes]`, or None where they are not stored.
+        probability: float32 `[n]`, of the predicted class. In the file of a final run whose row has a temperature it is
+            calibrated: softmax(logits / temperature).
+        logits: float32 `[n, classes]`, not divided by a temperature; None in the file of a final run.
     """
 
     index: npt.NDArray[np.int64]
@@ -44,10 +46,13 @@ class Predictions:
         positions, scores = np.asarray(index, dtype=np.int64), np.asarray(logits, dtype=np.float32)
         order = np.argsort(positions, kind="stable")
         scores = scores[order]
-        shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)
-        probability = 1 / np.exp(shifted).sum(axis=1)  # of the class with the largest logit
         labels = np.asarray(label, dtype=np.int64)[order]
-        return cls(positions[order], labels, scores.argmax(axis=1), probability.astype(np.float32), scores)
+        return cls(positions[order], labels, scores.argmax(axis=1), _highest_probability(scores), scores)
+
+    def calibrated(self, temperature: float | None) -> Predictions:
+        """These predictions as a final run stores them: without logits, which the temperature (None: 1) divided."""
+        assert self.logits is not None
+        return replace(self, probability=_highest_probability(self.logits, temperature or 1.0), logits=None)
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
@@ -60,6 +65,12 @@ class Predictions:
         write_whole(folder / PREDICTIONS_FILE, safetensors.numpy.save(tensors))
 
 
+def _highest_probability(logits: npt.NDArray[np.float32], temperature: float = 1.0) -> npt.NDArray[np.float32]:
+    """The probability of the class with the largest logit, by softmax(logits / temperature), `[n]`."""
+    shifted = (logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature
+    return np.asarray(1 / np.exp(shifted).sum(axis=1), dtype=np.float32)
+
+
 def pool(parts: Sequence[Predictions]) -> Predictions:
     """The predictions of several runs on different images as one, such as those of all folds."""
     names = ("index", "label", "predicted", "probability")
@@ -69,27 +80,27 @@ def pool(parts: Sequence[Predictions]) -> Predictions:
     return Predictions(**columns, logits=np.concatenate(logits)[order] if len(logits) == len(parts) else None)
 
 
-def load_predictions(folder: Path, classes: int | None = None) -> Predictions | None:
+def load_predictions(folder: Path, classes: int | None = None, most_bytes: int = _MOST_BYTES) -> Predictions | None:
     """The predictions in a run's folder; None if it has none.
 
     Args:
         folder: of the run.
         classes: how many the run's data have, where that is known: no class index is larger.
+        most_bytes: a larger file is refused.
 
     Raises:
-        NolaVisionError: the file is damaged, or a class index is not below `classes`.
+        NolaVisionError: the file is damaged, not a regular file or too large, or a class index is not below `classes`.
     """
     path = folder / PREDICTIONS_FILE
-    if not path.is_file():
-        return None
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it is larger than {_MOST_BYTES:,} bytes")
-        predictions = Predictions(**safetensors.numpy.load(path.read_bytes()))
+        predictions = Predictions(**safetensors.numpy.load(read_file(path, most_bytes)))
         if fault := _fault(predictions, classes):
             raise ValueError(fault)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        reason = shortened(" ".join(str(error).split()), 100)
+        text = (isinstance(error, OSError) and error.strerror) or str(error)
+        reason = shortened(" ".join(text.split()), 100)
         raise NolaVisionError(f"{path} is damaged: {reason}; delete the run's folder and run again") from error
     return predictions
 

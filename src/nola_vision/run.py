@@ -326,20 +326,20 @@ def _seconds(held_out: Sequence[Row]) -> float:
 
 
 def _write_estimate(
-    pooled: CrossValidated, folder: Path, class_names: Sequence[str], source: ImageSource
+    pooled: CrossValidated, temperature: float | None, folder: Path, class_names: Sequence[str], source: ImageSource
 ) -> dict[str, Any]:
     """Writes what the folds predicted into a final run's folder; returns the columns of its row.
 
     Args:
         pooled: of all folds.
+        temperature: for the probabilities; None where there is none.
         folder: of the final run.
         class_names: of the data.
         source: of the tested images.
     """
     columns, confusions = pooled_metrics(pooled.predictions, len(class_names))
     if is_main_process():
-        _stored(pooled.predictions, "final").save(folder)
-        write_thumbnails(folder, pooled.predictions, source)
+        _write_tested(pooled.predictions.calibrated(temperature), folder, source)
         _write_confusions(confusions, folder, class_names)
     return {"estimate": pooled.estimate.to_dict(), **columns}
 
@@ -356,7 +356,7 @@ def _with_estimate(row: Row, run_config: identity.Config, folder: Path, held_out
     source = open_data(run_config).tested_source
     found, path = _fold_calibration(pooled), folder / ADAPTER_FILE
     set_temperature(path, found.temperature, "folds", found.images)
-    columns = _write_estimate(pooled, folder, row.data["class_names"], source)
+    columns = _write_estimate(pooled, found.temperature, folder, row.data["class_names"], source)
     columns |= {"calibrated_on": "folds", **found.columns()}
     seconds = round((row.seconds_total or 0) + _seconds(held_out), 3)
     row = dataclasses.replace(row, adapter_file_bytes=path.stat().st_size, seconds_total=seconds, **columns)
@@ -539,16 +539,18 @@ def _measure(
             set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
             measured["adapter_file_bytes"] = path.stat().st_size
     if pooled is not None:
-        measured |= _write_estimate(pooled, folder, data.class_names, data.tested_source)
+        temperature = measured.get("temperature")
+        measured |= _write_estimate(pooled, temperature, folder, data.class_names, data.tested_source)
     if stage != "search" and data.test_name is not None:
         clock = time.perf_counter()
         trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
         measured |= {column: _number(trainer.callback_metrics.get(name)) for column, name in LOGGED.items()}
         if task.predictions is not None and trainer.is_global_zero:
-            _stored(task.predictions, stage).save(folder)
             if stage == "final":
-                write_thumbnails(folder, task.predictions, data.tested_source)
+                _write_tested(task.predictions.calibrated(measured.get("temperature")), folder, data.tested_source)
+            else:  # of a fold, with its logits, for the temperature of the final run
+                task.predictions.save(folder)
         if trainer.is_global_zero:
             _write_confusions(task.confusions, folder, data.class_names)
         if sum(trainer.num_test_batches) < len(data.test_dataloader()):
@@ -561,9 +563,10 @@ def _measure(
     measured["data"] = data.describe()
 
 
-def _stored(predictions: Predictions, stage: identity.Stage) -> Predictions:
-    """What is written of a run's predictions: logits of a fold only, for the calibration of the final run."""
-    return predictions if stage == "fold" else dataclasses.replace(predictions, logits=None)
+def _write_tested(predictions: Predictions, folder: Path, source: ImageSource) -> None:
+    """Writes what a final run predicted, and thumbnails of its mistakes."""
+    predictions.save(folder)
+    write_thumbnails(folder, predictions, source)
 
 
 def _calibrate(task: Classifier | FrozenClassifier, pooled: CrossValidated | None) -> dict[str, Any]:

@@ -10,13 +10,14 @@ import logging
 import re
 import warnings
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from PIL import Image
+from PIL import Image, ImageCms
 
 from nola_vision import memo
 from nola_vision.data.datasets import HUB_PREFIX
@@ -110,12 +111,22 @@ def _jpeg(source: ImageSource, index: int) -> bytes:
     def make() -> bytes:
         image = source.image(index, source.encoded(index), SIDE)
         image.thumbnail((SIDE, SIDE))  # never enlarges
-        image.info = {}  # Pillow would copy the comment
+        image = _in_srgb(image)
+        image.info = {}  # Pillow would copy the comment and the profile
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
         return buffer.getvalue()
 
     return memo.latest("thumbnails", (weakref.ref(source), index), make, len, _KEPT_BYTES)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The image in the colours that a browser assumes; as it is where its profile is damaged or of another mode."""
+    if profile := image.info.get("icc_profile"):
+        with suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+    return image
 
 
 def load_thumbnails(folder: Path) -> dict[int, Thumbnail]:

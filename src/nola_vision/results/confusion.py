@@ -24,9 +24,8 @@ from nola_vision.text import csv_cell
 CONFUSION_FILE = "confusion.csv"
 MOST_RUNS = 48  # of an entry, whose counts are summed: the first
 _HEADER = b"true,predicted,count"
-_COUNT = re.compile("[0-9]{1,12}")
 # A run writes a file for up to 1,000 classes: one line per pair of classes with an image
-_MOST_BYTES, _MOST_CLASSES = 2**26, 2000
+_MOST_BYTES, MOST_CLASSES = 2**26, 2000
 _NUMBER = re.compile("[0-9]{1,12}")
 
 
@@ -70,7 +69,7 @@ def read_confusion(path: Path) -> pd.DataFrame:
             counts[true, predicted] = int(count)
             classes.setdefault(true, len(classes))
             predicted_classes.add(predicted)
-            if max(len(classes), len(predicted_classes)) > _MOST_CLASSES:
+            if max(len(classes), len(predicted_classes)) > MOST_CLASSES:
                 raise ValueError("too many classes")
         square = np.zeros((len(classes), len(classes)), dtype=np.int64)
         for (true, predicted), images in counts.items():

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import math
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,6 +90,7 @@ _DASHES = ("--", ":", "-.")
 _FEW_CLASSES = 20  # whose names and figures can be read
 _MOST_CLASSES = 40
 _MOST_LOG_BYTES = 2**26
+_MOST_LOGS = 100  # of a run
 _MOST_LOSS = 1e30  # a larger one, infinity and nan are left out: training diverged
 _MOST_PIXELS = 20_000  # of a side of a plot of many entries
 
@@ -104,12 +106,14 @@ class Chart:
         name: of its file, and for ids: `pareto`.
         title: in words.
         alt: what it shows, with the figures.
+        caption: one sentence on what is not labelled in it; may be empty.
         figure: 420 x 300 points, on a transparent background.
     """
 
     name: str
     title: str
     alt: str
+    caption: str
     figure: Figure
 
     def svg(self, prefix: str) -> str:
@@ -241,7 +245,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
         if printed := published_result(runs[0]):
             mean, std = float(printed["mean"]), float(printed.get("std", 0))
             plain = look._replace(strong=False)
-            papers.append(_Mark(f"paper: {item.label}", size, mean, (mean - std, mean + std), plain, "paper"))
+            papers.append(_Mark(f"paper: {item.label}", size, mean, _around(mean, std), plain, "paper"))
     if not own:
         return None
 
@@ -279,7 +283,12 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
         where = f"at {bytes_text(item.adapter_file_bytes)}" if item.adapter_file_bytes else "without a file"
         parts.append(f"{item.label} {item.mean:.1f} %{_bar_text(item)} {where}")
     parts += [f"{mark.label} {mark.mean:.1f} %" for mark in papers]
-    return _chart("pareto", "Top-1 accuracy over the size of the adapter file", parts, figure)
+    keys = [
+        ("thin line: Pareto front", len(front) > 1),
+        ("broken lines: methods on frozen features", _any_frozen(found)),
+        ("hollow markers: the paper's accuracy, at the size of our file", bool(papers)),
+    ]
+    return _chart("pareto", "Top-1 accuracy over the size of the adapter file", parts, _caption(keys), figure)
 
 
 def split_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
@@ -312,7 +321,7 @@ def split_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
         if inits:
             pairs = [(at[split], value) for split, values in accuracies[label].items() for value in values]
             _draw(
-                axes, *zip(*pairs, strict=True), linestyle="", marker=".", color=look.colour, markersize=4, alpha=0.6,
+                axes, *zip(*pairs, strict=True), linestyle="", marker="o", color=look.colour, markersize=4.5, alpha=0.5,
                 markeredgewidth=0, label=f"runs of {label}",
             )  # fmt: skip
         _line(axes, [at[split] for split in of_splits], list(of_splits.values()), label, look, marked=len(places) <= 30)
@@ -322,7 +331,8 @@ def split_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     for label, of_splits in means.items():
         least, most, mean = (of(of_splits.values()) for of in (min, max, fmean))
         parts.append(f"{label} {least:.1f} to {most:.1f} %, mean {mean:.1f} %")
-    return _chart("by-split", f"Top-1 accuracy by {place}, {len(places)} {place}s", parts, figure)
+    keys = [("dots: single runs", inits), ("broken lines: methods on frozen features", _any_frozen(found))]
+    return _chart("by-split", f"Top-1 accuracy by {place}, {len(places)} {place}s", parts, _caption(keys), figure)
 
 
 def split_accuracies(found: Entries) -> tuple[str, dict[str, dict[int, list[float]]]]:
@@ -396,7 +406,7 @@ def entry_curves(found: Entries) -> tuple[dict[str, list[Curve]], list[str]]:
             if run.folder is None or run.status != "completed":
                 continue
             losses: dict[int, list[float]] = defaultdict(list)
-            for path in sorted(run.folder.glob("metrics*.csv")):  # one for each time it was resumed, and the last
+            for path in _logs(run.folder):
                 try:
                     for epoch, loss in read_losses(path):
                         losses[epoch].append(loss)
@@ -405,6 +415,13 @@ def entry_curves(found: Entries) -> tuple[dict[str, list[Curve]], list[str]]:
             if losses:
                 curves[summary.label].append({epoch: fmean(losses[epoch]) for epoch in sorted(losses)})
     return curves, problems
+
+
+def _logs(folder: Path) -> list[Path]:
+    """The logs of a run: `metrics-1.csv` and so on, one for each time it was resumed, and the last, `metrics.csv`."""
+    numbered = (folder / f"metrics-{number}.csv" for number in range(1, _MOST_LOGS))
+    return [path for path in [*itertools.takewhile(os.path.lexists, numbered), folder / "metrics.csv"]
+            if os.path.lexists(path)]  # fmt: skip
 
 
 def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, Look]) -> Chart | None:
@@ -446,13 +463,24 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, L
         runs = f" (mean of {len(curves[label])} runs)" if len(curves[label]) > 1 else ""
         parts.insert(0, f"{label} {means[0]:.3g} to {means[-1]:.3g} after {order[-1]} epochs{runs}")
     _label_ends(figure, axes, [ends[label] for label in labelled])
-    return _chart("learning-curves", "Training loss over epochs", parts, figure)
+    keys = [("lines: means over runs", several)]
+    return _chart("learning-curves", "Training loss over epochs", parts, _caption(keys), figure)
 
 
-def _chart(name: str, title: str, parts: Sequence[str], figure: Figure) -> Chart:
+def _chart(name: str, title: str, parts: Sequence[str], caption: str, figure: Figure) -> Chart:
     """A chart whose text says what `parts` do, one for each entry, of many the first ones."""
     more = [f"and {len(parts) - _MOST_LABELS} more"] if len(parts) > _MOST_LABELS else []
-    return Chart(name, title, printable(f"{title}: {'; '.join([*parts[:_MOST_LABELS], *more])}."), figure)
+    return Chart(name, title, printable(f"{title}: {'; '.join([*parts[:_MOST_LABELS], *more])}."), caption, figure)
+
+
+def _caption(keys: Sequence[tuple[str, bool]]) -> str:
+    """A sentence of those phrases that apply."""
+    text = "; ".join(words for words, applies in keys if applies)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _any_frozen(found: Entries) -> bool:
+    return any(kind(item) == "frozen" for item, _ in found)
 
 
 def _panel(
@@ -584,8 +612,12 @@ def _label_points(
 def _bar(item: Summary) -> tuple[float, float]:
     """From where to where an entry's bar goes, in per cent."""
     assert item.mean is not None
-    std = item.std or 0.0
-    return item.interval or (item.mean - std, item.mean + std)
+    return item.interval or _around(item.mean, item.std or 0.0)
+
+
+def _around(mean: float, std: float) -> tuple[float, float]:
+    """One std to both sides, as far as an accuracy can be."""
+    return max(0.0, mean - std), min(100.0, mean + std)
 
 
 def _bar_text(item: Summary) -> str:

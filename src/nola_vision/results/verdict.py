@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.predictions import Predictions, load_predictions
-from nola_vision.results.confusion import confused_pairs, count_predictions, run_confusions
+from nola_vision.results.confusion import MOST_CLASSES, confused_pairs, count_predictions, run_confusions
 from nola_vision.results.description import accuracy_text, grid_text, plural, points, short_printable, signed
 from nola_vision.results.estimates import compare
 from nola_vision.results.row import Row
@@ -185,7 +185,8 @@ def verdict(
         by = "" if own and confused is own[0] else f" by {_name(confused.row.method)}"
         largest = int(max(confused.predictions.label.max(), confused.predictions.predicted.max()))
         names = class_names or [f"class {label}" for label in range(largest + 1)]
-        lines.append(_confusion_line(count_predictions([confused.predictions], len(names)), names, by))
+        if len(names) <= MOST_CLASSES:  # counts are dense, and a row may name any number of classes
+            lines.append(_confusion_line(count_predictions([confused.predictions], len(names)), names, by))
     if shown is not None and shown.accuracy.estimate is not None and shown.accuracy.estimate.untested_classes:
         lines.append(_untested_line(shown.accuracy.estimate.untested_classes))
     return lines
