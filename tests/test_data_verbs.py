@@ -67,7 +67,7 @@ def test_check_says_what_is_there(tree: Path, capsys: pytest.CaptureFixture, mon
         "twice in train: 1",
         f"in train and in test: 1\n    {tree}/train/class 1 é/5.png (class 1 é) and {tree}/test/class 2 é/9.png"
         " (class 2 é): the labels differ",
-        "Dataset check failed. Fix the problems listed above.",
+        "Dataset check failed: fix what is missing, unreadable, in two splits, or in two classes.",
     ):
         assert line in printed
 

@@ -470,7 +470,7 @@ def test_mistakes_in_a_users_images_are_named_once(tmp_path: Path, caplog: pytes
         "files that are not read: 2 .txt, 1 .db",
         f"folders in {root} that are not read, without an image: empty/",
         f"images directly in {root}, in no class folder, that are not read: loose.png",
-        "images under two labels in train, which no fold tests: 1, such as "
+        "images that are in two classes, trained on and never tested; delete the wrong ones: 1, such as "
         f"{root}/class 0/01.bmp (class 0) and {root}/class 1/same.bmp"
         " (class 1)",
     ]

@@ -30,7 +30,14 @@ from nola_vision.results.html import html_page
 from nola_vision.results.plots import cell_plots
 from nola_vision.results.published import published_figures
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import count_once, mean_std, paired_difference, summarise, variance_parts
+from nola_vision.results.statistics import (
+    count_once,
+    mean_std,
+    on_the_same_images,
+    paired_difference,
+    summarise,
+    variance_parts,
+)
 from nola_vision.results.tables import (
     cell_report,
     cell_sheets,
@@ -291,6 +298,24 @@ ROWS = [
     row("nn1", 0.70, method_class="NearestNeighbor", init=None),
     row("elsewhere", 0.99, cell="another"),
 ]
+
+
+def test_runs_on_other_versions_of_the_images_are_left_out() -> None:
+    """After an image was removed, the old adapter's accuracy stands in no table next to the new baselines'."""
+    old, new = ({**CONFIG, "content": {"data": digest}} for digest in ("old", "new"))
+    first = [row("nola", 0.9, config=old, started="2026-01-01T10:00:00+00:00", run_hash="o")]
+    second = [
+        row("nola", 0.5, config=new, started="2026-01-02T10:00:00+00:00"),
+        row("logistic", 0.6, config=new, started="2026-01-02T09:00:00+00:00", method_class="LogisticRegression"),
+    ]
+    failed = [row("lora", None, config=old, status="failed", started="2026-01-03T10:00:00+00:00")]
+    others = [row("nola", 0.3, cell="another")]
+    kept, notes = on_the_same_images([*first, *second, *failed, *others])
+    assert kept == [*second, *others] and notes == [
+        f"{CELL}: 2 runs on other versions of the images left out; `report --format csv` lists them"
+    ]
+    assert on_the_same_images([*first, *second], like=first[0])[0] == first
+    assert on_the_same_images(others) == (others, [])
 
 
 def test_markdown_table() -> None:

@@ -35,7 +35,12 @@ def write_file(path: str | Path, content: bytes) -> None:
         else:
             write_whole(path, content)
     except OSError as error:
-        raise NolaVisionError(f"{path} cannot be written ({error.strerror}): give another path") from error
+        reason, fix = error.strerror, "give another path"
+        if os.path.isdir(path):
+            reason, fix = "it is a folder", "give the path of a file"
+        elif isinstance(error, FileNotFoundError):
+            reason, fix = "there is no such folder", "create the folder first"
+        raise NolaVisionError(f"{path} cannot be written ({reason}): {fix}") from error
 
 
 def why_not_a_file(path: str | Path) -> str:

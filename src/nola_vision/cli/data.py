@@ -109,7 +109,11 @@ def _check(name: str, root: str | None, download: bool) -> int:
     if "test" not in {*reports, *missing}:
         _print(console, _estimate(open_split(entry, root, "train")))
     bad = missing or both or contradictory or any(report.unreadable for report in reports.values())
-    console.print("Dataset check failed. Fix the problems listed above." if bad else "fit for use")
+    console.print(
+        "Dataset check failed: fix what is missing, unreadable, in two splits, or in two classes."
+        if bad
+        else "fit for use"
+    )
     return 1 if bad else 0
 
 

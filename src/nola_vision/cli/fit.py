@@ -121,6 +121,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     from nola_vision import cross_validation, run
     from nola_vision.config import open_data
     from nola_vision.results import store, tables
+    from nola_vision.results.statistics import on_the_same_images
     from nola_vision.results.verdict import run_verdict
 
     if run_config["trainer"]["accelerator"] in ("cuda", "gpu") and not torch.cuda.is_available():
@@ -171,6 +172,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     if not main:
         return 0
     rows, problems = store.read_rows(out / row.cell)
+    rows, left_out = on_the_same_images(rows, row)
     console.print(tables.row_panel(row))
     console.print(tables.cell_table(rows, row.cell))
     lines, unusable = run_verdict(row, frozen, data.class_names)
@@ -178,7 +180,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
         print(textwrap.fill(line, console.width))
     for command in _next_commands(row, skipped, out):  # a terminal that breaks a line joins it again when it is copied
         print(f"Next: {command}")
-    for problem in (*unusable, *(problem for _, problem in problems)):
+    for problem in (*unusable, *(problem for _, problem in problems), *left_out):
         print(problem, file=sys.stderr)
     return 0
 

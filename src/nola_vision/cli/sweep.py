@@ -26,7 +26,7 @@ from nola_vision.progress import PlainLines, is_live, say, say_start, seconds_le
 from nola_vision.results import identity, store
 from nola_vision.results.description import accuracy_text
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import summarise
+from nola_vision.results.statistics import on_the_same_images, summarise
 from nola_vision.sweep import apart, local, plan, protocol
 from nola_vision.text import printable
 
@@ -164,9 +164,10 @@ def _sweep(
     from nola_vision.results import tables  # pandas takes a while to import
 
     everything, problems = store.read_rows(out / cell)
-    report, unusable = tables.cell_report(everything, cell)
+    same, left_out = on_the_same_images(everything, rows[0] if rows else None)
+    report, unusable = tables.cell_report(same, cell)
     console.print(report)
-    for problem in (*(problem for _, problem in problems), *unusable):
+    for problem in (*(problem for _, problem in problems), *unusable, *left_out):
         print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
 

@@ -366,9 +366,11 @@ class KShotDataModule(L.LightningDataModule):
             self._warn(note)
         sources = {split: self._open(split) for split in self._splits}
         known = {split: digests(source) for split, source in sources.items()}
-        untested = "" if self.has_test else ", which no fold tests"
+        untested = "" if self.has_test else ", trained on and never tested; delete the wrong ones"
         found = {
-            f"under two labels in {split}{untested}": under_two_labels(source, known[split])
+            f"that are in two classes{f' of {split}' if self.has_test else ''}{untested}": under_two_labels(
+                source, known[split]
+            )
             for split, source in sources.items()
         }
         for one, two in combinations(sources, 2):

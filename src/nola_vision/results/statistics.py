@@ -275,6 +275,36 @@ def count_once(rows: Iterable[Row]) -> list[Row]:
     return list(kept.values())
 
 
+def on_the_same_images(rows: Sequence[Row], like: Row | None = None) -> tuple[list[Row], list[str]]:
+    """The rows of one version of each cell's images: after an image of a folder is added or removed, old runs stay.
+
+    Args:
+        rows: of any runs.
+        like: a row whose version is kept in its cell; in the others, it is that of the newest completed final run.
+
+    Returns:
+        The rows that are kept, in their order, and a sentence for each cell of which rows are left out.
+    """
+    newest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: (row.stage == "final" and row.status == "completed", row.started)):
+        newest[row.cell] = row
+    if like is not None:
+        newest[like.cell] = like
+    kept = [row for row in rows if _images(row) == _images(newest[row.cell])]
+    left_out = Counter(row.cell for row in rows) - Counter(row.cell for row in kept)
+    return kept, [
+        f"{cell}: {count} {'run' if count == 1 else 'runs'} on other versions of the images left out; "
+        "`report --format csv` lists them"
+        for cell, count in left_out.items()
+    ]
+
+
+def _images(row: Row) -> Any:
+    """The digest of the images that a person put into a folder; None for a data set that others made."""
+    content = row.config.get("content")
+    return content.get("data") if isinstance(content, dict) else None
+
+
 def summarise(rows: Iterable[Row]) -> list[Summary]:
     """Summarise the final runs, one summary for each (cell, method, entry hash), in that order."""
     return [summary for summary, _ in entries(rows)]

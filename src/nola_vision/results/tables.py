@@ -304,7 +304,7 @@ def cell_sheets(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> 
 
 
 def _explanations(shown: Sequence[Summary]) -> list[str]:
-    """What the figures of the accuracy column are, in one line."""
+    """What the figures of the accuracy column are."""
     parts = []
     over = ["folds" if item.cross_validated else "runs" for item in shown if item.std is not None]
     if over:
@@ -318,7 +318,10 @@ def _explanations(shown: Sequence[Summary]) -> list[str]:
         parts.append(f"chance {' to '.join(dict.fromkeys((shares[0], shares[-1])))} %")
     if any(mark != "plain" for mark in _marks(shown)):
         parts.append("best in bold, within 1 point underlined")
-    return ["; ".join(parts)] if parts else []
+    notes = ["; ".join(parts)] if parts else []
+    if len(folds := {item.n for item in shown if item.cross_validated and item.n}) > 1:
+        notes.append(f"n over {min(folds)}: several divisions into folds; methods are compared on the first one alone")
+    return notes
 
 
 def _printable(sheet: Sheet) -> Sheet:
