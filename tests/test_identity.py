@@ -114,6 +114,9 @@ def test_cell_names() -> None:
     assert identity.cell_name(without_file) == "vit_glyph_patch4_32.glyphs-digits-5shot-quickstart"
     without_file["data"] |= {"dataset": "folder", "root": "/photos/my flowers/"}
     assert identity.cell_name(without_file) == "vit_glyph_patch4_32.glyphs-folder.my_flowers-5shot-quickstart"
+    for dataset, name in {"hf:/home/me/pets#breed": "hf_pets_breed", "hf:me/pets": "hf_me_pets"}.items():
+        without_file["data"]["dataset"] = dataset
+        assert identity.cell_name(without_file) == f"vit_glyph_patch4_32.glyphs-{name}-5shot-quickstart"
 
 
 def test_a_cell_name_is_one_safe_folder() -> None:
@@ -193,12 +196,15 @@ def test_the_hash_covers_what_can_change_the_result(path: str, value: Any) -> No
 
 
 def test_the_hash_knows_a_folder_data_set_by_its_name_alone() -> None:
-    def run_hash(root: str) -> str:
-        run_config = changed("data.dataset", "folder")
+    def run_hash(root: str, dataset: str = "folder") -> str:
+        run_config = changed("data.dataset", dataset)
         run_config["data"]["root"] = root
         return identity.run_hash(run_config, "final")
 
     assert run_hash("/a/flowers") == run_hash("/b/flowers") != run_hash("/a/birds")
+    assert run_hash("C:\\b\\flowers\\") == run_hash("/a/flowers")
+    assert run_hash("", "hf:/a/pets") == run_hash("", "hf:/b/pets") != run_hash("", "hf:/b/pets#breed")
+    assert run_hash("", "hf:a/pets") != run_hash("", "hf:b/pets")
 
 
 def test_the_hash_does_not_depend_on_the_order_of_keys() -> None:

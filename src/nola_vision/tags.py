@@ -1,9 +1,13 @@
-"""Names of backbones: timm's own tags, and the `hf-hub:` and `local-dir:` names that timm takes too."""
+"""Names of backbones (timm's tags, `hf-hub:` and `local-dir:` names) and of data sets of Hugging Face's library."""
 
 from __future__ import annotations
 
 import os
+from pathlib import PurePosixPath, PureWindowsPath
 
+from nola_vision.text import last_part
+
+HUB_PREFIX = "hf:"  # the beginning of the name of a Hugging Face data set
 _SOURCES = ("hf-hub", "local-dir")
 
 
@@ -16,4 +20,11 @@ def split_tag(tag: str) -> tuple[str, str]:
 def short_tag(tag: str) -> str:
     """A tag without the path to a local folder: a run's name and hash stay the same when the folder moves."""
     source, rest = split_tag(tag)
-    return f"local-dir:{os.path.basename(os.path.abspath(rest))}" if source == "local-dir" else tag
+    return f"local-dir:{last_part(os.path.abspath(rest))}" if source == "local-dir" else tag
+
+
+def short_dataset(name: str) -> str:
+    """A data set's name without the path to a local folder: `hf:pets#label` of `hf:/home/me/pets#label`."""
+    path, mark, columns = name.removeprefix(HUB_PREFIX).partition("#")
+    local = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    return f"{HUB_PREFIX}{last_part(path)}{mark}{columns}" if local and name.startswith(HUB_PREFIX) else name

@@ -6,6 +6,7 @@ import os
 import re
 import textwrap
 import unicodedata
+from pathlib import PurePath
 
 # C0 and C1 controls, line and paragraph separators, and lone surrogates; Unicode's format characters (category Cf),
 # which reorder what is displayed or are not displayed; and the other characters that are not displayed: fillers,
@@ -16,6 +17,11 @@ _UNSAFE = re.compile(
     "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff"
     "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+
+
+def last_part(path: str | PurePath) -> str:
+    """The last part of a path, which may have been written on Windows; empty, or `..`, where it has no name."""
+    return PurePath(path).name.rstrip("\\").rpartition("\\")[2]
 
 
 def printable(text: str) -> str:

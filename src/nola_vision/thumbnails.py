@@ -20,12 +20,12 @@ import safetensors.numpy
 from PIL import Image, ImageCms
 
 from nola_vision import memo
-from nola_vision.data.datasets import HUB_PREFIX
 from nola_vision.data.sources import ImageSource
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_whole
 from nola_vision.predictions import Predictions
 from nola_vision.results.store import read_run_file
+from nola_vision.tags import HUB_PREFIX
 from nola_vision.text import printable, shortened
 
 THUMBNAILS_FILE = "thumbnails.safetensors"

@@ -34,11 +34,11 @@ from nola_vision.data.sources import (
 from nola_vision.data.splits import Split, class_of, read_list
 from nola_vision.errors import NolaVisionError
 from nola_vision.local_files import file_digests, read_file, remembered
+from nola_vision.tags import HUB_PREFIX
 from nola_vision.text import name_text
 
 MOST_LIST_BYTES = 2**26  # of a text file that lists images or classes
 ROOT_VARIABLE = "NOLA_VISION_DATA"
-HUB_PREFIX = "hf:"  # the beginning of the name of a Hugging Face data set
 
 
 class DatasetEntry:

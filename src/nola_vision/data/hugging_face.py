@@ -11,11 +11,12 @@ from typing import Any
 import numpy.typing as npt
 from PIL import Image
 
-from nola_vision.data.datasets import HUB_PREFIX, DatasetEntry, content_list, given_root
+from nola_vision.data.datasets import DatasetEntry, content_list, given_root
 from nola_vision.data.sources import MOST_BYTES, ImageSource, decoded
 from nola_vision.data.splits import Split
 from nola_vision.errors import NolaVisionError
 from nola_vision.local_files import read_file
+from nola_vision.tags import HUB_PREFIX
 
 TEST_NAMES = ("test", "validation", "valid", "val")
 IMAGE_COLUMNS = ("image", "img")  # which of several columns of images is taken

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from nola_vision.results.identity import FROZEN_METHODS, OWN_IMAGES
@@ -18,8 +17,8 @@ from nola_vision.results.statistics import (
     mean_std,
     run_accuracies,
 )
-from nola_vision.tags import short_tag, split_tag
-from nola_vision.text import printable, shortened
+from nola_vision.tags import HUB_PREFIX, short_dataset, short_tag, split_tag
+from nola_vision.text import last_part, printable, shortened
 
 NOT_MEASURED = "-"
 _MOST_CHARACTERS = 60  # of a name
@@ -170,10 +169,8 @@ def dataset_name(row: Row) -> str:
     data = row.config.get("data") or {}
     name = str(data.get("dataset", "?"))
     own = name in OWN_IMAGES
-    name = str(data.get("root", name)) if own else name.removeprefix("hf:")
-    path = PurePath(name)  # of which the folders may name a person
-    if own or path.is_absolute():
-        name = path.name
+    # of a path, the folders may name a person
+    name = last_part(str(data.get("root", name))) if own else short_dataset(name).removeprefix(HUB_PREFIX)
     return short_printable(_DATASETS.get(name, name))
 
 
@@ -242,7 +239,7 @@ def _backbone_text(rows: Sequence[Row]) -> str:
     if size := _span(_whole(found.get("size")) for found in transforms):
         text += f", images of {size} pixels"
     if file := backbone.get("file"):
-        text += f", weights of {short_printable(PurePath(str(file)).name)}"
+        text += f", weights of {short_printable(last_part(str(file)))}"
     return text
 
 

@@ -15,7 +15,8 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from nola_vision.errors import NolaVisionError
-from nola_vision.tags import short_tag
+from nola_vision.tags import short_dataset, short_tag
+from nola_vision.text import last_part
 
 Config = dict[str, Any]
 Stage = Literal["final", "search", "fold"]
@@ -144,14 +145,14 @@ def cell_name(run_config: Mapping[str, Any]) -> str:
     """Return `<backbone tag>-<dataset>-<shots>shot-<protocol>`, safe as a folder's name.
 
     A local weight file adds its stem (`tag+stem`), weights that are not pretrained what they are (`tag+random`); the
-    data set `folder` adds its folder's name (`folder.flowers`).
+    data set `folder` adds its folder's name (`folder.flowers`). Of a local path only the last part is in it.
     """
     backbone = short_tag(str(need(run_config, "model", "backbone", "tag")))
     if file := run_config["model"]["backbone"].get("file"):
-        backbone += f"+{PurePath(file).stem}"
+        backbone += f"+{PurePath(last_part(file)).stem}"
     if (base := run_config["model"]["backbone"].get("base", "pretrained")) != "pretrained":
         backbone += f"+{base}"
-    dataset = str(need(run_config, "data", "dataset"))
+    dataset = short_dataset(str(need(run_config, "data", "dataset")))
     if dataset in OWN_IMAGES:
         dataset += f".{_root_name(run_config)}"
     shots = need(run_config, "data", "shots")
@@ -239,12 +240,14 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
     config["data"] = {key: value for key, value in data.items() if key not in _DATA_LEFT_OUT}
     if data.get("dataset") in OWN_IMAGES:
         config["data"]["root"] = _root_name(run_config)
+    elif "dataset" in data:
+        config["data"]["dataset"] = short_dataset(str(data["dataset"]))
 
     model = dict(need(run_config, "model"))
     model["backbone"] = dict(need(run_config, "model", "backbone"))
     model["backbone"]["tag"] = short_tag(str(need(run_config, "model", "backbone", "tag")))
     if file := model["backbone"].get("file"):
-        model["backbone"]["file"] = PurePath(file).name
+        model["backbone"]["file"] = last_part(file)
     config["model"] = model
 
     trainer = run_config.get("trainer") or {}
@@ -312,7 +315,7 @@ def _digest(value: Any) -> str:
 
 def _root_name(run_config: Mapping[str, Any]) -> str:
     root = need(run_config, "data", "root")
-    name = PurePath(root).name
+    name = last_part(root)
     if name in ("", ".."):
         raise NolaVisionError(f"`data.root: {root}` has no name to call the data set by: write the folder's name out")
     return name

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from nola_vision.errors import NolaVisionError
 from nola_vision.results import identity
 from nola_vision.results.estimates import Estimate
-from nola_vision.text import shortened
+from nola_vision.text import last_part, shortened
 
 SCHEMA_VERSION = 1
 
@@ -399,7 +399,7 @@ def _config_problem(config: dict[str, Any]) -> str | None:
             return f"has a config without {setting}"
         if value is not None and not isinstance(value, kind):
             return f"has a config of the wrong kind in {setting} ({_quoted(value)})"
-        if setting == "data.root" and PurePath(str(value)).name in ("", ".."):
+        if setting == "data.root" and last_part(str(value)) in ("", ".."):
             return f"has data.root {_quoted(value)} in its config, which has no name"
     return None
 
