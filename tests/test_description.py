@@ -45,6 +45,7 @@ def facts(classes: int = 10, **data: Any) -> dict[str, Any]:
         ("vit_glyph_patch4_32.glyphs", "small ViT/4 pretrained on glyphs"),
         ("vit_so150m_patch16_reg4_gap_256.sbb", "vit_so150m_patch16_reg4_gap_256"),
         ("local-dir:/home/me/merged", "merged"),
+        (r"local-dir:C:\Users\me\merged", "merged"),
         ("hf-hub:owner/name", "owner/name"),
         ("a\x1b[31m", "a\\x1b[31m"),
     ],
@@ -125,8 +126,11 @@ def test_a_cell_in_words() -> None:
 
 def test_what_rows_do_not_say_is_left_out() -> None:
     bare = [row(config=CONFIG)]
-    for name, title in (("hf:/home/me/pets", "pets: b"), ("hf:me/pets", "me/pets: b")):
-        assert cell_title([row(config=config(dataset=name, shots="all"))]) == title
+    names = {"hf:/home/me/pets": "pets", r"hf:C:\Users\me\pets": "pets", "hf:me/pets": "me/pets"}
+    for name, title in names.items():
+        assert cell_title([row(config=config(dataset=name, shots="all"))]) == f"{title}: b"
+    windows = config(data={"dataset": "folder", "root": "C:\\Users\\me\\photos\\"})
+    assert cell_title([row(config=windows)]) == "photos: 5 images per class, b"
     assert cell_title([row(config=config(backbone={"file": "/home/me/w.pth"}))]).endswith(", b, local weights")
     assert cell_title(bare) == "digits: b" and cell_title([]) == "" and cell_facts([]) == []
     assert dict(cell_facts(bare))["data"] == "digits" and how_measured(bare) and how_measured([])
@@ -164,8 +168,9 @@ def with_confusion(rows: list[Row], place: Path, counts: list[list[int]]) -> lis
 
 
 def test_a_verdict_on_several_runs(tmp_path: Path) -> None:
-    data = facts(3, majority_share=0.4)
+    data = facts(majority_share=0.4, class_names=["cat", "dog", "owl"], counts={"train": 50, "test": 20})
     nola = grid("nola", [[70, 72], [80, 82], [75, 77]], adapter_file_bytes=1000, data=data)
+    names = data["class_names"]
     nola = with_confusion(nola, tmp_path, [[5, 1, 2], [0, 5, 0], [1, 1, 5]])
     lora = grid("lora", [[76, 74], [83, 83], [81, 79]], adapter_file_bytes=1500, data=data, **LORA)
     frozen = [row("logistic", 0.6 + 0.1 * split, split=split, init=None, data=data, **FROZEN) for split in range(3)]
@@ -199,6 +204,19 @@ def test_a_verdict_on_several_runs(tmp_path: Path) -> None:
     (nola[0].folder or tmp_path).joinpath(CONFUSION_FILE).write_text("x")
     lines, problems = cell_verdict(nola, CELL)
     assert "(10 times in 5 runs)" in lines[-1] and problems[0].endswith("delete it (plots then leave its run out)")
+    # files of other runs are named, not those of the others, and so is the run whose row has other classes than most
+    other = confusion_csv(np.diag([5, 10, 5]), ["cat", "dog", "fox"])
+    (nola[0].folder or tmp_path).joinpath(CONFUSION_FILE).write_text(other)
+    (nola[1].folder or tmp_path).joinpath(CONFUSION_FILE).write_text(confusion_csv(np.diag([5, 5, 5]), names))
+    (nola[2].folder or tmp_path).joinpath(CONFUSION_FILE).write_text(other)
+    nola[2] = dataclasses.replace(nola[2], data=data | {"class_names": ["cat", "dog", "fox"]})
+    lines, problems = cell_verdict(nola, CELL)
+    assert "'cat' as 'owl' (6 times in 3 runs)" in lines[-1]
+    assert [problem.partition("/confusion.csv ")[::2] for problem in problems] == [
+        (str(nola[0].folder), "has other classes than its run's row: delete it (plots then leave its run out)"),
+        (str(nola[1].folder), "counts 15 images, and its run's row 20: delete it (plots then leave its run out)"),
+        (str(nola[2].folder), "has other classes than most runs of nola: it is left out"),
+    ]
     lines, _ = cell_verdict(lost, CELL)
     assert lines == ["No run of this cell has an accuracy yet.", "Not completed: 1 run (lora 1)."]
 
@@ -254,13 +272,13 @@ def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
             row(
                 method,
                 found.correct.mean(),
-                data={"class_names": names},
+                data={"class_names": names, "counts": {"test": 20}},
                 adapter_file_bytes=100 if method == "nola" else 123_456,
                 **columns,
             ),
             folder=folder,
         )
-    lines, problems = run_verdict(rows["nola"], [rows["logistic"]], names, [rows["full"]])
+    lines, problems = run_verdict(rows["nola"], [rows["logistic"]], [rows["full"]])
     assert cell_verdict(rows.values(), CELL) == (lines, []) and not problems
     elsewhere = row("logistic", 0.1, split=5, init=None, **FROZEN)  # on another split, so it is not compared
     assert cell_verdict([elsewhere, *rows.values()], CELL)[0] == lines
@@ -279,6 +297,10 @@ def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
     (tmp_path / "logistic" / "predictions.safetensors").write_bytes(b"x")
     lines, problems = cell_verdict(rows.values(), CELL)
     assert "logistic/predictions.safetensors is damaged" in problems[0]
+    predictions([0] * 9, [0] * 9).save(tmp_path / "logistic")  # of another run
+    lines, problems = cell_verdict(rows.values(), CELL)
+    assert len(problems) == 1 and "logistic/predictions.safetensors is damaged: it is of 9 images, and" in problems[0]
+    assert lines[0].startswith("nola: top-1 accuracy 90.0 %") and any("nola against full" in line for line in lines)
     assert not any("against logistic" in line for line in lines)
 
 

@@ -48,6 +48,7 @@ def run(
     if folds:
         parts = np.array_split(found.correct, folds)
         estimate = Estimate.of([(int(part.sum()), len(part)) for part in parts], 1, untested).to_dict()
+    data = {"class_names": NAMES, **data}
     row = make_row(method, test_accuracy=None if folds else float(found.correct.mean()), estimate=estimate, data=data)
     return row, found
 
@@ -211,7 +212,6 @@ def test_a_verdict_of_folds() -> None:
     lines = verdict(
         run("nola", nola, label, folds=5, majority_share=0.25, untested=("emu",)),
         [run("1nn", [0] * 40, label, folds=5), run("logistic", logistic, label, folds=5)],
-        NAMES,
     )
     assert lines == [
         "nola: top-1 accuracy 85.0 % (95 % interval 68.0 to 95.1; 34 of 40 images, 5-fold cross-validation).",
@@ -233,9 +233,7 @@ def test_a_verdict_of_folds() -> None:
     ],
 )
 def test_a_verdict_on_a_test_set(adapter: int, frozen: int, sentence: str) -> None:
-    lines = verdict(
-        run("nola", *right_of(100, adapter), test_name="validation"), [run("1nn", *right_of(100, frozen))], NAMES
-    )
+    lines = verdict(run("nola", *right_of(100, adapter), test_name="validation"), [run("1nn", *right_of(100, frozen))])
     assert lines[0].endswith(f"; {adapter} of 100 validation images).")
     assert lines[1].startswith(f"Frozen features: 1nn, {frozen}.0 % (") and "optimistic" not in lines[1]
     assert lines[2:] == [
@@ -257,28 +255,28 @@ def test_a_verdict_on_a_test_set(adapter: int, frozen: int, sentence: str) -> No
 def test_a_verdict_says_where_the_accuracy_is_not_above_chance(
     correct: int, share: float | None, sentence: list[str]
 ) -> None:
-    lines = verdict(run("nola", *right_of(10, correct), majority_share=share), [], NAMES)
+    lines = verdict(run("nola", *right_of(10, correct), majority_share=share), [])
     assert [line for line in lines if "chance" in line] == sentence
 
 
 def test_a_verdict_without_an_estimate_of_the_adapter() -> None:
     frozen = run("nearest-mean", *right_of(10, 9, label=2, instead=0), folds=2)
-    skipped = verdict((make_row("nola", data={"folds": 5}), None), [frozen], NAMES)
+    skipped = verdict((make_row("nola", data={"folds": 5}), None), [frozen])
     assert skipped[0] == "nola has no estimate of its accuracy: its folds were not run."
-    assert verdict((make_row("nola"), None), [], NAMES) == ["nola has no estimate of its accuracy: it was not tested."]
+    assert verdict((make_row("nola"), None), []) == ["nola has no estimate of its accuracy: it was not tested."]
     assert skipped[1].startswith("Frozen features: nearest-mean, 90.0 % (")
     assert skipped[3] == "Most often misclassified by nearest-mean: 'owl' as 'cat' (1 image)."
     assert not any("image by image" in line for line in skipped)
-    failed = verdict((make_row("nola", status="failed", test_accuracy=0.5), frozen[1]), [frozen], NAMES)
+    failed = verdict((make_row("nola", status="failed", test_accuracy=0.5), frozen[1]), [frozen])
     assert failed[0] == "nola has no estimate of its accuracy: its run failed."
     assert not any("image by image" in line for line in failed)
-    assert verdict(None, [frozen], NAMES) == skipped[1:]
+    assert verdict(None, [frozen]) == skipped[1:]
     without_file = make_row("nola", test_accuracy=0.75, data={"counts": {"test": 8}})
-    assert verdict((without_file, None), [], NAMES) == [
+    assert verdict((without_file, None), []) == [
         "nola: top-1 accuracy 75.0 % (95 % interval 40.9 to 92.9; 6 of 8 test images)."
     ]
     unknown = make_row("nola", test_accuracy=0.75)
-    assert verdict((unknown, None), [], None) == ["nola: top-1 accuracy 75.0 %, of an unknown number of images."]
+    assert verdict((unknown, None), []) == ["nola: top-1 accuracy 75.0 %, of an unknown number of images."]
 
 
 @pytest.mark.parametrize(
@@ -299,12 +297,12 @@ def test_a_verdict_without_an_estimate_of_the_adapter() -> None:
 )
 def test_a_verdict_names_two_pairs(errors: list[tuple[int, int]], sentence: str) -> None:
     label, predicted = [pair[0] for pair in errors] + [0], [pair[1] for pair in errors] + [0]
-    assert sentence in verdict(run("nola", predicted, label), [], NAMES)
+    assert sentence in verdict(run("nola", predicted, label), [])
 
 
 def test_a_verdict_escapes_and_shortens_names() -> None:
     hostile = ["a\x1b[31m\nb", "x" * 300]
-    lines = verdict(run("no\x07la", [1, 0], [0, 0], folds=2, untested=tuple(hostile) * 3), [], hostile)
+    lines = verdict(run("no\x07la", [1, 0], [0, 0], folds=2, untested=tuple(hostile) * 3, class_names=hostile), [])
     text = "\n".join(lines)
     assert "\x1b" not in text and "\x07" not in text and r"a\x1b[31m\nb" in text and "x" * 41 not in text
     assert "and 3 more classes: they have a single image each" in text and all(len(line) < 240 for line in lines)
@@ -315,7 +313,7 @@ def test_the_best_of_several_is_the_most_accurate_and_then_by_all_repeats() -> N
     one, other = run("a", [0, 0, 1, 1], label, folds=2), run("b", [1, 1, 0, 0], label, folds=2)
     better = (make_row("b", estimate=Estimate.of([(0, 2), (2, 2), (2, 2), (2, 2)], 2).to_dict()), other[1])
     for frozen in itertools.permutations([one, better]):
-        assert verdict(None, list(frozen), NAMES)[0].endswith(": b, 50.0 % (4.5 to 95.5).")
+        assert verdict(None, list(frozen))[0].endswith(": b, 50.0 % (4.5 to 95.5).")
 
 
 def test_the_folds_of_a_repeat_are_pooled_in_the_order_of_their_images() -> None:

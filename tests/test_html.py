@@ -214,6 +214,9 @@ def test_damaged_files_are_one_line_each_and_the_page_is_whole(tmp_path: Path) -
     assert [str(own[i]) in problem for i, problem in zip((0, 1, 2), problems, strict=True)] == [True] * 3
     assert cell.gallery is None and cell.classes and "3 of the 4 runs" in cell.classes.note
     assert html_page(rows).text.count("Files that could not be read") == 1
+    # the first run has other classes than most
+    odd = [replace(row, data=row.data | {"class_names": NAMES[::-1]}) if row.folder == own[0] else row for row in rows]
+    assert view(odd, problems := []).classes and f"{own[0]} has other classes than most runs of nola" in problems[0]
 
 
 def test_many_classes_are_behind_a_fold(tmp_path: Path) -> None:

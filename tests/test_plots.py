@@ -422,6 +422,10 @@ UNUSABLE = {
 }
 
 
+def _place(problem: str) -> int:
+    return int(Path(problem.partition(" ")[0]).parent.name)
+
+
 def test_unusable_files_are_named_and_the_others_drawn(tmp_path: Path) -> None:
     contents = [(name, content) for name, of_name in UNUSABLE.items() for content in of_name]
     rows = [row("nola", 0.5, split=split, folder=tmp_path / str(split)) for split in range(len(contents) + 2)]
@@ -440,7 +444,7 @@ def test_unusable_files_are_named_and_the_others_drawn(tmp_path: Path) -> None:
     assert [len(bad_logs), len(bad_matrices)] == [8, 4]
     for name, problems in (("metrics.csv", bad_logs), ("confusion.csv", bad_matrices)):
         expected = [one.folder for one, content in zip(rows[1:], contents, strict=False) if content[0] == name]
-        for folder, problem in zip([*expected, rows[-1].folder], problems, strict=True):
+        for folder, problem in zip([*expected, rows[-1].folder], sorted(problems, key=_place), strict=True):
             assert problem.startswith(f"{folder / name} ") and problem.isprintable()
     assert curves["nola"] == [{0: 2, 1: 1}] * 4
     assert {(counts.loc["a", "a"], counts.loc["b", "b"]) for counts in confusions["nola"].values()} == {(3, 4)}

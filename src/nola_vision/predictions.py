@@ -80,21 +80,25 @@ def pool(parts: Sequence[Predictions]) -> Predictions:
     return Predictions(**columns, logits=np.concatenate(logits)[order] if len(logits) == len(parts) else None)
 
 
-def load_predictions(folder: Path, classes: int | None = None, most_bytes: int = _MOST_BYTES) -> Predictions | None:
+def load_predictions(
+    folder: Path, classes: int | None = None, images: int | None = None, most_bytes: int = _MOST_BYTES
+) -> Predictions | None:
     """The predictions in a run's folder; None if it has none.
 
     Args:
         folder: of the run.
         classes: how many the run's data have, where that is known: no class index is larger.
+        images: how many the run's row says were tested, where that is known.
         most_bytes: a larger file is refused.
 
     Raises:
-        NolaVisionError: the file is damaged, not a regular file or too large, or a class index is not below `classes`.
+        NolaVisionError: the file is damaged, not a regular file or too large, or not of its run: a class
+            index is not below `classes`, or it has another number of images.
     """
     path = folder / PREDICTIONS_FILE
     try:
         predictions = Predictions(**safetensors.numpy.load(read_file(path, most_bytes)))
-        if fault := _fault(predictions, classes):
+        if fault := _fault(predictions, classes, images):
             raise ValueError(fault)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -105,7 +109,7 @@ def load_predictions(folder: Path, classes: int | None = None, most_bytes: int =
     return predictions
 
 
-def _fault(found: Predictions, classes: int | None) -> str | None:
+def _fault(found: Predictions, classes: int | None, images: int | None) -> str | None:
     """What is wrong with predictions that were read, or None."""
     count = found.index.size
     for name, array in vars(found).items():
@@ -120,6 +124,8 @@ def _fault(found: Predictions, classes: int | None) -> str | None:
             return f"{name} holds a number that is not finite"
     if not count:
         return "it has no image"
+    if images not in (None, count):
+        return f"it is of {count:,} images, and the row of {images:,}"
     if found.index[0] < 0 or (np.diff(found.index) <= 0).any():
         return "index is not in ascending order without repeats"
     if found.probability.min() < 0 or found.probability.max() > 1:

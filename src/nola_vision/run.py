@@ -399,13 +399,9 @@ def _unusable(row: Row, folder: Path) -> str | None:
         return f"{folder / ROW_FILE} has no data.class_names"
     try:
         if row.stage == "fold":
-            found = load_predictions(folder, len(class_names or ()))
+            found = load_predictions(folder, len(class_names or ()), counts.get("test"))
             if found is None or found.logits is None:
                 return f"{folder / PREDICTIONS_FILE} {'does not exist' if found is None else 'has no logits'}"
-            if counts.get("test") != len(found.index):
-                return (
-                    f"{folder / PREDICTIONS_FILE} is of {len(found.index)} images, and the row of {counts.get('test')}"
-                )
         elif row.stage == "final" and row.adapter_file_bytes is not None:
             open_adapter(folder / ADAPTER_FILE)
     except NolaVisionError as error:

@@ -175,7 +175,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     rows, left_out = on_the_same_images(rows, row)
     console.print(tables.row_panel(row))
     console.print(tables.cell_table(rows, row.cell))
-    lines, unusable = run_verdict(row, frozen, data.class_names)
+    lines, unusable = run_verdict(row, frozen)
     for line in lines:
         print(textwrap.fill(line, console.width))
     for command in _next_commands(row, skipped, out):  # a terminal that breaks a line joins it again when it is copied

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 from nola_vision.errors import NolaVisionError
 from nola_vision.predictions import Predictions
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import entries
+from nola_vision.results.statistics import entries, run_accuracy
 from nola_vision.results.store import read_run_file
 from nola_vision.text import csv_cell
 
 CONFUSION_FILE = "confusion.csv"
 MOST_RUNS = 48  # of an entry, whose counts are summed: the first
-_HEADER = b"true,predicted,count"
+_HEADER = "true,predicted,count"
 # A run writes a file for up to 1,000 classes: one line per pair of classes with an image
 _MOST_BYTES, MOST_CLASSES = 2**26, 2000
 _NUMBER = re.compile("[0-9]{1,12}")
+_FIX = "delete it (plots then leave its run out)"
+_Classes = TypeVar("_Classes", bound=Hashable)
 
 
 def confusion_csv(counts: NDArray[np.int64], class_names: Sequence[str]) -> str:
@@ -38,14 +40,19 @@ def confusion_csv(counts: NDArray[np.int64], class_names: Sequence[str]) -> str:
             escaped, and a duplicate gets its label.
     """
     true, predicted = np.nonzero(counts + np.eye(len(class_names), dtype=np.int64))
+    names = np.array(_cells(class_names), dtype=object)
+    lines = {"true": names[true], "predicted": names[predicted], "count": counts[true, predicted]}
+    return pd.DataFrame(lines).to_csv(index=False)
+
+
+def _cells(class_names: Sequence[str]) -> list[str]:
+    """The names of classes as they are in the file, each once."""
     cells = [csv_cell(name) for name in class_names]
     twice = {name for name, count in Counter(cells).items() if count > 1}
     unique = [f"{name} ({i})" if name in twice else name for i, name in enumerate(cells)]
     if len(set(unique)) < len(unique):  # "crane" twice and "crane (0)"
         unique = [f"{name} ({i})" for i, name in enumerate(cells)]
-    names = np.array(unique, dtype=object)
-    lines = {"true": names[true], "predicted": names[predicted], "count": counts[true, predicted]}
-    return pd.DataFrame(lines).to_csv(index=False)
+    return unique
 
 
 def read_confusion(path: Path) -> pd.DataFrame:
@@ -56,29 +63,30 @@ def read_confusion(path: Path) -> pd.DataFrame:
     """
     content = read_run_file(path, _MOST_BYTES)
     try:
-        if content.partition(b"\n")[0].strip() != _HEADER:
+        header, _, lines = content.decode().partition("\n")
+        if header.strip() != _HEADER:
             raise ValueError("another header")
-        reader = csv.reader(io.StringIO(content.decode(), newline=""))
-        next(reader)
-        classes: dict[str, int] = {}
-        predicted_classes: set[str] = set()
-        counts: dict[tuple[str, str], int] = {}
-        for true, predicted, count in filter(None, reader):
-            if (true, predicted) in counts or not _NUMBER.fullmatch(count):
-                raise ValueError("a pair that is there twice, or a count that is not a number of images")
-            counts[true, predicted] = int(count)
-            classes.setdefault(true, len(classes))
-            predicted_classes.add(predicted)
-            if max(len(classes), len(predicted_classes)) > MOST_CLASSES:
-                raise ValueError("too many classes")
-        square = np.zeros((len(classes), len(classes)), dtype=np.int64)
-        for (true, predicted), images in counts.items():
-            square[classes[true], classes[predicted]] = images
-        names = pd.Index(classes, dtype="object")
+        table = pd.read_csv(io.StringIO(lines, newline=""), header=None, dtype=str, na_filter=False, low_memory=False)
+        if table.shape[1] != 3:
+            raise ValueError("another number of columns")
+        # each text once, as they appear, and where it is
+        (true, names), (predicted, others), (count, numbers) = (pd.factorize(table[column]) for column in table)
+        if max(len(names), len(others)) > MOST_CLASSES:
+            raise ValueError("too many classes")
+        if not all(map(_NUMBER.fullmatch, numbers)):
+            raise ValueError("a count that is not a number of images")
+        names = pd.Index(names, dtype="object")
+        at = names.get_indexer(pd.Index(others, dtype="object"))
+        if (at < 0).any():
+            raise ValueError("a predicted class that is not a true one")
+        places = true * len(names) + at[predicted]
+        if np.bincount(places).max() > 1:
+            raise ValueError("a pair that is there twice")
+        square = np.zeros((len(names), len(names)), dtype=np.int64)
+        square.flat[places] = np.array(list(map(int, numbers)), dtype=np.int64)[count]
         return pd.DataFrame(square, index=names.rename("true"), columns=names.rename("predicted"))
-    except (ValueError, KeyError, csv.Error) as error:
-        fix = "delete it (plots then leave its run out)"
-        raise NolaVisionError(f"{path} holds no confusion matrix: {fix}") from error
+    except ValueError as error:
+        raise NolaVisionError(f"{path} holds no confusion matrix: {_FIX}") from error
 
 
 def count_predictions(found: Sequence[Predictions], classes: int) -> NDArray[np.int64]:
@@ -87,37 +95,59 @@ def count_predictions(found: Sequence[Predictions], classes: int) -> NDArray[np.
     return np.bincount(places, minlength=classes**2).reshape(classes, classes)
 
 
-def confused_pairs(counts: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """The pairs of a true class and another that was predicted, with their count, the most frequent first."""
+def confused_pairs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The confused pairs, the most frequent first, as `[pair, 3]`: the true class, the predicted one, and the count."""
     wrong = counts - np.diag(np.diag(counts))
     ranked = np.argsort(-wrong, axis=None, kind="stable")[: np.count_nonzero(wrong)]
-    return [(*divmod(place, len(wrong)), int(wrong.flat[place])) for place in ranked.tolist()]
+    return np.stack([*divmod(ranked, len(wrong)), wrong.flat[ranked]], axis=1)
+
+
+def usual_classes(found: Iterable[tuple[Row, _Classes]]) -> _Classes | None:
+    """The classes that most runs of an entry have; of equally frequent ones those of the newest run."""
+    started: dict[_Classes, list[str]] = defaultdict(list)
+    for run, classes in found:
+        started[classes].append(run.started)
+    return max(started, key=lambda classes: (len(started[classes]), max(started[classes])), default=None)
 
 
 def run_confusions(runs: Iterable[Row]) -> tuple[list[tuple[Row, pd.DataFrame]], list[str]]:
     """The matrices of the first `MOST_RUNS` completed runs of one entry that left one, all with the same classes.
 
     Returns:
-        The runs with their matrices, and a sentence for each file that could not be used.
+        The runs with their matrices, and a sentence for each file that could not be used: one that is not of its own
+        run's row, or whose classes are not the usual ones.
     """
-    found: list[tuple[Row, pd.DataFrame]] = []
+    read: list[tuple[Row, pd.DataFrame]] = []
     problems = []
     for run in runs:
         if run.folder is None or run.status != "completed" or not os.path.lexists(run.folder / CONFUSION_FILE):
             continue
-        path = run.folder / CONFUSION_FILE
         try:
-            counts = read_confusion(path)
-            if found and not found[0][1].index.equals(counts.index):
-                if set(found[0][1].index) != set(counts.index):
-                    raise NolaVisionError(f"{path} has other classes than {run.method}'s other runs: delete it")
-                counts = counts.reindex_like(found[0][1])
-            found.append((run, counts))
+            read.append((run, _of_its_row(run, run.folder / CONFUSION_FILE)))
         except NolaVisionError as error:
             problems.append(str(error))
-        if len(found) == MOST_RUNS:
+        if len(read) == MOST_RUNS:
             break
+    usual = usual_classes((run, frozenset(counts.index)) for run, counts in read)
+    found: list[tuple[Row, pd.DataFrame]] = []
+    for run, counts in read:
+        if usual == frozenset(counts.index):
+            found.append((run, counts.reindex_like(found[0][1]) if found else counts))
+        else:
+            path = (run.folder or Path()) / CONFUSION_FILE
+            problems.append(f"{path} has other classes than most runs of {run.method}: it is left out")
     return found, problems
+
+
+def _of_its_row(run: Row, path: Path) -> pd.DataFrame:
+    """The counts of a run's file; a NolaVisionError where the row has other classes or another number of images."""
+    counts, names, accuracy = read_confusion(path), run.data.get("class_names"), run_accuracy(run)
+    if names and set(_cells(names)) != set(counts.index):
+        raise NolaVisionError(f"{path} has other classes than its run's row: {_FIX}")
+    images = int(counts.to_numpy().sum())
+    if accuracy is not None and accuracy.images != images:
+        raise NolaVisionError(f"{path} counts {images:,} images, and its run's row {accuracy.images:,}: {_FIX}")
+    return counts
 
 
 def entry_confusions(rows: Iterable[Row], cell: str) -> tuple[dict[str, dict[int, pd.DataFrame]], list[str]]:

@@ -460,11 +460,12 @@ def _confusion(own: Tested) -> ConfusionView | None:
     """The pairs of classes that were confused most often; None if no image was misclassified."""
     names = [short_printable(name) for name in own.class_names]
     pairs = confused_pairs(own.counts)
-    if not pairs:
+    if not len(pairs):
         return None
     kept = list(range(len(names)))
     if len(names) > _MATRIX_CLASSES:
-        kept = sorted(list(dict.fromkeys(label for *pair, _ in pairs for label in pair))[:_MATRIX_CLASSES])
+        labels = pairs[: _MATRIX_CLASSES**2, :2].ravel().tolist()  # n pairs have at least sqrt(n) classes
+        kept = sorted(list(dict.fromkeys(labels))[:_MATRIX_CLASSES])
     several = len(own.runs) > 1
     part = "" if len(kept) == len(names) else f" of the {len(kept)} classes in the most confused pairs"
     unit = "% of the true class's images" if several else "images"
@@ -473,7 +474,7 @@ def _confusion(own: Tested) -> ConfusionView | None:
         note=f"{_what(own)} An image counts once in each run." if several else _what(own),
         pairs=[
             Pair(names[true], names[predicted], f"{count:,}", _per_cent(own.shares[true, predicted]))
-            for true, predicted, count in pairs[:_MOST_PAIRS]
+            for true, predicted, count in pairs[:_MOST_PAIRS].tolist()
         ],
         more_pairs=f"and {plural('more pair', rest)}" if rest > 0 else "",
         caption=f"Confusion matrix{part}: {unit}; true class by row, predicted class by column",

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.predictions import Predictions, load_predictions
-from nola_vision.results.confusion import MOST_CLASSES, MOST_RUNS, count_predictions
+from nola_vision.results.confusion import MOST_CLASSES, MOST_RUNS, count_predictions, usual_classes
 from nola_vision.results.row import Row
-from nola_vision.results.statistics import Summary
+from nola_vision.results.statistics import Summary, run_accuracy
 from nola_vision.thumbnails import Thumbnail, load_thumbnails
 
 _MOST_FILE_BYTES = 2**27  # of a run's predictions, without logits
@@ -75,6 +75,23 @@ class Tested:
         return int((~correct).sum()), correct.size
 
 
+def load_run_predictions(row: Row, most_bytes: int = _MOST_FILE_BYTES) -> Predictions | None:
+    """The predictions in a run's folder; None if it has none.
+
+    Args:
+        row: of the run.
+        most_bytes: a larger file is refused.
+
+    Raises:
+        NolaVisionError: the file cannot be used, or its classes or its number of images are not those of the row.
+    """
+    if row.folder is None:
+        return None
+    names, accuracy = row.data.get("class_names"), run_accuracy(row)
+    images = None if accuracy is None else accuracy.images
+    return load_predictions(row.folder, len(names) if names else None, images, most_bytes)
+
+
 def read_tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> Tested | None:
     """The first runs of an entry that left predictions; None if there are none.
 
@@ -83,22 +100,20 @@ def read_tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> T
         runs: of the entry.
         problems: a sentence for each run that cannot be used is added.
     """
-    names: tuple[str, ...] = ()
+    completed = [row for row in runs if row.status == "completed" and row.folder and row.data.get("class_names")]
+    named = [(row, tuple(row.data["class_names"])) for row in completed]
+    names = usual_classes(named) or ()
     found: list[tuple[Row, Predictions]] = []
     images = 0
-    for row in runs:
-        own_names = tuple(row.data.get("class_names") or ())
-        if row.status != "completed" or row.folder is None or not own_names:
-            continue
+    for row, own_names in named:
         if len(own_names) > MOST_CLASSES:
             problems.append(f"{row.folder} has {len(own_names):,} classes: of more than {MOST_CLASSES:,} none is shown")
             continue
-        names = names or own_names
         if own_names != names:
-            problems.append(f"{row.folder} has other classes than other runs of {summary.label}: it is left out")
+            problems.append(f"{row.folder} has other classes than most runs of {summary.label}: it is left out")
             continue
         try:
-            predictions = load_predictions(row.folder, len(names), _MOST_FILE_BYTES)
+            predictions = load_run_predictions(row, _MOST_FILE_BYTES)
         except NolaVisionError as error:
             problems.append(str(error))
             continue

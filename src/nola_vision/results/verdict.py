@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import reduce
 from statistics import fmean
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nola_vision.errors import NolaVisionError
-from nola_vision.predictions import Predictions, load_predictions
+from nola_vision.predictions import Predictions
 from nola_vision.results.confusion import MOST_CLASSES, confused_pairs, count_predictions, run_confusions
 from nola_vision.results.description import accuracy_text, grid_text, plural, points, short_printable, signed
 from nola_vision.results.estimates import compare
@@ -33,6 +34,7 @@ from nola_vision.results.statistics import (
     run_accuracy,
     subject,
 )
+from nola_vision.results.tested import load_run_predictions
 from nola_vision.text import printable
 
 Tested = tuple[Row, Predictions | None]
@@ -82,13 +84,12 @@ def _single(chosen: Summary, run: Row, found: Sequence[Entry]) -> tuple[list[str
         same = [row for row in runs if row.split == run.split and is_measured(row)]
         return replace(min(same, key=lambda row: (row.init != run.init, row.init or 0)), method=summary.label)
 
-    names = run.data.get("class_names")
     frozen, trained = ([labelled(*entry) for entry in rivals(one, chosen, found)] for one in ("frozen", "trained"))
     if kind(chosen) == "frozen":  # whatever trains has no accuracy
         adapter = next((others[-1] for summary, others in found if kind(summary) != "frozen"), None)
-        return run_verdict(adapter, frozen, names)
+        return run_verdict(adapter, frozen)
     run = replace(run, method=chosen.label)
-    lines, problems = run_verdict(run, frozen, names, trained if kind(chosen) == "NOLA" else ())
+    lines, problems = run_verdict(run, frozen, trained if kind(chosen) == "NOLA" else ())
     if choice := _choice(chosen, found):
         lines.insert(1, f"{_name(chosen.label)} is {choice}.")
     return lines, problems
@@ -107,7 +108,6 @@ def _choice(chosen: Summary, found: Sequence[Entry]) -> str:
 def run_verdict(
     adapter: Row | None,
     frozen: Sequence[Row],
-    class_names: Sequence[str] | None,
     others: Sequence[Row] = (),
 ) -> tuple[list[str], list[str]]:
     """The sentences of `verdict` for runs whose predictions are read from their folders.
@@ -115,29 +115,26 @@ def run_verdict(
     Args:
         adapter: of the adapter's final run; None if there is none.
         frozen: of the methods on frozen features.
-        class_names: in the order of the labels; None if they are not known.
         others: of other methods that train.
 
     Returns:
         The sentences, and a sentence for each file that could not be used.
     """
     problems: list[str] = []
-    own = None if adapter is None else _read(adapter, class_names, problems)
-    of_frozen, of_others = ([_read(row, class_names, problems) for row in rows] for rows in (frozen, others))
+    own = None if adapter is None else _read(adapter, problems)
+    of_frozen, of_others = ([_read(row, problems) for row in rows] for rows in (frozen, others))
     try:
-        return verdict(own, of_frozen, class_names, of_others), problems
+        return verdict(own, of_frozen, of_others), problems
     except ValueError as error:  # a file is whole, and that of another run
         problems.append(f"the methods are not compared: {error}")
         rows_alone = None if adapter is None else (adapter, None)
-        return verdict(
-            rows_alone, [(row, None) for row in frozen], class_names, [(row, None) for row in others]
-        ), problems
+        return verdict(rows_alone, [(row, None) for row in frozen], [(row, None) for row in others]), problems
 
 
-def _read(row: Row, class_names: Sequence[str] | None, problems: list[str]) -> Tested:
+def _read(row: Row, problems: list[str]) -> Tested:
     """A run with the predictions in its folder; a sentence on a file that cannot be used is added to `problems`."""
     try:
-        return row, load_predictions(row.folder, len(class_names) if class_names else None) if row.folder else None
+        return row, load_run_predictions(row)
     except NolaVisionError as error:
         problems.append(printable(str(error)))
         return row, None
@@ -146,7 +143,6 @@ def _read(row: Row, class_names: Sequence[str] | None, problems: list[str]) -> T
 def verdict(
     adapter: Tested | None,
     frozen: Sequence[Tested],
-    class_names: Sequence[str] | None,
     others: Sequence[Tested] = (),
 ) -> list[str]:
     """The sentences on one run, most important first.
@@ -155,7 +151,6 @@ def verdict(
         adapter: the row of the adapter's final run and its predictions: of the test set, or of all folds of the first
             repeat. None if only frozen-feature methods were run.
         frozen: the same of each frozen-feature method.
-        class_names: in the order of the labels; None if they are not known.
         others: the same of each other method that trains.
 
     Raises:
@@ -184,7 +179,7 @@ def verdict(
     if confused is not None and confused.predictions is not None:
         by = "" if own and confused is own[0] else f" by {_name(confused.row.method)}"
         largest = int(max(confused.predictions.label.max(), confused.predictions.predicted.max()))
-        names = class_names or [f"class {label}" for label in range(largest + 1)]
+        names = confused.row.data.get("class_names") or [f"class {label}" for label in range(largest + 1)]
         if len(names) <= MOST_CLASSES:  # counts are dense, and a row may name any number of classes
             lines.append(_confusion_line(count_predictions([confused.predictions], len(names)), names, by))
     if shown is not None and shown.accuracy.estimate is not None and shown.accuracy.estimate.untested_classes:
@@ -293,7 +288,7 @@ def _several(chosen: Summary, runs: list[Row], found: Sequence[Entry]) -> tuple[
     read, unusable = run_confusions(runs)
     if read:
         names = read[0][1].index.tolist()
-        lines.append(_confusion_line(np.sum([counts for _, counts in read], axis=0), names, "", len(read)))
+        lines.append(_confusion_line(reduce(np.add, (counts.to_numpy() for _, counts in read)), names, "", len(read)))
     return lines, [*problems, *map(printable, unusable)]
 
 
@@ -327,8 +322,7 @@ def _paired_text(runs: Sequence[Row], others: Sequence[Row], problems: list[str]
         interval = f"{signed(found.low)} to {signed(found.high)}, {plural('split', found.splits)}"
         return f", split by split: {_difference_text(found.mean, interval, found.shown)}"
     one, other = first_pair(runs, others)
-    names = one.data.get("class_names")
-    (_, own), (_, rival) = _read(one, names, problems), _read(other, names, problems)
+    (_, own), (_, rival) = _read(one, problems), _read(other, problems)
     if own is None or rival is None:
         return ""
     try:
@@ -350,15 +344,16 @@ def _confusion_line(counts: npt.NDArray[np.int64], names: Sequence[str], by: str
         runs: in which an image counts once each.
     """
     pairs = confused_pairs(counts)
-    if not pairs:
+    if not len(pairs):
         return f"No image was misclassified{by}."
 
     def often(count: int) -> str:
         return plural("image", count) if runs == 1 else f"{plural('time', count)} in {runs} runs"
 
-    listed = ", ".join(f"{_quoted(names[i])} as {_quoted(names[j])} ({often(count)})" for i, j, count in pairs[:2])
-    tied = sum(count == pairs[1][2] for *_, count in pairs[2:])
-    more = f", and {tied} more {'pair' if tied == 1 else 'pairs'} with {pairs[1][2]}" if tied else ""
+    top = pairs[:2].tolist()
+    listed = ", ".join(f"{_quoted(names[i])} as {_quoted(names[j])} ({often(count)})" for i, j, count in top)
+    tied = int((pairs[2:, 2] == top[-1][2]).sum())
+    more = f", and {tied} more {'pair' if tied == 1 else 'pairs'} with {top[-1][2]}" if tied else ""
     return f"Most often misclassified{by}: {listed}{more}."
 
 
