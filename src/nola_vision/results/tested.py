@@ -91,9 +91,7 @@ def read_tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> T
         if row.status != "completed" or row.folder is None or not own_names:
             continue
         if len(own_names) > MOST_CLASSES:
-            problems.append(
-                f"{row.folder} has {len(own_names):,} classes: of more than {MOST_CLASSES:,} none is shown"
-            )
+            problems.append(f"{row.folder} has {len(own_names):,} classes: of more than {MOST_CLASSES:,} none is shown")
             continue
         names = names or own_names
         if own_names != names:
