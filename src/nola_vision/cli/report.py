@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import sys
+import threading
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from nola_vision.results.row import Row
 from nola_vision.text import csv_cell
 
 PAGE_FILE = "report.html"
+_BROWSER_SECONDS = 5.0  # for which a browser may hold the command back
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -35,6 +37,13 @@ def main(arguments: Sequence[str], verb: str) -> int:
     known = options.parse_args(arguments)
     if known.format == "parquet" and known.out is None:
         raise NolaVisionError("parquet cannot be printed: give --out FILE")
+    page = None
+    if known.html is not None or known.open:
+        page = Path(known.folders[0]) / PAGE_FILE if known.html is None else Path(known.html)
+        if page.suffix.lower() not in (".html", ".htm"):
+            raise NolaVisionError(f"--html '{page}' is no name of a page: end it in .html")
+        if known.out is not None and page.resolve() == Path(known.out).resolve():
+            raise NolaVisionError(f"--out '{known.out}' is the page's file: give it another name")
     rows, unreadable = store.read_rows(*known.folders)
     problems = [problem for _, problem in unreadable]
     if not rows:
@@ -49,11 +58,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
             problems += unusable
         for path in write_plots(plots, Path(known.plots)):
             print(path, file=sys.stderr)
-    if known.html is not None or known.open:
-        path = Path(known.folders[0]) / PAGE_FILE if known.html is None else Path(known.html)
-        _write_page(path, rows, problems, known.columns, not known.no_images, known.folders)
-        if known.open and not webbrowser.open(path.absolute().as_uri()):
-            print(f"there is no browser here: open {path} in one", file=sys.stderr)
+    if page is not None:
+        _write_page(page, rows, problems, known.columns, not known.no_images, known.folders)
     coloured = known.out is None and sys.stdout.isatty()
     content = _content(rows, known.format, problems, coloured, known.columns)
     if known.out is not None:
@@ -61,7 +67,27 @@ def main(arguments: Sequence[str], verb: str) -> int:
         print(f"{known.out}: {len(rows)} rows of {len({row.cell for row in rows})} cells")
     else:
         sys.stdout.write(content.decode())
+    if page is not None and known.open:
+        sys.stdout.flush()
+        _open(page)
     return 0
+
+
+def _open(page: Path) -> None:
+    """Opens the page in a browser without waiting for one that stays in the foreground."""
+    opened: list[bool] = []
+
+    def ask() -> None:
+        try:
+            opened.append(webbrowser.open(page.absolute().as_uri()))
+        except (webbrowser.Error, OSError, ValueError):  # a BROWSER that cannot be parsed or run
+            opened.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_BROWSER_SECONDS)
+    if opened == [False]:
+        print(f"there is no browser here: open {page} in one", file=sys.stderr)
 
 
 def _write_page(
@@ -80,7 +106,7 @@ def _write_page(
     shown = f"{page.images} images of the data are in it (--no-images leaves them out)"
     if page.images < 2:
         shown = "1 image of the data is in it (--no-images leaves it out)" if page.images else "no image is in it"
-    print(f"{path}: {plural('cell', page.cells)}, {plural('run', len(rows))}; {shown}", file=sys.stderr)
+    print(f"{path}: {plural('cell', page.cells)}, {plural('run', page.runs)}; {shown}", file=sys.stderr)
 
 
 def _columns(text: str) -> tuple[str, ...]:
@@ -88,6 +114,14 @@ def _columns(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in tables.COLUMNS]:
         raise NolaVisionError(f"--columns '{unknown[0]}' is not a column: use some of {', '.join(tables.COLUMNS)}")
     return names
+
+
+class _Captured(io.StringIO):
+    """Text whose lines of tables are in the encoding that it will be printed in."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.stdout.encoding or "utf-8"
 
 
 def _content(rows: list[Row], format: str, problems: list[str], coloured: bool, columns: Sequence[str]) -> bytes:
@@ -103,7 +137,7 @@ def _content(rows: list[Row], format: str, problems: list[str], coloured: bool, 
         except ImportError as error:
             raise NolaVisionError("Parquet needs pyarrow: pip install 'nola-vision[parquet]'") from error
     tested, others = tables.tested_cells(rows)
-    console = Console(file=io.StringIO(), force_terminal=coloured, width=Console().width)
+    console = Console(file=_Captured(), force_terminal=coloured, width=Console().width)
     for cell in tested:
         match format:
             case "markdown":
