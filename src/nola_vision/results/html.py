@@ -45,6 +45,7 @@ from nola_vision.results.verdict import cell_verdict
 from nola_vision.text import excerpt, printable
 
 MOST_IMAGE_BYTES = 2**21  # of the user's images in one page, as text
+_MOST_WARNINGS = 5  # of the runs of one cell
 _MOST_PHOTOS = 24  # of one cell
 _MOST_RUNS_WITH_PHOTOS = 4  # whose thumbnails are read on a page of one cell
 _MOST_CLASSES = 40  # in a table without a fold; of more, the worst are shown
@@ -390,7 +391,7 @@ def _cell(
         verdict=verdict,
         figures=_key_figures(own, other, runs),
         colours=colours,
-        facts=cell_facts(rows),
+        facts=[*cell_facts(rows), *(("note", text) for text in _warnings(runs[own] if own else ()))],
         sheets=tables.cell_sheets(rows, cell, columns),
         charts=[ChartView(chart.title, chart.svg(f"{anchor}-{chart.name}"), chart.caption) for chart in charts],
         classes=_classes(tested, of_other, colours[printable(tested.label)]) if tested else None,
@@ -585,12 +586,24 @@ def _runs(rows: Sequence[Row]) -> RunsView:
     return RunsView(title, _RUN_COLUMNS, [RunLine(row.status, _run_texts(row)) for row in ordered])
 
 
+def _warnings(runs: Sequence[Row]) -> list[str]:
+    """What the runs warned of, each once, with file names below the data's folder instead of whole paths."""
+    found = []
+    for row in runs:
+        root = str(row.config["data"].get("root") or "").rstrip("/\\")
+        name = re.split(r"[/\\]", root)[-1]
+        found += [text.replace(root, name) if root else text for text in row.warnings]
+    return [excerpt(printable(text), 300) for text in dict.fromkeys(found)][:_MOST_WARNINGS]
+
+
 def _run_texts(row: Row) -> tuple[str, ...]:
     found = run_accuracy(row)
     accuracy = row.test_accuracy if found is None else found.value
+    fold = row.config["data"].get("fold") if row.stage == "fold" else None
+    fold = fold if type(fold) is int else None
     texts = (
         row.status,
-        row.stage,
+        row.stage if fold is None else f"fold {fold + 1}",
         row.method,
         str(row.split),
         "" if row.init is None else str(row.init),
