@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 import re
+import shlex
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ import safetensors.numpy
 from sklearn.metrics import confusion_matrix, recall_score
 
 from fake_runs import METHODS, write_runs
+from nola_vision.cli import report
 from nola_vision.cli.main import main
 from nola_vision.predictions import PREDICTIONS_FILE, Predictions, load_predictions
 from nola_vision.results import html, store
@@ -223,10 +229,25 @@ def test_many_classes_are_behind_a_fold(tmp_path: Path) -> None:
     write_runs(tmp_path, [f"class {i}" for i in range(60)], FEW, splits=1, inits=1, images=5, side=16)
     cell = view(store.read_rows(tmp_path)[0])
     assert (len(cell.classes.shown), len(cell.classes.rest)) == (20, 40)
-    assert len(cell.confusion.names) == 20 == len(cell.confusion.lines) and len(cell.confusion.pairs) == 10
-    shown = set(cell.confusion.names)
+    assert len(cell.confusion.lines) == 20 and len(cell.confusion.pairs) == 10
+    shown = {line.name for line in cell.confusion.lines}
     assert all({pair.true, pair.predicted} <= shown for pair in cell.confusion.pairs)
-    assert [line.name for line in cell.confusion.lines] == list(cell.confusion.names)
+
+
+def test_names_of_other_scripts_and_long_ones(tmp_path: Path) -> None:
+    names = ["خيل", "שלום עולם", *(f"a class whose long name ends in {end}" for end in ("left", "right", "<b>"))]
+    names += [f"/photographs/of/the/year/{end}" for end in ("2021", "2022")]
+    write_runs(tmp_path, names, FEW, splits=1, inits=2, side=16)
+    rows = store.read_rows(tmp_path)[0]
+    lines = view(rows).confusion.lines
+    assert [line.name for line in lines] == names and len({line.label for line in lines}) == len(names)
+    ends = ("left", "right", "<b>", "2021", "2022")
+    assert all(line.label.endswith(end) and len(line.label) < 22 for line, end in zip(lines[2:], ends, strict=True))
+    page = html_page(rows).text
+    assert f'title="{names[2]}"' in page and f"<bdi>{lines[2].label}</bdi>" in page
+    outside = re.sub("<bdi>.*?</bdi>|<title.*?</title>|<svg.*?</svg>|<[^>]*>", "", page, flags=re.DOTALL)
+    assert "خيل" in page and not re.search("[\u0590-\u06ff]", outside)
+    assert html._isolated("'خيل' <2>, שלום עולם, 3") == "&#39;<bdi>خيل</bdi>&#39; &lt;2&gt;, <bdi>שלום עולם</bdi>, 3"
 
 
 def test_the_command(rows: list[Row], tmp_path: Path, monkeypatch, capsys) -> None:
@@ -248,5 +269,36 @@ def test_the_command(rows: list[Row], tmp_path: Path, monkeypatch, capsys) -> No
     said = capsys.readouterr()
     assert opened[1] == (tmp_path / "p.html").as_uri() and "data:image/jpeg" not in Path("p.html").read_text()
     assert "no image is in it" in said.err and "there is no browser here: open p.html" in said.err
-    assert main(["report", "runs", "--html", "no/p.html"]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    for asked, problem in {
+        ("--html", "no/p.html"): "cannot be written",
+        ("--html", "runs/row.json"): "--html 'runs/row.json' is no name of a page: end it in .html",
+        ("--html", "p.html", "--out", "./p.html"): "--out './p.html' is the page's file",
+    }.items():
+        assert main(["report", "runs", *asked]) == 2
+        assert problem in capsys.readouterr().err
+
+    def slow(address: str) -> bool:
+        assert "nola" in capsys.readouterr().out  # the tables come first
+        time.sleep(60)
+        return True
+
+    monkeypatch.setattr("webbrowser.open", slow)
+    monkeypatch.setattr(report, "_BROWSER_SECONDS", 0.2)
+    assert main(["report", "--open"]) == 0 and capsys.readouterr() == ("", ANY)
+    monkeypatch.setattr("webbrowser.open", lambda address: shlex.split("'"))
+    assert main(["report", "--open"]) == 0 and "there is no browser here" in capsys.readouterr().err
+    with monkeypatch.context() as ascii_only:
+        ascii_only.setattr("sys.stdout", io.TextIOWrapper(printed := io.BytesIO(), "ascii"))
+        assert main(["report"]) == 0
+        sys.stdout.flush()
+        assert b"+----" in printed.getvalue() and b"\\u25" not in printed.getvalue()
+
+
+def test_a_run_in_two_folders_counts_once_and_the_title_states_what_there_is(rows: list[Row]) -> None:
+    own = [row for row in rows if "photos" in row.cell]
+    page = html_page([*own, *(replace(row, folder=None) for row in own)])
+    assert page.runs == len(own) and f"<summary>{len(own)} runs: {len(own)} completed</summary>" in page.text
+    others = [replace(own[0], status="failed"), replace(own[1], stage="search"), replace(own[2], stage="search")]
+    page = html_page(others)
+    assert "<h1>No completed final run: " in page.text and page.cells == 0
+    assert "2 search runs completed" in page.text and "1 final run failed" in page.text

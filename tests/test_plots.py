@@ -1,5 +1,6 @@
 """Charts from rows: what is drawn is what the rows say, its text is real, and no label hides another."""
 
+import io
 import itertools
 import os
 import re
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy.optimize import minimize
 from scipy.stats import binomtest
 
@@ -40,7 +42,9 @@ from nola_vision.results.plots import (
     confusion_plot,
     entry_curves,
     entry_looks,
+    pareto_chart,
     pareto_front,
+    split_chart,
     write_plots,
 )
 from nola_vision.results.published import published_figures
@@ -351,7 +355,11 @@ def test_svg_has_real_text_and_follows_the_theme() -> None:
         colours = set(re.findall(r'(?:fill|stroke)="([^"]+)"', svg)) - {"none"}
         assert colours <= {f"var({variable}, {colour})" for colour, variable in CSS_COLOURS.items()}
         assert f"var(--c0, {PALETTE[0]})" in colours
-        assert chart.png().startswith(b"\x89PNG") and len(svg) < 40_000
+        assert len(svg) < 40_000
+        before = texts(chart.figure)
+        pixels = np.asarray(Image.open(io.BytesIO(chart.png())).convert("L"))
+        assert pixels.shape == (718, 925) and texts(chart.figure) == before
+        assert pixels[:, :20].min() == pixels[-20:].min() == 255 > pixels[25:50].min()  # a margin, and the title
 
 
 NAMES = ["$_$", "$x^$", "$100%$", "\\frac", "_", "%", "\u65e5\U0001f600", "a\nb\x1b[31m", "x" * 90 + "end"]
@@ -417,6 +425,7 @@ UNUSABLE = {
         b"epoch,train_loss\n1e300,2\n",
         b"epoch,train_loss" + b"," * 10_000 + b"\n0,1",
         b"epoch,train_loss\n0,\xff\n",
+        b"epoch,train_loss\n" + b"0,1\n" * 2**21,  # over 8 MiB
     ],
     "confusion.csv": [b"garbage", b"true,predicted,count\na,a,-1\n", b"true,predicted,count\nz,z,1\n"],
 }
@@ -441,7 +450,7 @@ def test_unusable_files_are_named_and_the_others_drawn(tmp_path: Path) -> None:
     (rows[-1].folder / "confusion.csv").symlink_to("confusion.csv")
     curves, bad_logs = entry_curves(entries(rows))
     confusions, bad_matrices = entry_confusions(rows, CELL)
-    assert [len(bad_logs), len(bad_matrices)] == [8, 4]
+    assert [len(bad_logs), len(bad_matrices)] == [9, 4]
     for name, problems in (("metrics.csv", bad_logs), ("confusion.csv", bad_matrices)):
         expected = [one.folder for one, content in zip(rows[1:], contents, strict=False) if content[0] == name]
         for folder, problem in zip([*expected, rows[-1].folder], sorted(problems, key=_place), strict=True):
@@ -472,3 +481,10 @@ def test_report_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "file").touch()
     assert main(["report", str(tmp_path / "runs"), "--plots", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_accuracies_of_100_have_a_line_at_100() -> None:
+    found = entries([row("nola", 1.0, split=split, adapter_file_bytes=9) for split in range(2)])
+    looks = entry_looks([item for item, _ in found])
+    for chart in (pareto_chart(found, looks), split_chart(found, looks)):
+        assert chart is not None and "100" in texts(chart.figure)

@@ -185,6 +185,8 @@ DAMAGED = {
     "half an image": {"1 a": np.frombuffer(jpeg_of((200, 100))[:-900], dtype=np.uint8)},
     "PNG": {"1 a": np.frombuffer(jpeg_of((8, 8), "PNG"), dtype=np.uint8)},
     "SVG": {"1 a": np.frombuffer(b"<svg xmlns='http://www.w3.org/2000/svg'/>", dtype=np.uint8)},
+    "many bytes": {"1 a": np.frombuffer(jpeg_of((8, 8)) + bytes(2**16), dtype=np.uint8)},
+    "many scans": {"1 a": np.frombuffer(jpeg_of((64, 64), progressive=True), dtype=np.uint8)},
     "too large": {"1 a": np.frombuffer(jpeg_of((513, 8)), dtype=np.uint8)},
     "a bomb": {"1 a": np.frombuffer(bomb(60_000), dtype=np.uint8)},
     "a bomb that Pillow warns of": {"1 a": np.frombuffer(bomb(10_000), dtype=np.uint8)},

@@ -34,6 +34,8 @@ SIDE = 128  # pixels of the longer side
 _QUALITY = 80  # of JPEG
 _MOST_SIDE = 512  # of what is read: the file may be someone else's
 _MOST_BYTES = 2**21
+_MOST_JPEG_BYTES = 2**16  # about four times what is written
+_SCAN = b"\xff\xda"
 _KEPT_BYTES = 2**24  # of thumbnails, in memory
 _KEY = re.compile(r"(0|[1-9][0-9]{0,17}) (.+)")
 
@@ -160,7 +162,12 @@ def _thumbnail(key: str, array: npt.NDArray[np.uint8]) -> Thumbnail:
         raise ValueError(f"a tensor is named {key!r}")
     if array.dtype != np.uint8 or array.ndim != 1:
         raise ValueError(f"{key} is {array.dtype} of {array.ndim} dimensions")
+    if array.size > _MOST_JPEG_BYTES:
+        raise ValueError(f"{key} is larger than {_MOST_JPEG_BYTES // 1024} KiB")
     jpeg = array.tobytes()
+    # a scan of ten bytes costs a pass over the whole image; the marker is in no other part of what Pillow writes
+    if (scans := jpeg.count(_SCAN)) > 1:
+        raise ValueError(f"{key} has {scans:,} scans, as a progressive JPEG does")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of sizes that are refused here
         with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:

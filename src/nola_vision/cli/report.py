@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import io
 import sys
+import threading
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +18,11 @@ from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
 from nola_vision.results import store, tables
 from nola_vision.results.row import Row
+from nola_vision.results.statistics import on_the_same_images
 from nola_vision.text import csv_cell
 
 PAGE_FILE = "report.html"
+_BROWSER_SECONDS = 5.0  # for which a browser may hold the command back
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -35,11 +39,28 @@ def main(arguments: Sequence[str], verb: str) -> int:
     known = options.parse_args(arguments)
     if known.format == "parquet" and known.out is None:
         raise NolaVisionError("parquet cannot be printed: give --out FILE")
-    rows, unreadable = store.read_rows(*known.folders)
+    page = None
+    if known.html is not None or known.open:
+        page = Path(known.folders[0]) / PAGE_FILE if known.html is None else Path(known.html)
+        if page.suffix.lower() not in (".html", ".htm"):
+            raise NolaVisionError(f"--html '{page}' is no name of a page: end it in .html")
+        if known.out is not None and page.resolve() == Path(known.out).resolve():
+            raise NolaVisionError(f"--out '{known.out}' is the page's file: give it another name")
+    gc.disable()  # what is read stays until the end; collecting takes a sixth of the time of 5,000 runs
+    try:
+        return _report(known, page)
+    finally:
+        gc.enable()
+
+
+def _report(known: argparse.Namespace, page: Path | None) -> int:
+    everything, unreadable = store.read_rows(*known.folders)
     problems = [problem for _, problem in unreadable]
-    if not rows:
-        none = f"there are no rows under {', '.join(known.folders)}: `nola-vision fit` leaves them"
+    if not everything:
+        none = f"no results in {', '.join(known.folders)}: give the folder that fit or sweep wrote to, such as runs"
         raise NolaVisionError("; ".join([none, *problems[:5]]))
+    rows, left_out = on_the_same_images(everything)
+    problems += left_out
     if known.plots is not None:
         from nola_vision.results.plots import cell_plots, write_plots  # matplotlib takes a while to import
 
@@ -49,19 +70,38 @@ def main(arguments: Sequence[str], verb: str) -> int:
             problems += unusable
         for path in write_plots(plots, Path(known.plots)):
             print(path, file=sys.stderr)
-    if known.html is not None or known.open:
-        path = Path(known.folders[0]) / PAGE_FILE if known.html is None else Path(known.html)
-        _write_page(path, rows, problems, known.columns, not known.no_images, known.folders)
-        if known.open and not webbrowser.open(path.absolute().as_uri()):
-            print(f"there is no browser here: open {path} in one", file=sys.stderr)
+    if page is not None:
+        _write_page(page, rows, problems, known.columns, not known.no_images, known.folders)
     coloured = known.out is None and sys.stdout.isatty()
+    if known.format in ("csv", "parquet"):
+        rows = everything
     content = _content(rows, known.format, problems, coloured, known.columns)
     if known.out is not None:
         write_file(known.out, content)
         print(f"{known.out}: {len(rows)} rows of {len({row.cell for row in rows})} cells")
     else:
         sys.stdout.write(content.decode())
+    if page is not None and known.open:
+        sys.stdout.flush()
+        _open(page)
     return 0
+
+
+def _open(page: Path) -> None:
+    """Opens the page in a browser without waiting for one that stays in the foreground."""
+    opened: list[bool] = []
+
+    def ask() -> None:
+        try:
+            opened.append(webbrowser.open(page.absolute().as_uri()))
+        except (webbrowser.Error, OSError, ValueError):  # a BROWSER that cannot be parsed or run
+            opened.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_BROWSER_SECONDS)
+    if opened == [False]:
+        print(f"there is no browser here: open {page} in one", file=sys.stderr)
 
 
 def _write_page(
@@ -71,16 +111,12 @@ def _write_page(
     from nola_vision.results.description import plural
     from nola_vision.results.html import html_page
 
-    gc.disable()  # it takes about a sixth of the time where there are many charts
-    try:
-        page = html_page(rows, problems, columns, images, folders)
-    finally:
-        gc.enable()
+    page = html_page(rows, problems, columns, images, folders)
     write_file(path, page.text.encode())
     shown = f"{page.images} images of the data are in it (--no-images leaves them out)"
     if page.images < 2:
         shown = "1 image of the data is in it (--no-images leaves it out)" if page.images else "no image is in it"
-    print(f"{path}: {plural('cell', page.cells)}, {plural('run', len(rows))}; {shown}", file=sys.stderr)
+    print(f"{path}: {plural('cell', page.cells)}, {plural('run', page.runs)}; {shown}", file=sys.stderr)
 
 
 def _columns(text: str) -> tuple[str, ...]:
@@ -88,6 +124,14 @@ def _columns(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in tables.COLUMNS]:
         raise NolaVisionError(f"--columns '{unknown[0]}' is not a column: use some of {', '.join(tables.COLUMNS)}")
     return names
+
+
+class _Captured(io.StringIO):
+    """Text whose lines of tables are in the encoding that it will be printed in."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.stdout.encoding or "utf-8"
 
 
 def _content(rows: list[Row], format: str, problems: list[str], coloured: bool, columns: Sequence[str]) -> bytes:
@@ -103,7 +147,7 @@ def _content(rows: list[Row], format: str, problems: list[str], coloured: bool, 
         except ImportError as error:
             raise NolaVisionError("Parquet needs pyarrow: pip install 'nola-vision[parquet]'") from error
     tested, others = tables.tested_cells(rows)
-    console = Console(file=io.StringIO(), force_terminal=coloured, width=Console().width)
+    console = Console(file=_Captured(), force_terminal=coloured, width=Console().width)
     for cell in tested:
         match format:
             case "markdown":

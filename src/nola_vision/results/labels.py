@@ -53,7 +53,7 @@ def short_names(names: Sequence[str], most: int) -> dict[str, str]:
         text = short_name(name, most)
         if text != (whole := printable(name)) and len(group := alike[whole[: most // 3]]) > 1:
             common = os.path.commonprefix(group)
-            word = max(common.rfind(separator) for separator in " (,") + 1
+            word = max(common.rfind(separator) for separator in " (,/_") + 1
             start = f"{whole[: most // 3]}…" if word > most // 3 + 1 else whole[:word]
             rest = whole[word : word + most - len(start)]
             text = start + (rest if whole.endswith(rest) else f"{rest[:-1]}…")

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from nola_vision.errors import NolaVisionError
 from nola_vision.files import write_file
@@ -80,6 +81,7 @@ _WIDTH, _HEIGHT = 420, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 32, 46
 _TEXT, _LINE = 13, 15  # size and height of a line
 _LABEL_GAP = 14  # between the axes and the labels of lines
+_MARGIN = 12  # of a PNG file
 _TICK = 56  # between two sizes
 _MOST_LABELS = 14  # as many as fit beneath each other
 _MOST_MARKS = 24  # with a label next to them
@@ -89,7 +91,7 @@ _DASHES = ("--", ":", "-.")
 
 _FEW_CLASSES = 20  # whose names and figures can be read
 _MOST_CLASSES = 40
-_MOST_LOG_BYTES = 2**26
+_MOST_LOG_BYTES = 2**23  # 1,000 epochs of 100 steps take under 5 MB
 _MOST_LOGS = 100  # of a run
 _MOST_LOSS = 1e30  # a larger one, infinity and nan are left out: training diverged
 _MOST_PIXELS = 20_000  # of a side of a plot of many entries
@@ -126,8 +128,8 @@ class Chart:
             return inline_svg(self.figure, prefix, self.title, self.alt, CSS_COLOURS)
 
     def png(self) -> bytes:
-        """The chart as a PNG file, 875 x 625 pixels."""
-        return _png(self.figure)
+        """The chart as a PNG file with its title, 925 x 718 pixels."""
+        return _png(self.figure, self.title)
 
 
 class Look(NamedTuple):
@@ -509,8 +511,10 @@ def _panel(
     axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / _HEIGHT, width / _WIDTH, height / _HEIGHT))
     axes.set_axis_off()
     axes.set(xscale=scale, xlim=xs, ylim=ys)
-    levels = [level for level in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(*ys) if ys[0] <= level <= ys[1]]
-    for level in levels:
+    tolerance = 1e-9 * (ys[1] - ys[0])  # of the locator's rounding: 100.00000000000001
+    for level in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(*ys):
+        if not ys[0] - tolerance <= level <= ys[1] + tolerance:
+            continue
         _draw(axes, xs, [level, level], color=GRID, linewidth=1, zorder=1)
         _write(figure, _LEFT - 8, axes.transData.transform((xs[0], level))[1], f"{level:g}", MUTED, align="right")
     _draw(axes, xs, [ys[0], ys[0]], color=MUTED, linewidth=1, zorder=1)
@@ -530,7 +534,7 @@ def _draw(axes: Axes, xs: Iterable[float], ys: Iterable[float], **style: Any) ->
 def _write(figure: Figure, x: float, y: float, text: str, colour: str, align: str = "left", bold: bool = False) -> None:
     """A text, the middle of its small letters at a height."""
     figure.text(
-        x / 72, (y - 0.36 * _TEXT) / 72, text, transform=figure.dpi_scale_trans, fontsize=_TEXT, color=colour,
+        x / _WIDTH, (y - 0.36 * _TEXT) / _HEIGHT, text, fontsize=_TEXT, color=colour,
         horizontalalignment=align, verticalalignment="baseline", fontweight="bold" if bold else "normal",
     )  # fmt: skip
 
@@ -538,8 +542,7 @@ def _write(figure: Figure, x: float, y: float, text: str, colour: str, align: st
 def _join(figure: Figure, start: tuple[float, float], end: tuple[float, float]) -> None:
     """A thin line from what is labelled to its label, in points."""
     xs, ys = zip(start, end, strict=True)
-    transform = figure.dpi_scale_trans
-    line = Line2D([x / 72 for x in xs], [y / 72 for y in ys], transform=transform, color=MUTED, linewidth=0.7)
+    line = Line2D([x / _WIDTH for x in xs], [y / _HEIGHT for y in ys], color=MUTED, linewidth=0.7)
     figure.add_artist(line)
 
 
@@ -730,11 +733,11 @@ def cell_plots(rows: Iterable[Row], cell: str) -> tuple[dict[str, bytes], list[s
     charts, bad_logs = cell_charts(rows, cell)
     confusions, bad_matrices = entry_confusions(rows, cell)
     drawn = {
-        **{chart.name: chart.figure for chart in charts},
         "class-differences": class_differences_plot(confusions, rows, cell),
         "confusions": confusion_plot(confusions, cell),
     }
-    plots = {name: _png(figure) for name, figure in drawn.items() if figure is not None}
+    plots = {chart.name: chart.png() for chart in charts}
+    plots |= {name: _png(figure) for name, figure in drawn.items() if figure is not None}
     return plots, [*bad_logs, *bad_matrices]
 
 
@@ -760,9 +763,17 @@ def write_plots(plots: Mapping[str, Mapping[str, bytes]], out: Path) -> list[Pat
 
 
 @_drawing()
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, title: str = "") -> bytes:
+    """A figure as a PNG file; a chart with a margin, and its title above it, which a page has as text."""
     content = io.BytesIO()
-    figure.savefig(content, dpi=min(150, _MOST_PIXELS / max(figure.get_size_inches())), format="png", facecolor=PAPER)
+    dpi = min(150, _MOST_PIXELS / max(figure.get_size_inches()))
+    if not title:
+        figure.savefig(content, dpi=dpi, format="png", facecolor=PAPER)
+        return content.getvalue()
+    _write(figure, 0, _HEIGHT + 12, title, INK, bold=True)
+    whole = Bbox([[-_MARGIN / 72, -_MARGIN / 72], [(_WIDTH + _MARGIN) / 72, (_HEIGHT + 21 + _MARGIN) / 72]])
+    figure.savefig(content, dpi=dpi, format="png", facecolor=PAPER, bbox_inches=whole)
+    figure.texts[-1].remove()
     return content.getvalue()
 
 

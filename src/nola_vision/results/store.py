@@ -147,9 +147,8 @@ def read_run_file(path: Path, most_bytes: int) -> bytes:
     try:
         return read_file(path, most_bytes)
     except OSError as error:
-        raise NolaVisionError(
-            f"{path} cannot be read ({error.strerror}): check its permissions, or delete it"
-        ) from error
+        fix = "check its permissions, or delete it" if error.errno else "it is left out"  # 0: of `read_file`, too large
+        raise NolaVisionError(f"{path} cannot be read ({error.strerror}): {fix}") from error
 
 
 def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
@@ -171,7 +170,9 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
     paths: set[Path] = set()
     for folder in folders:
         if not Path(folder).is_dir():
-            raise NolaVisionError(f"there is no folder {folder} to read rows from: name the folder that runs went to")
+            raise NolaVisionError(
+                f"there is no folder {folder}: go to where fit ran, or give the folder that it wrote to"
+            )
         for place, inner, files in os.walk(folder, onerror=unreadable):
             if ROW_FILE in files or ROW_FILE in inner:
                 paths.add(Path(place).resolve() / ROW_FILE)
