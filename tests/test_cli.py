@@ -271,7 +271,7 @@ MISTAKES = {
     "folder": ([*FIT, "--data.dataset=folder", "--data.root=nowhere"], "nowhere"),
     "empty folder": ([*FIT, "--data.dataset=folder", "--data.root=empty"], "empty"),
     "no CIFAR": ([*FIT, "--data.dataset=cifar10", "--data.root=empty"], "download"),
-    "no rows": (["report", "empty"], "no rows"),
+    "no rows": (["report", "empty"], "no results in empty"),
     "no adapter": (["predict", "--adapter", "none.safetensors", "one.png"], "none.safetensors does not exist"),
     "no image": (["predict", "--adapter", "none.safetensors", "nothing.png"], "nothing.png does not exist"),
 }
