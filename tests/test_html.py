@@ -219,7 +219,7 @@ def test_damaged_files_are_one_line_each_and_the_page_is_whole(tmp_path: Path) -
     cell = view(rows, problems)
     assert [str(own[i]) in problem for i, problem in zip((0, 1, 2), problems, strict=True)] == [True] * 3
     assert cell.gallery is None and cell.classes and "3 of the 4 runs" in cell.classes.note
-    assert html_page(rows).text.count("Files that could not be read") == 1
+    assert html_page(rows).text.count("<h2>Left out</h2>") == 1
     # the first run has other classes than most
     odd = [replace(row, data=row.data | {"class_names": NAMES[::-1]}) if row.folder == own[0] else row for row in rows]
     assert view(odd, problems := []).classes and f"{own[0]} has other classes than most runs of nola" in problems[0]
@@ -264,14 +264,14 @@ def test_the_command(rows: list[Row], tmp_path: Path, monkeypatch, capsys) -> No
         f"runs/report.html: 1 cell, 3 runs; {images} images of the data are in it (--no-images leaves them out)"
         in said.err
     )
-    assert images and "there is no browser" not in said.err and "nola" in said.out
+    assert images and "no browser was found" not in said.err and "nola" in said.out
     assert main(["report", "runs", "--open", "--html", "p.html", "--no-images"]) == 0
     said = capsys.readouterr()
     assert opened[1] == (tmp_path / "p.html").as_uri() and "data:image/jpeg" not in Path("p.html").read_text()
-    assert "no image is in it" in said.err and "there is no browser here: open p.html" in said.err
+    assert "no image is in it" in said.err and "no browser was found: open p.html" in said.err
     for asked, problem in {
         ("--html", "no/p.html"): "cannot be written",
-        ("--html", "runs/row.json"): "--html 'runs/row.json' is no name of a page: end it in .html",
+        ("--html", "runs/row.json"): "--html 'runs/row.json' is not a page's name: it must end in .html",
         ("--html", "p.html", "--out", "./p.html"): "--out './p.html' is the page's file",
     }.items():
         assert main(["report", "runs", *asked]) == 2
@@ -286,7 +286,7 @@ def test_the_command(rows: list[Row], tmp_path: Path, monkeypatch, capsys) -> No
     monkeypatch.setattr(report, "_BROWSER_SECONDS", 0.2)
     assert main(["report", "--open"]) == 0 and capsys.readouterr() == ("", ANY)
     monkeypatch.setattr("webbrowser.open", lambda address: shlex.split("'"))
-    assert main(["report", "--open"]) == 0 and "there is no browser here" in capsys.readouterr().err
+    assert main(["report", "--open"]) == 0 and "no browser was found" in capsys.readouterr().err
     with monkeypatch.context() as ascii_only:
         ascii_only.setattr("sys.stdout", io.TextIOWrapper(printed := io.BytesIO(), "ascii"))
         assert main(["report"]) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import sys
 import uuid
 from pathlib import Path
@@ -15,7 +14,10 @@ WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")  # in timm's order of
 
 
 # The process's own streams by name. Opened again they may be a file that was redirected to, which would be truncated.
-_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+_STREAMS = {
+    **{name: 1 for name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")},
+    **{name: 2 for name in ("/dev/stderr", "/dev/fd/2", "/proc/self/fd/2")},
+}
 
 
 def write_file(path: str | Path, content: bytes) -> None:
@@ -24,11 +26,10 @@ def write_file(path: str | Path, content: bytes) -> None:
     Raises:
         NolaVisionError: it cannot be written.
     """
-    name = re.sub("^/(dev|proc/self)/fd/([12])$", lambda found: list(_STREAMS)[int(found[2]) - 1], str(path))
     try:
-        if name in _STREAMS:
+        if (number := _STREAMS.get(str(path))) is not None:
             sys.stdout.flush()
-            with open(_STREAMS[name], "wb", closefd=False) as stream:
+            with open(number, "wb", closefd=False) as stream:
                 stream.write(content)
         elif os.path.exists(path) and not os.path.isfile(path):
             Path(path).write_bytes(content)
@@ -39,7 +40,7 @@ def write_file(path: str | Path, content: bytes) -> None:
         if os.path.isdir(path):
             reason, fix = "it is a folder", "give the path of a file"
         elif isinstance(error, FileNotFoundError):
-            reason, fix = "there is no such folder", "create the folder first"
+            reason, fix = "its folder does not exist", "create it first"
         raise NolaVisionError(f"{path} cannot be written ({reason}): {fix}") from error
 
 

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.html is not None or known.open:
         page = Path(known.folders[0]) / PAGE_FILE if known.html is None else Path(known.html)
         if page.suffix.lower() not in (".html", ".htm"):
-            raise NolaVisionError(f"--html '{page}' is no name of a page: end it in .html")
+            raise NolaVisionError(f"--html '{page}' is not a page's name: it must end in .html")
         if known.out is not None and page.resolve() == Path(known.out).resolve():
             raise NolaVisionError(f"--out '{known.out}' is the page's file: give it another name")
     gc.disable()  # what is read stays until the end; collecting takes a sixth of the time of 5,000 runs
@@ -101,7 +101,7 @@ def _open(page: Path) -> None:
     thread.start()
     thread.join(_BROWSER_SECONDS)
     if opened == [False]:
-        print(f"there is no browser here: open {page} in one", file=sys.stderr)
+        print(f"no browser was found: open {page} in one", file=sys.stderr)
 
 
 def _write_page(
@@ -135,7 +135,7 @@ class _Captured(io.StringIO):
 
 
 def _content(rows: list[Row], format: str, problems: list[str], coloured: bool, columns: Sequence[str]) -> bytes:
-    """Every row, or the tables of every cell with what is wrong beneath, in one of the formats."""
+    """Every row, or the tables of every cell with what is wrong under them, in one of the formats."""
     if format in ("csv", "parquet"):
         for problem in problems:
             print(problem, file=sys.stderr)

@@ -186,7 +186,7 @@ def decoded(content: bytes, side: int | None = None) -> Image.Image:
     Args:
         content: of the file.
         side: let a JPEG file be decoded at 1/2, 1/4 or 1/8 of its resolution, which is faster, as long as both sides
-            have so many pixels.
+            have at least this many pixels.
     """
     with Image.open(io.BytesIO(content), formats=_formats()) as image:
         if side is not None:

@@ -1,1 +1,4 @@
-"""What a run leaves behind: its identity, its row, and the statistics and tables read from rows. No torch in here."""
+"""What a run leaves behind: its identity and its row; and the statistics, sentences, tables, charts and page of rows.
+
+No torch in here.
+"""

@@ -114,8 +114,8 @@ def run_confusions(runs: Iterable[Row]) -> tuple[list[tuple[Row, pd.DataFrame]],
     """The matrices of the first `MOST_RUNS` completed runs of one entry that left one, all with the same classes.
 
     Returns:
-        The runs with their matrices, and a sentence for each file that could not be used: one that is not of its own
-        run's row, or whose classes are not the usual ones.
+        The runs with their matrices, and a sentence for each file that could not be used: one that does not fit
+        its run's row, or whose classes are not the usual ones.
     """
     read: list[tuple[Row, pd.DataFrame]] = []
     problems = []

@@ -42,7 +42,7 @@ from nola_vision.results.statistics import Summary, count_once, entries, kind, r
 from nola_vision.results.tables import Sheet
 from nola_vision.results.tested import Mistake, Tested, mistakes, read_tested
 from nola_vision.results.verdict import cell_verdict
-from nola_vision.text import excerpt, printable
+from nola_vision.text import excerpt, last_part, printable
 
 MOST_IMAGE_BYTES = 2**21  # of the user's images in one page, as text
 _MOST_WARNINGS = 5  # of the runs of one cell
@@ -592,8 +592,7 @@ def _warnings(runs: Sequence[Row]) -> list[str]:
     found = []
     for row in runs:
         root = str(row.config["data"].get("root") or "").rstrip("/\\")
-        name = re.split(r"[/\\]", root)[-1]
-        found += [text.replace(root, name) if root else text for text in row.warnings]
+        found += [text.replace(root, last_part(root)) if root else text for text in row.warnings]
     return [excerpt(printable(text), 300) for text in dict.fromkeys(found)][:_MOST_WARNINGS]
 
 

@@ -26,7 +26,7 @@ Boxes = NDArray[np.float64]  # [n, 4]: left, bottom, right, top
 _DISTANCES = (7.0, 11.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0, 110.0, 140.0)  # of a label from its point
 _SIDES = [side for side in itertools.product((1.0, 0.5, 0.0, -0.5, -1.0), repeat=2) if 1 in map(abs, side)]
 _SIDES.sort(key=lambda side: (side[0] != 1, abs(side[1]), side))  # to the right if possible
-_CROSSED = 15.0  # a line under a label is as bad as so many points of distance
+_CROSSED = 15.0  # a line under a label costs as much as this distance in points
 
 
 class Place(NamedTuple):

@@ -83,7 +83,7 @@ _TEXT, _LINE = 13, 15  # size and height of a line
 _LABEL_GAP = 14  # between the axes and the labels of lines
 _MARGIN = 12  # of a PNG file
 _TICK = 56  # between two sizes
-_MOST_LABELS = 14  # as many as fit beneath each other
+_MOST_LABELS = 14  # as many as fit under each other
 _MOST_MARKS = 24  # with a label next to them
 _MOST_CHARACTERS = 18  # of a label
 _MARKERS = "os^DvPX*"
@@ -500,7 +500,7 @@ def _panel(
 
     Args:
         heading: above it, of the vertical axis.
-        under: beneath it, of the horizontal axis.
+        under: under it, of the horizontal axis.
         column: the width to its right.
         xs, ys: the ranges shown.
         ticks: labels under the horizontal axis; those outside of its range are left out.

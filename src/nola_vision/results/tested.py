@@ -75,12 +75,11 @@ class Tested:
         return int((~correct).sum()), correct.size
 
 
-def load_run_predictions(row: Row, most_bytes: int = _MOST_FILE_BYTES) -> Predictions | None:
+def load_run_predictions(row: Row) -> Predictions | None:
     """The predictions in a run's folder; None if it has none.
 
     Args:
         row: of the run.
-        most_bytes: a larger file is refused.
 
     Raises:
         NolaVisionError: the file cannot be used, or its classes or its number of images are not those of the row.
@@ -89,7 +88,7 @@ def load_run_predictions(row: Row, most_bytes: int = _MOST_FILE_BYTES) -> Predic
         return None
     names, accuracy = row.data.get("class_names"), run_accuracy(row)
     images = None if accuracy is None else accuracy.images
-    return load_predictions(row.folder, len(names) if names else None, images, most_bytes)
+    return load_predictions(row.folder, len(names) if names else None, images, _MOST_FILE_BYTES)
 
 
 def read_tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> Tested | None:
@@ -113,7 +112,7 @@ def read_tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> T
             problems.append(f"{row.folder} has other classes than most runs of {summary.label}: it is left out")
             continue
         try:
-            predictions = load_run_predictions(row, _MOST_FILE_BYTES)
+            predictions = load_run_predictions(row)
         except NolaVisionError as error:
             problems.append(str(error))
             continue
