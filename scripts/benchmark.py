@@ -38,12 +38,12 @@ from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, adapt
-from nola_vision.adapters.basis import Basis, basis_key, basis_words
-from nola_vision.adapters.stack import AdapterStack
+from nola_vision.adapters.bank import AdapterStack
+from nola_vision.adapters.methods.registry import Method
+from nola_vision.adapters.random_basis import Basis, basis_key, basis_words
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.methods import Method
-from nola_vision.results.store import read_rows
-from nola_vision.stacks import make_stack
+from nola_vision.models.building import make_stack
+from nola_vision.runs.store import read_rows
 
 Step = Callable[[], Any]
 

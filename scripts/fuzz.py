@@ -32,9 +32,9 @@ def main() -> int:
 
     sys.path.insert(0, str(TESTS))
     cases = importlib.import_module(f"fuzz_{options.what}")
-    from nola_vision import memo
+    from nola_vision.common import process_cache
 
-    memo.keep()
+    process_cache.keep()
     seconds, mib = LIMITS[options.what]
     endings: Counter[str] = Counter()
     slowest, largest, failures, start = (0.0, ""), (0.0, ""), 0, time.time()

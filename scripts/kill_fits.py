@@ -18,8 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nola_vision.results import store
-from nola_vision.results.row import DETERMINISTIC
+from nola_vision.runs import store
+from nola_vision.runs.record import DETERMINISTIC
 
 CONFIG = """
 protocol: kills

@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nola_vision.results import store
-from nola_vision.results.row import DETERMINISTIC
+from nola_vision.runs import store
+from nola_vision.runs.record import DETERMINISTIC
 
 SWEEP = [
     sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config", "quickstart.yaml", "--splits=0-1", "--inits=0",

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from nola_vision import NOLA, PRANC, BackboneSpec, HashedNet, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.file import FORMAT_VERSION
-from nola_vision.methods import Method
+from nola_vision.adapters.methods.registry import Method
+from nola_vision.adapters.serialization import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent.parent / "tests" / "golden"
 NAMES = ["null", "eins", "zwei", "drei", "vïer"]

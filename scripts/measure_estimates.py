@@ -35,15 +35,15 @@ from scipy.stats import beta, t
 from sklearn.model_selection import StratifiedKFold
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from nola_vision.backbones import BackboneSpec, create_backbone, input_config
-from nola_vision.calibration import ECE_BINS, cross_fitted, fit_temperature, nll
-from nola_vision.data.datasets import get_dataset
+from nola_vision.adapters.methods.registry import LogisticRegression, NearestMean, NearestNeighbor
+from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.folds import folds
 from nola_vision.data.sources import ImageSource
-from nola_vision.data.transforms import eval_transform
-from nola_vision.methods import LogisticRegression, NearestMean, NearestNeighbor
-from nola_vision.predictions import Predictions
-from nola_vision.results.estimates import CrossValidated, Estimate, compare, wilson
+from nola_vision.evaluation.calibration import ECE_BINS, cross_fitted, fit_temperature, nll
+from nola_vision.evaluation.estimates import CrossValidated, Estimate, compare, wilson
+from nola_vision.evaluation.predictions import Predictions
+from nola_vision.images.transforms import eval_transform
+from nola_vision.models.backbones import BackboneSpec, create_backbone, input_config
 
 BACKBONE = BackboneSpec("vit_glyph_patch4_32.glyphs")
 METHODS = {"1-NN": NearestNeighbor, "nearest mean": NearestMean, "logistic regression": LogisticRegression}
@@ -204,10 +204,10 @@ def expected_calibration_error(all_bins: list[list[list[float]]]) -> float:
 
 def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> Record:
     """One draw of NOLA, as `nola-vision fit` trains it on a folder of the drawn images."""
-    from nola_vision import cross_validation, load_adapter, photos
-    from nola_vision.config import parse, quiet
-    from nola_vision.predictions import load_predictions
-    from nola_vision.results import identity
+    from nola_vision import load_adapter
+    from nola_vision.evaluation.predictions import load_predictions
+    from nola_vision.runs import cross_validation, photos, run_id
+    from nola_vision.runs.parsing import parse, quiet
 
     drawn, outside = data.draw(counts, seed)
     if len(outside) > ADAPTER_TRUTH:
@@ -216,7 +216,7 @@ def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> R
         place = folder / "images" / str(data.labels[index])
         place.mkdir(parents=True, exist_ok=True)
         data.image(index).save(place / f"{index}.png")
-    config = identity.resolve(photos.config(str(folder / "images"), backbone="quickstart", device="cpu"))
+    config = run_id.resolve(photos.config(str(folder / "images"), backbone="quickstart", device="cpu"))
     held_out: list[Any] = []
     with quiet():
         row = cross_validation.run_with_estimate(
@@ -259,7 +259,7 @@ def resumed(path: Path, keys: list[tuple[Any, ...]], measure: Callable[..., Reco
 
 
 def tasks() -> dict[str, Any]:
-    from nola_vision.tasks.frozen import FrozenClassifier
+    from nola_vision.training.frozen import FrozenClassifier
 
     names = [str(label) for label in range(10)]
     return {name: FrozenClassifier(BACKBONE, method(), names) for name, method in METHODS.items()}

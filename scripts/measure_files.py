@@ -19,11 +19,11 @@ from statistics import fmean, pstdev
 import torch
 
 from nola_vision import load_adapter
-from nola_vision.adapters.file import adapter_bytes, read_adapter
+from nola_vision.adapters.serialization import adapter_bytes, read_adapter
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.export import shorten
-from nola_vision.results import identity, store
-from nola_vision.run import ADAPTER_FILE
+from nola_vision.models.export import shorten
+from nola_vision.runs import run_id, store
+from nola_vision.runs.runner import ADAPTER_FILE
 
 
 def fewer_bits(source: Path, out: Path, head_bits: int = 32) -> Iterator[str]:
@@ -59,7 +59,7 @@ def main() -> None:
         for row in store.read_rows(known.runs)[0]:
             if row.status != "completed" or row.stage != "final" or row.method not in known.methods:
                 continue
-            source = identity.run_folder(known.runs, row.config, "final") / ADAPTER_FILE
+            source = run_id.run_folder(known.runs, row.config, "final") / ADAPTER_FILE
             for name in cut(source, out) if known.cut else fewer_bits(source, out, known.head_bits):
                 model = load_adapter(out)
                 if batches is None:

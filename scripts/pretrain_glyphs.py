@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from timm import create_model
 
-import nola_vision.glyph_vit  # noqa: F401  (registers the model)
+import nola_vision.models.zoo.glyph_vit  # noqa: F401  (registers the model)
 
 HERE = Path(__file__).parent
 SIDE = 48  # side of a cached glyph

@@ -21,7 +21,7 @@ from PIL import Image
 
 from fuzzing import Outcome, measured
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.file import METADATA_KEY, digest
+from nola_vision.adapters.serialization import METADATA_KEY, digest
 
 GOLDEN = Path(__file__).parent / "golden"
 MLP = BackboneSpec("mlp_784_256.untrained", base="random")
@@ -62,7 +62,7 @@ def originals() -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.01)
-        from nola_vision.adapters.file import adapter_bytes
+        from nola_vision.adapters.serialization import adapter_bytes
 
         found[name] = _opened(adapter_bytes(model.metadata(), model.trained_tensors(), model.bits))
     return found

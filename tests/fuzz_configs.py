@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from jsonargparse._stubs_resolver import get_stubs_resolver
 
 from fuzzing import Outcome, measured
-from nola_vision.config import parse
-from nola_vision.config_files import dump, load_config
-from nola_vision.results import identity
+from nola_vision.runs import run_id
+from nola_vision.runs.config_files import dump, load_config
+from nola_vision.runs.parsing import parse
 
 get_stubs_resolver()  # asks a Python process for its path, once
 CANARY = "canary_of_configs"  # a module that must never be imported
@@ -30,9 +30,11 @@ CLASS_PATHS = (
     f"{CANARY}.Thing", f"{CANARY}.NOLA", f"lightning.{CANARY}.Thing", "importlib.import_module", "pickle.load",
     "lightning.pytorch.trainer.trainer.os.system", "lightning.pytorch.cli.torch.load", "lightning.pytorch.cli.yaml",
     "torch.optim.optimizer.functools.partial", "torch.optim.adam.adam", "torch.optim.Optimizer", "torch.optim",
-    "torch.load", "torch.hub.load", "torch.nn.Linear", "nola_vision.config.os.system", "nola_vision.run.run",
-    "nola_vision.NOLA", "nola_vision.LoRA", "nola_vision.methods.Method", "nola_vision.methods.Adapter", "NOLA",
-    "nola_vision.PEFT", "nola_vision.config.RunCLI", "nola_vision.cli.main.main", "lightning.pytorch.Trainer",
+    "torch.load", "torch.hub.load", "torch.nn.Linear", "nola_vision.runs.parsing.os.system",
+    "nola_vision.runs.runner.run",
+    "nola_vision.NOLA", "nola_vision.LoRA", "nola_vision.adapters.methods.registry.Method",
+    "nola_vision.adapters.methods.registry.Adapter", "NOLA",
+    "nola_vision.PEFT", "nola_vision.runs.parsing.RunCLI", "nola_vision.cli.main.main", "lightning.pytorch.Trainer",
     "lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.EarlyStopping", "EarlyStopping",
     "lightning.pytorch.callbacks.ModelCheckpoint", "lightning.pytorch.callbacks.Callback", "WandbLogger",
     "lightning.pytorch.loggers.WandbLogger", "lightning.pytorch.loggers.CSVLogger",
@@ -167,7 +169,7 @@ def outcome(example: tuple[str, list[str]], folder: Path) -> Outcome:
     path = folder / "config.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with nothing_runs(folder):
-        return measured(lambda: parse(identity.resolve(load_config(str(path))), options))
+        return measured(lambda: parse(run_id.resolve(load_config(str(path))), options))
 
 
 def warm_up(folder: Path) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nola_vision.errors import NolaVisionError
-from nola_vision.text import printable
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.text import printable
 
 
 @dataclass(frozen=True)

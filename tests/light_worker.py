@@ -8,10 +8,10 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity
-from nola_vision.results.row import Row
-from nola_vision.results.store import write_row
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs import run_id
+from nola_vision.runs.record import Row
+from nola_vision.runs.store import write_row
 from nola_vision.sweep.worker import ALIVE, BUSY, READY
 
 
@@ -28,7 +28,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
         script.write_text(rest)
         connection.send(ALIVE)
         if event == "quit":  # after its row, before its word of it
-            folder = identity.run_folder(out, config, stage)
+            folder = run_id.run_folder(out, config, stage)
             folder.mkdir(parents=True, exist_ok=True)
             write_row(folder, Row.of(config, stage, "completed"))
             os._exit(3)
@@ -43,7 +43,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
             connection.send(BUSY)
             continue
         row = Row.of(config, stage, "failed" if event == "fail" else "completed", device=f"{os.getpid()} {gpu}")
-        folder = identity.run_folder(out, config, stage)
+        folder = run_id.run_folder(out, config, stage)
         folder.mkdir(parents=True, exist_ok=True)
         write_row(folder, row)
         connection.send(row)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nola_vision.data.datasets import CIFAR10_NAMES, CIFAR100_NAMES, DATASETS
+from nola_vision.data.datasets.registry import CIFAR10_NAMES, CIFAR100_NAMES, DATASETS
 from nola_vision.data.splits import read_list
 
 SIDE = 8

@@ -14,11 +14,11 @@ import timm
 import torch
 
 from nola_vision import BackboneSpec, LinearProbe, adapt
-from nola_vision.backbones import create_backbone, input_config, local_files
-from nola_vision.config import parse
-from nola_vision.errors import NolaVisionError
-from nola_vision.export import write_merged
-from nola_vision.results import identity
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.backbones import create_backbone, input_config, local_files
+from nola_vision.models.export import write_merged
+from nola_vision.runs import run_id
+from nola_vision.runs.parsing import parse
 
 GLYPHS = "vit_glyph_patch4_32.glyphs"
 
@@ -40,8 +40,8 @@ def hashes(tag: str, **backbone: Any) -> tuple[str, str]:
     data = {"dataset": "folder", "root": "somewhere"}
     method = {"class_path": "LinearProbe", "init_args": {}}
     config = parse({"model": {"backbone": {"tag": tag, **backbone}, "method": method}, "data": data})
-    assert str(Path.cwd()) not in identity.cell_name(config)
-    return identity.cell_name(config), identity.run_hash(config, "final")
+    assert str(Path.cwd()) not in run_id.cell_name(config)
+    return run_id.cell_name(config), run_id.run_hash(config, "final")
 
 
 def test_a_folder_as_a_backbone(folder: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_repository_as_a_backbone(folder: Path, monkeypatch: pytest.MonkeyPatc
         cfg, architecture, model_args = timm.models._hub.load_model_config_from_path(folder)
         return {**cfg, "file": None, "source": "hf-hub", "hf_hub_id": name}, architecture, model_args
 
-    monkeypatch.setattr("nola_vision.backbones.load_model_config_from_hf", config)
+    monkeypatch.setattr("nola_vision.models.backbones.load_model_config_from_hf", config)
     monkeypatch.setattr(
         "timm.models._builder.load_state_dict_from_hf",
         lambda name, **_: safetensors.torch.load_file(folder / "model.safetensors"),
@@ -124,7 +124,7 @@ def test_a_repository_as_a_backbone(folder: Path, monkeypatch: pytest.MonkeyPatc
     def offline(name: str) -> Any:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("nola_vision.backbones.load_model_config_from_hf", offline)
+    monkeypatch.setattr("nola_vision.models.backbones.load_model_config_from_hf", offline)
     refused(BackboneSpec("hf-hub:someone/other"), "hf-hub:someone/other is not on this machine .*local-dir:FOLDER")
 
 

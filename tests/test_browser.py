@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fake_runs import METHODS, write_runs
-from nola_vision.results import store
-from nola_vision.results.html import html_page
+from nola_vision.reports.html import html_page
+from nola_vision.runs import store
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [

@@ -10,10 +10,10 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
 from nola_vision import LinearProbe, adapt, load_adapter
-from nola_vision.adapters.file import read_adapter
-from nola_vision.calibration import ECE_FROM, cross_fitted, expected_calibration_error, fit_temperature
-from nola_vision.errors import NolaVisionError
-from nola_vision.model import set_temperature
+from nola_vision.adapters.serialization import read_adapter
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.evaluation.calibration import ECE_FROM, cross_fitted, expected_calibration_error, fit_temperature
+from nola_vision.models.adapted_model import set_temperature
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from nola_vision import load_adapter, run
-from nola_vision.config import build, parse
-from nola_vision.config_files import overlay
+from nola_vision import load_adapter
+from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity, store
-from nola_vision.tasks.classifier import Classifier
-from nola_vision.trainer_settings import LAST_CHECKPOINT
+from nola_vision.runs import run_id, runner, store
+from nola_vision.runs.config_files import overlay
+from nola_vision.runs.parsing import build, parse
+from nola_vision.training.classifier import Classifier
+from nola_vision.training.trainer_settings import LAST_CHECKPOINT
 from tiny import TINY, tiny
 
 
@@ -28,7 +28,7 @@ def callback(name: str, **settings: Any) -> dict[str, Any]:
     return {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": settings}
 
 
-def with_callbacks(*callbacks: dict[str, Any], method: str = "linear", **trainer: Any) -> identity.Config:
+def with_callbacks(*callbacks: dict[str, Any], method: str = "linear", **trainer: Any) -> run_id.Config:
     return tiny(method, trainer={"callbacks": list(callbacks), **trainer})
 
 
@@ -38,7 +38,7 @@ def log(folder: Path) -> list[dict[str, str]]:
 
 def test_early_stopping_stops(tmp_path: Path) -> None:
     config = with_callbacks(callback("EarlyStopping", monitor="val_loss", mode="max", patience=1), max_epochs=9)
-    row = run.run(config, tmp_path)
+    row = runner.run(config, tmp_path)
     assert row.status == "completed" and row.epoch == 1 and row.monitor is None
     assert row.config["trainer"]["callbacks"] == config["trainer"]["callbacks"]  # plain values still
 
@@ -47,8 +47,8 @@ def test_the_best_epoch_is_saved_validated_and_tested(tmp_path: Path, capsys: py
     # the largest loss: the first epoch, which the last one is not
     worst = callback("ModelCheckpoint", monitor="val_loss", mode="max")
     config = with_callbacks(callback("ModelCheckpoint", save_last=True), worst, method="nola4")
-    row = run.run(config, tmp_path)
-    folder = identity.run_folder(tmp_path, config, "final")
+    row = runner.run(config, tmp_path)
+    folder = run_id.run_folder(tmp_path, config, "final")
     assert (row.status, row.epoch, row.monitor) == ("completed", 0, "val_loss")
     losses = [float(line["val_loss"]) for line in log(folder) if line.get("val_loss")]
     assert len(losses) == 4 and row.val_loss == pytest.approx(max(losses[:3]), rel=1e-5)
@@ -56,18 +56,18 @@ def test_the_best_epoch_is_saved_validated_and_tested(tmp_path: Path, capsys: py
     assert "epoch=0" in best.name
     last = torch.load(folder / LAST_CHECKPOINT, weights_only=True)
     assert last["epoch"] == 2 and last["train_loss"] == row.train_loss
-    run.evaluate(config, tmp_path, "test", "last")
+    runner.evaluate(config, tmp_path, "test", "last")
     printed = re.search(r"test_accuracy\W+([\d.]+)", capsys.readouterr().out)
     assert printed and float(printed[1]) == pytest.approx(row.test_accuracy, abs=1e-6)
     (folder / "row.json").unlink()
     best.write_bytes(b"damaged")
     with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* is damaged: train again"):
-        run.run(config, tmp_path, ckpt_path="last")
+        runner.run(config, tmp_path, ckpt_path="last")
     best.unlink()
     with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* does not exist: put the file back"):
-        run.run(config, tmp_path, ckpt_path="last")
+        runner.run(config, tmp_path, ckpt_path="last")
     with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* does not exist: put the file back"):
-        run.evaluate(config, tmp_path, "test", None)
+        runner.evaluate(config, tmp_path, "test", None)
 
 
 def test_stop_early_stops_and_keeps_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,16 +81,16 @@ def test_stop_early_stops_and_keeps_the_best_epoch(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Classifier, "log", scripted)
     config = tiny("nola", model={"stop_early": 2}, trainer={"max_epochs": 9})
-    assert identity.run_hash(config, "final") != identity.run_hash(tiny("nola", trainer={"max_epochs": 9}), "final")
-    row = run.run(config, tmp_path)
+    assert run_id.run_hash(config, "final") != run_id.run_hash(tiny("nola", trainer={"max_epochs": 9}), "final")
+    row = runner.run(config, tmp_path)
     assert (row.status, row.epoch, row.monitor) == ("completed", 1, "val_loss")
     assert next(losses) == 0.4  # the fourth validation was the last
-    folder = identity.run_folder(tmp_path, config, "final")
+    folder = run_id.run_folder(tmp_path, config, "final")
     (best,) = (folder / "checkpoints" / "val_loss").glob("*.ckpt")
     kept = torch.load(best, weights_only=True)["state_dict"]
-    saved = load_adapter(folder / run.ADAPTER_FILE).stack.state_dict()
+    saved = load_adapter(folder / runner.ADAPTER_FILE).stack.state_dict()
     assert kept and all(torch.equal(saved[name.removeprefix("model.stack.")], value) for name, value in kept.items())
-    assert run.run(tiny("1nn", model={"stop_early": 2}), tmp_path).status == "completed"
+    assert runner.run(tiny("1nn", model={"stop_early": 2}), tmp_path).status == "completed"
 
 
 def without_pool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,33 +108,33 @@ def test_stop_early_is_refused_before_training(tmp_path: Path, monkeypatch: pyte
     assert tiny(model={"stop_early": 1}, trainer={"callbacks": [callback("ModelCheckpoint", save_last=True)]})
     without_pool(monkeypatch)
     with pytest.raises(NolaVisionError, match="no validation images .*: leave model.stop_early out"):
-        run.run(tiny(model={"stop_early": 1}), tmp_path / "out")
+        runner.run(tiny(model={"stop_early": 1}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_learning_rates_are_logged_and_loggers_are_a_list(tmp_path: Path) -> None:
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "own")}}
     config = with_callbacks(callback("LearningRateMonitor", logging_interval="step"), logger=[logger])
-    assert run.run(config, tmp_path / "out").status == "completed"
-    assert "lr-Adam/head" in log(identity.run_folder(tmp_path / "out", config, "final"))[0]
+    assert runner.run(config, tmp_path / "out").status == "completed"
+    assert "lr-Adam/head" in log(run_id.run_folder(tmp_path / "out", config, "final"))[0]
     assert list((tmp_path / "own").rglob("metrics.csv"))
     by_option = parse(
-        identity.resolve(TINY, "linear"), ["--trainer.logger+=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
+        run_id.resolve(TINY, "linear"), ["--trainer.logger+=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
     )
-    assert identity.run_hash(by_option, "final") == identity.run_hash(tiny("linear"), "final")
-    assert run.run(by_option, tmp_path / "option").status == "completed"
+    assert run_id.run_hash(by_option, "final") == run_id.run_hash(tiny("linear"), "final")
+    assert runner.run(by_option, tmp_path / "option").status == "completed"
 
 
 @pytest.mark.parametrize("name", ["Timer", "DeviceStatsMonitor", "ModelSummary"])
 def test_callbacks_that_only_watch(name: str, tmp_path: Path) -> None:
-    assert run.run(with_callbacks(callback(name), max_epochs=1), tmp_path).status == "completed"
+    assert runner.run(with_callbacks(callback(name), max_epochs=1), tmp_path).status == "completed"
 
 
 def test_a_sweep_takes_callbacks(tmp_path: Path) -> None:
     callbacks = (callback("EarlyStopping", monitor="train_loss"), callback("ModelCheckpoint", monitor="val_loss"))
     config = with_callbacks(*callbacks, max_epochs=1, enable_checkpointing=False)  # the sweep's own setting
     sent = json.loads(json.dumps(config))  # as a worker gets it
-    row = run.run(sent, tmp_path, keep_going=True, beat=lambda: None)
+    row = runner.run(sent, tmp_path, keep_going=True, beat=lambda: None)
     assert row.status == "completed" and row.monitor == "val_loss" and sent == config
     assert not list(tmp_path.rglob("last.ckpt"))
 
@@ -169,7 +169,7 @@ def test_a_monitor_that_is_not_logged_is_named(tmp_path: Path) -> None:
             with_callbacks(callback(name, monitor="valid_loss"))
     config = with_callbacks(callback("EarlyStopping", monitor="val_loss"), check_val_every_n_epoch=5)
     with pytest.raises(NolaVisionError, match="check_val_every_n_epoch is 5 and trainer.max_epochs 3"):
-        run.run(config, tmp_path / "out")
+        runner.run(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +219,7 @@ def test_a_number_of_batches_stays_one_whatever_was_imported_before() -> None:
 
 def test_a_share_of_batches_that_is_none_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(NolaVisionError, match="limit_train_batches") as caught:
-        run.run(tiny(trainer={"limit_train_batches": 0.1}), tmp_path)
+        runner.run(tiny(trainer={"limit_train_batches": 0.1}), tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -231,17 +231,17 @@ def test_sixteen_bit_weights_are_refused_where_the_backbone_trains(method: str) 
             "methods": {"x": {"class_path": method, "init_args": settings}},
             "trainer": {"precision": "bf16-true"},
         }
-        parse(identity.resolve(overlay(TINY, changes), "x"))
+        parse(run_id.resolve(overlay(TINY, changes), "x"))
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_trained_values_move_in_a_16_bit_model(precision: str, tmp_path: Path) -> None:
     config = tiny(trainer={"precision": precision}, model={"method": {"init_args": {"lr": 1e-4}}})
-    row = run.run(config, tmp_path)
+    row = runner.run(config, tmp_path)
     assert row.status == "completed"
-    checkpoint = torch.load(identity.run_folder(tmp_path, config, "final") / LAST_CHECKPOINT, weights_only=True)
+    checkpoint = torch.load(run_id.run_folder(tmp_path, config, "final") / LAST_CHECKPOINT, weights_only=True)
     assert {tensor.dtype for tensor in checkpoint["state_dict"].values()} == {torch.float32}
-    exact = run.run(tiny(model={"method": {"init_args": {"lr": 1e-4}}}), tmp_path)
+    exact = runner.run(tiny(model={"method": {"init_args": {"lr": 1e-4}}}), tmp_path)
     assert row.train_loss == pytest.approx(exact.train_loss, rel=0.02)
 
 
@@ -252,11 +252,11 @@ def test_one_device_unless_several_are_asked_for() -> None:
 
 def test_only_the_first_process_of_the_first_node_claims_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_RANK", "1")
-    assert run.is_main_process(tiny())  # a variable that a cluster sets for jobs of one node
+    assert runner.is_main_process(tiny())  # a variable that a cluster sets for jobs of one node
     several = tiny(trainer={"num_nodes": 2, "devices": 1, "strategy": "ddp"})
-    assert not run.is_main_process(several)
-    monkeypatch.setattr(run, "_run", lambda *_: None)
-    with store.claim(identity.run_folder(tmp_path, several, "final")):  # by the first node
-        run.run(several, tmp_path)
+    assert not runner.is_main_process(several)
+    monkeypatch.setattr(runner, "_run", lambda *_: None)
+    with store.claim(run_id.run_folder(tmp_path, several, "final")):  # by the first node
+        runner.run(several, tmp_path)
     monkeypatch.setenv("NODE_RANK", "0")
-    assert run.is_main_process(several)
+    assert runner.is_main_process(several)

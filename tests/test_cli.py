@@ -15,9 +15,9 @@ from sklearn.datasets import load_digits
 
 from nola_vision.cli import configs
 from nola_vision.cli.main import main
-from nola_vision.config_files import SHIPPED
-from nola_vision.results import store
-from nola_vision.sweep import local
+from nola_vision.runs import store
+from nola_vision.runs.config_files import SHIPPED
+from nola_vision.sweep.engines import local
 from tiny import trained_rows
 
 QUICK = ["--threads=1", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--data.test_limit=40"]

@@ -8,9 +8,13 @@ import timm
 import torch
 import yaml
 
+from nola_vision.adapters.methods.registry import FullFinetune, from_dict
 from nola_vision.cli.main import main
-from nola_vision.config import parse
-from nola_vision.config_files import (
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.data.datasets.registry import DATASETS
+from nola_vision.models.building import make_stack
+from nola_vision.runs import run_id
+from nola_vision.runs.config_files import (
     PARTS,
     cells,
     compose,
@@ -22,12 +26,8 @@ from nola_vision.config_files import (
     shipped_files,
     split_cell,
 )
-from nola_vision.data.datasets import DATASETS
-from nola_vision.errors import NolaVisionError
-from nola_vision.methods import FullFinetune, from_dict
-from nola_vision.results import identity
-from nola_vision.results.published import published_figures
-from nola_vision.stacks import make_stack
+from nola_vision.runs.parsing import parse
+from nola_vision.runs.published import published_figures
 
 PAPER = [name for name in cells() if load_config(name)["published"]]
 BACKBONES = {"vitb": "ViT-B", "vitb_mae": "ViT-B-MAE", "vitl": "ViT-L", "vitl_mae": "ViT-L-MAE"}
@@ -63,7 +63,7 @@ def test_every_entry_has_the_size_that_the_paper_prints(backbone: str) -> None:
     unpublished = {"nearest-mean", "logistic"} | ({"nola-qv"} if backbone == "vitb_mae" else set())
     assert printed.keys() == config["methods"].keys() - unpublished
     for name in printed:
-        method = from_dict(identity.resolve(config, name)["model"]["method"])
+        method = from_dict(run_id.resolve(config, name)["model"]["method"])
         if isinstance(method, FullFinetune):
             count = sum(parameter.numel() for parameter in model.parameters())
         else:
@@ -81,7 +81,7 @@ def test_every_entry_has_the_size_that_the_paper_prints(backbone: str) -> None:
 def test_every_entry_of_a_cell_is_understood(backbone: str) -> None:
     config = compose(backbone, "cifar100", 10, "released")
     for name in config["methods"]:
-        plain = parse(identity.resolve(config, name))
+        plain = parse(run_id.resolve(config, name))
         assert plain["data"]["shots"] == 10 and plain["protocol"] == "released"
         assert plain["model"]["backbone"]["normalisation"] == "imagenet"
 

@@ -15,14 +15,14 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from nola_vision import load_adapter
-from nola_vision.adapters.file import open_adapter
+from nola_vision.adapters.serialization import open_adapter
 from nola_vision.cli.main import main
-from nola_vision.config import open_data
-from nola_vision.predictions import load_predictions
-from nola_vision.results import identity
-from nola_vision.results.row import Row
-from nola_vision.results.store import read_row, read_rows
-from nola_vision.thumbnails import load_thumbnails
+from nola_vision.evaluation.predictions import load_predictions
+from nola_vision.runs import run_id
+from nola_vision.runs.parsing import open_data
+from nola_vision.runs.record import Row
+from nola_vision.runs.store import read_row, read_rows
+from nola_vision.runs.thumbnails import load_thumbnails
 
 PER_CLASS = 6
 
@@ -194,7 +194,7 @@ def test_what_a_completed_run_lacks_is_repeated(
     assert f"{nearest}/predictions.safetensors is damaged" in printed.err
     assert "nola: " in printed.out and "nola against" not in printed.out
 
-    for name, label in (("nola", 0), *((name, 1) for name in identity.FROZEN_METHODS)):
+    for name, label in (("nola", 0), *((name, 1) for name in run_id.FROZEN_METHODS)):
         place = final_row(out, name).folder
         found = load_predictions(final_row(fitted, name).folder or out)
         assert place is not None and found is not None

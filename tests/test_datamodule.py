@@ -16,18 +16,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torchvision.transforms import v2
 
-from nola_vision import local_files, memo
-from nola_vision.backbones import BackboneSpec, InputConfig
-from nola_vision.config import has_validation_images
+from nola_vision.common import local_files, process_cache
+from nola_vision.common.errors import NolaVisionError
 from nola_vision.data import integrity, sources
-from nola_vision.data.augment import ColorJitter, GaussianBlur, PlanarFloat
 from nola_vision.data.datamodule import EpochSampler, KShotDataModule
-from nola_vision.data.datasets import Digits
+from nola_vision.data.datasets.registry import Digits
 from nola_vision.data.folds import folds
-from nola_vision.data.kshot import draw, validation_pool
+from nola_vision.data.sampling import draw, validation_pool
 from nola_vision.data.sources import ImageSource
-from nola_vision.data.transforms import Reduce, eval_transform, reduced, train_transform
-from nola_vision.errors import NolaVisionError
+from nola_vision.images.augment import ColorJitter, GaussianBlur, PlanarFloat
+from nola_vision.images.transforms import Reduce, eval_transform, reduced, train_transform
+from nola_vision.models.backbones import BackboneSpec, InputConfig
+from nola_vision.runs.parsing import has_validation_images
 
 CONFIG = InputConfig(size=10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
 SPEC = BackboneSpec(tag="test_vit")
@@ -366,8 +366,8 @@ def test_without_a_test_split_all_images_train_or_a_fold_is_tested(tmp_path: Pat
     labels = np.repeat(np.arange(4), [25, 8, 4, 1])
     make = partial(module, dataset="folder", root=str(root), shots="all")
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(memo, "_kept", None)
-    memo.keep()
+    monkeypatch.setattr(process_cache, "_kept", None)
+    process_cache.keep()
     try:
         final = make()
         final.prepare_data(), final.setup("fit"), final.setup("test")

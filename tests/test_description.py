@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nola_vision.results.confusion import CONFUSION_FILE, confusion_csv
-from nola_vision.results.description import backbone_name, cell_facts, cell_title, grid_text, how_measured
-from nola_vision.results.estimates import Estimate, compare
-from nola_vision.results.html import html_page
-from nola_vision.results.row import Row
-from nola_vision.results.statistics import subject, summarise
-from nola_vision.results.tables import cell_report
-from nola_vision.results.verdict import cell_verdict, run_verdict
+from nola_vision.evaluation.estimates import Estimate, compare
+from nola_vision.reports.confusion import CONFUSION_FILE, confusion_csv
+from nola_vision.reports.description import backbone_name, cell_facts, cell_title, grid_text, how_measured
+from nola_vision.reports.html import html_page
+from nola_vision.reports.statistics import subject, summarise
+from nola_vision.reports.tables import cell_report
+from nola_vision.reports.verdict import cell_verdict, run_verdict
+from nola_vision.runs.record import Row
 from test_estimates import predictions
 from test_tables import CELL, CONFIG, grid, row, text_of
 

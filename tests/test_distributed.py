@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nola_vision.predictions import load_predictions
-from nola_vision.results import store
-from nola_vision.results.row import Row
-from nola_vision.thumbnails import load_thumbnails
+from nola_vision.evaluation.predictions import load_predictions
+from nola_vision.runs import store
+from nola_vision.runs.record import Row
+from nola_vision.runs.thumbnails import load_thumbnails
 
 pytestmark = pytest.mark.slow  # processes of their own, each of which imports torch
 

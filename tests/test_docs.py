@@ -10,7 +10,7 @@ from scipy import stats
 
 from nola_vision import load_adapter
 from nola_vision.cli.main import main
-from nola_vision.results import store
+from nola_vision.runs import store
 from test_tables import CELL, grid, row
 
 ROOT = Path(__file__).parent.parent

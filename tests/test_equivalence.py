@@ -6,10 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nola_vision import run
-from nola_vision.config import parse
-from nola_vision.config_files import load_configs, overlay
-from nola_vision.results import identity
+from nola_vision.runs import run_id, runner
+from nola_vision.runs.config_files import load_configs, overlay
+from nola_vision.runs.parsing import parse
 
 # the head hardly moves, so that the curve is the adapter's own
 ADAPTER = {"num_basis": 64, "lr": 0.02, "head_lr": 1e-6, "c": 8}
@@ -28,10 +27,10 @@ WAYS = {
 
 
 def losses(out: Path, changes: dict) -> list[float]:
-    config = overlay(identity.resolve(overlay(load_configs(["quickstart.yaml"]), {}), "nola"), copy.deepcopy(SHORT))
+    config = overlay(run_id.resolve(overlay(load_configs(["quickstart.yaml"]), {}), "nola"), copy.deepcopy(SHORT))
     run_config = parse(overlay(config, changes))
-    row = run.run(run_config, out)
-    log = pd.read_csv(identity.run_folder(out, run_config, "final") / "metrics.csv")["train_loss"].dropna()
+    row = runner.run(run_config, out)
+    log = pd.read_csv(run_id.run_folder(out, run_config, "final") / "metrics.csv")["train_loss"].dropna()
     assert row.status == "completed" and len(log) == 4
     return log.tolist()
 
@@ -61,7 +60,7 @@ def test_other_methods_run_to_a_row(method: str, tmp_path: Path) -> None:
         "hashed": {"class_path": "HashedNet", "init_args": {"max_parameters": 500, "bits": 4, "quantise_from": 0.5}},
     }[method]
     config = overlay(load_configs(["quickstart.yaml"]), {"methods": {method: settings}})
-    config = overlay(identity.resolve(config, method), {k: v for k, v in SHORT.items() if k != "model"})
-    row = run.run(parse(config), tmp_path)
+    config = overlay(run_id.resolve(config, method), {k: v for k, v in SHORT.items() if k != "model"})
+    row = runner.run(parse(config), tmp_path)
     assert row.status == "completed" and row.adapter_parameters == {"pranc": 50, "hashed": 492}[method]
     assert row.adapter_file_bytes is not None and row.test_accuracy is not None

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from nola_vision.errors import NolaVisionError
-from nola_vision.predictions import PREDICTIONS_FILE, Predictions, load_predictions
-from nola_vision.results.estimates import CrossValidated, Estimate, clopper_pearson, compare, wilson
-from nola_vision.results.row import Row
-from nola_vision.results.verdict import verdict
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.evaluation.estimates import CrossValidated, Estimate, clopper_pearson, compare, wilson
+from nola_vision.evaluation.predictions import PREDICTIONS_FILE, Predictions, load_predictions
+from nola_vision.reports.verdict import verdict
+from nola_vision.runs.record import Row
 
 CONFIG = {"model": {"backbone": {"tag": "b"}, "method": {"class_path": "NOLA"}}, "data": {"dataset": "folder"}}
 COLUMNS = {"index": np.int64, "label": np.int64, "predicted": np.int64, "probability": np.float32, "logits": np.float32}

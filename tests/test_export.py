@@ -9,11 +9,11 @@ import timm
 import torch
 
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.backbones import create_backbone, input_config, resolve
 from nola_vision.cli.main import main
-from nola_vision.errors import NolaVisionError
-from nola_vision.export import shorten, with_classifier, write_merged
-from nola_vision.model import AdaptedModel
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.adapted_model import AdaptedModel
+from nola_vision.models.backbones import create_backbone, input_config, resolve
+from nola_vision.models.export import shorten, with_classifier, write_merged
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -196,10 +196,10 @@ def test_a_merged_model_that_timm_would_compute_differently_is_not_left(
         monkeypatch.context() as patch,
         pytest.raises(NolaVisionError, match="computes other logits in timm") as caught,
     ):
-        patch.setattr("nola_vision.export._place_head", lambda *_: None)
+        patch.setattr("nola_vision.models.export._place_head", lambda *_: None)
         write_merged(model, tmp_path / "m")
     with monkeypatch.context() as patch, pytest.raises(NolaVisionError, match="timm cannot load the merged"):
-        patch.setattr("nola_vision.export._config", lambda *_: {"architecture": "resnet18"})
+        patch.setattr("nola_vision.models.export._config", lambda *_: {"architecture": "resnet18"})
         write_merged(model, tmp_path / "m")
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     assert torch.equal(model(IMAGES), before) and not model.stack.merged

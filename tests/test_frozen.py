@@ -17,19 +17,20 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from nola_vision import adapt, load_adapter, memo, run
-from nola_vision.config import build
-from nola_vision.config_files import compose, load_configs
+from nola_vision import adapt, load_adapter
+from nola_vision.adapters.methods.registry import METHODS, FrozenMethod, NearestNeighbor
+from nola_vision.common import process_cache
+from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.folds import folds
-from nola_vision.errors import NolaVisionError
-from nola_vision.features import drops_nothing
-from nola_vision.methods import METHODS, FrozenMethod, NearestNeighbor
-from nola_vision.model import AdaptedModel
-from nola_vision.predictions import load_predictions
-from nola_vision.results import identity
-from nola_vision.results.estimates import Estimate
-from nola_vision.tasks import frozen
+from nola_vision.evaluation.estimates import Estimate
+from nola_vision.evaluation.predictions import load_predictions
+from nola_vision.models.adapted_model import AdaptedModel
+from nola_vision.runs import run_id, runner
+from nola_vision.runs.config_files import compose, load_configs
+from nola_vision.runs.parsing import build
+from nola_vision.training import frozen
+from nola_vision.training.features import drops_nothing
 from tiny import tiny
 
 CLASSES = {"1nn": "NearestNeighbor", "nearest-mean": "NearestMean", "logistic": "LogisticRegression"}
@@ -38,7 +39,7 @@ ENTRIES = {name: {"class_path": kind} for name, kind in CLASSES.items()}
 
 @pytest.fixture
 def keeping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memo, "_kept", {})
+    monkeypatch.setattr(process_cache, "_kept", {})
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_rows_are_those_of_scikit_learn_on_the_same_features(
 ) -> None:
     rows, configs = {}, {name: tiny(name, methods=ENTRIES) for name in CLASSES}
     for name, config in configs.items():
-        rows[name] = run.run(config, tmp_path)
+        rows[name] = runner.run(config, tmp_path)
         assert rows[name].status == "completed" and rows[name].init is None and rows[name].adapter_parameters == 0
     assert sum(images_seen) == sum(rows["1nn"].data["counts"].values())  # once for the three
     x, y, _ = features_of(configs["logistic"], tmp_path / "train", False)
@@ -168,7 +169,7 @@ def test_rows_are_those_of_scikit_learn_on_the_same_features(
         "logistic": pipeline(c).fit(x.astype(np.float64), y).predict(new.astype(np.float64)),
     }
     for name, config in configs.items():
-        folder = identity.run_folder(tmp_path, config, "final")
+        folder = run_id.run_folder(tmp_path, config, "final")
         found = load_predictions(folder)
         assert found is not None and (found.index == np.sort(positions)).all()
         assert (found.predicted == expected[name][np.argsort(positions)]).all(), name
@@ -177,8 +178,8 @@ def test_rows_are_those_of_scikit_learn_on_the_same_features(
             assert rows[name].adapter_file_bytes is None and rows[name].head_parameters == 0
             continue
         assert rows[name].head_parameters == 10 * x.shape[1] + 10
-        assert rows[name].adapter_file_bytes == (folder / run.ADAPTER_FILE).stat().st_size
-        logits = load_adapter(folder / run.ADAPTER_FILE).classified(torch.from_numpy(new)).detach()
+        assert rows[name].adapter_file_bytes == (folder / runner.ADAPTER_FILE).stat().st_size
+        logits = load_adapter(folder / runner.ADAPTER_FILE).classified(torch.from_numpy(new)).detach()
         assert (logits.argmax(1).numpy()[np.argsort(positions)] == found.predicted).all()
 
 
@@ -204,7 +205,7 @@ def test_features_are_computed_again_for_other_images_weights_or_settings(
 ) -> None:
     def computed(**changes: dict) -> int:
         images_seen.clear()
-        run.run(tiny("1nn", **changes), tmp_path / str(changes))
+        runner.run(tiny("1nn", **changes), tmp_path / str(changes))
         return sum(images_seen)
 
     pool = computed() - 80
@@ -226,7 +227,7 @@ def test_only_so_many_bytes_of_features_are_kept(keeping: None) -> None:
             made.append(key)
             return bytes(4)
 
-        return memo.latest("things", key, make, len, 10)
+        return process_cache.latest("things", key, make, len, 10)
 
     for key in (0, 1, 0, 2, 0, 1):
         get(key)
@@ -321,10 +322,10 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
     monkeypatch.setattr(frozen, "MOST_LOGISTIC_REPEATS", 2)
     data = {"dataset": "folder", "root": make_photos(tmp_path / "photos", counts), "split_seed": 3}
     config = tiny("logistic", methods=ENTRIES, data={**data, "shots": shots, "test_limit": None})
-    row = run.run(config, tmp_path / "runs")
+    row = runner.run(config, tmp_path / "runs")
     assert row.status == "completed" and row.test_accuracy is None and row.calibrated_on == "folds"
     assert sum(images_seen) == sum(counts) + 1  # once
-    folder = identity.run_folder(tmp_path / "runs", config, "final")
+    folder = run_id.run_folder(tmp_path / "runs", config, "final")
     estimate, found = Estimate.from_dict(row.estimate or {}), load_predictions(folder)
     assert found is not None and len(estimate.folds) == 5 * 2 and estimate.std > 0
     assert estimate.untested_classes == untested and len(found.index) == estimate.images == 28
@@ -344,16 +345,16 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
 
     final = KShotDataModule(backbone, **config["data"]).train_indices
     weight, _, _ = frozen.logistic_regression(x[final].astype(np.float64), y[final], part.groups[final])
-    saved = load_adapter(folder / run.ADAPTER_FILE)
+    saved = load_adapter(folder / runner.ADAPTER_FILE)
     assert saved.stack.head_weight[0].detach().numpy() == pytest.approx(weight, abs=1e-4 * np.abs(weight).max())
 
 
 def test_every_shipped_cell_has_the_methods() -> None:
     for config in (load_configs(["quickstart.yaml"]), compose("vitb", "cifar10", 5), compose("vitl_mae", "pets", 10)):
         classes = {name: entry["class_path"] for name, entry in config["methods"].items()}
-        assert classes.items() >= identity.FROZEN_METHODS.items() == CLASSES.items()
+        assert classes.items() >= run_id.FROZEN_METHODS.items() == CLASSES.items()
 
 
 def test_every_frozen_method_has_a_name() -> None:
     frozen_methods = [name for name, method in METHODS.items() if issubclass(method, FrozenMethod)]
-    assert frozen_methods == list(identity.FROZEN_METHODS.values())
+    assert frozen_methods == list(run_id.FROZEN_METHODS.values())

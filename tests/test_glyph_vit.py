@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from nola_vision.glyph_vit import WEIGHTS
+from nola_vision.models.zoo.glyph_vit import WEIGHTS
 
 NAME = "vit_glyph_patch4_32.glyphs"
 CLASSES = Path(__file__).parents[1] / "scripts" / "pretrain_glyphs_classes.txt"

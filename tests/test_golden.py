@@ -11,8 +11,8 @@ import torch
 
 import reference
 from nola_vision import load_adapter
-from nola_vision.adapters.file import read_adapter
-from nola_vision.errors import NolaVisionError
+from nola_vision.adapters.serialization import read_adapter
+from nola_vision.common.errors import NolaVisionError
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nola_vision import NOLA, adapt
-from nola_vision.adapters.basis import basis_bytes, basis_key
+from nola_vision.adapters.random_basis import basis_bytes, basis_key
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

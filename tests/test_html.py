@@ -24,12 +24,13 @@ from sklearn.metrics import confusion_matrix, recall_score
 from fake_runs import METHODS, write_runs
 from nola_vision.cli import report
 from nola_vision.cli.main import main
-from nola_vision.predictions import PREDICTIONS_FILE, Predictions, load_predictions
-from nola_vision.results import html, store
-from nola_vision.results.html import html_page
-from nola_vision.results.row import Row
-from nola_vision.results.tested import read_tested
-from nola_vision.thumbnails import THUMBNAILS_FILE, load_thumbnails
+from nola_vision.evaluation.predictions import PREDICTIONS_FILE, Predictions, load_predictions
+from nola_vision.reports import html
+from nola_vision.reports.html import html_page
+from nola_vision.reports.tested import read_tested
+from nola_vision.runs import store
+from nola_vision.runs.record import Row
+from nola_vision.runs.thumbnails import THUMBNAILS_FILE, load_thumbnails
 
 NAMES = ["birds", "</script><script>alert(1)</script>", "$x_1$ & co", "a\x1b[31m\u202e", "{{ 7 * 7 }}", "x" * 300]
 FEW = tuple(method for method in METHODS if method.name in ("logistic", "lora-r4", "nola"))

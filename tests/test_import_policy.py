@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, given, settings
 
 import fuzz_configs
 from fuzzing import cheap
-from nola_vision import import_policy, methods
+from nola_vision.adapters.methods import registry
 from nola_vision.cli.main import main
-from nola_vision.config import build, parse
-from nola_vision.config_files import load_configs, overlay
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity, store
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs import import_policy, run_id, store
+from nola_vision.runs.config_files import load_configs, overlay
+from nola_vision.runs.parsing import build, parse
 
-QUICK = identity.resolve(load_configs(["quickstart.yaml"]), "linear")
+QUICK = run_id.resolve(load_configs(["quickstart.yaml"]), "linear")
 FAST = ["--threads=1", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--data.test_limit=20"]
 MINE = """
 import lightning as L, nola_vision
@@ -41,7 +41,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "mine_to_import.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
     yield "mine_to_import"
     sys.modules.pop("mine_to_import", None)
     gc.collect()  # jsonargparse finds classes by their short names among all subclasses that are alive
@@ -65,7 +65,7 @@ HOSTILE = {
     ),
     "a wrapper": ({"model": {"optimizer": spec("torch.optim.optimizer.functools.partial")}}, "functools.partial"),
     "a function": ({"model": {"optimizer": "torch.optim.adam.adam"}}, "torch.optim.adam.adam"),
-    "a class of another kind": ({"model": {"optimizer": spec("nola_vision.config.RunCLI")}}, "RunCLI"),
+    "a class of another kind": ({"model": {"optimizer": spec("nola_vision.runs.parsing.RunCLI")}}, "RunCLI"),
     "nested": (
         {"trainer": {"callbacks": [spec("LambdaCallback", on_fit_start="os.system")]}},
         "'os.system' may not be imported",
@@ -135,7 +135,7 @@ def test_allow_import_covers_a_run_from_config_to_row(mine: str, capsys: pytest.
         with pytest.raises(NolaVisionError, match="may not be imported"):
             parse(QUICK, [option])
     assert mine not in sys.modules
-    assert identity.run_hash(parse(QUICK, [], [mine]), "final") == identity.run_hash(parse(QUICK), "final")
+    assert run_id.run_hash(parse(QUICK, [], [mine]), "final") == run_id.run_hash(parse(QUICK), "final")
     # what is allowed must still be of a kind that a run has a use for
     with pytest.raises(NolaVisionError, match="not a subclass of .*Method"):
         parse(QUICK, [f"--model.method={mine}.Other"], [mine])

@@ -9,11 +9,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from nola_vision import BackboneSpec, LinearProbe, adapt, known_weights, load_adapter, local_files
-from nola_vision.adapters.file import read_adapter
-from nola_vision.backbones import create_backbone
-from nola_vision.errors import NolaVisionError
-from nola_vision.export import write_merged
+from nola_vision import BackboneSpec, LinearProbe, adapt, load_adapter
+from nola_vision.adapters.serialization import read_adapter
+from nola_vision.common import local_files
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models import known_weights
+from nola_vision.models.backbones import create_backbone
+from nola_vision.models.export import write_merged
 
 TAG = "vit_glyph_patch4_32.glyphs"
 

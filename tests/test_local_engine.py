@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 import light_worker
-from nola_vision.config import parse
-from nola_vision.config_files import load_configs
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity, store
-from nola_vision.results.row import DETERMINISTIC, Row
-from nola_vision.sweep import local, plan
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs import run_id, store
+from nola_vision.runs.config_files import load_configs
+from nola_vision.runs.parsing import parse
+from nola_vision.runs.record import DETERMINISTIC, Row
+from nola_vision.sweep import plan
+from nola_vision.sweep.engines import local
 from nola_vision.sweep.plan import RunSpec
 
 pytestmark = pytest.mark.slow  # processes of their own, each of which imports torch
@@ -55,7 +56,7 @@ def test_slots_change_nothing(undisturbed: dict[object, object], tmp_path: Path)
     noted: list[Row] = []
     wanted = specs()
     wanted[-1].config["data"]["num_workers"] = 1  # no setting of the result; its process starts one of its own
-    elsewhere = store.claim(identity.run_folder(tmp_path, wanted[0].config, "final"))
+    elsewhere = store.claim(run_id.run_folder(tmp_path, wanted[0].config, "final"))
     elsewhere.__enter__()
 
     def note(spec: RunSpec, row: Row | None) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nola_vision import local_files
-from nola_vision.data.datasets import get_dataset
-from nola_vision.files import write_file, write_whole
-from nola_vision.local_files import file_digest, open_regular, read_file, remembered
+from nola_vision.common import local_files
+from nola_vision.common.files import write_file, write_whole
+from nola_vision.common.local_files import file_digest, open_regular, read_file, remembered
+from nola_vision.data.datasets.registry import get_dataset
 
 
 @pytest.fixture
@@ -246,7 +246,9 @@ def test_what_is_written_goes_through_links_and_into_pipes(tmp_path: Path) -> No
     os.close(reader)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
 
-    code = "import sys; from nola_vision.files import write_file; write_file(sys.argv[1], b'page'); print('table')"
+    code = (
+        "import sys; from nola_vision.common.files import write_file; write_file(sys.argv[1], b'page'); print('table')"
+    )
     for stream in ("/dev/stdout", "/dev/fd/1"):  # a file that stdout was redirected to keeps what it had
         with open(tmp_path / "file", "ab") as redirected:
             subprocess.run([sys.executable, "-c", code, stream], stdout=redirected, check=True)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nola_vision import run
 from nola_vision.cli.main import main
-from nola_vision.config import parse
-from nola_vision.results import identity, store
-from nola_vision.results.row import Row
+from nola_vision.runs import run_id, runner, store
+from nola_vision.runs.parsing import parse
+from nola_vision.runs.record import Row
 from tiny import TINY, tiny
 
 pytestmark = pytest.mark.slow  # each of the packages takes seconds to import and to start
@@ -55,12 +54,12 @@ def test_tensorboard() -> None:
 def test_wandb_offline_has_one_run_for_each() -> None:
     fit("wandb")
     options = ["--trainer.logger+=WandbLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.offline=true"]
-    run.run(parse(identity.resolve(TINY, "linear"), options, ["wandb"]), "again")  # as a sweep's process does
+    runner.run(parse(run_id.resolve(TINY, "linear"), options, ["wandb"]), "again")  # as a sweep's process does
     logged = sorted(Path("logs/wandb").glob("offline-run-*/run-*.wandb"))
     assert len(logged) == 2
     for path in logged:
         assert all(name in path.read_bytes() for name in (b"train_loss", b"val_accuracy", b"test_balanced_accuracy"))
-    assert identity.run_hash(tiny("linear"), "final") == next(iter(store.read_rows("again")[0])).run_hash
+    assert run_id.run_hash(tiny("linear"), "final") == next(iter(store.read_rows("again")[0])).run_hash
 
 
 def test_mlflow_in_a_local_file() -> None:

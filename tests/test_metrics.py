@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
-from nola_vision.config import build
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity
-from nola_vision.tasks.accuracy import accuracies, collect_predictions, log_accuracy
-from nola_vision.tasks.classifier import balanced_weights
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs import run_id
+from nola_vision.runs.parsing import build
+from nola_vision.training.classifier import balanced_weights
+from nola_vision.training.metrics import accuracies, collect_predictions, log_accuracy
 from tiny import tiny
 
 
@@ -99,7 +99,7 @@ def test_class_weights_equal_scikit_learn(tmp_path: Path) -> None:
     with pytest.raises(NolaVisionError, match="class_weights is balanced, but data.shots is 3"):
         tiny(model={"class_weights": "balanced"})
     config = tiny(model={"class_weights": "balanced"}, data={"shots": "all"}, trainer={"max_epochs": 1})
-    assert identity.run_hash(config, "final") != identity.run_hash(
+    assert run_id.run_hash(config, "final") != run_id.run_hash(
         tiny(data={"shots": "all"}, trainer={"max_epochs": 1}), "final"
     )
     built = build(config, tmp_path)

@@ -16,10 +16,10 @@ from torch import nn
 
 import reference
 from nola_vision import NOLA, BackboneSpec, FullFinetune, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.file import METADATA_KEY, digest, read_adapter, write_adapter
-from nola_vision.backbones import create_backbone, input_config
-from nola_vision.errors import NolaVisionError
-from nola_vision.methods import Method
+from nola_vision.adapters.methods.registry import Method
+from nola_vision.adapters.serialization import METADATA_KEY, digest, read_adapter, write_adapter
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.backbones import create_backbone, input_config
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
 NAMES = ["ja", "nein", "vielleicht"]

@@ -8,11 +8,11 @@ import torch
 import yaml
 
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, LoRA, adapt, load_adapter
-from nola_vision.backbones import create_backbone
 from nola_vision.cli.main import main
-from nola_vision.errors import NolaVisionError
-from nola_vision.export import write_merged
-from nola_vision.results import store
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.backbones import create_backbone
+from nola_vision.models.export import write_merged
+from nola_vision.runs import store
 from tiny import trained_rows
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from nola_vision import config_files, photos
 from nola_vision.cli.main import main
 from nola_vision.cli.options import take_photos
-from nola_vision.config import parse
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs import config_files, photos, run_id
+from nola_vision.runs.parsing import parse
 
 
 def place(folder: Path, images: int = 3, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -33,7 +32,7 @@ def written(made: config_files.Config, path: Path) -> config_files.Config:
 
 
 def run_hash(config: config_files.Config, *options: str) -> str:
-    return identity.run_hash(parse(identity.resolve(config), options), "final")
+    return run_id.run_hash(parse(run_id.resolve(config), options), "final")
 
 
 def test_the_defaults(tmp_path: Path) -> None:
@@ -50,9 +49,9 @@ def test_the_defaults(tmp_path: Path) -> None:
     default = config_files.read_part("protocols", "default")
     for key in ("label_smoothing", "min_lr"):
         assert made["model"][key] == default["model"][key]
-    full = parse(identity.resolve(made), ["--data.batch_size", "8", "--model.method.rank=8"])
+    full = parse(run_id.resolve(made), ["--data.batch_size", "8", "--model.method.rank=8"])
     assert (full["data"]["batch_size"], full["model"]["method"]["init_args"]["rank"]) == (8, 8)
-    assert identity.cell_name(full) == "vit_small_patch14_dinov2.lvd142m-folder.my_photos-allshot-photos"
+    assert run_id.cell_name(full) == "vit_small_patch14_dinov2.lvd142m-folder.my_photos-allshot-photos"
 
 
 def test_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +84,7 @@ def test_another_backbone(tag: str, side: int | None, targets: list[str], tmp_pa
 
 
 def test_a_side_that_a_model_does_not_take_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nola_vision.backbones._takes", lambda source, side: side == 384)
+    monkeypatch.setattr("nola_vision.models.backbones._takes", lambda source, side: side == 384)
     made = photos.config(str(place(tmp_path / "photos")), backbone="swin_base_patch4_window12_384.ms_in22k_ft_in1k")
     assert "img_size" not in made["model"]["backbone"]
 

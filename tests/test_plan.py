@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nola_vision.errors import NolaVisionError
-from nola_vision.results.row import Row
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs.record import Row
 from nola_vision.sweep.plan import (
     choose_learning_rates,
     complete,
@@ -238,17 +238,17 @@ def test_the_outlook_counts_what_is_done() -> None:
 
 def test_fit_and_sweep_with_the_same_settings_are_one_run() -> None:
     from nola_vision.cli.sweep import OWN_SETTINGS
-    from nola_vision.config import parse
-    from nola_vision.config_files import load_configs
-    from nola_vision.results import identity
+    from nola_vision.runs import run_id
+    from nola_vision.runs.config_files import load_configs
+    from nola_vision.runs.parsing import parse
 
     raw, options = load_configs(["quickstart.yaml"]), ["--data.shots=3", "--trainer.max_epochs=2"]
     methods = ["1nn", "linear", "nola"]
     of_sweep = complete(raw, methods, lambda entry: parse(entry, [*OWN_SETTINGS, *options]))
     for method in methods:
-        fitted = parse(identity.resolve(raw, method), options)
+        fitted = parse(run_id.resolve(raw, method), options)
         rate = fitted["model"]["method"]["init_args"].get("lr")
         chosen = {} if rate is None else {method: rate}
         (spec,) = final_specs(of_sweep, [0], [0], [method], chosen)
-        assert spec.run_hash == identity.run_hash(fitted, "final"), method
-        assert identity.run_folder("runs", spec.config, "final") == identity.run_folder("runs", fitted, "final")
+        assert spec.run_hash == run_id.run_hash(fitted, "final"), method
+        assert run_id.run_folder("runs", spec.config, "final") == run_id.run_folder("runs", fitted, "final")

@@ -21,12 +21,10 @@ from scipy.optimize import minimize
 from scipy.stats import binomtest
 
 from nola_vision.cli.main import main
-from nola_vision.config_files import load_config
-from nola_vision.results import identity, store
-from nola_vision.results.confusion import confusion_csv, entry_confusions
-from nola_vision.results.description import bytes_text
-from nola_vision.results.labels import short_names, spread
-from nola_vision.results.plots import (
+from nola_vision.reports.confusion import confusion_csv, entry_confusions
+from nola_vision.reports.description import bytes_text
+from nola_vision.reports.labels import short_names, spread
+from nola_vision.reports.plots import (
     CSS_COLOURS,
     DARK_COLOURS,
     INK,
@@ -47,9 +45,11 @@ from nola_vision.results.plots import (
     split_chart,
     write_plots,
 )
-from nola_vision.results.published import published_figures
-from nola_vision.results.row import Row
-from nola_vision.results.statistics import entries, summarise
+from nola_vision.reports.statistics import entries, summarise
+from nola_vision.runs import run_id, store
+from nola_vision.runs.config_files import load_config
+from nola_vision.runs.published import published_figures
+from nola_vision.runs.record import Row
 from test_tables import CELL, grid, row
 
 ROWS = [
@@ -143,7 +143,7 @@ def test_the_front_by_hand() -> None:
 
 
 def test_the_papers_figures_are_hollow_markers() -> None:
-    config = identity.resolve(load_config("vitb_cifar10_5shot"), "nola-mlp")
+    config = run_id.resolve(load_config("vitb_cifar10_5shot"), "nola-mlp")
     config["model"]["backbone"]["base"] = "pretrained"  # as a run has it
     one = row("nola-mlp", 0.8, config=config, adapter_file_bytes=90_000)
     chart = charts_of([one])["pareto"]

@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader, TensorDataset
 
-from nola_vision import features, local_files, progress
-from nola_vision.early_checks import check_run
-from nola_vision.errors import NolaVisionError
-from nola_vision.plain_progress import LiveProgress, PlainProgress
-from nola_vision.progress import PlainCount, duration, seconds_left
+from nola_vision.common import local_files, progress
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.progress import PlainCount, duration, seconds_left
+from nola_vision.runs.early_checks import check_run
+from nola_vision.training import features
+from nola_vision.training.progress import LiveProgress, PlainProgress
 
 CONFIG = ["--config=quickstart.yaml"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from nola_vision.cli.main import main
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity, store
-from nola_vision.results.row import Row
-from nola_vision.sweep import local, ray_cluster
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs import run_id, store
+from nola_vision.runs.record import Row
+from nola_vision.sweep.engines import local, ray_cluster
 from nola_vision.sweep.plan import RunSpec
 from test_local_engine import light, results, specs
 
@@ -76,7 +76,7 @@ def test_trouble_costs_its_own_run_only(cluster, tmp_path: Path, monkeypatch: py
     for split, events in {0: "die ", 1: "die die "}.items():
         Path(f"split{split}.txt").write_text(events)
     wanted = light(5)
-    elsewhere = store.claim(identity.run_folder("runs", wanted[3].config, "final"))
+    elsewhere = store.claim(run_id.run_folder("runs", wanted[3].config, "final"))
     elsewhere.__enter__()
 
     def note(spec: RunSpec, row: Row | None) -> None:
@@ -121,7 +121,7 @@ def test_an_end_of_the_driver_leaves_rows_of_what_was_going_on(
     with pytest.raises(KeyboardInterrupt):
         ray_cluster.execute(light(2), Path("runs"), stop, cluster.address, work=scripted)
     assert {row.split: row.status for row in store.read_rows("runs")[0]} == {0: "completed", 1: "interrupted"}
-    with store.claim(identity.run_folder("runs", light(2)[1].config, "final")):
+    with store.claim(run_id.run_folder("runs", light(2)[1].config, "final")):
         pass  # nobody holds it
 
 

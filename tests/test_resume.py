@@ -11,14 +11,13 @@ import pytest
 import timm
 import torch
 
-from nola_vision import run
+from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.errors import NolaVisionError
-from nola_vision.model import AdaptedModel
-from nola_vision.results import identity, store
-from nola_vision.results.row import DETERMINISTIC, Row
-from nola_vision.tasks.classifier import Classifier
-from nola_vision.trainer_settings import LAST_CHECKPOINT
+from nola_vision.models.adapted_model import AdaptedModel
+from nola_vision.runs import run_id, runner, store
+from nola_vision.runs.record import DETERMINISTIC, Row
+from nola_vision.training.classifier import Classifier
+from nola_vision.training.trainer_settings import LAST_CHECKPOINT
 from tiny import tiny
 
 EARLY = {"class_path": "EarlyStopping", "init_args": {"monitor": "val_accuracy", "mode": "min", "patience": 1}}
@@ -41,11 +40,11 @@ def ctrl_c_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def result(config: identity.Config, out: Path) -> tuple[dict[str, Any], bytes]:
-    folder = identity.run_folder(out, config, "final")
+def result(config: run_id.Config, out: Path) -> tuple[dict[str, Any], bytes]:
+    folder = run_id.run_folder(out, config, "final")
     row = store.read_row(folder / "row.json")
     assert row.status == "completed" and row.error is None
-    return {name: getattr(row, name) for name in DETERMINISTIC}, (folder / run.ADAPTER_FILE).read_bytes()
+    return {name: getattr(row, name) for name in DETERMINISTIC}, (folder / runner.ADAPTER_FILE).read_bytes()
 
 
 def once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[], object], call: int = 1) -> None:
@@ -69,12 +68,12 @@ def corrupt() -> None:
     raise NolaVisionError("the image 3.png cannot be decoded")
 
 
-def interrupted(config: identity.Config, out: Path) -> Row | None:
+def interrupted(config: run_id.Config, out: Path) -> Row | None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        run.run(config, out)
+        runner.run(config, out)
     assert signal.getsignal(signal.SIGINT) == before  # a second Ctrl-C works
-    return store.find_row(identity.run_folder(out, config, "final"))
+    return store.find_row(run_id.run_folder(out, config, "final"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,7 +81,7 @@ def test_a_run_stopped_in_the_test_phase_is_finished(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(CASES[case][0], **CASES[case][1])
-    whole = run.run(config, tmp_path / "whole")
+    whole = runner.run(config, tmp_path / "whole")
     if case == "stopped early":
         assert whole.epoch is not None and whole.epoch < 8
     with monkeypatch.context() as patch:
@@ -92,21 +91,21 @@ def test_a_run_stopped_in_the_test_phase_is_finished(
     with monkeypatch.context() as patch:  # found while the run is finished
         once(patch, KShotDataModule, "test_dataloader", corrupt)
         with pytest.raises(NolaVisionError, match="3.png"):
-            run.run(config, tmp_path / "stopped", ckpt_path="last")
-    (identity.run_folder(tmp_path / "stopped", config, "final") / run.ADAPTER_FILE).unlink()
-    run.run(config, tmp_path / "stopped", ckpt_path="last")
+            runner.run(config, tmp_path / "stopped", ckpt_path="last")
+    (run_id.run_folder(tmp_path / "stopped", config, "final") / runner.ADAPTER_FILE).unlink()
+    runner.run(config, tmp_path / "stopped", ckpt_path="last")
     assert result(config, tmp_path / "stopped") == result(config, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("call", [1, 3, 6])  # two steps per epoch: before there is a checkpoint, and after
 def test_a_run_stopped_in_training_is_finished(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny("nola4", **AWARE)
-    run.run(config, tmp_path / "whole")
+    runner.run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         once(patch, Classifier, "training_step", ctrl_c, call)
         row = interrupted(config, tmp_path / "stopped")
     assert row is not None and row.status == "interrupted"
-    run.run(config, tmp_path / "stopped", ckpt_path="last")
+    runner.run(config, tmp_path / "stopped", ckpt_path="last")
     assert result(config, tmp_path / "stopped") == result(config, tmp_path / "whole")
 
 
@@ -116,7 +115,7 @@ def test_the_best_epoch_is_found_under_another_path(
 ) -> None:
     config = tiny("nola4", trainer={"callbacks": [BEST]})
     monkeypatch.chdir(tmp_path)
-    whole = run.run(config, Path("whole"))
+    whole = runner.run(config, Path("whole"))
     assert whole.epoch == 0
     with monkeypatch.context() as patch:
         once(patch, Classifier, "training_step", ctrl_c, 5)  # in the last epoch
@@ -124,23 +123,23 @@ def test_the_best_epoch_is_found_under_another_path(
     out = tmp_path / "stopped"
     if moved:
         out = out.rename(tmp_path / "moved")
-    run.run(config, out, ckpt_path="last")
+    runner.run(config, out, ckpt_path="last")
     assert result(config, out) == result(config, tmp_path / "whole")
     (best,) = out.rglob("val_loss/*.ckpt")  # the other epochs' files are gone
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for place in (out, tmp_path / "whole"):
-        run.evaluate(config, place, "test", None)
+        runner.evaluate(config, place, "test", None)
         printed = re.search(r"test_accuracy\W+([\d.]+)", capsys.readouterr().out)
         assert printed and float(printed[1]) == pytest.approx(whole.test_accuracy, abs=1e-6)
 
 
 def test_ctrl_c_while_the_row_is_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny("1nn")
-    once(monkeypatch, run, "write_row", ctrl_c)
+    once(monkeypatch, runner, "write_row", ctrl_c)
     row = interrupted(config, tmp_path)
     assert row is not None and row.status == "completed"
-    assert run.run(config, tmp_path, ckpt_path="last") == row  # and the hint on the screen is right
+    assert runner.run(config, tmp_path, ckpt_path="last") == row  # and the hint on the screen is right
 
 
 def test_a_ctrl_c_that_arrives_twice_is_handled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,18 +162,18 @@ def test_ctrl_c_before_training_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny("linear")
-    once(monkeypatch, run, "build", ctrl_c)
+    once(monkeypatch, runner, "build", ctrl_c)
     assert interrupted(config, tmp_path / "out") is None
     assert not (tmp_path / "out").exists()
-    row = run.run(config, tmp_path / "out", ckpt_path="last")
+    row = runner.run(config, tmp_path / "out", ckpt_path="last")
     assert row.status == "completed" and "it starts from scratch" in caplog.text
-    (identity.run_folder(tmp_path / "out", config, "final") / LAST_CHECKPOINT).unlink()
+    (run_id.run_folder(tmp_path / "out", config, "final") / LAST_CHECKPOINT).unlink()
     caplog.clear()
-    assert run.run(config, tmp_path / "out", ckpt_path="last") == row
+    assert runner.run(config, tmp_path / "out", ckpt_path="last") == row
     with monkeypatch.context() as patch:  # another process of a distributed run
-        patch.setattr(run, "is_main_process", lambda *_: False)
-        patch.setattr(run, "_run", lambda *_: None)
-        run.run(config, tmp_path / "other", ckpt_path="last")
+        patch.setattr(runner, "is_main_process", lambda *_: False)
+        patch.setattr(runner, "_run", lambda *_: None)
+        runner.run(config, tmp_path / "other", ckpt_path="last")
     assert "from scratch" not in caplog.text
 
 
@@ -186,11 +185,11 @@ def test_dropout_is_the_same_after_resuming(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Classifier, "forward", with_dropout)
     config = tiny("linear")
-    run.run(config, tmp_path / "whole")
+    runner.run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         once(patch, Classifier, "training_step", ctrl_c, 4)
         interrupted(config, tmp_path / "stopped")
-    run.run(config, tmp_path / "stopped", ckpt_path="last")
+    runner.run(config, tmp_path / "stopped", ckpt_path="last")
     assert result(config, tmp_path / "stopped") == result(config, tmp_path / "whole")
 
 
@@ -248,7 +247,7 @@ def test_a_damaged_checkpoint_is_one_line_and_costs_nothing(
     with monkeypatch.context() as patch:
         once(patch, Classifier, "training_step", ctrl_c, 5)
         row = interrupted(config, tmp_path)
-    folder = identity.run_folder(tmp_path, config, "final")
+    folder = run_id.run_folder(tmp_path, config, "final")
     whole = (folder / LAST_CHECKPOINT).read_bytes()
     wrong = {}
     for number, damage in enumerate(DAMAGE):
@@ -257,7 +256,7 @@ def test_a_damaged_checkpoint_is_one_line_and_costs_nothing(
         damage(checkpoint)
         torch.save(checkpoint, folder / LAST_CHECKPOINT)
         try:
-            run.run(config, tmp_path, ckpt_path="last")
+            runner.run(config, tmp_path, ckpt_path="last")
             wrong[number] = "accepted"
         except NolaVisionError as error:
             if "\n" in str(error) or str(LAST_CHECKPOINT) not in str(error) and "checkpoint" not in str(error):
@@ -270,7 +269,7 @@ def test_a_damaged_checkpoint_is_one_line_and_costs_nothing(
 
     assert wrong == {}
     (folder / LAST_CHECKPOINT).write_bytes(whole)
-    assert run.run(config, tmp_path, ckpt_path="last").status == "completed"
+    assert runner.run(config, tmp_path, ckpt_path="last").status == "completed"
 
 
 def test_a_run_whose_file_is_not_its_model_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +282,8 @@ def test_a_run_whose_file_is_not_its_model_fails(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Classifier, "training_step", moving)
     with pytest.raises(NolaVisionError, match="does not give the trained model back"):
-        run.run(tiny(), tmp_path)
-    row = store.find_row(identity.run_folder(tmp_path, tiny(), "final"))
+        runner.run(tiny(), tmp_path)
+    row = store.find_row(run_id.run_folder(tmp_path, tiny(), "final"))
     assert row is not None and row.status == "failed"
 
 
@@ -293,7 +292,7 @@ def test_trained_tensors_are_searched_only_after_a_loss_that_is_not_finite(
 ) -> None:
     searches: list[int] = []
     once(monkeypatch, AdaptedModel, "not_finite", lambda: searches.append(1))
-    run.run(tiny("full-ft"), tmp_path)
+    runner.run(tiny("full-ft"), tmp_path)
     assert len(searches) == 1 == sum(searches)  # at the end, by `save`
     step = Classifier.training_step
 
@@ -303,7 +302,7 @@ def test_trained_tensors_are_searched_only_after_a_loss_that_is_not_finite(
     monkeypatch.setattr(Classifier, "training_step", broken)
     blown = tiny("linear", trainer={"gradient_clip_val": None})
     with pytest.raises(NolaVisionError, match="after step 3 head.weight is not finite"):
-        run.run(blown, tmp_path)
+        runner.run(blown, tmp_path)
 
 
 def test_weights_that_are_not_finite_are_named_before_training(tmp_path: Path) -> None:
@@ -313,18 +312,18 @@ def test_weights_that_are_not_finite_are_named_before_training(tmp_path: Path) -
     backbone = {"base": "pretrained", "file": str(tmp_path / "w.pth"), "img_size": 160}
     for method in ("linear", "1nn"):
         with pytest.raises(NolaVisionError, match=r"w\.pth: blocks.2.mlp.fc1.bias holds a number that is not finite"):
-            run.run(tiny(method, model={"backbone": backbone}), tmp_path / "out")
+            runner.run(tiny(method, model={"backbone": backbone}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_validate_and_test_evaluate_what_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    original = run.build
-    monkeypatch.setattr(run, "build", lambda *given: built.append(original(*given)) or built[-1])
+    original = runner.build
+    monkeypatch.setattr(runner, "build", lambda *given: built.append(original(*given)) or built[-1])
     config = tiny("nola4", model={"method": {"init_args": {"bits": 2, "head_bits": 2}}})
-    row = run.run(config, tmp_path)
+    row = runner.run(config, tmp_path)
     for verb, loss in (("validate", "val_loss"), ("test", "test_loss")):
-        run.evaluate(config, tmp_path, verb, None)
+        runner.evaluate(config, tmp_path, verb, None)
         metrics = built[-1].trainer.callback_metrics
         assert float(metrics[loss]) == float(built[0].trainer.callback_metrics.get(loss, row.val_loss))
     assert float(metrics["test_accuracy"]) == row.test_accuracy

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import store
-from nola_vision.results.row import DETERMINISTIC, SCHEMA_VERSION, Row, environment, git_state
-from nola_vision.results.statistics import count_once
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.reports.statistics import count_once
+from nola_vision.runs import store
+from nola_vision.runs.record import DETERMINISTIC, SCHEMA_VERSION, Row, environment, git_state
 
 RUN_CONFIG: dict[str, Any] = {
     "protocol": "quickstart",
     "method": "nola",
     "model": {
         "backbone": {"tag": "tag"},
-        "method": {"class_path": "nola_vision.methods.NOLA", "init_args": {"lr": 0.005}},
+        "method": {"class_path": "nola_vision.adapters.methods.registry.NOLA", "init_args": {"lr": 0.005}},
         "run_seed": 2,
         "basis_seed": None,
     },
@@ -219,7 +219,7 @@ def test_a_killed_process_leaves_the_old_row(tmp_path: Path) -> None:
     """A kill runs no clean-up: what it leaves beside the row is not taken for one."""
     store.write_row(tmp_path, row(test_accuracy=0.25))
     code = (
-        "import dataclasses, os, sys; from nola_vision.results import store;"
+        "import dataclasses, os, sys; from nola_vision.runs import store;"
         "os.replace = lambda *paths: os._exit(9); row = store.read_row(sys.argv[1] + '/row.json');"
         "store.write_row(sys.argv[1], dataclasses.replace(row, test_accuracy=0.75))"
     )
@@ -322,7 +322,7 @@ def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_results_and_plans_are_read_without_torch() -> None:
     code = (
-        "import sys, nola_vision.results.tables, nola_vision.results.published, nola_vision.results.store;"
+        "import sys, nola_vision.reports.tables, nola_vision.runs.published, nola_vision.runs.store;"
         "assert not any(name.startswith('nola_vision.sweep') for name in sys.modules);"
         "import nola_vision.sweep.plan;"
         "print([name for name in ('torch', 'lightning', 'timm') if name in sys.modules])"

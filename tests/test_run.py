@@ -20,16 +20,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from nola_vision import load_adapter, run
-from nola_vision.calibration import fit_temperature
-from nola_vision.config import build, parse
-from nola_vision.config_files import load_configs, overlay
-from nola_vision.errors import NolaVisionError
-from nola_vision.predictions import load_predictions
-from nola_vision.results import identity, store
-from nola_vision.results.confusion import read_confusion
-from nola_vision.results.row import DETERMINISTIC
-from nola_vision.thumbnails import load_thumbnails
+from nola_vision import load_adapter
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.evaluation.calibration import fit_temperature
+from nola_vision.evaluation.predictions import load_predictions
+from nola_vision.reports.confusion import read_confusion
+from nola_vision.runs import run_id, runner, store
+from nola_vision.runs.config_files import load_configs, overlay
+from nola_vision.runs.parsing import build, parse
+from nola_vision.runs.record import DETERMINISTIC
+from nola_vision.runs.thumbnails import load_thumbnails
 
 SHORT = {
     "threads": 1,
@@ -38,16 +38,16 @@ SHORT = {
 }
 
 
-def config(method: str = "nola", **changes: object) -> identity.Config:
+def config(method: str = "nola", **changes: object) -> run_id.Config:
     """The quick start's run config of one entry, made short."""
-    return parse(overlay(identity.resolve(overlay(load_configs(["quickstart.yaml"]), SHORT), method), changes))
+    return parse(overlay(run_id.resolve(overlay(load_configs(["quickstart.yaml"]), SHORT), method), changes))
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("runs")
     names = load_configs(["quickstart.yaml"])["methods"]
-    return {"out": out, **{name: run.run(config(name), out) for name in names}}
+    return {"out": out, **{name: runner.run(config(name), out) for name in names}}
 
 
 def test_every_method_runs_to_a_row(rows: dict) -> None:
@@ -55,7 +55,7 @@ def test_every_method_runs_to_a_row(rows: dict) -> None:
         if name == "out":
             continue
         assert row.status == "completed" and row.error is None
-        assert store.read_row(identity.run_folder(rows["out"], config(name), "final") / "row.json") == row
+        assert store.read_row(run_id.run_folder(rows["out"], config(name), "final") / "row.json") == row
         assert 0 <= row.test_accuracy <= 1 and abs(row.test_accuracy * 60 - round(row.test_accuracy * 60)) < 1e-4
         assert row.threads == 1 and row.device == "cpu" and row.other_parameters == 0
         assert row.data["counts"]["train"] == 20 and len(row.data["draw"]) == 20
@@ -70,7 +70,7 @@ def test_every_method_runs_to_a_row(rows: dict) -> None:
 def test_every_tested_run_leaves_its_confusions(rows: dict) -> None:
     for name in ("1nn", "nola"):
         row = rows[name]
-        counts = read_confusion(identity.run_folder(rows["out"], config(name), "final") / "confusion.csv")
+        counts = read_confusion(run_id.run_folder(rows["out"], config(name), "final") / "confusion.csv")
         assert list(counts.index) == list(counts.columns) == [str(digit) for digit in range(10)], name
         assert np.trace(counts) / counts.to_numpy().sum() == pytest.approx(row.test_accuracy, abs=1e-6)
 
@@ -92,7 +92,7 @@ def test_every_tested_run_leaves_thumbnails_of_its_mistakes(rows: dict) -> None:
 def test_a_row_has_the_metrics_of_its_confusions(rows: dict) -> None:
     for name in ("1nn", "nearest-mean", "logistic", "linear", "nola"):
         row = rows[name]
-        counts = read_confusion(identity.run_folder(rows["out"], config(name), "final") / "confusion.csv").to_numpy()
+        counts = read_confusion(run_id.run_folder(rows["out"], config(name), "final") / "confusion.csv").to_numpy()
         true, predicted = (np.repeat(grid.ravel(), counts.ravel()) for grid in np.indices(counts.shape))
         assert row.balanced_accuracy == pytest.approx(balanced_accuracy_score(true, predicted), abs=1e-6)
         assert row.macro_f1 == pytest.approx(f1_score(true, predicted, average="macro"), abs=1e-6)
@@ -101,8 +101,8 @@ def test_a_row_has_the_metrics_of_its_confusions(rows: dict) -> None:
 
 
 def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
-    folder = identity.run_folder(rows["out"], config("nola"), "final")
-    model = load_adapter(folder / run.ADAPTER_FILE)
+    folder = run_id.run_folder(rows["out"], config("nola"), "final")
+    model = load_adapter(folder / runner.ADAPTER_FILE)
     built = build(config("nola"), folder / "again")
     built.datamodule.setup("test")
     right = total = loss = 0
@@ -116,7 +116,7 @@ def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
             total += len(labels)
     assert right / total == pytest.approx(rows["nola"].test_accuracy, abs=1e-6)
     assert loss / total == pytest.approx(rows["nola"].test_nll, rel=1e-5)
-    assert (folder / run.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
+    assert (folder / runner.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
     # the stored probabilities are those that `predict` gives: calibrated
     found = load_predictions(folder)
     assert found is not None and found.logits is None and model.temperature != 1
@@ -125,8 +125,8 @@ def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
 
 
 def test_the_temperature_is_fitted_on_the_validation_pool(rows: dict) -> None:
-    row, folder = rows["nola"], identity.run_folder(rows["out"], config("nola"), "final")
-    model, built = load_adapter(folder / run.ADAPTER_FILE), build(config("nola"), folder / "again")
+    row, folder = rows["nola"], run_id.run_folder(rows["out"], config("nola"), "final")
+    model, built = load_adapter(folder / runner.ADAPTER_FILE), build(config("nola"), folder / "again")
     built.datamodule.setup("fit")
     with torch.inference_mode():
         batches = [(model(images), labels) for images, labels in built.datamodule.val_dataloader()]
@@ -142,17 +142,17 @@ def test_the_temperature_is_fitted_on_the_validation_pool(rows: dict) -> None:
 def test_the_same_seeds_give_the_same_columns(rows: dict, tmp_path: Path) -> None:
     torch.manual_seed(77)
     torch.rand(3)
-    again = run.run(config("nola"), tmp_path)
+    again = runner.run(config("nola"), tmp_path)
     for column in DETERMINISTIC:
         assert getattr(again, column) == getattr(rows["nola"], column), column
 
 
 def test_run_seed_changes_the_start_and_not_the_set(rows: dict, tmp_path: Path) -> None:
-    other = run.run(config("nola", model={"run_seed": 1}), tmp_path)
+    other = runner.run(config("nola", model={"run_seed": 1}), tmp_path)
     assert other.data["draw"] == rows["nola"].data["draw"]
     assert other.train_loss != rows["nola"].train_loss
     assert other.run_hash != rows["nola"].run_hash and other.entry_hash == rows["nola"].entry_hash
-    split = run.run(config("1nn", data={"split_seed": 1}), tmp_path)
+    split = runner.run(config("1nn", data={"split_seed": 1}), tmp_path)
     assert split.data["draw"] != rows["1nn"].data["draw"]
 
 
@@ -173,7 +173,7 @@ def test_what_a_config_names_by_a_path_is_in_the_hash(
 
     def hash_with(content: str) -> str:
         Path(file).write_text(content)
-        return identity.run_hash(config(**changes), "final")
+        return run_id.run_hash(config(**changes), "final")
 
     assert hash_with("n1\n") == hash_with("n1\n") != hash_with("n1\nn2\n")
 
@@ -184,12 +184,12 @@ def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("nola_vision.data.datamodule.KShotDataModule.test_dataloader", touched)
     checks: list[int] = []
-    monkeypatch.setattr("nola_vision.model.AdaptedModel.check_saved", lambda *_: checks.append(1))
-    row = run.run(config("linear"), tmp_path, "search")
+    monkeypatch.setattr("nola_vision.models.adapted_model.AdaptedModel.check_saved", lambda *_: checks.append(1))
+    row = runner.run(config("linear"), tmp_path, "search")
     assert row.stage == "search" and row.test_accuracy is None and row.val_accuracy is not None
     assert not checks  # of the saved file
     with pytest.raises(AssertionError):
-        run.run(config("linear"), tmp_path, "final")
+        runner.run(config("linear"), tmp_path, "final")
     assert checks == [1]
 
 
@@ -232,36 +232,36 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
 
 
 def test_resuming_a_finished_run_keeps_it(tmp_path: Path) -> None:
-    done = run.run(config("linear"), tmp_path)
-    folder = identity.run_folder(tmp_path, config("linear"), "final")
+    done = runner.run(config("linear"), tmp_path)
+    folder = run_id.run_folder(tmp_path, config("linear"), "final")
     log = (folder / "metrics.csv").read_text()
-    assert run.run(config("linear"), tmp_path, ckpt_path="last") == done
-    assert run.run(config("linear"), tmp_path) == done  # as for `fit` typed twice
+    assert runner.run(config("linear"), tmp_path, ckpt_path="last") == done
+    assert runner.run(config("linear"), tmp_path) == done  # as for `fit` typed twice
     assert store.read_row(folder / "row.json") == done
     assert (folder / "metrics.csv").read_text() == log
 
 
 def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
-    run.run(config("linear"), tmp_path)
-    saved = identity.run_folder(tmp_path, config("linear"), "final") / "checkpoints" / "last.ckpt"
+    runner.run(config("linear"), tmp_path)
+    saved = run_id.run_folder(tmp_path, config("linear"), "final") / "checkpoints" / "last.ckpt"
     for changes in ({"data": {"split_seed": 3}}, {"trainer": {"max_epochs": 9}}):
         other = config("linear", **changes)
-        folder = identity.run_folder(tmp_path, other, "final")
+        folder = run_id.run_folder(tmp_path, other, "final")
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text("an old log")
         with pytest.raises(NolaVisionError, match="resumed with the very settings it was started with"):
-            run.run(other, tmp_path, ckpt_path=str(saved))
+            runner.run(other, tmp_path, ckpt_path=str(saved))
         assert (folder / "metrics.csv").read_text() == "an old log"  # refused before anything is touched
-        assert run.run(other, tmp_path, ckpt_path=str(saved), keep_going=True).status == "failed"
+        assert runner.run(other, tmp_path, ckpt_path=str(saved), keep_going=True).status == "failed"
     saved.write_bytes(b"damaged")
     with pytest.raises(NolaVisionError, match="damaged or not a checkpoint"):
-        run.evaluate(config("linear"), tmp_path, "test", None)
+        runner.evaluate(config("linear"), tmp_path, "test", None)
     torch.save([1], saved)
     with pytest.raises(NolaVisionError, match="last.ckpt is not a Lightning checkpoint"):
-        run.evaluate(config("linear"), tmp_path, "test", None)
+        runner.evaluate(config("linear"), tmp_path, "test", None)
     with pytest.raises(NolaVisionError, match="1nn trains nothing"):
-        run.run(config("1nn"), tmp_path, ckpt_path=str(saved))
-    assert run.run(config("1nn"), tmp_path, ckpt_path="last").status == "completed"
+        runner.run(config("1nn"), tmp_path, ckpt_path=str(saved))
+    assert runner.run(config("1nn"), tmp_path, ckpt_path="last").status == "completed"
 
 
 def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
@@ -274,11 +274,11 @@ def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
 
 def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     uneven = config("linear", trainer={"check_val_every_n_epoch": 2})
-    run.run(uneven, tmp_path)
+    runner.run(uneven, tmp_path)
     assert "weights_only" not in caplog.text  # Lightning would log a line for each epoch
-    folder = identity.run_folder(tmp_path, uneven, "final")
+    folder = run_id.run_folder(tmp_path, uneven, "final")
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    trained = load_adapter(folder / run.ADAPTER_FILE)
+    trained = load_adapter(folder / runner.ADAPTER_FILE)
     assert torch.equal(checkpoint["model.stack.head_weight"], trained.stack.head_weight)
 
 
@@ -290,14 +290,14 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
     with pytest.raises(NolaVisionError, match=r"last.ckpt cannot be written \(PytorchStreamWriter .*\): make room"):
-        run.run(config("linear"), tmp_path)
-    assert not list((identity.run_folder(tmp_path, config("linear"), "final") / "checkpoints").iterdir())
+        runner.run(config("linear"), tmp_path)
+    assert not list((run_id.run_folder(tmp_path, config("linear"), "final") / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 @pytest.mark.parametrize("method", ["1nn", "nola"])
 def test_other_precisions_run(method: str, precision: str, tmp_path: Path) -> None:
-    row = run.run(config(method, trainer={"precision": precision}), tmp_path)
+    row = runner.run(config(method, trainer={"precision": precision}), tmp_path)
     assert row.status == "completed" and row.test_accuracy > 0.3
 
 
@@ -325,8 +325,8 @@ def test_a_resnet_with_adapted_convolutions(tmp_path: Path) -> None:
     backbone = {"tag": "resnet10t.c3_in1k", "file": str(tmp_path / "w.safetensors"), "img_size": 32}
     method = {"class_path": "NOLA", "init_args": {"targets": "conv", "num_basis": 8, "c": 1}}
     changes = {"method": "conv", "methods": {"conv": method}, "model": {"backbone": backbone}}
-    plain = identity.resolve(overlay(overlay(load_configs(["quickstart.yaml"]), SHORT), changes))
-    row = run.run(parse(plain), tmp_path)
+    plain = run_id.resolve(overlay(overlay(load_configs(["quickstart.yaml"]), SHORT), changes))
+    row = runner.run(parse(plain), tmp_path)
     assert row.status == "completed" and row.adapter_parameters == 2 * 8 * convolutions
     path = next(tmp_path.rglob("adapter.safetensors"))
     loaded = load_adapter(path, backbone["file"])  # its fingerprint covers the weights
@@ -356,16 +356,16 @@ def test_learning_rates_of_head_and_adapter_are_apart(tmp_path: Path) -> None:
 def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
     failing = config("nola", data={"shots": 75})
     with pytest.raises(NolaVisionError, match="75"):
-        run.run(failing, tmp_path / "out")
+        runner.run(failing, tmp_path / "out")
     assert not (tmp_path / "out").exists()  # a mistake that shows before training leaves nothing
-    assert run.run(failing, tmp_path, keep_going=True).status == "failed"
-    row = store.read_row(identity.run_folder(tmp_path, failing, "final") / "row.json")
+    assert runner.run(failing, tmp_path, keep_going=True).status == "failed"
+    row = store.read_row(run_id.run_folder(tmp_path, failing, "final") / "row.json")
     assert row.status == "failed" and "75" in row.error and row.test_accuracy is None
     blown = config("nola", model={"method": {"init_args": {"lr": 1e9}}}, trainer={"gradient_clip_val": None})
     with pytest.raises(NolaVisionError, match=r"after step \d adapter\.\S+ of blocks\.0\.\S+ is not finite"):
-        run.run(blown, tmp_path)
-    folder = identity.run_folder(tmp_path, blown, "final")
-    assert store.read_row(folder / "row.json").status == "failed" and not (folder / run.ADAPTER_FILE).exists()
+        runner.run(blown, tmp_path)
+    folder = run_id.run_folder(tmp_path, blown, "final")
+    assert store.read_row(folder / "row.json").status == "failed" and not (folder / runner.ADAPTER_FILE).exists()
 
 
 def test_a_damaged_row_is_replaced_and_hides_no_error(
@@ -374,12 +374,12 @@ def test_a_damaged_row_is_replaced_and_hides_no_error(
     def full(*_: object) -> None:
         raise OSError("the disk is full")
 
-    path = identity.run_folder(tmp_path, config("linear"), "final") / "row.json"
+    path = run_id.run_folder(tmp_path, config("linear"), "final") / "row.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\xff")
-    monkeypatch.setattr("nola_vision.model.AdaptedModel.save", full)
+    monkeypatch.setattr("nola_vision.models.adapted_model.AdaptedModel.save", full)
     with pytest.raises(OSError, match="the disk is full"):
-        run.run(config("linear"), tmp_path)
+        runner.run(config("linear"), tmp_path)
     row = store.read_row(path)
     assert row.status == "failed" and "the disk is full" in str(row.error)
     assert f"replaces one that cannot be read: {path}" in caplog.text
@@ -405,6 +405,6 @@ def test_ctrl_c_leaves_a_row_marked_interrupted(tmp_path: Path) -> None:
 
 
 def test_logs_are_always_written(rows: dict) -> None:
-    folder = identity.run_folder(rows["out"], config("nola"), "final")
+    folder = run_id.run_folder(rows["out"], config("nola"), "final")
     header = (folder / "metrics.csv").read_text().splitlines()[0]
     assert {"train_loss", "val_accuracy", "epoch"} <= set(header.split(","))

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.backbones import create_backbone
-from nola_vision.config import parse
-from nola_vision.config_files import load_configs
-from nola_vision.errors import NolaVisionError
-from nola_vision.methods import Method, from_dict
-from nola_vision.model import AdaptedModel, set_temperature
-from nola_vision.results import identity
+from nola_vision.adapters.methods.registry import Method, from_dict
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.adapted_model import AdaptedModel, set_temperature
+from nola_vision.models.backbones import create_backbone
+from nola_vision.runs import run_id
+from nola_vision.runs.config_files import load_configs
+from nola_vision.runs.parsing import parse
 
 TEN, HUNDRED = [str(i) for i in range(10)], [str(i) for i in range(100)]
 R20 = BackboneSpec("resnet20_cifar.untrained", base="random")
@@ -30,7 +30,7 @@ def counts(model: AdaptedModel) -> tuple[int, int, int]:
 
 def entry(config: str, name: str) -> tuple[BackboneSpec, Method]:
     loaded = load_configs([config])
-    return BackboneSpec(**loaded["model"]["backbone"]), from_dict(identity.resolve(loaded, name)["model"]["method"])
+    return BackboneSpec(**loaded["model"]["backbone"]), from_dict(run_id.resolve(loaded, name)["model"]["method"])
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_counts_of_dense_hashed_and_lora_networks() -> None:
 def test_every_entry_of_the_shipped_configs_is_understood(config: str) -> None:
     loaded = load_configs([config])
     for name in loaded["methods"]:
-        plain = parse({**identity.resolve(loaded, name), "data": {**loaded["data"], "root": "somewhere"}})
+        plain = parse({**run_id.resolve(loaded, name), "data": {**loaded["data"], "root": "somewhere"}})
         assert plain["model"]["backbone"]["base"] in ("random", "zero")
 
 
@@ -147,7 +147,7 @@ def test_random_weights_whose_features_explode_or_vanish_are_refused() -> None:
 
 
 def test_a_target_that_does_nothing_is_refused_on_random_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nola_vision.model.open_branches", lambda backbone: None)
+    monkeypatch.setattr("nola_vision.models.adapted_model.open_branches", lambda backbone: None)
     with pytest.raises(NolaVisionError, match="does not reach the features"):
         adapt(BackboneSpec("resnet10t.c3_in1k", base="random", img_size=64), LoRA(targets=["conv"], rank=1), ["a", "b"])
 

@@ -22,15 +22,13 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from nola_vision.cli.main import main
-from nola_vision.config_files import load_config
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity, store, tables
-from nola_vision.results.description import cell_facts, how_measured
-from nola_vision.results.html import html_page
-from nola_vision.results.plots import cell_plots
-from nola_vision.results.published import published_figures
-from nola_vision.results.row import Row
-from nola_vision.results.statistics import (
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.text import csv_cell
+from nola_vision.reports import tables
+from nola_vision.reports.description import cell_facts, how_measured
+from nola_vision.reports.html import html_page
+from nola_vision.reports.plots import cell_plots
+from nola_vision.reports.statistics import (
     count_once,
     mean_std,
     on_the_same_images,
@@ -38,7 +36,7 @@ from nola_vision.results.statistics import (
     summarise,
     variance_parts,
 )
-from nola_vision.results.tables import (
+from nola_vision.reports.tables import (
     cell_report,
     cell_sheets,
     cell_table,
@@ -48,7 +46,10 @@ from nola_vision.results.tables import (
     row_panel,
     text_frame,
 )
-from nola_vision.text import csv_cell
+from nola_vision.runs import run_id, store
+from nola_vision.runs.config_files import load_config
+from nola_vision.runs.published import published_figures
+from nola_vision.runs.record import Row
 
 CELL = "tag-digits-5shot-quickstart"
 
@@ -168,9 +169,9 @@ def test_the_papers_figure_stands_beside_with_its_doubts() -> None:
     shipped = load_config("vitb_cifar10_5shot")
 
     def rows(name: str, called: str = "", **changes: Any) -> list[Row]:
-        config = identity.resolve(shipped, name)
+        config = run_id.resolve(shipped, name)
         config["model"]["backbone"] |= {"base": "pretrained", **changes}
-        return grid(called or name, [[70, 72]], config=config, method_class=identity.method_class(config))
+        return grid(called or name, [[70, 72]], config=config, method_class=run_id.method_class(config))
 
     comparison = cell_sheets([*rows("nola-qv"), *rows("nola-mlp"), *rows("lora-r4", "mine")], CELL)[1]
     printed = {line[0].text: line[-1].text for line in comparison.lines}
@@ -592,7 +593,7 @@ VALID = json.loads(
             started="2026-01-01T10:00:00+00:00", error="e", warnings=["w"], versions={"torch": "2"}, git={"dirty": True}
         ),
         config={
-            **identity.resolve(load_config("vitb_cifar10_5shot"), "nola-mlp"),
+            **run_id.resolve(load_config("vitb_cifar10_5shot"), "nola-mlp"),
             "data": {"dataset": "cifar10", "shots": 5, "root": "data"},
             "trainer": {"max_epochs": 3, "callbacks": [{"class_path": "RichProgressBar", "init_args": {"a": 1}}]},
         },

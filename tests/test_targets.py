@@ -12,11 +12,11 @@ import timm
 import torch
 from torch import nn
 
-from nola_vision.backbones import BackboneSpec, create_backbone, probe_batch
-from nola_vision.errors import NolaVisionError
-from nola_vision.methods import LoRA
-from nola_vision.stacks import make_stack
-from nola_vision.targets import TARGETS, find_targets, named_targets
+from nola_vision.adapters.methods.registry import LoRA
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.backbones import BackboneSpec, create_backbone, probe_batch
+from nola_vision.models.building import make_stack
+from nola_vision.models.targets import TARGETS, find_targets, named_targets
 
 LINES = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
 TABLE = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES if line.startswith("|")]
@@ -111,7 +111,7 @@ def test_each_target_at_work(tag: str, name: str, monkeypatch: pytest.MonkeyPatc
         results = []
         for path in ("merged", "additive"):
             if path == "additive":
-                monkeypatch.setattr("nola_vision.adapters.stack.merges_exactly", lambda *_: False)
+                monkeypatch.setattr("nola_vision.adapters.bank.merges_exactly", lambda *_: False)
             stack.zero_grad()
             features = backbone(images)
             features.square().sum().backward()

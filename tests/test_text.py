@@ -6,8 +6,8 @@ from unicodedata import category
 
 import pytest
 
-from nola_vision.errors import NolaVisionError
-from nola_vision.text import csv_cell, name_text, printable
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.text import csv_cell, name_text, printable
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from nola_vision import NOLA, LoRA, adapt, load_adapter
-from nola_vision.errors import NolaVisionError
-from nola_vision.methods import HashedNet, Method
-from nola_vision.stacks import make_stack
-from test_stack import IMAGES, METHODS, attached, shake, vit
+from nola_vision.adapters.methods.registry import HashedNet, Method
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.building import make_stack
+from test_bank import IMAGES, METHODS, attached, shake, vit
 
 PASSES, THREADS = 1000, 8
 

@@ -12,14 +12,14 @@ import pytest
 import safetensors.numpy
 from PIL import Image, ImageCms
 
-from nola_vision import memo
+from nola_vision.common import process_cache
+from nola_vision.common.errors import NolaVisionError
 from nola_vision.data import sources
-from nola_vision.data.datasets import DATASETS
-from nola_vision.data.hugging_face import HubSource
+from nola_vision.data.datasets.hugging_face import HubSource
+from nola_vision.data.datasets.registry import DATASETS
 from nola_vision.data.sources import ArraySource, FileSource, decoded
-from nola_vision.errors import NolaVisionError
-from nola_vision.predictions import Predictions
-from nola_vision.thumbnails import (
+from nola_vision.evaluation.predictions import Predictions
+from nola_vision.runs.thumbnails import (
     MOST_THUMBNAILS,
     SIDE,
     THUMBNAILS_FILE,
@@ -129,7 +129,7 @@ def test_at_most_so_many_are_stored_in_few_bytes(tmp_path: Path, caplog: pytest.
     found = load_thumbnails(tmp_path)
     assert sorted(found) == list(range(16, 40)) and found[16].name == "noise[16]"
     assert max(len(one.jpeg) for one in found.values()) < 16_000
-    with memo.keeping():
+    with process_cache.keeping():
         write_thumbnails(tmp_path, all_wrong(30, first=10), source)
         source._decode = None  # type: ignore[method-assign, assignment]
         write_thumbnails(tmp_path, all_wrong(28, first=12), source)  # of another run in this process

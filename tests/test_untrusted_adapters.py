@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, given, seed, settings
 import fuzz_adapters
 from fuzz_adapters import MLP, originals, outcome, written
 from fuzzing import cheap
-from nola_vision import NOLA, PEFT, BackboneSpec, LoRA, adapt, load_adapter, memo, peft_bridge
-from nola_vision.adapters.file import METADATA_KEY
-from nola_vision.errors import NolaVisionError
-from nola_vision.export import shorten
+from nola_vision import NOLA, PEFT, BackboneSpec, LoRA, adapt, load_adapter
+from nola_vision.adapters.serialization import METADATA_KEY
+from nola_vision.common import process_cache
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models import peft_bridge
+from nola_vision.models.export import shorten
 
 GLYPHS, TINY = "v1-nola.safetensors", "nola"
 
@@ -29,7 +31,7 @@ GLYPHS, TINY = "v1-nola.safetensors", "nola"
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What a process pays once is paid, and backbones are kept, as in a process that does many runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memo, "_kept", {})
+        patch.setattr(process_cache, "_kept", {})
         fuzz_adapters.warm_up(tmp_path_factory.mktemp("warm"))
         yield
 
@@ -84,7 +86,7 @@ def test_a_basis_too_large_for_memory_is_streamed(tmp_path: Path, monkeypatch: p
         model.save(path)
         assert basis(load_adapter(path)) == "cached"
         with monkeypatch.context() as patch:
-            patch.setattr("nola_vision.stacks._MOST_CACHED_ON_LOAD", 1000)
+            patch.setattr("nola_vision.models.building._MOST_CACHED_ON_LOAD", 1000)
             loaded = load_adapter(path)
         assert basis(loaded) == "streamed" and loaded.card == model.card
         loaded.save(tmp_path / "b.safetensors")

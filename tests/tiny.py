@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nola_vision.config import parse
-from nola_vision.config_files import overlay
-from nola_vision.results import identity, store
-from nola_vision.results.row import Row
+from nola_vision.runs import run_id, store
+from nola_vision.runs.config_files import overlay
+from nola_vision.runs.parsing import parse
+from nola_vision.runs.record import Row
 
 TINY: dict[str, Any] = {
     "protocol": "tiny",
@@ -27,13 +27,13 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny(method: str = "nola", **changes: object) -> identity.Config:
+def tiny(method: str = "nola", **changes: object) -> run_id.Config:
     """The run config of a tiny run, with sections of it changed."""
-    return parse(identity.resolve(overlay(TINY, changes), method))
+    return parse(run_id.resolve(overlay(TINY, changes), method))
 
 
 def trained_rows(folder: str | Path) -> list[Row]:
     """The rows in a folder, without those of frozen features that a `fit` of another method leaves too."""
     rows, problems = store.read_rows(folder)
     assert not problems
-    return [row for row in rows if row.method_class not in identity.FROZEN_METHODS.values()] or rows
+    return [row for row in rows if row.method_class not in run_id.FROZEN_METHODS.values()] or rows

@@ -18,33 +18,33 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nola_vision.backbones import BackboneSpec as BackboneSpec
-    from nola_vision.methods import NOLA as NOLA
-    from nola_vision.methods import PEFT as PEFT
-    from nola_vision.methods import PRANC as PRANC
-    from nola_vision.methods import FullFinetune as FullFinetune
-    from nola_vision.methods import HashedNet as HashedNet
-    from nola_vision.methods import LinearProbe as LinearProbe
-    from nola_vision.methods import LoRA as LoRA
-    from nola_vision.model import AdaptedModel as AdaptedModel
-    from nola_vision.model import adapt as adapt
-    from nola_vision.model import load_adapter as load_adapter
+    from nola_vision.adapters.methods.registry import NOLA as NOLA
+    from nola_vision.adapters.methods.registry import PEFT as PEFT
+    from nola_vision.adapters.methods.registry import PRANC as PRANC
+    from nola_vision.adapters.methods.registry import FullFinetune as FullFinetune
+    from nola_vision.adapters.methods.registry import HashedNet as HashedNet
+    from nola_vision.adapters.methods.registry import LinearProbe as LinearProbe
+    from nola_vision.adapters.methods.registry import LoRA as LoRA
+    from nola_vision.models.adapted_model import AdaptedModel as AdaptedModel
+    from nola_vision.models.adapted_model import adapt as adapt
+    from nola_vision.models.adapted_model import load_adapter as load_adapter
+    from nola_vision.models.backbones import BackboneSpec as BackboneSpec
 
 __version__ = version("nola-vision")
 
 # the public names, imported when first used: `nola-vision --help` must not wait for torch
 _PUBLIC = {
-    "BackboneSpec": "nola_vision.backbones",
-    "FullFinetune": "nola_vision.methods",
-    "HashedNet": "nola_vision.methods",
-    "LinearProbe": "nola_vision.methods",
-    "LoRA": "nola_vision.methods",
-    "PEFT": "nola_vision.methods",
-    "NOLA": "nola_vision.methods",
-    "PRANC": "nola_vision.methods",
-    "AdaptedModel": "nola_vision.model",
-    "adapt": "nola_vision.model",
-    "load_adapter": "nola_vision.model",
+    "BackboneSpec": "nola_vision.models.backbones",
+    "FullFinetune": "nola_vision.adapters.methods.registry",
+    "HashedNet": "nola_vision.adapters.methods.registry",
+    "LinearProbe": "nola_vision.adapters.methods.registry",
+    "LoRA": "nola_vision.adapters.methods.registry",
+    "PEFT": "nola_vision.adapters.methods.registry",
+    "NOLA": "nola_vision.adapters.methods.registry",
+    "PRANC": "nola_vision.adapters.methods.registry",
+    "AdaptedModel": "nola_vision.models.adapted_model",
+    "adapt": "nola_vision.models.adapted_model",
+    "load_adapter": "nola_vision.models.adapted_model",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nola_vision.adapters.target import Change
-from nola_vision.errors import NolaVisionError
+from nola_vision.common.errors import NolaVisionError
 
 
 @dataclass(frozen=True, eq=False)

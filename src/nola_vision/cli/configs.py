@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nola_vision import config_files
 from nola_vision.cli.options import Options
-from nola_vision.errors import NolaVisionError
-from nola_vision.files import refuse_existing, write_file
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.files import refuse_existing, write_file
+from nola_vision.runs import config_files
 
 
 def main(arguments: Sequence[str], verb: str) -> int:

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from nola_vision.cli.options import Options, whole_number
-from nola_vision.errors import NolaVisionError
-from nola_vision.files import refuse_existing
-from nola_vision.progress import PlainCount, is_live, say_aside
-from nola_vision.text import printable
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.files import refuse_existing
+from nola_vision.common.progress import PlainCount, is_live, say_aside
+from nola_vision.common.text import printable
 
 if TYPE_CHECKING:
-    from nola_vision.data.datasets import DatasetEntry
+    from nola_vision.data.datasets.registry import DatasetEntry
     from nola_vision.data.sources import ImageSource
 
 SHOWN = 10  # lines of each kind of trouble
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
 def _check(name: str, root: str | None, download: bool) -> int:
     from nola_vision.data.check import SplitReport, check_split
-    from nola_vision.data.datasets import get_dataset, kinds_of_files, open_split
+    from nola_vision.data.datasets.registry import get_dataset, kinds_of_files, open_split
     from nola_vision.data.duplicates import in_both, repeated, under_two_labels
     from nola_vision.data.splits import Split
 
@@ -153,7 +153,7 @@ def _print(console: Console, line: str, wrap: bool = False) -> None:
 
 
 def _manifest(name: str, root: str | None, shots: int, split: int, out: Path) -> None:
-    from nola_vision.data.datasets import get_dataset, open_split
+    from nola_vision.data.datasets.registry import get_dataset, open_split
     from nola_vision.data.manifest import make_manifest, write_manifest
 
     refuse_existing(out)

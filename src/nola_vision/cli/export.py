@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nola_vision.adapters.settings import check_bits
+from nola_vision.adapters.methods.settings import check_bits
 from nola_vision.cli.options import Options, whole_number
-from nola_vision.errors import NolaVisionError
-from nola_vision.files import need_adapter_file, need_folder_of, weights_in
-from nola_vision.progress import say_start
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.files import need_adapter_file, need_folder_of, weights_in
+from nola_vision.common.progress import say_start
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
         weights_in(known.weights)
 
     say_start(verb)
-    from nola_vision import export
-    from nola_vision.model import load_adapter
+    from nola_vision.models import export
+    from nola_vision.models.adapted_model import load_adapter
 
     if known.merged is not None:
         model = load_adapter(known.adapter, known.weights)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nola_vision import early_checks, photos
 from nola_vision.cli.options import (
     Options,
     add_photo_options,
@@ -21,15 +20,15 @@ from nola_vision.cli.options import (
     refuse_without_photos,
     take_photos,
 )
-from nola_vision.config_files import load_configs
-from nola_vision.errors import NolaVisionError
-from nola_vision.progress import duration, say, say_start, time_left
-from nola_vision.results import identity
-from nola_vision.text import printable
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.progress import duration, say, say_start, time_left
+from nola_vision.common.text import printable
+from nola_vision.runs import early_checks, photos, run_id
+from nola_vision.runs.config_files import load_configs
 
 if TYPE_CHECKING:
     from nola_vision.data.datamodule import KShotDataModule
-    from nola_vision.results.row import Row
+    from nola_vision.runs.record import Row
 
 LONGEST_ESTIMATE = 600.0  # seconds that the folds may take unless they are asked for
 
@@ -49,15 +48,15 @@ def main(arguments: Sequence[str], verb: str) -> int:
     refuse_strays(rest, options)
     raw = config = _config(known, place, rest, verb)
     if "methods" in config:
-        config = identity.resolve(config, known.method)
+        config = run_id.resolve(config, known.method)
     elif known.method is not None:
         raise NolaVisionError(f"--method {known.method} needs a config with `methods`: give one by --config")
 
     if "--help" not in rest:
         early_checks.check_run(config, rest, known.ckpt_path)
     say_start(verb)
-    from nola_vision import run  # Lightning takes seconds to import; a mistake above should not wait for it
-    from nola_vision.config import parse
+    from nola_vision.runs import runner  # Lightning takes seconds to import; a mistake above should not wait for it
+    from nola_vision.runs.parsing import parse
 
     run_config = parse(config, rest, known.allow_import)
     if run_config["data"]["fold"] is not None or run_config["data"]["hold_out"]:
@@ -65,11 +64,11 @@ def main(arguments: Sequence[str], verb: str) -> int:
             "data.fold and data.hold_out are what `fit` sets for the runs of an estimate: leave them out"
         )
     if verb != "fit":
-        run.evaluate(run_config, known.out, verb, known.ckpt_path)
+        runner.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0
-    from nola_vision import memo
+    from nola_vision.common import process_cache
 
-    with memo.keeping():  # all runs here share their images and the backbone
+    with process_cache.keeping():  # all runs here share their images and the backbone
         return _fit(run_config, raw, known, [verb, *arguments])
 
 
@@ -95,7 +94,7 @@ def _options(verb: str) -> Options:
     return options
 
 
-def _config(known: argparse.Namespace, place: str | None, rest: Sequence[str], verb: str) -> identity.Config:
+def _config(known: argparse.Namespace, place: str | None, rest: Sequence[str], verb: str) -> run_id.Config:
     """The config that PHOTOS or --config stand for."""
     if place is None:
         if verb == "fit":
@@ -113,41 +112,41 @@ def _config(known: argparse.Namespace, place: str | None, rest: Sequence[str], v
     return photos.config(place, **photo_settings(known))
 
 
-def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Namespace, words: Sequence[str]) -> int:
+def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespace, words: Sequence[str]) -> int:
     """The run of a config: frozen features first, then the folds if there are any, the final run, and the verdict."""
     import torch
     from rich.console import Console
 
-    from nola_vision import cross_validation, run
-    from nola_vision.config import open_data
-    from nola_vision.results import store, tables
-    from nola_vision.results.statistics import on_the_same_images
-    from nola_vision.results.verdict import run_verdict
+    from nola_vision.reports import tables
+    from nola_vision.reports.statistics import on_the_same_images
+    from nola_vision.reports.verdict import run_verdict
+    from nola_vision.runs import cross_validation, runner, store
+    from nola_vision.runs.parsing import open_data
 
     if run_config["trainer"]["accelerator"] in ("cuda", "gpu") and not torch.cuda.is_available():
         raise NolaVisionError("there is no CUDA device here: leave --device (--trainer.accelerator) out, or give cpu")
-    main, out, console = run.is_main_process(run_config), Path(known.out), Console()
+    main, out, console = runner.is_main_process(run_config), Path(known.out), Console()
     options: dict[str, Any] = {"ckpt_path": known.ckpt_path, "again": known.again}
     rates = _learning_rates(raw, run_config) if known.search else []
     data = open_data(run_config)
     if main:
         say(_summary(run_config, data))
     folds = cross_validation.number_of_folds(run_config, data) if known.estimate != "none" else 0
-    if identity.has_init(run_config) and data.number_of_folds and not folds and known.estimate != "none":
+    if run_id.has_init(run_config) and data.number_of_folds and not folds and known.estimate != "none":
         if known.estimate == "folds":
             raise NolaVisionError("folds are trained on one device: leave --trainer.devices out, or --estimate folds")
         if main:
             say("the adapter gets no estimate: folds are trained on one device, and this run has several")
-    folder = identity.run_folder(out, run_config, "final")
+    folder = run_id.run_folder(out, run_config, "final")
     store.refuse_other_things(folder)
-    done = None if known.again or rates else run.completed_row(folder)
+    done = None if known.again or rates else runner.completed_row(folder)
     settled = done is not None and (not folds or done.estimate is not None)
     if main and settled:
         say(f"this run is completed: --again repeats it ({folder})")
     frozen: list[Row] = []
-    if main and identity.has_init(run_config):
+    if main and run_id.has_init(run_config):
         if done is None and run_config["model"]["backbone"]["base"] == "pretrained":
-            run.check(run_config, known.ckpt_path)
+            runner.check(run_config, known.ckpt_path)
         frozen = _frozen_rows(run_config, raw, known)
     pending, skipped = list(range(folds)), None
     if settled:
@@ -185,7 +184,7 @@ def _fit(run_config: identity.Config, raw: identity.Config, known: argparse.Name
     return 0
 
 
-def _summary(run_config: identity.Config, data: KShotDataModule) -> str:
+def _summary(run_config: run_id.Config, data: KShotDataModule) -> str:
     """What is about to happen, in one line."""
     described = data.describe()
     classes, images = len(described["class_names"]), described["counts"]["train"]
@@ -201,7 +200,7 @@ def _summary(run_config: identity.Config, data: KShotDataModule) -> str:
     return f"{images:,} training images of {classes} classes, {tested}; backbone {backbone}"
 
 
-def _learning_rates(raw: identity.Config, run_config: identity.Config) -> list[float]:
+def _learning_rates(raw: run_id.Config, run_config: run_id.Config) -> list[float]:
     """The learning rates of the entry, for --search."""
     entry = raw.get("methods", {}).get(run_config["method"]) or {}
     rates = [float(rate) for rate in entry.get("learning_rates") or []]
@@ -212,17 +211,17 @@ def _learning_rates(raw: identity.Config, run_config: identity.Config) -> list[f
     return rates
 
 
-def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argparse.Namespace) -> list[Row]:
+def _frozen_rows(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespace) -> list[Row]:
     """The rows of the methods on frozen features, each printed when it is known."""
-    from nola_vision import run
-    from nola_vision.config import parse
-    from nola_vision.results.description import accuracy_text
+    from nola_vision.reports.description import accuracy_text
+    from nola_vision.runs import runner
+    from nola_vision.runs.parsing import parse
 
     if run_config["model"]["backbone"]["base"] != "pretrained":
         return []
     say("accuracy with frozen features, without an adapter:")
     rows = []
-    for name, class_name in identity.FROZEN_METHODS.items():
+    for name, class_name in run_id.FROZEN_METHODS.items():
         entries = {key: entry for key, entry in raw.get("methods", {}).items() if _class_of(entry) == class_name}
         name, entry = next(iter(entries.items()), (name, {"class_path": class_name}))
         method = {"class_path": class_name, "init_args": entry.get("init_args") or {}}
@@ -238,7 +237,7 @@ def _frozen_rows(run_config: identity.Config, raw: identity.Config, known: argpa
         }
         model = {key: value for key, value in one["model"].items() if key != "optimizer"}
         one |= {"method": name, "model": {**model, "method": method}, "trainer": trainer}
-        rows.append(run.run(parse(one, [], known.allow_import), known.out, again=known.again))
+        rows.append(runner.run(parse(one, [], known.allow_import), known.out, again=known.again))
         say(f"  {printable(name):14s}{accuracy_text(rows[-1])}")
     return rows
 
@@ -248,7 +247,7 @@ def _class_of(entry: dict[str, Any]) -> str:
 
 
 def _too_long(
-    run_config: identity.Config,
+    run_config: run_id.Config,
     known: argparse.Namespace,
     rates: Sequence[float],
     folds: int,
@@ -261,7 +260,7 @@ def _too_long(
         folds: how many there are.
         pending: how many of them were not completed before.
     """
-    from nola_vision import cross_validation
+    from nola_vision.runs import cross_validation
 
     if not pending:
         return None
@@ -277,7 +276,7 @@ def _too_long(
 
 def _next_commands(row: Row, skipped: str | None, out: Path) -> list[str]:
     """What to type next: the folds that were skipped, the use of the adapter, and the page."""
-    from nola_vision.run import ADAPTER_FILE
+    from nola_vision.runs.runner import ADAPTER_FILE
 
     commands = [skipped] if skipped else []
     adapter = row.folder / ADAPTER_FILE if row.folder else None

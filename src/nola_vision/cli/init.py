@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nola_vision import photos
 from nola_vision.cli.options import Options, add_photo_options, photo_settings
-from nola_vision.files import need_folder_of, refuse_existing, write_file
-from nola_vision.text import printable
+from nola_vision.common.files import need_folder_of, refuse_existing, write_file
+from nola_vision.common.text import printable
+from nola_vision.runs import photos
 
 
 def main(arguments: Sequence[str], verb: str) -> int:

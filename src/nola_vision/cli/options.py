@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from nola_vision.errors import NolaVisionError
+from nola_vision.common.errors import NolaVisionError
 
 _MOST_DIGITS = 4300  # that Python reads
 LIGHTNINGS_OWN = ("--protocol", "--method", "--threads", "--seed_everything", "--print_config", "--help")

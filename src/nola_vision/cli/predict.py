@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nola_vision.cli.options import Options, whole_number
-from nola_vision.devices import parse_device
-from nola_vision.errors import NolaVisionError
-from nola_vision.field_types import check_counts
-from nola_vision.files import need_adapter_file, need_folder_of, weights_in, write_file
-from nola_vision.progress import PlainCount, say_aside, say_start
-from nola_vision.text import csv_cell, printable
+from nola_vision.common.devices import parse_device
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.files import need_adapter_file, need_folder_of, weights_in, write_file
+from nola_vision.common.progress import PlainCount, say_aside, say_start
+from nola_vision.common.text import csv_cell, printable
+from nola_vision.common.validation import check_counts
 
 if TYPE_CHECKING:
-    from nola_vision.predict import Prediction
+    from nola_vision.models.prediction import Prediction
 
 UNKNOWN = "unknown"
 _WIDEST = 200  # characters of a path that the others are aligned with
@@ -81,8 +81,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     say_start(verb)
     import torch
 
-    from nola_vision.model import load_adapter
-    from nola_vision.predict import batches, probabilities, ranked
+    from nola_vision.models.adapted_model import load_adapter
+    from nola_vision.models.prediction import batches, probabilities, ranked
 
     model = load_adapter(known.adapter, known.weights)
     try:
@@ -134,7 +134,7 @@ def find_images(places: Sequence[str]) -> list[Path]:
         NolaVisionError: a name is neither file nor folder, or a folder has no images; such a name on standard input is
             kept, and predicted as an image that cannot be read.
     """
-    from nola_vision.data.datasets import image_files
+    from nola_vision.data.datasets.registry import image_files
 
     found: list[Path] = []
     for place in places:

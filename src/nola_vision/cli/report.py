@@ -14,12 +14,13 @@ from pathlib import Path
 from rich.console import Console
 
 from nola_vision.cli.options import Options
-from nola_vision.errors import NolaVisionError
-from nola_vision.files import write_file
-from nola_vision.results import store, tables
-from nola_vision.results.row import Row
-from nola_vision.results.statistics import on_the_same_images
-from nola_vision.text import csv_cell
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.files import write_file
+from nola_vision.common.text import csv_cell
+from nola_vision.reports import tables
+from nola_vision.reports.statistics import on_the_same_images
+from nola_vision.runs import store
+from nola_vision.runs.record import Row
 
 PAGE_FILE = "report.html"
 _BROWSER_SECONDS = 5.0  # for which a browser may hold the command back
@@ -62,7 +63,7 @@ def _report(known: argparse.Namespace, page: Path | None) -> int:
     rows, left_out = on_the_same_images(everything)
     problems += left_out
     if known.plots is not None:
-        from nola_vision.results.plots import cell_plots, write_plots  # matplotlib takes a while to import
+        from nola_vision.reports.plots import cell_plots, write_plots  # matplotlib takes a while to import
 
         plots = {}
         for cell in tables.tested_cells(rows)[0]:
@@ -108,8 +109,8 @@ def _write_page(
     path: Path, rows: list[Row], problems: list[str], columns: Sequence[str], images: bool, folders: Sequence[str]
 ) -> None:
     """Writes the page, and one line on stderr that states how many images of the data are in it."""
-    from nola_vision.results.description import plural
-    from nola_vision.results.html import html_page
+    from nola_vision.reports.description import plural
+    from nola_vision.reports.html import html_page
 
     page = html_page(rows, problems, columns, images, folders)
     write_file(path, page.text.encode())

@@ -18,17 +18,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nola_vision import early_checks
 from nola_vision.cli.options import config_options, refuse_strays, whole_number
-from nola_vision.config_files import load_configs, load_yaml
-from nola_vision.errors import NolaVisionError
-from nola_vision.progress import PlainLines, is_live, say, say_start, seconds_left, time_left
-from nola_vision.results import identity, store
-from nola_vision.results.description import accuracy_text
-from nola_vision.results.row import Row
-from nola_vision.results.statistics import on_the_same_images, summarise
-from nola_vision.sweep import apart, local, plan, protocol
-from nola_vision.text import printable
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.progress import PlainLines, is_live, say, say_start, seconds_left, time_left
+from nola_vision.common.text import printable
+from nola_vision.reports.description import accuracy_text
+from nola_vision.reports.statistics import on_the_same_images, summarise
+from nola_vision.runs import early_checks, run_id, store
+from nola_vision.runs.config_files import load_configs, load_yaml
+from nola_vision.runs.record import Row
+from nola_vision.sweep import plan, protocol
+from nola_vision.sweep.engines import local, multi_device
 
 # A sweep has its own progress bar, and starts a run again rather than resume it
 OWN_SETTINGS = ("--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         if "." not in key:
             raw, methods = plan.vary(raw, methods, key, values, _takes)
     for name in methods:
-        early_checks.check_run(identity.resolve(raw, name), rest)
+        early_checks.check_run(run_id.resolve(raw, name), rest)
     say_start(verb)
     status = 0
     for settings in itertools.product(*of_config):
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
 def _sweep(
     known: argparse.Namespace,
-    raw: identity.Config,
+    raw: run_id.Config,
     methods: Sequence[str],
     settings: Sequence[str],
     splits: Sequence[int],
@@ -101,8 +101,8 @@ def _sweep(
 ) -> int:
     """One sweep: the plan, the runs, the table; returns the exit status."""
     # Lightning takes seconds to import; a mistake before this should not wait for it
-    from nola_vision.config import has_validation_images, parse
     from nola_vision.data.manifest import read_manifest
+    from nola_vision.runs.parsing import has_validation_images, parse
 
     config = plan.complete(raw, methods, lambda entry: parse(entry, list(settings), known.allow_import))
     if (path := config["data"]["manifest"]) is not None:
@@ -111,7 +111,7 @@ def _sweep(
             raise NolaVisionError(f"the manifest {path} holds split {held} alone: leave --splits out")
         splits, config["data"]["split_seed"] = [held], held
     out, console = Path(known.out), Console()
-    if not has_validation_images(identity.resolve(config, methods[0])):  # what is missing is said before the first run
+    if not has_validation_images(run_id.resolve(config, methods[0])):  # what is missing is said before the first run
         console.print("there is no validation pool, so every method keeps its own learning rate")
         config = plan.without_search(config)
     if config["trainer"]["num_nodes"] != 1:
@@ -120,7 +120,7 @@ def _sweep(
     if on_ray and not _one_device(config["trainer"]):
         raise NolaVisionError("on Ray each run has one device: leave --trainer.devices out")
     slots, gpus = (known.slots, []) if on_ray else _slots(known.slots, config["trainer"])
-    cell = identity.cell_name(identity.resolve(config, methods[0]))
+    cell = run_id.cell_name(run_id.resolve(config, methods[0]))
     at_a_time = slots if on_ray else slots or 1
     console.print(_outlook(plan.outlook(config, splits, inits, _rows(out / cell), shard), at_a_time, shard))
     if known.dry_run:
@@ -151,17 +151,17 @@ def _sweep(
 
         def execute(specs: Sequence[plan.RunSpec]) -> list[Row]:
             if on_ray:
-                from nola_vision.sweep import ray_cluster
+                from nola_vision.sweep.engines import ray_cluster
 
                 return ray_cluster.execute(specs, out, note, known.address, slots, known.gpus_per_run)
             if slots:
                 return local.execute(specs, out, note, slots, gpus)
-            return apart.execute(specs, out, note)
+            return multi_device.execute(specs, out, note)
 
         if not live:
             say(f"{count} runs start")
         rows = protocol.sweep(config, splits, inits, execute, shard)
-    from nola_vision.results import tables  # pandas takes a while to import
+    from nola_vision.reports import tables  # pandas takes a while to import
 
     everything, problems = store.read_rows(out / cell)
     same, left_out = on_the_same_images(everything, rows[0] if rows else None)
@@ -188,7 +188,7 @@ def _option(value: Any) -> str:
 
 
 def _takes(class_name: str, key: str) -> bool:
-    from nola_vision.methods import METHODS
+    from nola_vision.adapters.methods.registry import METHODS
 
     return key in [field.name for field in dataclasses.fields(METHODS[class_name])] if class_name in METHODS else False
 

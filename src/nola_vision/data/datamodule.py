@@ -25,13 +25,16 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from nola_vision import backbones, memo
-from nola_vision.backbones import BackboneSpec, InputConfig
-from nola_vision.data.datasets import get_dataset, kinds_of_files, open_split
+from nola_vision.common import process_cache
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.progress import count_aside
+from nola_vision.common.text import printable
+from nola_vision.data.datasets.registry import get_dataset, kinds_of_files, open_split
 from nola_vision.data.duplicates import digests, groups, in_both, under_two_labels
 from nola_vision.data.folds import folds, hold_out, number_of_folds
 from nola_vision.data.integrity import refuse_unreadable
-from nola_vision.data.kshot import (
+from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
+from nola_vision.data.sampling import (
     Indices,
     candidates,
     classes_without_pool,
@@ -40,10 +43,9 @@ from nola_vision.data.kshot import (
     keyed_hashes,
     validation_pool,
 )
-from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
-from nola_vision.data.transforms import (
+from nola_vision.images.transforms import (
     Augmentation,
     Transform,
     check_augmentation,
@@ -51,9 +53,8 @@ from nola_vision.data.transforms import (
     reduced,
     train_transform,
 )
-from nola_vision.errors import NolaVisionError
-from nola_vision.progress import count_aside
-from nola_vision.text import printable
+from nola_vision.models import backbones
+from nola_vision.models.backbones import BackboneSpec, InputConfig
 
 Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w], `reduced`; an image file's content; or not kept
 
@@ -313,7 +314,7 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def groups(self) -> Indices:
         """`[n]` numbers of the images of the training split; equal ones are exact copies of one image."""
-        return memo.once("groups", (self.dataset, self.root), lambda: groups(self._open("train")))
+        return process_cache.once("groups", (self.dataset, self.root), lambda: groups(self._open("train")))
 
     @property
     def test_indices(self) -> Indices:
@@ -520,7 +521,7 @@ class KShotDataModule(L.LightningDataModule):
             return self._shared_images(self._train_set[1])
         limit = self.memory_limit_mib * 2**20
         key = (self.dataset, self.root, self._train_set[1].tobytes(), limit, size := self.input_config.size)
-        return memo.once("training images", key, lambda: self._plain(*self._train_set).keep(limit, size))
+        return process_cache.once("training images", key, lambda: self._plain(*self._train_set).keep(limit, size))
 
     @property
     def _shares_images(self) -> bool:
@@ -532,7 +533,7 @@ class KShotDataModule(L.LightningDataModule):
         limit, source = self.memory_limit_mib * 2**20, self._open("train")
         everything = self._plain(source, np.arange(len(source), dtype=np.int64))
         key = (self.dataset, self.root, limit, size := self.input_config.size)
-        kept = memo.once("images", key, lambda: everything.keep(limit, size))
+        kept = process_cache.once("images", key, lambda: everything.keep(limit, size))
         return [kept[index] if index < len(kept) else None for index in indices]
 
     @cached_property
@@ -552,7 +553,7 @@ class KShotDataModule(L.LightningDataModule):
 
     def _open(self, split: Split) -> ImageSource:
         open_it = partial(open_split, self.entry, self.root, split, self.download)
-        return memo.once(f"{split} source", (self.dataset, self.root), open_it)
+        return process_cache.once(f"{split} source", (self.dataset, self.root), open_it)
 
     def _draw(self, source: ImageSource) -> Indices:
         if self.manifest is None:
@@ -573,7 +574,7 @@ class KShotDataModule(L.LightningDataModule):
         used = sum(image.numel() for image in self._kept if isinstance(image, torch.Tensor))
         limit = self.memory_limit_mib * 2**20 - used
         key = (self.dataset, self.root, self._splits, indices.tobytes(), size := self.input_config.size)
-        kept = memo.once("validation images", key, lambda: self._plain(source, indices).keep(limit, size))
+        kept = process_cache.once("validation images", key, lambda: self._plain(source, indices).keep(limit, size))
         return self._plain(source, indices, kept)
 
     @property

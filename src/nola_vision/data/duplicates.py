@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from nola_vision.data.kshot import Indices
+from nola_vision.common.local_files import file_digests
 from nola_vision.data.manifest import content
+from nola_vision.data.sampling import Indices
 from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource
-from nola_vision.local_files import file_digests
 
 
 def digests(source: ImageSource, indices: Indices | None = None) -> list[str]:

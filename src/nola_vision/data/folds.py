@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nola_vision.data.kshot import Indices
+from nola_vision.data.sampling import Indices
 
 MOST_FOLDS = 5
 MANY_CLASSES = ".*could represent a regression problem"  # scikit-learn's warning of about as many classes as images

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nola_vision.data.kshot import Indices
+from nola_vision.common.local_files import read_file, remembered
+from nola_vision.data.sampling import Indices
 from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource, decoded, decoders, to_rgb
-from nola_vision.local_files import read_file, remembered
 
 
 def refuse_unreadable(source: ImageSource, indices: Indices) -> None:

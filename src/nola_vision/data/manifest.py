@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from nola_vision.data.kshot import Indices, candidates, draw
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.files import write_file
+from nola_vision.common.local_files import read_file
+from nola_vision.common.validation import check_types
+from nola_vision.data.sampling import Indices, candidates, draw
 from nola_vision.data.sources import ImageSource
-from nola_vision.errors import NolaVisionError
-from nola_vision.field_types import check_types
-from nola_vision.files import write_file
-from nola_vision.local_files import read_file
 
 FORMAT = "nola-vision k-shot manifest"
 FORMAT_VERSION = 1

@@ -13,9 +13,9 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nola_vision import __version__
-from nola_vision.errors import NolaVisionError
-from nola_vision.local_files import open_regular, read_file
-from nola_vision.text import name_text, printable
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.local_files import open_regular, read_file
+from nola_vision.common.text import name_text, printable
 
 # What Pillow decodes itself, and HEIF by pi-heif. Others are left out on purpose: EPS starts Ghostscript, HDF5 and GRIB
 # only name a plug-in.

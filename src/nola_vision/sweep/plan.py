@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from nola_vision.errors import NolaVisionError
-from nola_vision.results import identity
-from nola_vision.results.row import Row
-from nola_vision.results.statistics import count_once, search_rank
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.reports.statistics import count_once, search_rank
+from nola_vision.runs import run_id
+from nola_vision.runs.record import Row
 
 _MOST_NUMBERS = 10_000  # in a range: more are a slip of the hand
 
@@ -27,9 +27,9 @@ class RunSpec:
     method: str
     split: int
     init: int | None
-    stage: identity.Stage
+    stage: run_id.Stage
     learning_rate: float | None
-    config: identity.Config
+    config: run_id.Config
     run_hash: str
 
     @property
@@ -57,7 +57,7 @@ def final_specs(
     specs = []
     for split in splits:
         for method in methods:
-            own_inits: Sequence[int | None] = inits if identity.has_init(identity.resolve(config, method)) else [None]
+            own_inits: Sequence[int | None] = inits if run_id.has_init(run_id.resolve(config, method)) else [None]
             for init in own_inits:
                 specs.append(_spec(config, method, split, init, "final", learning_rates.get(method)))
     return specs
@@ -69,7 +69,7 @@ def search_specs(config: Mapping[str, Any], methods: Sequence[str]) -> list[RunS
     They are of init 0 and split 0, or the one split of the config's manifest: whatever splits follow, every sweep of a
     config chooses alike.
     """
-    data = identity.need(config, "data")
+    data = run_id.need(config, "data")
     split = data["split_seed"] if data.get("manifest") is not None else 0
     return [
         _spec(config, method, split, 0, "search", rate)
@@ -97,7 +97,7 @@ def choose_learning_rates(
     """
     searched = {(row.method, row.run_hash): row for row in count_once(rows) if row.stage == "search"}
     chosen = {}
-    for method in methods if methods is not None else identity.need(config, "methods"):
+    for method in methods if methods is not None else run_id.need(config, "methods"):
         specs = search_specs(config, [method])
         if specs:
             chosen[method] = _best_rate(method, specs, searched)
@@ -114,8 +114,8 @@ def search_failed(config: Mapping[str, Any], rows: Iterable[Row], method: str) -
 
 
 def complete(
-    raw: Mapping[str, Any], methods: Sequence[str], parse: Callable[[identity.Config], identity.Config]
-) -> identity.Config:
+    raw: Mapping[str, Any], methods: Sequence[str], parse: Callable[[run_id.Config], run_id.Config]
+) -> run_id.Config:
     """Write out every default of a config, entry by entry, so that its runs have the hashes that they will have.
 
     Args:
@@ -123,7 +123,7 @@ def complete(
         methods: names of entries; the others are left out.
         parse: from a run config to the full one.
     """
-    full = {name: parse(identity.resolve(raw, name)) for name in methods}
+    full = {name: parse(run_id.resolve(raw, name)) for name in methods}
     first = full[methods[0]]
     entries = {
         name: {**run_config["model"]["method"], "learning_rates": raw["methods"][name].get("learning_rates")}
@@ -155,7 +155,7 @@ def outlook(
     rows = count_once(rows)
     completed = [row for row in rows if row.status == "completed"]
     hashes = {(row.method, row.run_hash) for row in completed}
-    methods = list(identity.need(config, "methods"))
+    methods = list(run_id.need(config, "methods"))
     mine = {(s.method, s.split, s.init) for s in part(final_specs(config, splits, inits, methods, {}), shard)}
     lines = []
     for method in methods:
@@ -184,7 +184,7 @@ def vary(
     key: str,
     values: Sequence[Any],
     takes: Callable[[str, str], bool],
-) -> tuple[identity.Config, list[str]]:
+) -> tuple[run_id.Config, list[str]]:
     """A config in which each entry that has a setting stands once for each of its values, named `nola-rank4`.
 
     Args:
@@ -200,9 +200,9 @@ def vary(
     Raises:
         NolaVisionError: none of the entries has the setting.
     """
-    entries, names = dict(identity.need(config, "methods")), []
+    entries, names = dict(run_id.need(config, "methods")), []
     for name in methods:
-        settings = identity.entry(config, name)
+        settings = run_id.entry(config, name)
         if not takes(settings["class_path"].rpartition(".")[2], key):
             names.append(name)
             continue
@@ -226,14 +226,14 @@ def suffix(key: str, value: Any) -> str:
     return f"-{key.rpartition('.')[2]}{shown}"
 
 
-def rename(config: Mapping[str, Any], methods: Sequence[str], suffix: str) -> tuple[identity.Config, list[str]]:
+def rename(config: Mapping[str, Any], methods: Sequence[str], suffix: str) -> tuple[run_id.Config, list[str]]:
     """A config in which some entries stand under another name too, and those names."""
     names = [name + suffix for name in methods]
-    entries = {name + suffix: identity.entry(config, name) for name in methods}
-    return {**config, "methods": {**identity.need(config, "methods"), **entries}}, names
+    entries = {name + suffix: run_id.entry(config, name) for name in methods}
+    return {**config, "methods": {**run_id.need(config, "methods"), **entries}}, names
 
 
-def without_search(config: Mapping[str, Any]) -> identity.Config:
+def without_search(config: Mapping[str, Any]) -> run_id.Config:
     """A config whose entries have no learning rates to try, so that each keeps its own."""
     entries = {name: {**settings, "learning_rates": None} for name, settings in config["methods"].items()}
     return {**config, "methods": entries}
@@ -277,18 +277,18 @@ def parse_methods(text: str, config: Mapping[str, Any]) -> list[str]:
         NolaVisionError: the config has no entry of such a name.
     """
     names = (
-        list(identity.need(config, "methods")) if text.strip() == "all" else [name.strip() for name in text.split(",")]
+        list(run_id.need(config, "methods")) if text.strip() == "all" else [name.strip() for name in text.split(",")]
     )
     for name in names:
-        identity.entry(config, name)
+        run_id.entry(config, name)
     return list(dict.fromkeys(names))
 
 
 def _spec(
-    config: Mapping[str, Any], method: str, split: int, init: int | None, stage: identity.Stage, rate: float | None
+    config: Mapping[str, Any], method: str, split: int, init: int | None, stage: run_id.Stage, rate: float | None
 ) -> RunSpec:
-    run_config = identity.resolve(config, method)
-    identity.need(run_config, "data")["split_seed"] = split
+    run_config = run_id.resolve(config, method)
+    run_id.need(run_config, "data")["split_seed"] = split
     if init is not None:
         run_config["model"]["run_seed"] = init
     init_args = run_config["model"]["method"]["init_args"]
@@ -302,13 +302,13 @@ def _spec(
         stage=stage,
         learning_rate=None if own_rate is None else _number(own_rate, method),
         config=run_config,
-        run_hash=identity.run_hash(run_config, stage),
+        run_hash=run_id.run_hash(run_config, stage),
     )
 
 
 def _rates(config: Mapping[str, Any], method: str) -> list[float]:
     """Return the rates that an entry has to try, each once; without a list its own rate, if it has one."""
-    settings = identity.entry(config, method)
+    settings = run_id.entry(config, method)
     own_rate = (settings.get("init_args") or {}).get("lr")
     listed = settings.get("learning_rates") or ([] if own_rate is None else [own_rate])
     if not isinstance(listed, list):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from nola_vision.results import identity
-from nola_vision.results.row import Row
+from nola_vision.runs import run_id
+from nola_vision.runs.record import Row
 from nola_vision.sweep import plan
 from nola_vision.sweep.plan import RunSpec
 
@@ -13,7 +13,7 @@ Execute = Callable[[Sequence[RunSpec]], list[Row]]
 
 
 def sweep(
-    config: identity.Config,
+    config: run_id.Config,
     splits: Sequence[int],
     inits: Sequence[int],
     execute: Execute,

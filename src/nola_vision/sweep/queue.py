@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nola_vision.results import identity, row
-from nola_vision.results.row import Row
-from nola_vision.results.store import ROW_FILE, BusyError, claim, find_row, write_row
+from nola_vision.runs import record, run_id
+from nola_vision.runs.record import Row
+from nola_vision.runs.store import ROW_FILE, BusyError, claim, find_row, write_row
 from nola_vision.sweep.plan import RunSpec
 
 TRIES = 2
@@ -56,7 +56,7 @@ class RunQueue:
 
     def folder(self, spec: RunSpec) -> Path:
         """Of a run."""
-        return identity.run_folder(self._out, spec.config, spec.stage)
+        return run_id.run_folder(self._out, spec.config, spec.stage)
 
     def take(self) -> RunSpec | None:
         """The next run to start, None where there is none now; one that has its row is settled by the way."""
@@ -110,7 +110,7 @@ class RunQueue:
         return False
 
 
-def row_of_a_lost_run(spec: RunSpec, status: row.Status, error: str) -> Row:
+def row_of_a_lost_run(spec: RunSpec, status: record.Status, error: str) -> Row:
     """The row of a run whose process cannot write it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Row.of(spec.config, spec.stage, status, error=error, started=now, versions=row.environment())
+    return Row.of(spec.config, spec.stage, status, error=error, started=now, versions=record.environment())

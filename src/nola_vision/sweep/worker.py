@@ -7,9 +7,9 @@ import signal
 import time
 from multiprocessing.connection import Connection
 
-from nola_vision.errors import NolaVisionError
-from nola_vision.results.row import Row
-from nola_vision.results.store import BusyError
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs.record import Row
+from nola_vision.runs.store import BusyError
 
 READY, ALIVE, BUSY = "ready", "alive", "busy"
 Answer = Row | str | NolaVisionError
@@ -39,10 +39,10 @@ def serve(connection: Connection, gpu: str | None) -> None:
     """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    from nola_vision import memo
-    from nola_vision.cross_validation import run_with_estimate
+    from nola_vision.common import process_cache
+    from nola_vision.runs.cross_validation import run_with_estimate
 
-    memo.keep()
+    process_cache.keep()
     heed_one_interrupt()
     try:
         connection.send(READY)

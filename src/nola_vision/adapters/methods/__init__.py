@@ -1,0 +1,1 @@
+"""The methods: one file each, with the settings, the equation and the start."""

@@ -1,0 +1,21 @@
+"""What `--device` may name. No torch here: a typo is reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from nola_vision.common.errors import NolaVisionError
+
+
+def parse_device(name: str) -> tuple[str, int | None]:
+    """The kind of a device and the number of a GPU: `cpu`, `cuda`, `cuda:1` or `mps`.
+
+    Raises:
+        NolaVisionError: it is none of these.
+    """
+    if found := re.fullmatch(r"cpu|mps|cuda(?::(\d{1,4}))?", name):
+        return name.partition(":")[0], None if found[1] is None else int(found[1])
+    close = ["cuda"] if name == "gpu" else difflib.get_close_matches(name, ("cpu", "cuda", "mps"), n=1)
+    hint = f"did you mean {close[0]}?" if close else "use cpu, cuda, cuda:1 or mps"
+    raise NolaVisionError(f"--device is '{name}': {hint}")

@@ -1,0 +1,29 @@
+"""The one base class of every error this package raises on purpose."""
+
+import re
+
+from nola_vision.common.text import printable, without_middle
+
+_LONGEST = 2000  # characters of a message
+_LONGEST_WORD = 300  # of a path or a number in it
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
+
+
+def one_line(message: str) -> str:
+    """A message on one line of a bounded length, without characters that control a terminal.
+
+    Long words and long messages lose their middle: a message begins with the cause and ends with how to fix it.
+    """
+    text = _LONG_WORD.sub(lambda found: without_middle(found[0], _LONGEST_WORD), printable(message))
+    return without_middle(text, _LONGEST)
+
+
+class NolaVisionError(Exception):
+    """A user error. The message is one line that states the cause and how to fix it.
+
+    The command line prints it without a traceback and leaves with exit status 2. Names in the message cannot break the
+    line, drive the terminal or fill it: `str` gives `one_line` of the message.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())

@@ -1,0 +1,177 @@
+"""Which images are for validation, which for training: pure functions of the labels, the shots and a seed.
+
+NumPy only. Every choice is a rule or a keyed hash, never a random generator, so it is the same on any machine and under
+any library version. All index arrays are int64 positions in the labels that were given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from nola_vision.common.errors import NolaVisionError
+
+Indices = npt.NDArray[np.int64]
+
+POOL_STEP = 5
+POOL_MOST_PER_CLASS = 50
+POOL_SMALLEST_CLASS = 20
+
+
+def keyed_hash(purpose: str, *key: int) -> int:
+    """An unsigned 64-bit number that depends on its arguments and on nothing else."""
+    text = ":".join(["nola-vision-1", purpose, *map(str, key)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def keyed_hashes(count: int, purpose: str, *key: int) -> npt.NDArray[np.uint64]:
+    """`[count]` numbers as of `keyed_hash`, by their position: one SHAKE-256 stream, fast for a million of them."""
+    text = ":".join(["nola-vision-1", purpose, *map(str, key)])
+    return np.frombuffer(hashlib.shake_256(text.encode()).digest(8 * count), dtype=">u8").astype(np.uint64)
+
+
+def validation_pool(labels: npt.ArrayLike) -> Indices:
+    """The images set aside for choosing settings; no seed and no number of shots enters.
+
+    Within each class, in the order of the data set: every fifth image, at most 50, and none where the class has fewer
+    than 20 (`classes_without_pool` names those).
+
+    Args:
+        labels: `[n]` class indices.
+
+    Returns:
+        Sorted indices, disjoint from everything that `draw` returns.
+    """
+    chosen = [
+        members[POOL_STEP - 1 :: POOL_STEP][:POOL_MOST_PER_CLASS]
+        for members in _by_class(labels).values()
+        if len(members) >= POOL_SMALLEST_CLASS
+    ]
+    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
+
+
+def candidates(labels: npt.ArrayLike, splits: Sequence[str]) -> Indices:
+    """The training images that a draw may take.
+
+    Args:
+        labels: `[n]` class indices of the training split.
+        splits: what the data set has. The validation pool is taken out of the training split only where there is a test
+            split but no validation split.
+
+    Returns:
+        Sorted indices.
+    """
+    everything = np.arange(len(np.asarray(labels)), dtype=np.int64)
+    has_pool = "test" in splits and "validation" not in splits
+    return np.setdiff1d(everything, validation_pool(labels)) if has_pool else everything
+
+
+def classes_without_pool(labels: npt.ArrayLike) -> list[int]:
+    """The classes too small (fewer than 20 images) to give any to the validation pool."""
+    return [label for label, members in _by_class(labels).items() if len(members) < POOL_SMALLEST_CLASS]
+
+
+def check_shots(shots: object) -> None:
+    """Raises NolaVisionError unless `shots` is a whole number from 1 up, or "all"."""
+    if shots != "all" and (not isinstance(shots, int) or shots < 1):
+        raise NolaVisionError(f"shots is {shots!r}, but it must be a whole number from 1 up, or 'all'")
+
+
+def draw(
+    labels: npt.ArrayLike,
+    shots: int | Literal["all"],
+    split_seed: int,
+    class_names: Sequence[str] | None = None,
+    among: Indices | None = None,
+    at_most: bool = False,
+) -> Indices:
+    """Draws the k-shot training set.
+
+    The images of a class are ranked by a hash of (split_seed, class index, rank within the class), and the first
+    `shots` are taken. So the 5-shot set is the first five of each class's 10-shot set, and no class has a part in
+    another's draw.
+
+    Args:
+        labels: `[n]` class indices.
+        shots: images per class, or "all".
+        split_seed: which draw.
+        class_names: names of all classes, by index: for the error message, and so that a class without images is
+            noticed.
+        among: the images that may be drawn; by default those outside the validation pool.
+        at_most: take all images of a class that has fewer than `shots`.
+
+    Returns:
+        `[classes * shots]` indices, class after class, each in the order of its ranking; for "all", sorted indices.
+
+    Raises:
+        NolaVisionError: `shots` is no positive number, or a class has too few images.
+    """
+    check_shots(shots)
+    by_class = _by_class(labels)
+    names = [str(label) for label in range(max(by_class, default=-1) + 1)] if class_names is None else class_names
+    allowed = set((candidates(labels, ("train", "test")) if among is None else among).tolist())
+    ranked: dict[int, Indices] = {}
+    for label in by_class if class_names is None else range(len(names)):
+        members = by_class.get(label, np.empty(0, dtype=np.int64)).tolist()
+        free = [(rank, index) for rank, index in enumerate(members) if index in allowed]
+        if shots != "all":
+            free = sorted((keyed_hash("draw", split_seed, label, rank), index) for rank, index in free)
+        ranked[label] = np.array([index for _, index in free], dtype=np.int64)
+    counts = [(names[label], len(indices)) for label, indices in ranked.items()]
+    where = " outside the validation pool" if len(allowed) < sum(map(len, by_class.values())) else ""
+    _check_counts(counts, 1 if shots == "all" or at_most else shots, where)
+    if shots == "all":
+        return np.sort(np.concatenate(list(ranked.values())))
+    return np.concatenate([indices[:shots] for indices in ranked.values()])
+
+
+def evenly_spaced(labels: npt.ArrayLike, limit: int) -> Indices:
+    """A balanced subset by a fixed rule: `limit` images shared out over the classes, evenly spaced within each.
+
+    Args:
+        labels: `[n]` class indices.
+        limit: how many images in all; the first classes get one more where it does not divide evenly, and a class
+            with fewer images than its share gives all it has.
+
+    Returns:
+        Sorted indices, at most `limit`.
+
+    Raises:
+        NolaVisionError: `limit` is smaller than the number of classes.
+    """
+    by_class = _by_class(labels)
+    if limit < len(by_class):
+        raise NolaVisionError(f"a limit of {limit} images is too small for {len(by_class)} classes: give one for each")
+    share, rest = divmod(limit, len(by_class))
+    chosen = []
+    for position, members in enumerate(by_class.values()):
+        count = min(share + (position < rest), len(members))
+        chosen.append(members[np.arange(count) * len(members) // count])
+    return np.sort(np.concatenate(chosen))
+
+
+def _by_class(labels: npt.ArrayLike) -> dict[int, Indices]:
+    """Class index -> its images in the order of the data set, classes in ascending order."""
+    array = np.asarray(labels, dtype=np.int64)
+    classes, counts = np.unique(array, return_counts=True)
+    members = np.split(np.argsort(array, kind="stable").astype(np.int64), np.cumsum(counts)[:-1])
+    return dict(zip(classes.tolist(), members, strict=False))
+
+
+def _check_counts(counts: Sequence[tuple[str, int]], needed: int, where: str) -> None:
+    """Refuses a draw that some class, of (name, images), is too small for."""
+    short = [f"{name!r} has {count}" for name, count in counts if count < needed]
+    if not short:
+        return
+    listed = ", ".join(short[:5]) + (f" and {len(short) - 5} more classes have too few" if len(short) > 5 else "")
+    most = min(count for _, count in counts)
+    mend = (
+        f"use {most} {'shots or fewer' if most > 1 else 'shot'}, or add images"
+        if most
+        else "add images, or remove the class"
+    )
+    raise NolaVisionError(f"{needed} shots need that many images in every class{where}, but {listed}: {mend}")

@@ -1,0 +1,1 @@
+"""What predictions are worth: calibration, and the accuracy estimated by cross-validation. NumPy only."""

@@ -1,0 +1,1 @@
+"""Image formats: what a backbone takes, how files are decoded and transformed."""

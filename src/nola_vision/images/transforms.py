@@ -1,0 +1,139 @@
+"""From a decoded image to what a backbone takes: the evaluation transform and three ways to augment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
+
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.images.augment import ColorJitter, GaussianBlur, PlanarFloat
+from nola_vision.models.backbones import InputConfig
+
+Augmentation = Literal["none", "light", "released"]
+Transform = Callable[[Any], torch.Tensor]
+
+
+_REDUCED = 4  # times the backbone's side: what a reduced image keeps at least, so that a crop still has more pixels
+
+
+def reduced(image: Any, size: int) -> Any:
+    """An image whose shorter side is 8 times the backbone's or more, at a fraction of its resolution.
+
+    With k = floor(shorter side / (4 x size)), each pixel is the exact mean of k x k pixels (Pillow's `Image.reduce`).
+    With k < 2 the image is returned as it is, and so is one that was reduced before. All transforms start with this,
+    and images are kept in memory like this: 12 megapixels are slow to crop and take 36 MB.
+
+    Args:
+        image: a PIL image or a uint8 tensor `[3, h, w]`.
+        size: the side of what the backbone takes.
+    """
+    sides = image.size if isinstance(image, Image.Image) else image.shape[-2:]
+    if (factor := min(sides) // (_REDUCED * size)) < 2:
+        return image
+    return (image if isinstance(image, Image.Image) else to_pil_image(image)).reduce(factor)
+
+
+def eval_transform(config: InputConfig) -> Transform:
+    """timm's evaluation transform: resize to `floor(size / crop_pct)`, crop the centre, normalise.
+
+    Resizing keeps the ratio of the sides, or makes a square of the image where the backbone's `crop_mode` is squash.
+
+    Args:
+        config: what the backbone takes.
+
+    Returns:
+        A function from a PIL image or a uint8 tensor `[3, h, w]` to a normalised float32 tensor `[3, size, size]`.
+
+    Raises:
+        NolaVisionError: the interpolation is one that tensors cannot be resized with, or the crop mode is not known.
+    """
+    if config.crop_mode not in ("center", "squash"):
+        raise NolaVisionError(
+            f"the backbone asks for crop mode {config.crop_mode!r}, which cannot be had here: choose another tag of it"
+        )
+    side = math.floor(config.size / config.crop_pct)
+    resize = v2.Resize(side if config.crop_mode == "center" else (side, side), _interpolation(config), antialias=True)
+    return _compose(config, [resize, v2.CenterCrop(config.size)])
+
+
+def check_augmentation(augmentation: str, flip: bool) -> None:
+    """Refuses an unknown augmentation, and a flip that would have no effect.
+
+    Raises:
+        NolaVisionError: one of them.
+    """
+    if augmentation not in get_args(Augmentation):
+        names = ", ".join(get_args(Augmentation))
+        raise NolaVisionError(f"there is no augmentation {augmentation!r}: choose one of {names}")
+    if flip and augmentation != "light":
+        what = "flips nothing" if augmentation == "none" else "always flips"
+        raise NolaVisionError(
+            f"flip is a setting of augmentation 'light', and {augmentation!r} {what}: give --data.flip false"
+        )
+
+
+def train_transform(config: InputConfig, augmentation: str, flip: bool = False) -> Transform:
+    """The transform of training images. All randomness comes from torch's CPU generator.
+
+    - "none": the evaluation transform.
+    - "light": a random crop of 60 to 100 % of the area, and with `flip` a horizontal flip of every second image.
+    - "released": what the authors' released code does: a crop of 20 to 100 %, colour jitter, grey, blur and a flip.
+      Their code rounds to 8 bits after each step; here nothing is rounded after the crop.
+
+    Args:
+        config: what the backbone takes.
+        augmentation: one of the names above.
+        flip: add the flip to "light"; leave it off where left and right carry meaning, as in digits.
+
+    Returns:
+        A function as of `eval_transform`.
+    """
+    if augmentation == "none":
+        return eval_transform(config)
+    size, interpolation = config.size, _interpolation(config)
+    if augmentation == "light":
+        crop = v2.RandomResizedCrop(size, scale=(0.6, 1.0), interpolation=interpolation, antialias=True)
+        return _compose(config, [crop, v2.RandomHorizontalFlip(0.5)] if flip else [crop])
+    crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=interpolation, antialias=True)
+    recolour = [
+        v2.RandomApply([ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+        v2.RandomHorizontalFlip(0.5),
+    ]
+    return _compose(config, [crop], recolour)
+
+
+def _compose(config: InputConfig, on_bytes: list[nn.Module], on_floats: Sequence[nn.Module] = ()) -> Transform:
+    """Puts the common beginning (to a tensor), middle (to float32) and end (normalising) around the steps."""
+    end = v2.Normalize(config.mean, config.std)
+    transform: Transform = v2.Compose([Reduce(config.size), v2.ToImage(), *on_bytes, PlanarFloat(), *on_floats, end])
+    return transform
+
+
+class Reduce(nn.Module):
+    """`reduced` as the first step of a transform."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Any) -> Any:
+        return reduced(image, self.size)
+
+
+def _interpolation(config: InputConfig) -> v2.InterpolationMode:
+    """timm's name of an interpolation as torchvision's."""
+    if config.interpolation not in ("nearest", "bilinear", "bicubic"):
+        raise NolaVisionError(
+            f"the backbone asks for interpolation {config.interpolation!r}, which cannot be had here: "
+            "choose a backbone with nearest, bilinear or bicubic"
+        )
+    return v2.InterpolationMode(config.interpolation)

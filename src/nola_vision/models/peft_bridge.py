@@ -1,0 +1,154 @@
+"""The part of Hugging Face's PEFT that an adapter file can restore: configs that need nothing but numbers and names.
+
+A file comes from anyone, so what it can make PEFT do is a list of what is allowed, and training accepts the same list:
+what is trained here can be loaded anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.validation import quoted
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Without: prompts, which a vision backbone has no place for; what reads other models, data or files (XLora, Arrow);
+# what compiles CUDA (BOFT); what needs a call in each training step (AdaLora); what cannot be made without the weights
+# (Shira, PSOFT, OSF, TinyLora).
+CONFIGS = (
+    "C3AConfig",
+    "DeloraConfig",
+    "FourierFTConfig",
+    "GraloraConfig",
+    "HRAConfig",
+    "HiraConfig",
+    "IA3Config",
+    "LNTuningConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoraConfig",
+    "MissConfig",
+    "OFTConfig",
+    "PveraConfig",
+    "RandLoraConfig",
+    "VBLoRAConfig",
+    "VeraConfig",
+)
+# fields of every config, which name a task, a repository on a hub or code, or switch the training off
+_NOT_SETTINGS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+_TEXTS = ("none", "all", "gaussian", "orthogonal")  # of `bias` and `init_weights`; `bias` has `lora_only` too
+_ALL_LINEAR = "all-linear"
+_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # PEFT reads some names as patterns: these repeat nothing
+_MOST = 2**16  # a rank, a number of vectors, a block's side, the terms of a series
+_MOST_SEED = 2**63 - 1
+
+
+def check(config: str, settings: Mapping[str, Any]) -> None:
+    """Refuses what an adapter file could not restore, and what could make PEFT fetch, import or compile anything.
+
+    Args:
+        config: the class of a PEFT config, with or without `peft.` in front.
+        settings: its fields. Numbers, true, false and null are plain; so are lists of module names or numbers, and
+            mappings of module names to numbers in the fields that end in `_pattern`. Of texts, only a few words are,
+            and a pattern in `target_modules`, which the file stores as the list of modules that it matches.
+
+    Raises:
+        NolaVisionError: a config that is not in `CONFIGS`, or a setting that is not plain.
+    """
+    name = config.removeprefix("peft.")
+    if name not in CONFIGS:
+        close = difflib.get_close_matches(name[:80], CONFIGS)
+        meant = f"did you mean peft.{' or peft.'.join(close)}?" if close else f"use one of {', '.join(CONFIGS)}"
+        raise NolaVisionError(f"PEFT has no config '{config}' that an adapter file can restore: {meant}")
+    for setting, value in settings.items():
+        if fix := _fix(setting, value):
+            raise NolaVisionError(f"the setting {setting} of peft.{name} is {quoted(value)}: {fix}")
+
+
+def _fix(setting: str, value: Any) -> str | None:
+    """How to make a setting plain, or None if it is."""
+    most = _MOST_SEED if setting.endswith(("_seed", "_key")) else _MOST
+    if setting in _NOT_SETTINGS:
+        return "leave it out"
+    if setting == "target_modules" and isinstance(value, str):
+        return None if len(value) <= 1000 else "use a list of module names"
+    if setting == "layers_pattern" and isinstance(value, str):
+        return None if _is_name(value) else "use a module's name"
+    match value:
+        case bool() | None:
+            return None
+        case int() | float():
+            return None if abs(value) <= most else f"use a number from -{most:,} to {most:,}"
+        case str():
+            plain = value in _TEXTS or re.fullmatch(r"[a-z0-9]{1,20}_only", value) is not None
+            return None if plain else f"use one of {', '.join(_TEXTS)}, or a list of module names"
+        case list() | tuple():
+            plain = all(_is_name(one) or _is_number(one) for one in value)
+            return None if plain else "use a list of module names, without pattern signs, or of numbers"
+        case dict() if setting.endswith("_pattern"):
+            plain = all(_is_name(key) and _is_number(one) for key, one in value.items())
+            return None if plain else "use module names, without pattern signs, and numbers"
+    return "leave it out"
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 300 and _NAME.fullmatch(value) is not None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= _MOST
+
+
+def has_pattern(settings: Mapping[str, Any]) -> bool:
+    """Whether `target_modules` is a regular expression, which is for a config only, not for a file."""
+    modules = settings.get("target_modules")
+    return isinstance(modules, str) and modules != _ALL_LINEAR
+
+
+def edited(backbone: nn.Module, config: str, settings: Mapping[str, Any], seed: int) -> nn.Module:
+    """PEFT's model around a backbone that it edits: what it adds and trains has `requires_grad`.
+
+    Args:
+        backbone: a timm model, possibly on the meta device.
+        config, settings: as `check` allows them.
+        seed: of everything that PEFT draws.
+
+    Raises:
+        NolaVisionError: PEFT is not installed, has no such config, or refuses its settings for this backbone.
+    """
+    import torch  # not above: `check` needs none
+
+    try:
+        import peft
+    except ImportError as error:
+        raise NolaVisionError("the method PEFT needs the package peft: pip install 'nola-vision[peft]'") from error
+    name = config.removeprefix("peft.")
+    if not hasattr(peft, name):
+        raise NolaVisionError(f"PEFT {peft.__version__} has no {name}: pip install -U peft")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            made: nn.Module = peft.get_peft_model(backbone, getattr(peft, name)(**settings))
+    except Exception as error:  # each of its methods refuses in its own way
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise NolaVisionError(f"peft.{name} cannot be used on this backbone with these settings: {reason}") from error
+    return made
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """The modules that PEFT edited in a model that `edited` gave, sorted."""
+    return sorted(model.base_model.targeted_module_names)  # type: ignore[union-attr, arg-type]

@@ -1,0 +1,1 @@
+"""From rows to what people read: statistics, sentences, tables, plots, a page."""

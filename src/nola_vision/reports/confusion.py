@@ -1,0 +1,196 @@
+"""Which classes runs took for which: the file `confusion.csv`, and what the counts of many runs show of an entry."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.text import csv_cell
+from nola_vision.evaluation.predictions import Predictions
+from nola_vision.reports.statistics import entries, run_accuracy
+from nola_vision.runs.record import Row
+from nola_vision.runs.store import read_run_file
+
+CONFUSION_FILE = "confusion.csv"
+MOST_RUNS = 48  # of an entry, whose counts are summed: the first
+_HEADER = "true,predicted,count"
+# A run writes a file for up to 1,000 classes: one line per pair of classes with an image
+_MOST_BYTES, MOST_CLASSES = 2**26, 2000
+_NUMBER = re.compile("[0-9]{1,12}")
+_FIX = "delete it (plots then leave its run out)"
+_Classes = TypeVar("_Classes", bound=Hashable)
+
+
+def confusion_csv(counts: NDArray[np.int64], class_names: Sequence[str]) -> str:
+    """Test images by true and predicted class as text: a line a pair that has any, and one for each class with itself.
+
+    Args:
+        counts: `[true, predicted]`.
+        class_names: in the order of the labels, which the text keeps. A name that a spreadsheet would compute is
+            escaped, and a duplicate gets its label.
+    """
+    true, predicted = np.nonzero(counts + np.eye(len(class_names), dtype=np.int64))
+    names = np.array(_cells(class_names), dtype=object)
+    lines = {"true": names[true], "predicted": names[predicted], "count": counts[true, predicted]}
+    return pd.DataFrame(lines).to_csv(index=False)
+
+
+def _cells(class_names: Sequence[str]) -> list[str]:
+    """The names of classes as they are in the file, each once."""
+    cells = [csv_cell(name) for name in class_names]
+    twice = {name for name, count in Counter(cells).items() if count > 1}
+    unique = [f"{name} ({i})" if name in twice else name for i, name in enumerate(cells)]
+    if len(set(unique)) < len(unique):  # "crane" twice and "crane (0)"
+        unique = [f"{name} ({i})" for i, name in enumerate(cells)]
+    return unique
+
+
+def read_confusion(path: Path) -> pd.DataFrame:
+    """The counts of a `confusion.csv`: an index line a true class, a column a predicted one.
+
+    Raises:
+        NolaVisionError: it cannot be read, or holds something else.
+    """
+    content = read_run_file(path, _MOST_BYTES)
+    try:
+        header, _, lines = content.decode().partition("\n")
+        if header.strip() != _HEADER:
+            raise ValueError("another header")
+        table = pd.read_csv(io.StringIO(lines, newline=""), header=None, dtype=str, na_filter=False, low_memory=False)
+        if table.shape[1] != 3:
+            raise ValueError("another number of columns")
+        # each text once, as they appear, and where it is
+        (true, names), (predicted, others), (count, numbers) = (pd.factorize(table[column]) for column in table)
+        if max(len(names), len(others)) > MOST_CLASSES:
+            raise ValueError("too many classes")
+        if not all(map(_NUMBER.fullmatch, numbers)):
+            raise ValueError("a count that is not a number of images")
+        names = pd.Index(names, dtype="object")
+        at = names.get_indexer(pd.Index(others, dtype="object"))
+        if (at < 0).any():
+            raise ValueError("a predicted class that is not a true one")
+        places = true * len(names) + at[predicted]
+        if np.bincount(places).max() > 1:
+            raise ValueError("a pair that is there twice")
+        square = np.zeros((len(names), len(names)), dtype=np.int64)
+        square.flat[places] = np.array(list(map(int, numbers)), dtype=np.int64)[count]
+        return pd.DataFrame(square, index=names.rename("true"), columns=names.rename("predicted"))
+    except ValueError as error:
+        raise NolaVisionError(f"{path} holds no confusion matrix: {_FIX}") from error
+
+
+def count_predictions(found: Sequence[Predictions], classes: int) -> NDArray[np.int64]:
+    """Images by true and predicted class, `[classes, classes]`, summed over runs; at least one."""
+    places = np.concatenate([classes * one.label + one.predicted for one in found])
+    return np.bincount(places, minlength=classes**2).reshape(classes, classes)
+
+
+def confused_pairs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The confused pairs, the most frequent first, as `[pair, 3]`: the true class, the predicted one, and the count."""
+    wrong = counts - np.diag(np.diag(counts))
+    ranked = np.argsort(-wrong, axis=None, kind="stable")[: np.count_nonzero(wrong)]
+    return np.stack([*divmod(ranked, len(wrong)), wrong.flat[ranked]], axis=1)
+
+
+def usual_classes(found: Iterable[tuple[Row, _Classes]]) -> _Classes | None:
+    """The classes that most runs of an entry have; of equally frequent ones those of the newest run."""
+    started: dict[_Classes, list[str]] = defaultdict(list)
+    for run, classes in found:
+        started[classes].append(run.started)
+    return max(started, key=lambda classes: (len(started[classes]), max(started[classes])), default=None)
+
+
+def run_confusions(runs: Iterable[Row]) -> tuple[list[tuple[Row, pd.DataFrame]], list[str]]:
+    """The matrices of the first `MOST_RUNS` completed runs of one entry that left one, all with the same classes.
+
+    Returns:
+        The runs with their matrices, and a sentence for each file that could not be used: one that does not fit
+        its run's row, or whose classes are not the usual ones.
+    """
+    read: list[tuple[Row, pd.DataFrame]] = []
+    problems = []
+    for run in runs:
+        if run.folder is None or run.status != "completed" or not os.path.lexists(run.folder / CONFUSION_FILE):
+            continue
+        try:
+            read.append((run, _of_its_row(run, run.folder / CONFUSION_FILE)))
+        except NolaVisionError as error:
+            problems.append(str(error))
+        if len(read) == MOST_RUNS:
+            break
+    usual = usual_classes((run, frozenset(counts.index)) for run, counts in read)
+    found: list[tuple[Row, pd.DataFrame]] = []
+    for run, counts in read:
+        if usual == frozenset(counts.index):
+            found.append((run, counts.reindex_like(found[0][1]) if found else counts))
+        else:
+            path = (run.folder or Path()) / CONFUSION_FILE
+            problems.append(f"{path} has other classes than most runs of {run.method}: it is left out")
+    return found, problems
+
+
+def _of_its_row(run: Row, path: Path) -> pd.DataFrame:
+    """The counts of a run's file; a NolaVisionError where the row has other classes or another number of images."""
+    counts, names, accuracy = read_confusion(path), run.data.get("class_names"), run_accuracy(run)
+    if names and set(_cells(names)) != set(counts.index):
+        raise NolaVisionError(f"{path} has other classes than its run's row: {_FIX}")
+    images = int(counts.to_numpy().sum())
+    if accuracy is not None and accuracy.images != images:
+        raise NolaVisionError(f"{path} counts {images:,} images, and its run's row {accuracy.images:,}: {_FIX}")
+    return counts
+
+
+def entry_confusions(rows: Iterable[Row], cell: str) -> tuple[dict[str, dict[int, pd.DataFrame]], list[str]]:
+    """Sum the matrices of each entry's completed final runs, as `run_confusions` reads them.
+
+    Args:
+        rows: of any runs; those without a `confusion.csv` in their folder are left out.
+        cell: which.
+
+    Returns:
+        The sums by the entry's label and the split, and a sentence for each file that could not be used.
+    """
+    sums: dict[str, dict[int, pd.DataFrame]] = {}
+    problems = []
+    for summary, runs in entries(row for row in rows if row.cell == cell):
+        found, unusable = run_confusions(runs)
+        problems += unusable
+        of_splits: dict[int, pd.DataFrame] = {}
+        for run, counts in found:
+            of_splits[run.split] = of_splits[run.split] + counts if run.split in of_splits else counts
+        if of_splits:
+            sums[summary.label] = of_splits
+    return sums, problems
+
+
+def class_accuracy(confusion: pd.DataFrame) -> pd.Series[float]:
+    """The share of each class's images that were taken for it, in per cent; none where a class has no image."""
+    own = pd.Series(np.diag(confusion), index=confusion.index)
+    return 100 * own / confusion.sum(axis=1).replace(0, np.nan)
+
+
+def class_differences(
+    confusions: Mapping[str, Mapping[int, pd.DataFrame]], than: str
+) -> dict[str, tuple[int, pd.Series[float]]]:
+    """By how many points each entry's accuracy on each class is above that of the entry `than`.
+
+    Returns:
+        By the entry's label, over how many splits, those that both have, and the mean of the differences on each class.
+    """
+    found = {}
+    for label, of_splits in confusions.items():
+        shared = sorted(of_splits.keys() & confusions[than].keys())
+        if label != than and shared:
+            pairs = [class_accuracy(of_splits[s]) - class_accuracy(confusions[than][s]) for s in shared]
+            found[label] = len(shared), pd.concat(pairs, axis=1).mean(axis=1).reindex(pairs[0].index)
+    return found

@@ -1,0 +1,159 @@
+"""Where the labels of a chart go, so that none hides another; all lengths in points.
+
+The libraries for this (adjustText, textalloc) move labels step by step for 0.1 s and more per chart and know no labels
+of lines. Here each label takes the best free place in turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+from numpy.typing import NDArray
+
+from nola_vision.common.text import printable
+
+Boxes = NDArray[np.float64]  # [n, 4]: left, bottom, right, top
+_DISTANCES = (7.0, 11.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0, 110.0, 140.0)  # of a label from its point
+_SIDES = [side for side in itertools.product((1.0, 0.5, 0.0, -0.5, -1.0), repeat=2) if 1 in map(abs, side)]
+_SIDES.sort(key=lambda side: (side[0] != 1, abs(side[1]), side))  # to the right if possible
+_CROSSED = 15.0  # a line under a label costs as much as this distance in points
+
+
+class Place(NamedTuple):
+    """Where a label is: its left edge and the middle of its height, and the point of its edge next to what it names."""
+
+    left: float
+    middle: float
+    near: tuple[float, float]
+    distance: float
+
+
+def short_names(names: Sequence[str], most: int) -> dict[str, str]:
+    """Names as distinct printable labels of about `most` characters.
+
+    Of a single long name the middle is left out. Of several that begin alike, as one method with several settings, each
+    keeps its beginning and the part from the first word in which they differ.
+    """
+    alike: dict[str, list[str]] = defaultdict(list)
+    for text in {printable(name) for name in names if len(printable(name)) > most}:
+        alike[text[: most // 3]].append(text)
+    labels: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in dict.fromkeys(names):
+        text = short_name(name, most)
+        if text != (whole := printable(name)) and len(group := alike[whole[: most // 3]]) > 1:
+            common = os.path.commonprefix(group)
+            word = max(common.rfind(separator) for separator in " (,/_") + 1
+            start = f"{whole[: most // 3]}…" if word > most // 3 + 1 else whole[:word]
+            rest = whole[word : word + most - len(start)]
+            text = start + (rest if whole.endswith(rest) else f"{rest[:-1]}…")
+        label, number = text, 1
+        while label in taken:
+            number += 1
+            label = f"{text} {number}"
+        taken.add(label)
+        labels[name] = label
+    return labels
+
+
+def short_name(name: str, most: int) -> str:
+    """A name as a label: on one line, and without its middle if it is longer than `most` characters."""
+    text = printable(name)
+    wide = sum(map(_is_wide, text))
+    most = most * len(text) // (len(text) + wide) if wide else most
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-(most // 3 - 1) :]}"
+
+
+def _is_wide(letter: str) -> bool:
+    return unicodedata.east_asian_width(letter) in "WF"
+
+
+@lru_cache(maxsize=4096)
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """How wide a text is in DejaVu Sans, which is wider than the sans-serif fonts of browsers."""
+    # it has no East Asian letters and emoji, whose width is about that of a W
+    known = "".join("W" if _is_wide(letter) else letter for letter in text)
+    properties = FontProperties(size=size, weight=weight)
+    return float(text_to_path.get_text_width_height_descent(known, properties, ismath=False)[0])
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions at least `gap` apart between `low` and `high`, as near as possible to those wanted (least squares).
+
+    With q_i = p_i - i gap, positions p in the order of those wanted are `gap` apart if q does not decrease: isotonic
+    regression of `wanted_i - i gap`.
+    """
+    from scipy.optimize import isotonic_regression  # takes a while to import
+
+    if not len(wanted):
+        return []
+    order = np.argsort(wanted, kind="stable")
+    steps = gap * np.arange(len(wanted))
+    positions = isotonic_regression(np.asarray(wanted, dtype=float)[order] - steps).x
+    placed = np.empty(len(wanted))
+    placed[order] = positions.clip(low, max(low, high - steps[-1])) + steps
+    return [float(position) for position in placed]
+
+
+def place_at_points(
+    points: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    hidden: Boxes,
+    crossed: Boxes,
+    area: tuple[float, float, float, float],
+) -> list[Place | None]:
+    """Place a label next to each point, in the given order; None where there is no room for one.
+
+    Args:
+        points: what is labelled.
+        sizes: width and height of each label.
+        hidden: boxes that no label may cover, those of the points included.
+        crossed: boxes that a label had better not cover, such as those of error bars and lines.
+        area: left, bottom, right and top of what labels may use.
+    """
+    places: list[Place | None] = []
+    labels = np.empty((0, 4))
+    sides = np.array([(x, y, distance) for distance in _DISTANCES for x, y in _SIDES])
+    for (x, y), (width, height) in zip(points, sizes, strict=True):
+        half = np.array([width / 2, height / 2])
+        middles = np.array([x, y]) + sides[:, :2] * (half + sides[:, 2:])
+        boxes = np.concatenate([middles - half, middles + half], axis=1)
+        inside = (boxes[:, :2] >= area[:2]).all(axis=1) & (boxes[:, 2:] <= area[2:]).all(axis=1)
+        free = inside & ~_overlap(boxes, np.concatenate([hidden, labels])).any(axis=1)
+        cost = np.where(free, sides[:, 2] + _CROSSED * _overlap(boxes, crossed).sum(axis=1), np.inf)
+        place = None
+        for choice in np.argsort(cost, kind="stable")[: free.sum()]:
+            left, bottom, right, top = boxes[choice].tolist()
+            near = (min(max(x, left), right), min(max(y, bottom), top))
+            joint = along((x, y), near)
+            if not _overlap(joint, labels).any():
+                place = Place(left, (bottom + top) / 2, near, math.dist((x, y), near))
+                labels = np.concatenate([labels, boxes[choice][None]])
+                crossed = np.concatenate([crossed, joint])
+                break
+        places.append(place)
+    return places
+
+
+def along(start: tuple[float, float], end: tuple[float, float], thickness: float = 2.0) -> Boxes:
+    """Small boxes that cover a line."""
+    steps = np.linspace(0, 1, 2 + int(math.dist(start, end) / 6))[:, None]
+    middles = np.array(start) + steps * (np.array(end) - np.array(start))
+    return np.concatenate([middles - thickness / 2, middles + thickness / 2], axis=1)
+
+
+def _overlap(boxes: Boxes, others: Boxes) -> NDArray[np.bool_]:
+    """`[box, other]`: whether they share area."""
+    one, other = boxes[:, None], others[None]
+    shared: NDArray[np.bool_] = np.logical_and(one[..., :2] < other[..., 2:], other[..., :2] < one[..., 2:])
+    return shared[..., 0] & shared[..., 1]

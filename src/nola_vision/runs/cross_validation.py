@@ -1,0 +1,155 @@
+"""Runs on a data set without a test split: one training per fold, whose held-out predictions the final run pools.
+
+A fold's training is a separate run (`stage="fold"`): it leaves a row, resumes, and is not repeated. The final run
+trains on every image; its row holds the estimate.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from nola_vision.runs import runner
+from nola_vision.runs.parsing import build, open_data, quiet
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs import run_id
+from nola_vision.runs.run_id import Config
+from nola_vision.runs.record import Row
+from nola_vision.reports.statistics import search_rank
+
+
+def number_of_folds(run_config: Config, data: KShotDataModule | None = None) -> int:
+    """How many folds the estimate of a run needs; 0 if the run is tested directly.
+
+    That is a run on a data set with a test split, one of a method on frozen features, which computes its own estimate,
+    and one on several devices, whose processes Lightning starts again for each training.
+
+    Args:
+        run_config: as of `runner.run`.
+        data: its datamodule, if that is open already.
+
+    Raises:
+        NolaVisionError: as `KShotDataModule.setup`.
+    """
+    trainer = run_config["trainer"]
+    if not run_id.has_init(run_config) or trainer["devices"] not in (1, "1") or trainer["num_nodes"] != 1:
+        return 0
+    return (data or open_data(run_config)).number_of_folds or 0
+
+
+def run_with_estimate(
+    run_config: Config,
+    out: str | Path,
+    stage: run_id.Stage = "final",
+    *,
+    learning_rates: Sequence[float] = (),
+    note: Callable[[int, Row], None] | None = None,
+    folds: int | None = None,
+    again: bool = False,
+    **options: Any,
+) -> Row:
+    """`runner.run`, with the folds before it where the data set has no test split.
+
+    Args:
+        run_config: as of `runner.run`.
+        out: as of `runner.run`.
+        stage: as of `runner.run`; only a final run has an estimate.
+        learning_rates: to choose from by a validation pool; in a data set without a test split it is held out of each
+            fold's training part, and of all images for the final run.
+        note: called with the number and the row of each fold that has ended.
+        folds: how many to run, 0 for none; as many as `number_of_folds` says if not given.
+        again: repeat what is completed.
+        options: others of `runner.run`.
+
+    Raises:
+        NolaVisionError: as `runner.run`.
+    """
+    options = {**options, "again": again}
+    if stage != "final":
+        return runner.run(run_config, out, stage, **options)
+    if folds is None:
+        try:
+            folds = number_of_folds(run_config)
+        except NolaVisionError:
+            if not options.get("keep_going"):
+                raise
+            folds = 0  # the final run meets the same fault, and leaves a row that states it
+    # a checkpoint is that of one run; `last` is each run's own
+    before = {**options, "ckpt_path": "last" if options.get("ckpt_path") == "last" else None}
+    held_out = []
+    for fold in range(folds):
+        fold_config = _with_best_rate(_of_fold(run_config, fold), out, learning_rates, True, before)
+        held_out.append(runner.run(fold_config, out, "fold", **before))
+        if note is not None:
+            note(fold, held_out[-1])
+    without_test = learning_rates and not open_data(run_config).has_test
+    run_config = _with_best_rate(run_config, out, learning_rates, bool(without_test), before)
+    return runner.run(run_config, out, held_out=held_out, **options)
+
+
+def pending_folds(run_config: Config, out: str | Path, folds: int) -> list[int]:
+    """The folds that have no row of a completed run yet."""
+    folders = [run_id.run_folder(out, _of_fold(run_config, fold), "fold") for fold in range(folds)]
+    return [fold for fold, folder in enumerate(folders) if runner.completed_row(folder) is None]
+
+
+def _of_fold(run_config: Config, fold: int) -> Config:
+    return _with(run_config, "data", fold=fold)
+
+
+def _with(run_config: Config, group: str, **settings: Any) -> Config:
+    return {**run_config, group: {**run_config[group], **settings}}
+
+
+def _with_best_rate(
+    run_config: Config, out: str | Path, rates: Sequence[float], hold_out: bool, options: dict[str, Any]
+) -> Config:
+    """The run config with the learning rate that has the best validation accuracy, one search run for each."""
+    if len(rates) < 2:
+        return run_config
+    rows: list[Row] = []
+    for rate in rates:
+        tried = copy.deepcopy(_with(run_config, "data", hold_out=hold_out))
+        tried["model"]["method"]["init_args"]["lr"] = rate
+        rows.append(runner.run(tried, out, "search", **{**options, "keep_going": True}))  # one that diverges is not chosen
+    completed = [
+        (search_rank(row), rate) for row, rate in zip(rows, rates, strict=True) if row.val_accuracy is not None
+    ]
+    if not completed:
+        reason = rows[-1].error or "there is no image to spare"
+        raise NolaVisionError(f"no learning rate of {run_config['method']} can be chosen: {reason}")
+    chosen = copy.deepcopy(run_config)
+    chosen["model"]["method"]["init_args"]["lr"] = min(completed)[1]
+    return chosen
+
+
+def training_seconds(run_config: Config) -> float:
+    """About how long one training of a run config takes on its device: setting it up, and one timed step many times."""
+    began = time.perf_counter()
+    with TemporaryDirectory() as scratch, quiet():
+        built = build(run_config, Path(scratch))
+        built.datamodule.setup("fit")
+        device, precision = built.trainer.strategy.root_device, built.trainer.precision_plugin
+        task = precision.convert_module(built.model).to(device)
+        loader = built.datamodule.train_dataloader()
+        setting_up, seconds = time.perf_counter() - began, 0.0
+        for _ in range(2):
+            clock = time.perf_counter()
+            images, labels = next(iter(loader))
+            with precision.train_step_context():
+                logits = task(precision.convert_input(images.to(device)))
+                loss = torch.nn.functional.cross_entropy(logits.float(), labels.to(device))
+            loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - clock
+        epochs, steps = built.trainer.max_epochs or 1, built.trainer.max_steps
+    total = epochs * len(loader)
+    return setting_up + seconds * (min(total, steps) if steps > 0 else total)

@@ -1,0 +1,358 @@
+"""From a config to the objects of a run: LightningCLI with this project's wiring."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import set_loader, set_parsing_settings
+from jsonargparse._link_arguments import skip_apply_links
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from nola_vision.models import backbones
+from nola_vision.runs import import_policy
+from nola_vision.adapters.methods import registry
+from nola_vision.common import progress
+from nola_vision.models.backbones import BackboneSpec
+from nola_vision.runs.config_errors import TOP_KEYS, explain
+from nola_vision.runs.config_files import plain
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.datasets.registry import get_dataset, given_root
+from nola_vision.data.manifest import MOST_BYTES
+from nola_vision.runs.early_checks import load_value, option_pairs
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.local_files import file_digest
+from nola_vision.training.progress import LiveProgress, PlainProgress
+from nola_vision.runs import run_id
+from nola_vision.training.task import make_task
+from nola_vision.training.classifier import Classifier
+from nola_vision.training.trainer_settings import (
+    LAST_CHECKPOINT,
+    LastCheckpoint,
+    check_precision,
+    check_stop_early,
+    check_trainer,
+    checkpoint_folder,
+    early_stopping,
+)
+
+_MOST_THREADS = 1024  # more crash torch
+_RATE = "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
+
+set_parsing_settings(subclasses_enabled=[registry.Method])
+set_loader("yaml", load_value, exceptions=(yaml.YAMLError,))
+
+
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, without its reading of further files: a config is read by `config_files` alone."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI with this project's wiring: one task, one datamodule, one folder for all that a run writes.
+
+    Args:
+        config: a run config as a nested dict. It stays as it was.
+        folder: where the run writes; None only parses and builds nothing.
+        options: command-line options that override the config.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: Path | None = None, options: Sequence[str] = ()) -> None:
+        self.folder, self.options = folder, list(options)
+        # a copy: jsonargparse replaces the mappings in lists by its own, in place
+        settings: run_id.Config = plain(config)
+        self.packages: list[str] = settings.pop("allow_import", [])
+        method = _within(settings, "model", "method")
+        if (known := registry.METHODS.get(_within(method, "class_path"))) is not None:
+            # jsonargparse would look for a short name among the classes of every module
+            method["class_path"] = f"{known.__module__}.{known.__qualname__}"
+        named = [value for key, value in option_pairs(options) if key in ("model.method", "model.method.class_path")]
+        for class_path in (_within(settings, "model", "method", "class_path"), *named):
+            self.packages = [*self.packages, *import_policy.register_method(class_path, self.packages)]
+        with import_policy.allowing(self.packages):
+            super().__init__(
+                make_task,
+                KShotDataModule,
+                args=settings,
+                run=False,
+                save_config_callback=None,  # the row holds the config
+                auto_configure_optimizers=False,
+                parser_class=_Parser,
+                parser_kwargs={"prog": "nola-vision fit", "exit_on_error": False, "allow_abbrev": False},
+                trainer_defaults={
+                    "devices": 1,  # several only where they are asked for: DDP changes the rounding
+                    "max_epochs": 50,
+                    "num_sanity_val_steps": 0,
+                    "log_every_n_steps": 1,
+                    "enable_model_summary": False,
+                },
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        partly = {"defaults": False, "_skip_validation": True, "_skip_required": True}
+        with skip_apply_links():  # their sources may be missing until the options are there
+            given = parser.parse_object(args, env=False, **partly)
+        self.config = parser.parse_args(self.options, namespace=given, env=False)
+        import_policy.check_classes(self.config.as_dict(), self.packages)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--protocol", type=str, default="default", help="Name of the protocol: part of the cell.")
+        parser.add_argument("--method", type=str, default=None, help="Entry of the config's `methods` to train.")
+        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; they decide rounding.")
+        for action in parser._actions:
+            # `typing` may hand out an equal Union of another order that another package made first: a number of batches
+            # would become a share of them
+            kinds = get_args(getattr(action, "_typehint", None))
+            if len(kinds) == 3 and all(kind in kinds for kind in (int, float, type(None))):
+                action._typehint = int | float | None  # type: ignore[attr-defined]
+        for field in (field.name for field in fields(BackboneSpec)):
+            parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
+        parser.link_arguments("model.run_seed", "data.run_seed")
+        parser.link_arguments("model.run_seed", "seed_everything")
+        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        if self.folder is not None:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        assert self.folder is not None
+        given = self.config_init["trainer"]
+        callbacks: list[L.Callback] = list(_listed(given["callbacks"]))
+        if (patience := self.config["model.stop_early"]) is not None and isinstance(self.model, Classifier):
+            callbacks += early_stopping(patience)
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(checkpoint_folder(self.folder, callback))
+        if given["enable_checkpointing"] is not False:
+            callbacks.append(LastCheckpoint(self.folder / LAST_CHECKPOINT))
+        if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(LiveProgress() if progress.is_live() else PlainProgress())
+        loggers: list[Logger] = [CSVLogger(self.folder, name="", version=""), *_listed(given["logger"])]
+        # a sweep saves no last checkpoint, but a ModelCheckpoint of the config still keeps the best epoch
+        kwargs["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        return super().instantiate_trainer(callbacks=callbacks, logger=loggers, default_root_dir=self.folder, **kwargs)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A config's callbacks or loggers as a list; `true`, `false` and null stand for none of one's own."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _within(config: Any, *path: str) -> Any:
+    """The value at a path of keys; None where there is none."""
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: Sequence[str] = ()) -> run_id.Config:
+    """The full run config, every default written out.
+
+    Two spellings of one run give the same full config, so hashes are taken of what this returns.
+
+    Args:
+        config: a run config, as `run_id.resolve` returns it.
+        options: command-line options that override it, such as `--data.shots=10`.
+        allow_import: packages whose classes the config may name too, see `import_policy`.
+
+    Raises:
+        NolaVisionError: an unknown key, method or setting, a value of the wrong type, or a class that a config may not
+            name.
+    """
+    import_policy.check_packages(allow_import)
+    if "allow_import" in config:
+        raise NolaVisionError("a config has no key 'allow_import': it is given on the command line, as --allow-import")
+    pairs = option_pairs(options)
+    for group in ("model", "model.backbone", "data", "trainer"):
+        given = [_within(config, *group.split(".")), *(value for key, value in pairs if key == group)]
+        if any(isinstance(value, str) and not value.lstrip().startswith("{") for value in given):
+            raise NolaVisionError(f"`{group}` takes settings, not a file: give the file by --config")
+    optimizer = _within(config, "model", "optimizer", "init_args")
+    if "lr" in (optimizer or ()) or any(re.fullmatch(r"model\.optimizer\.(.*\.)?lr", key) for key, _ in pairs):
+        raise NolaVisionError(_RATE)
+    try:
+        if method := _within(config, "model", "method"):
+            import_policy.register_method(_within(method, "class_path"), allow_import)
+            registry.from_dict(method)
+        with quiet():
+            parsed = RunCLI({**config, "allow_import": list(allow_import)}, options=options).config
+        full: run_id.Config = plain(json.loads(json.dumps(parsed.as_dict(), default=str)))
+    except NolaVisionError:
+        raise
+    except Exception as error:  # the parser fails in many ways on a config that no person would write
+        reason = explain(str(error) or type(error).__name__, _settings())
+        raise NolaVisionError(
+            f"the configuration is not understood: {reason} (nola-vision fit --help lists the options)"
+        ) from error
+    # the parser takes null for anything
+    required = [key for key, one in inspect.signature(KShotDataModule).parameters.items() if one.default is not None]
+    linked = ("backbone", "run_seed")
+    for path in (
+        ("protocol",),
+        ("trainer",),
+        ("model", "optimizer"),
+        *(("data", k) for k in required if k not in linked),
+    ):
+        run_id.need(full, *path)
+    if "lr" in _given(full["model"]["optimizer"]):  # of an option that is a whole mapping
+        raise NolaVisionError(_RATE)
+    if full["trainer"].get("model_registry") and "litmodels" not in allow_import:
+        raise NolaVisionError("trainer.model_registry uploads the model: give --allow-import litmodels to let it")
+    full.pop("config", None)
+    for key in linked:  # stated once, by the model
+        full["data"].pop(key, None)
+    full.pop("seed_everything", None)
+    if full["data"]["dataset"] in run_id.OWN_IMAGES:
+        full["data"]["root"] = given_root(full["data"]["root"])
+    if full["model"]["run_seed"] < 0 or full["data"]["split_seed"] < 0:
+        raise NolaVisionError("run_seed and split_seed must not be below 0")
+    check_trainer(full["trainer"])
+    check_stop_early(full["model"]["stop_early"], full["trainer"]["callbacks"])
+    if full["model"]["class_weights"] == "balanced" and full["data"]["shots"] != "all":
+        raise NolaVisionError(
+            f"model.class_weights is balanced, but data.shots is {full['data']['shots']} and all classes have equally "
+            "many images: leave it out, or give data.shots all"
+        )
+    settings = full["model"]["method"].get("init_args") or {}
+    check_precision(full["trainer"]["precision"], run_id.method_class(full), bool(settings.get("train_norms")))
+    if full["threads"] is not None and not 1 <= full["threads"] <= _MOST_THREADS:
+        raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
+    full["content"] = _content(full)
+    full["model"]["method"].setdefault("init_args", {})
+    asked = str(_within(config, "model", "method", "class_path") or "").rpartition(".")[2]
+    if full.get("method") is None or run_id.method_class(full) != asked:  # another class by --model.method
+        full["method"] = run_id.method_class(full).lower()
+    if allow_import:
+        full["allow_import"] = list(allow_import)
+    return full
+
+
+def _given(optimizer: Mapping[str, Any]) -> list[str]:
+    """The settings of an optimizer that are not its class's defaults."""
+    parameters = inspect.signature(import_policy.resolve(optimizer["class_path"])).parameters
+    args = optimizer.get("init_args") or {}
+    return [key for key, value in args.items() if key in parameters and value != parameters[key].default]
+
+
+def _settings() -> dict[str, list[str]]:
+    """The names that each group of a config and each method takes."""
+    groups: dict[str, Any] = {"data": KShotDataModule, "model": make_task, "trainer": L.Trainer, **registry.METHODS}
+    named = {group: list(inspect.signature(made).parameters) for group, made in groups.items()}
+    return {
+        "": list(TOP_KEYS),
+        **named,
+        "model.backbone": [f.name for f in fields(BackboneSpec)],
+        "model.method": list(registry.METHODS),
+    }
+
+
+def _content(run_config: run_id.Config) -> dict[str, str]:
+    """Digests of what the config names by a path alone, so that two files of one name are two runs.
+
+    `weights` is SHA-256 over a local weights file, the packaged one included; `config` over the `config.json` of a
+    `local-dir:` backbone; `manifest` over a manifest; `data` over the user's part of the data set. What is missing is
+    left to the run, which reports it.
+    """
+    found: dict[str, str] = {}
+    backbone, files = run_config["model"]["backbone"], {}
+    files = backbones.local_files(backbone["tag"], backbone["file"])
+    named = [(name, path, None) for name, path in files.items()]
+    for name, path, most in (*named, ("manifest", run_config["data"]["manifest"], MOST_BYTES)):
+        if path is not None and (digest := file_digest(path, most)) is not None:
+            found[name] = digest
+    with suppress(NolaVisionError):
+        if content := get_dataset(run_config["data"]["dataset"]).own_content(run_config["data"]["root"]):
+            found["data"] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def build(run_config: run_id.Config, folder: Path) -> RunCLI:
+    """Task, datamodule and trainer of a run config, seeded by `model.run_seed`; the run writes to `folder`.
+
+    Raises:
+        NolaVisionError: a setting that Lightning, the backbone or the data refuse.
+    """
+    if run_config["threads"] is not None:
+        torch.set_num_threads(run_config["threads"])
+        os.environ["OMP_NUM_THREADS"] = str(run_config["threads"])  # or Lightning's launcher sets its own number
+    try:
+        return RunCLI({key: value for key, value in run_config.items() if key != "content"}, folder)
+    except (argparse.ArgumentError, MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        raise NolaVisionError(
+            f"the run cannot be set up: {' '.join(str(error).split())}"
+            + (
+                ""
+                if not re.search("accelerator|backend|device", str(error))
+                else "; --trainer.accelerator cpu runs anywhere"
+            )
+        ) from error
+
+
+def open_data(run_config: run_id.Config) -> KShotDataModule:
+    """The datamodule of a run config, its training images open.
+
+    Raises:
+        NolaVisionError: as `KShotDataModule.setup`.
+    """
+    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
+    module.prepare_data()
+    return module
+
+
+def has_validation_images(run_config: run_id.Config) -> bool:
+    """Opens the training images of a run config, so that a data set that is not there is found before any run.
+
+    Returns:
+        Whether its classes are large enough for a validation pool.
+
+    Raises:
+        NolaVisionError: as `KShotDataModule.setup`.
+    """
+    return open_data(run_config).describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps back what Lightning says of every healthy run: tips, a device report, and advice that is wrong here."""
+    loggers = [logging.getLogger(f"lightning.{n}") for n in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for advice in (
+            ".*does not have many workers.*",  # workers cost more than they bring for a set kept in memory
+            ".*in eval mode at the start of training.*",  # frozen batch norms are meant to be
+            ".*treespec.*is deprecated.*",
+            ".*Total length of `.*` across ranks is zero.*",  # no validation pool: a sentence of our own says so
+            ".*The dirpath has changed from.*",  # `validate` and `test` write beside the run
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*Experiment logs directory .* exists and is not empty.*",
+        ):
+            warnings.filterwarnings("ignore", message=advice)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,325 @@
+"""Who a run is: the config of one entry, the name of its cell, its hash and its folder. Pure: no file is touched.
+
+The hashes cover what can change a result. A setting that is left out is left out here, in one place.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.tags import short_dataset, short_tag
+from nola_vision.common.text import last_part
+
+Config = dict[str, Any]
+Stage = Literal["final", "search", "fold"]
+OWN_IMAGES = ("folder", "list")  # data sets that a person makes: the name of their root names them
+# Every `methods.FrozenMethod`, by the name under which `fit` adds it to a config that lacks it
+FROZEN_METHODS = {"1nn": "NearestNeighbor", "nearest-mean": "NearestMean", "logistic": "LogisticRegression"}
+
+# `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
+# are names (they are in the folder's path), and `methods`, the other entries.
+_TOP_LEFT_OUT = ("protocol", "method", "methods", "out", "ckpt_path", "allow_import")
+_DATA_LEFT_OUT = ("root", "num_workers", "download", "memory_limit_mib", "eval_batch_size", "manifest")
+_TRAINER_LEFT_OUT = (
+    "logger",
+    "accelerator",
+    "devices",  # by their number, see `_devices`
+    "strategy",
+    "default_root_dir",
+    "log_every_n_steps",
+    "profiler",
+    "callbacks",
+)
+# What steps, epochs and augmentation are: without an effect on a method that trains nothing by steps.
+_OF_STEPS = {
+    "data": ("batch_size", "augmentation", "flip"),
+    "model": (
+        "run_seed",
+        "basis_seed",
+        "optimizer",
+        "label_smoothing",
+        "warmup_epochs",
+        "min_lr",
+        "grad_checkpointing",
+        "compile",
+        "stop_early",
+        "class_weights",
+    ),
+    "trainer": (
+        "max_epochs",
+        "min_epochs",
+        "max_steps",
+        "min_steps",
+        "max_time",
+        "limit_train_batches",
+        "check_val_every_n_epoch",
+        "val_check_interval",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "gradient_clip_algorithm",
+        "num_sanity_val_steps",
+    ),
+}
+# Classes from here may be written by their short name in a config: both spellings are one run.
+_SHORT_NAME_PACKAGES = ("nola_vision.", "lightning.", "pytorch_lightning.")
+
+
+def resolve(config: Mapping[str, Any], method: str | None = None) -> Config:
+    """Choose one entry of a config.
+
+    Args:
+        config: a config with `methods`. It stays as it was.
+        method: the entry's name; without it the one that the config's `method` names.
+
+    Returns:
+        The run config: a copy in which `method` is the entry's name, `model.method` its `class_path` and `init_args`,
+        and `methods` (with the `learning_rates` to try) and `published` are gone.
+
+    Raises:
+        NolaVisionError: no such entry, or an entry without `class_path`.
+    """
+    name = method if method is not None else need(config, "method")
+    settings = entry(config, name)
+    run_config = copy.deepcopy({key: value for key, value in config.items() if key not in ("methods", "published")})
+    run_config["method"] = name
+    need(run_config, "model")["method"] = {
+        "class_path": settings["class_path"],
+        "init_args": copy.deepcopy(dict(settings.get("init_args") or {})),
+    }
+    return run_config
+
+
+def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the settings of the entry `name`, or raise a NolaVisionError that lists the names close to it."""
+    methods = need(config, "methods")
+    if isinstance(name, list | dict) or not isinstance(methods, Mapping):
+        raise NolaVisionError(f"the config's `methods` must be a mapping and its `method` a name, not {name!r}")
+    if name not in methods:
+        known = [str(known_name) for known_name in methods]
+        close = difflib.get_close_matches(str(name), known)
+        hint = f"did you mean {' or '.join(close)}? It has " if close else "it has "
+        raise NolaVisionError(f"the config has no method {name!r}: {hint}{', '.join(known)}")
+    if not isinstance(name, str) or name != _safe(name):
+        raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
+    settings = methods[name]
+    if isinstance(settings, Mapping) and not isinstance(settings.get("init_args") or {}, Mapping):
+        raise NolaVisionError(f"`init_args` of the method {name!r} must be a mapping: write it like {{rank: 4}}")
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("class_path"), str):
+        raise NolaVisionError(f"the method {name!r} has no `class_path`: name its class, such as `class_path: NOLA`")
+    if stray := [key for key in settings if key not in ("class_path", "init_args", "learning_rates")]:
+        raise NolaVisionError(
+            f"the method {name!r} has no key {stray[0]!r}: it takes class_path, init_args and learning_rates"
+        )
+    return settings
+
+
+def need(config: Mapping[str, Any], *path: str) -> Any:
+    """Return the value at `path` (`need(config, "data", "shots")`); a missing or empty one is a NolaVisionError."""
+    value: Any = config
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+        if value is None:
+            raise NolaVisionError(f"the config has no value for `{'.'.join(path)}`: add it")
+    return value
+
+
+def method_class(run_config: Mapping[str, Any]) -> str:
+    """Return the bare name of the entry's class, such as `NOLA`."""
+    return str(need(run_config, "model", "method", "class_path")).rpartition(".")[2]
+
+
+def has_init(run_config: Mapping[str, Any]) -> bool:
+    """Whether `run_seed` matters: a method on frozen features trains nothing by steps, so it has one run per split."""
+    return method_class(run_config) not in FROZEN_METHODS.values()
+
+
+def cell_name(run_config: Mapping[str, Any]) -> str:
+    """Return `<backbone tag>-<dataset>-<shots>shot-<protocol>`, safe as a folder's name.
+
+    A local weight file adds its stem (`tag+stem`), weights that are not pretrained what they are (`tag+random`); the
+    data set `folder` adds its folder's name (`folder.flowers`). Of a local path only the last part is in it.
+    """
+    backbone = short_tag(str(need(run_config, "model", "backbone", "tag")))
+    if file := run_config["model"]["backbone"].get("file"):
+        backbone += f"+{PurePath(last_part(file)).stem}"
+    if (base := run_config["model"]["backbone"].get("base", "pretrained")) != "pretrained":
+        backbone += f"+{base}"
+    dataset = short_dataset(str(need(run_config, "data", "dataset")))
+    if dataset in OWN_IMAGES:
+        dataset += f".{_root_name(run_config)}"
+    shots = need(run_config, "data", "shots")
+    return _safe(f"{backbone}-{dataset}-{shots}shot-{need(run_config, 'protocol')}")
+
+
+def run_hash(run_config: Mapping[str, Any], stage: Stage) -> str:
+    """Return the 10 hex digits that stand for everything in a run config that can change its result."""
+    return _digest({"stage": stage, "config": _relevant(run_config)})
+
+
+def entry_hash(run_config: Mapping[str, Any]) -> str:
+    """Return the hash that all runs of one entry share: that of a run without its split and its seeds.
+
+    A `basis_seed` that follows `run_seed` (null) is left out; a fixed one is a setting of the entry and stays.
+    """
+    return _digest(_of_entry(run_config))
+
+
+def entry_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `entry_hash` is taken of, by the key of each value: `{"model.method.init_args.rank": 8, ...}`."""
+    return flattened(_of_entry(run_config))
+
+
+def _of_entry(run_config: Mapping[str, Any]) -> Config:
+    config = _relevant(run_config)
+    config["data"].pop("split_seed", None)
+    config["model"].pop("run_seed", None)
+    if config["model"].get("basis_seed") is None:
+        config["model"].pop("basis_seed", None)
+    return config
+
+
+def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, each value by the path of its keys: `{"a": {"b": 1}}` to `{"a.b": 1}`."""
+    values: dict[str, Any] = {}
+    for key, value in nested.items():
+        values |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
+
+
+def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Name the settings outside method and seeds that differ between runs, which a fair table would share.
+
+    A setting that means nothing for a run, such as the epochs for 1-NN, does not differ.
+    """
+    flat = []
+    for run_config in run_configs:
+        config = _relevant(run_config)
+        config["data"].pop("split_seed", None)
+        for key in ("method", "run_seed", "basis_seed"):
+            config["model"].pop(key, None)
+        flat.append(
+            {
+                f"{section}.{key}".rstrip("."): value
+                for section, settings in config.items()
+                for key, value in (settings.items() if isinstance(settings, Mapping) else [("", settings)])
+            }
+        )
+    names = sorted({name for settings in flat for name in settings})
+    values = {name: [settings[name] for settings in flat if name in settings] for name in names}
+    return [name for name in names if any(value != values[name][0] for value in values[name])]
+
+
+def run_folder(out: str | Path, run_config: Mapping[str, Any], stage: Stage) -> Path:
+    """Return `OUT/<cell>/<method name>/split0-init0-<hash>`.
+
+    A method on frozen features has no init; a search run has the prefix `search-`, the run of a fold `fold2-`.
+    """
+    name = f"split{need(run_config, 'data', 'split_seed')}-"
+    if has_init(run_config):
+        name += f"init{need(run_config, 'model', 'run_seed')}-"
+    fold = need(run_config, "data").get("fold")
+    prefix = "search-" if stage == "search" else ""
+    prefix += f"fold{fold}-" if fold is not None else ""
+    method = _safe(str(need(run_config, "method")))
+    return Path(out) / cell_name(run_config) / method / f"{prefix}{name}{run_hash(run_config, stage)}"
+
+
+def _relevant(run_config: Mapping[str, Any]) -> Config:
+    """Copy a run config without what cannot change its result, each value in its one spelling."""
+    config: Config = {key: value for key, value in run_config.items() if key not in _TOP_LEFT_OUT}
+
+    data = need(run_config, "data")
+    config["data"] = {key: value for key, value in data.items() if key not in _DATA_LEFT_OUT}
+    if data.get("dataset") in OWN_IMAGES:
+        config["data"]["root"] = _root_name(run_config)
+    elif "dataset" in data:
+        config["data"]["dataset"] = short_dataset(str(data["dataset"]))
+
+    model = dict(need(run_config, "model"))
+    model["backbone"] = dict(need(run_config, "model", "backbone"))
+    model["backbone"]["tag"] = short_tag(str(need(run_config, "model", "backbone", "tag")))
+    if file := model["backbone"].get("file"):
+        model["backbone"]["file"] = last_part(file)
+    config["model"] = model
+
+    trainer = run_config.get("trainer") or {}
+    config["trainer"] = {
+        key: value for key, value in trainer.items() if key not in _TRAINER_LEFT_OUT and not key.startswith("enable_")
+    }
+    if callbacks := _without_progress_bars(trainer.get("callbacks")):
+        config["trainer"]["callbacks"] = callbacks
+    if (devices := _devices(trainer)) != 1:
+        config["trainer"]["devices"] = devices
+    if not has_init(run_config):
+        config["trainer"].pop("callbacks", None)
+        for group, names in _OF_STEPS.items():
+            config[group] = {key: value for key, value in config[group].items() if key not in names}
+
+    relevant: Config = _canonical(config)
+    return relevant
+
+
+def _devices(trainer: Mapping[str, Any]) -> Any:
+    """The number of devices that a run trains on together, or what only a machine can count (`auto`, -1).
+
+    Where they do not divide the images, some count twice per epoch, so the result differs.
+    """
+    devices = trainer.get("devices")
+    if isinstance(devices, str) and "," in devices:
+        devices = [name for name in devices.split(",") if name]
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    if isinstance(devices, str) and devices.isdecimal() and len(devices) < 5:
+        devices = int(devices)
+    return 1 if devices is None else devices
+
+
+def _without_progress_bars(callbacks: Any) -> list[Any]:
+    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    return [
+        callback
+        for callback in listed
+        if not (isinstance(callback, Mapping) and str(callback.get("class_path")).endswith("ProgressBar"))
+    ]
+
+
+def _canonical(value: Any) -> Any:
+    """Give equal settings one spelling: `1.0` and `1`, a tuple and a list, a class's full and short name."""
+    if isinstance(value, Mapping):
+        plain = {str(key): _canonical(item) for key, item in value.items()}
+        class_path = plain.get("class_path")
+        if isinstance(class_path, str) and class_path.startswith(_SHORT_NAME_PACKAGES):
+            plain["class_path"] = class_path.rpartition(".")[2]
+        return plain
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str | int | float) or value is None:
+        return value
+    if isinstance(value, Iterable):
+        return [_canonical(item) for item in value]
+    return str(value)
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _root_name(run_config: Mapping[str, Any]) -> str:
+    root = need(run_config, "data", "root")
+    name = last_part(root)
+    if name in ("", ".."):
+        raise NolaVisionError(f"`data.root: {root}` has no name to call the data set by: write the folder's name out")
+    return name
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name).lstrip(".") or "_"

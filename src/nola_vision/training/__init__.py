@@ -1,0 +1,1 @@
+"""The LightningModules, metrics and schedules."""

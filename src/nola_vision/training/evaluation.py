@@ -1,0 +1,70 @@
+"""What both tasks do with the images that they evaluate: loss, metrics, predictions."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import lightning as L
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torchmetrics import CatMetric, MeanMetric
+
+from nola_vision.evaluation.predictions import Predictions
+from nola_vision.training.metrics import accuracies, collect_predictions, count_confusions, log_accuracy
+
+
+class EvaluatedModule(L.LightningModule):
+    """A LightningModule that gives logits `[batch, classes]` for a batch's first part, and is evaluated by them.
+
+    Args:
+        num_classes: number of classes.
+
+    Attributes:
+        confusions: tested images `[true, predicted]`, after a test; None where the classes are too many.
+        predictions: for the tested images, after a test.
+        validated: logits and labels of the validation pool, of all processes, after `validate`.
+    """
+
+    has_probabilities = True  # softmax of the logits; where they only rank the classes there is no loss
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.accuracy = accuracies(num_classes)
+        self.confusions: Tensor | None = None
+        self.predictions: Predictions | None = None
+        self.validated: tuple[Tensor, Tensor] | None = None
+        self.held_out = nn.ModuleDict({name: CatMetric(nan_strategy="disable") for name in ("logits", "labels")})
+        # a metric weights each process by its images, where `sync_dist` would average the processes
+        self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
+
+    def on_validation_start(self) -> None:
+        for metric in self.held_out.values():
+            cast(CatMetric, metric).reset()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        inputs, labels = batch
+        logits = self(inputs)
+        if self.has_probabilities:
+            metric = cast(MeanMetric, self.loss[stage])
+            metric(F.cross_entropy(logits, labels), weight=len(labels))
+            self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
+        log_accuracy(self, self.accuracy, stage, logits, labels)
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            for name, values in (("logits", logits.float()), ("labels", labels)):
+                cast(CatMetric, self.held_out[name]).update(values)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            logits, labels = (cast(CatMetric, self.held_out[name]).compute().cpu() for name in ("logits", "labels"))
+            self.validated = logits, labels.long()
+
+    def on_test_epoch_end(self) -> None:
+        self.confusions = count_confusions(self.accuracy)
+        self.predictions = collect_predictions(self, self.accuracy)

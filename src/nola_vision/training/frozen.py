@@ -1,0 +1,297 @@
+"""What frozen features can do: 1-NN, nearest class mean and logistic regression. Nothing is trained by steps.
+
+`docs/frozen-features.md` has the formulas and how they were chosen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from nola_vision.adapters.methods.registry import FrozenMethod, LogisticRegression, Method, NearestMean, NearestNeighbor
+from nola_vision.common.progress import count_aside
+from nola_vision.data.datamodule import ImageSubset, KShotDataModule
+from nola_vision.data.folds import MANY_CLASSES, folds
+from nola_vision.data.sampling import Indices, keyed_hash
+from nola_vision.evaluation.calibration import fit_temperature, nll
+from nola_vision.evaluation.estimates import CrossValidated
+from nola_vision.evaluation.predictions import Predictions
+from nola_vision.models.adapted_model import adapt
+from nola_vision.models.backbones import BackboneSpec
+from nola_vision.runs.run_id import FROZEN_METHODS as FROZEN_METHODS
+from nola_vision.training.evaluation import EvaluatedModule
+from nola_vision.training.features import features, use_features
+
+Array = npt.NDArray[np.float64]
+
+CS = tuple(10.0**power for power in range(-3, 3))  # the inverse penalties that logistic regression chooses from
+DEFAULT_C = 1.0  # where no class has two training images
+DEFAULT_SCALE = 10.0  # of cosines as logits, likewise
+_MOST_ITERATIONS = 1000  # of L-BFGS
+_MOST_WORK = 10**8  # images x features x classes; beyond it C is chosen on one inner fold, with all threads of the run
+MOST_REPEATS = 10
+MOST_LOGISTIC_REPEATS = 3
+_REPEATED_WORK = 4 * 10**6  # images x features x classes of all repeats of a cross-validation: about 10 s on one core
+_INNER_SEED = 0  # of the folds in which C is chosen
+
+
+class FrozenClassifier(EvaluatedModule):
+    """1-NN, nearest class mean or logistic regression on the features of a frozen backbone.
+
+    While the trainer runs it, the datamodule's batches hold features instead of images (`features.use_features`). It
+    fits the images of the datamodule's `reference_dataloader`, without augmentation, before it evaluates.
+
+    Args:
+        backbone: the pretrained model.
+        method: `NearestNeighbor`, `NearestMean` or `LogisticRegression`.
+        class_names: the classes, in the order of the labels.
+    """
+
+    def __init__(self, backbone: BackboneSpec, method: FrozenMethod, class_names: Sequence[str]) -> None:
+        super().__init__(len(class_names))
+        self.model = adapt(backbone, method, class_names).eval()
+        self.method = self.model.card.method
+        self.has_probabilities = self.savable  # cosines with single images only rank the classes
+        self.chosen_c: float | None = None  # of logistic regression
+        self._known: tuple[Tensor, Tensor] | None = None  # what 1-NN compares with: unit features and labels
+        self._fitted = False
+
+    @property
+    def savable(self) -> bool:
+        """Whether the method is a plain head, which an adapter file can hold; 1-NN keeps every training image."""
+        return not isinstance(self.method, NearestNeighbor)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features `[batch, features]` to logits `[batch, classes]`."""
+        if self._known is None:
+            return self.model.classified(features)
+        known, labels = (tensor.to(features.device) for tensor in self._known)
+        cosines = F.normalize(features.float(), dim=1) @ known.t()
+        best = cosines.new_full((len(features), len(self.model.card.class_names)), -2.0)
+        return DEFAULT_SCALE * best.scatter_reduce(1, labels.expand_as(cosines), cosines, "amax")
+
+    def fit(self, features: Tensor, labels: Tensor, groups: Indices | None = None) -> None:
+        """Fits the method to features `[n, width]` with class indices `[n]`.
+
+        Args:
+            features: of the training images.
+            labels: of the training images.
+            groups: `[n]` numbers; images of equal ones are copies, and share a fold in the choice of C.
+        """
+        self._fitted = True
+        if isinstance(self.method, NearestNeighbor):
+            self._known = F.normalize(features.float(), dim=1), labels
+            return
+        x, y, num_classes = features.double().numpy(), labels.numpy(), self.model.stack.num_classes
+        # several threads cost more than they save on few images, and wait for each other on busy cores
+        with threadpool_limits(torch.get_num_threads() if x.size * num_classes > _MOST_WORK else 1):
+            if isinstance(self.method, NearestMean):
+                weight, bias = nearest_mean(x, y, num_classes)
+            else:
+                copies = np.arange(len(y)) if groups is None else groups
+                weight, bias, self.chosen_c = logistic_regression(x, y, copies)
+        stack = self.model.stack
+        with torch.no_grad():
+            stack.head_weight.copy_(torch.from_numpy(weight))
+            stack.head_bias.copy_(torch.from_numpy(bias))
+        self.model.round_to_stored_bits()
+
+    def fit_to(self, data: KShotDataModule, trainer: L.Trainer) -> None:
+        """Fits the method to the training images of a datamodule, if that has not been done."""
+        if not self._fitted:
+            self.prepare(trainer)
+            use_features(data, None, trainer)  # a stage has its loaders by now
+            loader = data.reference_dataloader()
+            images = loader.dataset
+            assert isinstance(images, ImageSubset)
+            groups = data.train_groups if isinstance(self.method, LogisticRegression) else None
+            self.fit(features(self.model, trainer, loader), torch.from_numpy(images.labels), groups)
+
+    def prepare(self, trainer: L.Trainer) -> None:
+        """Moves the backbone to the trainer's device and precision, as Lightning does at the start of a stage."""
+        trainer.precision_plugin.convert_module(self)
+        self.to(trainer.strategy.root_device)
+
+    # --- evaluation by Lightning ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        use_features(self.trainer.datamodule, self.model, self.trainer)  # type: ignore[attr-defined]
+
+    def teardown(self, stage: str) -> None:
+        use_features(self.trainer.datamodule, None, self.trainer)  # type: ignore[attr-defined]
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self.on_test_start()
+
+    def on_test_start(self) -> None:
+        self.fit_to(self.trainer.datamodule, self.trainer)  # type: ignore[attr-defined]
+
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+# --- the methods: float64 features `[n, d]` and labels `[n]` to a head `[classes, d]` and `[classes]` ---------------
+
+
+def nearest_mean(x: Array, y: Indices, num_classes: int) -> tuple[Array, Array]:
+    """The head of nearest class mean by cosine.
+
+    With u = x / |x| and m_c the mean of class c's u, the class of the largest cosine is that of the largest
+    `x . m_c / |m_c|`, since |x| is the same for all classes: a head without a bias. Its scale, which no prediction
+    depends on, is s / (mean |x|), with the s that makes the training images likeliest when each is left out of the mean
+    of its own class.
+    """
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    u = x / np.maximum(norms, 1e-12)
+    sums = np.zeros((num_classes, x.shape[1]))
+    np.add.at(sums, y, u)
+    means = _unit(sums)
+    several = np.bincount(y, minlength=num_classes)[y] > 1
+    scale = DEFAULT_SCALE
+    if several.any():
+        cosines = u @ means.T
+        cosines[np.arange(len(y)), y] = (_unit(sums[y] - u) * u).sum(1)  # without the image itself
+        held_out, labels = cosines[several], y[several]
+        scale = 1 / fit_temperature(held_out, labels)
+    return means * scale / max(float(norms.mean()), 1e-12), np.zeros(num_classes)
+
+
+def logistic_regression(x: Array, y: Indices, groups: Indices) -> tuple[Array, Array, float]:
+    """The head of multinomial logistic regression with an L2 penalty, and the C of it (scikit-learn's).
+
+    The features are centred and divided by one number, the root of their mean variance, so that C means the same for
+    every backbone; the head that is returned takes features as they are. C is the one of `CS` with the least
+    cross-entropy over stratified folds of the training images, the smallest such; `DEFAULT_C` where no class has two
+    distinct images.
+    """
+    c = choose_c(x, y, groups)
+    model, middle, scale = _fitted(x, y, c)
+    weight, bias = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+    if len(weight) == 1:  # two classes: one logit, that of the second against the first
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight = weight / scale
+    return weight, bias - weight @ middle, c
+
+
+def choose_c(x: Array, y: Indices, groups: Indices) -> float:
+    """The C of `CS` with the least cross-entropy of held-out images, see `logistic_regression`."""
+    splits = folds(y, groups, _INNER_SEED)
+    if not splits:
+        return DEFAULT_C
+    if x.size * len(np.unique(y)) > _MOST_WORK:
+        splits = splits[:1]
+    losses = np.zeros(len(CS))
+    for train, test in splits:
+        for place, c in enumerate(CS):
+            model, middle, scale = _fitted(x[train], y[train], c)
+            losses[place] += len(test) * nll(_logits(model, (x[test] - middle) / scale), y[test])
+    return CS[int(losses.argmin())]
+
+
+def _fitted(x: Array, y: Indices, c: float) -> tuple[Any, Array, float]:
+    """scikit-learn's model on scaled features; and the scaling's mean and divisor."""
+    from sklearn import linear_model
+    from sklearn.exceptions import ConvergenceWarning
+
+    middle = x.mean(axis=0)
+    scale = float(np.sqrt(np.square(x - middle).mean())) or 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # after 1,000 steps it is as good as it gets
+        warnings.filterwarnings("ignore", MANY_CLASSES, UserWarning)
+        model = linear_model.LogisticRegression(C=c, max_iter=_MOST_ITERATIONS).fit((x - middle) / scale, y)
+    return model, middle, scale
+
+
+def _logits(model: Any, x: Array) -> Array:
+    scores: Array = model.decision_function(x)
+    return scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1) / 2
+
+
+def _unit(x: Array) -> Array:
+    unit: Array = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+# --- data without a test split ---------------------------------------------------------------------------------------
+
+
+def evaluate(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) -> CrossValidated | None:
+    """Cross-validates a method on a data set without a test split, then fits it to the images of the final run.
+
+    The features of all images are computed once. The first repeat has the folds of the datamodule, so that its
+    predictions and those of an adapter's fold runs are for the same images from the same training images.
+
+    Args:
+        task: of the method; it is fitted as the final run's is when this returns.
+        data: without a test split.
+        trainer: of the run.
+
+    Returns:
+        None if no class has two distinct images.
+    """
+    task.prepare(trainer)
+    use_features(data, None, trainer)
+    loader = data.cross_validation_dataloader()
+    images = loader.dataset
+    assert isinstance(images, ImageSubset)
+    known, labels, groups = features(task.model, trainer, loader), torch.from_numpy(images.labels), data.groups
+    found = cross_validate(task, known, labels, groups, data.split_seed, data.draw_of_fold, data.untested_classes)
+    drawn = data.train_indices
+    task.fit(known[drawn], labels[drawn], groups[drawn])
+    return found
+
+
+def cross_validate(
+    task: FrozenClassifier,
+    features: Tensor,
+    labels: Tensor,
+    groups: Indices,
+    seed: int,
+    draw: Callable[[Indices], Indices],
+    untested_classes: Sequence[str],
+) -> CrossValidated | None:
+    """Repeated stratified cross-validation of a method on features, every choice made inside a fold.
+
+    Args:
+        task: of the method; it is fitted to the last fold when this returns.
+        features: of all images, `[n, width]`.
+        labels: of all images, `[n]`.
+        groups: `[n]` numbers; equal ones are copies of one image, which share a fold.
+        seed: of the first repeat's folds.
+        draw: the images to train on out of a fold's training part, both as positions among all images.
+        untested_classes: names of classes that no fold tests.
+
+    Returns:
+        None if no class has two distinct images.
+    """
+    y = labels.numpy()
+    repeats = number_of_repeats(features, y, task.method)
+    parts, count = [], count_aside(f"{type(task.method).__name__} on frozen features", "repeats")
+    for repeat in range(repeats):
+        count.show(repeat, repeats)
+        for train, test in folds(y, groups, seed if repeat == 0 else keyed_hash("repeat", seed, repeat)):
+            drawn = draw(train)
+            task.fit(features[drawn], labels[drawn], groups[drawn])
+            with torch.no_grad():
+                logits = task(features[test].to(task.device)).float().cpu()
+            parts.append(Predictions.of(test, y[test], logits.numpy()))
+    return CrossValidated.of(parts, repeats, untested_classes) if parts else None
+
+
+def number_of_repeats(features: Tensor, labels: Indices, method: Method) -> int:
+    """10 (3 of logistic regression, which is fitted 31 times per fold), and fewer where images, features and classes
+    are many: all repeats together take seconds.
+    """
+    work = features.numel() * len(np.unique(labels))
+    most = MOST_LOGISTIC_REPEATS if isinstance(method, LogisticRegression) else MOST_REPEATS
+    return int(np.clip(_REPEATED_WORK // work, 1, most))

@@ -1,0 +1,260 @@
+"""What a run allows of Lightning's trainer: callbacks, strategies and limits; and the run's own checkpoint."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs.import_policy import resolve
+
+CHECKPOINTS = "checkpoints"
+LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
+METRICS = ("train_loss", "val_loss", "val_accuracy")
+
+# Callbacks that cannot work here, subclasses included, with what to use instead.
+_REFUSED = {
+    "BatchSizeFinder": "the batch size is part of what a run is: set data.batch_size",
+    "LearningRateFinder": "the learning rate is the method's: set its lr, or let `nola-vision sweep` choose it",
+    "GradientAccumulationScheduler": "the cosine schedule counts equal epochs: set trainer.accumulate_grad_batches",
+    "StochasticWeightAveraging": "the averaged copy of the model would not be in the adapter file: leave it out",
+    "WeightAveraging": "the averaged copy of the model would not be in the adapter file: leave it out",
+    "BaseFinetuning": "the method decides what is trained: choose FullFinetune, or an adapter's targets",
+    "ModelPruning": "it replaces weights that the adapter belongs to: leave it out",
+}
+_DDP = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves the run at each epoch's end, whenever validation comes, to one file that is never half written.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        part = self.path.with_suffix(".part")
+        # Lightning copies the file from the system's temporary folder, which takes a while on another disk
+        try:
+            trainer.save_checkpoint(part, weights_only=False)
+            if trainer.is_global_zero:
+                os.replace(part, self.path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            part.unlink(missing_ok=True)
+            raise NolaVisionError(
+                f"the checkpoint {self.path} cannot be written ({textwrap.shorten(str(error), 150)}): make room, or "
+                "give another folder by --out"
+            ) from error
+
+
+def monitoring(callbacks: Sequence[L.Callback]) -> ModelCheckpoint | None:
+    """The first ModelCheckpoint that keeps the best epoch of a metric: that epoch is the run's result."""
+    kept = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None and c.save_top_k != 0)
+    return next(kept, None)
+
+
+def early_stopping(patience: int) -> list[L.Callback]:
+    """The callbacks of `model.stop_early`: they stop the training and keep the best epoch's weights.
+
+    They watch the validation loss: a small pool has one accuracy for many epochs.
+    """
+    return [EarlyStopping("val_loss", patience=patience), ModelCheckpoint(monitor="val_loss")]
+
+
+def check_stop_early(patience: int | None, callbacks: Any) -> None:
+    """Refuses a `model.stop_early` that has no effect or a rival.
+
+    Raises:
+        NolaVisionError: it is below 1, or `trainer.callbacks` decide the same.
+    """
+    if patience is None:
+        return
+    if patience < 1:
+        raise NolaVisionError(f"model.stop_early is {patience}: give the number of validations to wait, 1 or more")
+    for callback in _mappings(callbacks):
+        made = resolve(callback["class_path"])
+        monitored = (callback.get("init_args") or {}).get("monitor") is not None
+        if issubclass(made, EarlyStopping) or (issubclass(made, ModelCheckpoint) and monitored):
+            raise NolaVisionError(
+                f"model.stop_early and the callback {made.__name__} both choose the epoch: leave one of them out"
+            )
+
+
+def close_loggers(trainer: L.Trainer) -> None:
+    """Ends what a logger keeps open in this process: W&B would log the next run of the process into this one."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish()
+
+
+def checkpoint_folder(folder: Path, callback: ModelCheckpoint) -> Path:
+    """Where the run in `folder` stores the files of a ModelCheckpoint without a `dirpath`."""
+    return folder / CHECKPOINTS / (callback.monitor or "unmonitored")
+
+
+def current_path(stored: str, stored_folder: Any, folder: str | Path) -> str:
+    """The path of a ModelCheckpoint's file after its folder was moved, or is spelled differently.
+
+    Args:
+        stored: the path that the checkpoint holds.
+        stored_folder: the ModelCheckpoint's `dirpath` that the checkpoint holds.
+        folder: its `dirpath` now.
+
+    Returns:
+        The same file name in `folder`; `stored` if the file exists only there.
+    """
+    try:
+        inner = Path(stored).relative_to(stored_folder)
+    except (TypeError, ValueError):
+        inner = Path(Path(stored).name)
+    here = Path(folder) / inner
+    return stored if not here.exists() and Path(stored).exists() else str(here)
+
+
+def update_paths(state: dict[str, Any], folder: str) -> None:
+    """Updates the paths in a ModelCheckpoint's state; Lightning drops the best score if `dirpath` is another string."""
+    stored_folder, state["dirpath"] = state.get("dirpath"), folder
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        if state.get(key):
+            state[key] = current_path(state[key], stored_folder, folder)
+    state["best_k_models"] = {
+        current_path(path, stored_folder, folder): score for path, score in state.get("best_k_models", {}).items()
+    }
+
+
+def check_trainer(settings: Mapping[str, Any]) -> None:
+    """Refuses trainer settings that cannot give a result, before anything is loaded or trained.
+
+    Args:
+        settings: the full config's `trainer`, as plain values.
+
+    Raises:
+        NolaVisionError: a callback or strategy that does not work here, a metric that is not logged, or limits that
+            leave nothing to train.
+    """
+    _check_callbacks(_mappings(settings.get("callbacks")))
+    _check_strategy(settings.get("strategy") or "auto")
+    if settings.get("fast_dev_run"):
+        raise NolaVisionError(
+            "trainer.fast_dev_run leaves no checkpoint and no result: for a quick trial set trainer.max_epochs 1 and "
+            "data.test_limit"
+        )
+    if settings.get("overfit_batches"):
+        raise NolaVisionError(
+            f"trainer.overfit_batches is {settings['overfit_batches']}: it would validate on training images; for a "
+            "small training set, set data.shots"
+        )
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if (value := settings.get(name)) == 0:
+            raise NolaVisionError(f"trainer.{name} is {value}, which leaves nothing to train: give more")
+    if (value := settings.get("limit_test_batches")) == 0:
+        raise NolaVisionError(f"trainer.limit_test_batches is {value}, which leaves nothing to test: give more")
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if (value := settings.get(name)) is not None and value < 1:
+            raise NolaVisionError(f"trainer.{name} is {value}: it must be at least 1")
+    epochs, steps = settings.get("max_epochs"), settings.get("max_steps")
+    for name, value in (("max_epochs", epochs), ("max_steps", steps)):
+        if value is not None and value < -1:
+            raise NolaVisionError(f"trainer.{name} is {value}: give a number above zero, or -1 for no limit")
+    if epochs == -1 and (steps is None or steps == -1):
+        raise NolaVisionError(
+            "trainer.max_epochs is -1 without trainer.max_steps: the cosine schedule needs an end, so give one of them"
+        )
+
+
+def _mappings(callbacks: Any) -> list[Mapping[str, Any]]:
+    """A config's callbacks as a list."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    return [callback for callback in listed if isinstance(callback, Mapping)]
+
+
+def _check_callbacks(callbacks: Sequence[Mapping[str, Any]]) -> None:
+    classes = [resolve(callback["class_path"]) for callback in callbacks]
+    for made in classes:
+        for name, reason in _REFUSED.items():
+            if issubclass(made, getattr(lightning_callbacks, name, ())):
+                raise NolaVisionError(f"the callback {made.__name__} is not supported: {reason}")
+    if not all(made.__module__.startswith("lightning.") for made in classes):
+        return  # another package's callback may log metrics
+    rates = any(issubclass(made, LearningRateMonitor) for made in classes)
+    for made, callback in zip(classes, callbacks, strict=True):
+        monitor = (callback.get("init_args") or {}).get("monitor")
+        if issubclass(made, EarlyStopping | ModelCheckpoint) and monitor is not None:
+            if monitor not in METRICS and not (rates and str(monitor).startswith("lr-")):
+                raise NolaVisionError(
+                    f"{made.__name__} monitors {monitor!r}, which is not logged: use one of {', '.join(METRICS)}"
+                )
+
+
+def check_precision(precision: Any, method: str, train_norms: bool) -> None:
+    """Refuses 16-bit weights where weights of the backbone itself are trained: most steps would be rounded away.
+
+    Args:
+        precision: the config's `trainer.precision`.
+        method: the class's name.
+        train_norms: whether the method trains batch norms.
+
+    Raises:
+        NolaVisionError: this method needs float32 weights.
+    """
+    if precision in ("bf16-true", "16-true") and (train_norms or method in ("FullFinetune", "PEFT")):
+        what = "train_norms" if train_norms else method
+        raise NolaVisionError(
+            f"trainer.precision is {precision}, but {what} trains weights of the backbone, and most steps would be "
+            f"rounded away in 16 bits: use {precision.replace('true', 'mixed')}"
+        )
+
+
+def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
+    """Refuses to monitor a validation metric in a run that never validates.
+
+    Args:
+        trainer: of the run.
+        has_validation: whether there are validation images.
+
+    Raises:
+        NolaVisionError: a callback monitors such a metric.
+    """
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    reason = None
+    if not has_validation:
+        reason = (
+            "there are no validation images (a class needs 20 images; a data set without a test set has none): leave "
+            "model.stop_early out, or monitor train_loss"
+        )
+    elif not trainer.limit_val_batches:
+        reason = "trainer.limit_val_batches is 0: leave it out"
+    elif every is not None and epochs is not None and 0 < epochs < every:
+        reason = f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: validate more often"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(callback, EarlyStopping | ModelCheckpoint) and reason and str(monitor).startswith("val_"):
+            raise NolaVisionError(f"{type(callback).__name__} monitors {monitor!r}, but {reason}")
+
+
+def _check_strategy(strategy: str | Mapping[str, Any]) -> None:
+    """One device, or DDP with a process for each: the adapter and the checkpoint are whole in every process."""
+    if isinstance(strategy, str):
+        name, known = strategy, strategy == "auto" or strategy in _DDP
+    else:
+        made, start = resolve(strategy["class_path"]), (strategy.get("init_args") or {}).get("start_method")
+        name, known = made.__name__, made in (SingleDeviceStrategy, DDPStrategy) and start in (None, "popen")
+    if not known:
+        raise NolaVisionError(
+            f"trainer.strategy {name} is not supported: use ddp for several devices, or leave it out (others split the "
+            "model, or start processes in their own way)"
+        )

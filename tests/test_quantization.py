@@ -1,0 +1,107 @@
+"""Quantised numbers against a decoder of their own, and what a file of them gives back."""
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+from nola_vision import NOLA, PRANC, LoRA, adapt, load_adapter
+from nola_vision.adapters.quantization import (
+    GROUP,
+    dequantise,
+    pack,
+    quantise,
+    rounded,
+    rounded_straight_through,
+    unpack,
+)
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.backbones import BackboneSpec
+
+SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packed_levels_come_back_and_take_their_bits(bits: int) -> None:
+    most = 2 ** (bits - 1) - 1
+    levels = torch.randint(-most, most + 1, (3, 101), dtype=torch.int8)
+    stream = pack(levels, bits)
+    assert stream.dtype == torch.uint8 and len(stream) == -(-3 * 101 * bits // 8)
+    assert torch.equal(unpack(stream, bits, 3, 101), levels)
+    assert np.array_equal(reference.levels(stream.numpy(), bits, 303).reshape(3, 101), levels.numpy())
+    with pytest.raises(ValueError, match="bytes"):
+        unpack(stream[:-1], bits, 3, 101)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_rounding_has_a_zero_and_is_symmetric_and_does_nothing_twice(bits: int) -> None:
+    values = torch.randn(5, 3 * GROUP + 7, generator=torch.Generator().manual_seed(bits))
+    values[1] = 0
+    once = rounded(values, bits)
+    assert torch.equal(rounded(once, bits), once) and torch.equal(rounded(-values, bits), -once)
+    assert not once[1].any()  # a scale of 0 decodes to 0
+    levels, scales = quantise(values, bits)
+    assert torch.equal(dequantise(levels, scales), once) and not scales[1].any()
+    # no scale of a fine grid is much better than the chosen one, over a hundred groups
+    most, groups = 2 ** (bits - 1) - 1, torch.randn(100, GROUP, generator=torch.Generator().manual_seed(bits))
+    grid = torch.linspace(0.02, 1.2, 2000).view(-1, 1, 1) * groups.abs().amax(1, keepdim=True) / most
+    errors = ((groups / grid).round().clamp(-most, most) * grid - groups).square().sum(-1)
+    assert (rounded(groups, bits) - groups).square().sum() <= 1.25 * errors.amin(0).sum()
+
+
+def test_gradients_go_straight_through() -> None:
+    values = torch.randn(2, 70, requires_grad=True)
+    weights = torch.randn(2, 70)
+    seen = rounded_straight_through(values, 3)
+    (seen * weights).sum().backward()
+    assert torch.equal(seen, rounded(values.detach(), 3)) or (seen - rounded(values.detach(), 3)).abs().max() < 1e-6
+    assert torch.equal(values.grad, weights)
+
+
+METHODS = [
+    NOLA(targets=["mlp", "head"], num_basis=100, bits=4, head_num_basis=30),
+    NOLA(targets=["qkv"], num_basis=70, bits=3, head_bits=8),
+    LoRA(targets=["qkv"], rank=2, bits=8),
+    PRANC(targets=["qkv"], num_basis=90, bits=2, scope="layer"),
+    NOLA(targets=["mlp"], num_basis=30, bits=16, head_bits=32),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_quantised_file_gives_what_was_rounded(method: NOLA, tmp_path) -> None:
+    model = adapt(SPEC, method, ["a", "b", "c", "d"]).eval()
+    with torch.no_grad():
+        for parameter in model.stack.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    exact = model(IMAGES)
+    model.compute_with_stored_bits()
+    seen = model(IMAGES)
+    model.compute_with_stored_bits(False)
+    model.round_to_stored_bits()
+    assert not torch.equal(model(IMAGES), exact) and torch.allclose(model(IMAGES), seen, rtol=1e-4, atol=1e-5)
+    size = model.save(tmp_path / "a.safetensors")
+    assert size == (tmp_path / "a.safetensors").stat().st_size
+    assert torch.equal(load_adapter(tmp_path / "a.safetensors")(IMAGES), model(IMAGES))
+    metadata, tensors = reference.read(str(tmp_path / "a.safetensors"))
+    for name, tensor in model.trained_tensors().items():
+        assert np.array_equal(tensors[name], tensor.detach().numpy()), name
+    numbers = sum(t.numel() * model.bits.get(n, 32) / 8 for n, t in model.trained_tensors().items())
+    groups = sum(np.prod(t.shape[:-1]) * -(-t.shape[-1] // GROUP) for t in model.trained_tensors().values())
+    assert size < numbers + 2 * 8 * groups + 8000
+
+
+def test_bits_that_do_not_exist_are_refused() -> None:
+    for bits in (1, 9, 0, 64):
+        with pytest.raises(NolaVisionError, match="2 to 8 for integers, 16 or 32"):
+            adapt(SPEC, NOLA(bits=bits), ["a", "b"])
+
+
+def test_what_is_not_a_level_is_refused() -> None:
+    for bits in (1, 0, 9, 16):
+        with pytest.raises(ValueError, match="2 to 8 bits"):
+            unpack(torch.zeros(4, dtype=torch.uint8), bits, 1, 4)
+    with pytest.raises(ValueError, match="255 is not a level of 8 bits"):  # -127 to 127 are 255 levels
+        unpack(torch.tensor([0, 255], dtype=torch.uint8), 8, 1, 2)
+    many = torch.randint(-3, 4, (3, 1_000_003), dtype=torch.int8)  # more than are unpacked at once
+    assert torch.equal(unpack(pack(many, 3), 3, 3, 1_000_003), many)
