@@ -11,6 +11,7 @@ import pytest
 from fake_runs import METHODS, write_runs
 from nola_vision.results import store
 from nola_vision.results.html import html_page
+from nola_vision.results.tables import report_of
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in PAGES:
         rows, problems = store.read_rows(folder / name)
         assert not problems
-        (folder / f"{name}.html").write_text(html_page(rows).text, encoding="utf-8")
+        (folder / f"{name}.html").write_text(html_page(report_of(rows)).text, encoding="utf-8")
     return folder
 
 

@@ -50,6 +50,7 @@ from nola_vision.results.plots import (
 from nola_vision.results.published import published_figures
 from nola_vision.results.row import Row
 from nola_vision.results.statistics import entries, summarise
+from nola_vision.results.tables import cell_runs
 from test_tables import CELL, grid, row
 
 ROWS = [
@@ -69,7 +70,7 @@ def placed(folder: Path) -> list[Row]:
 
 
 def charts_of(rows: list[Row]) -> dict[str, Chart]:
-    return {chart.name: chart for chart in cell_charts(rows, CELL)[0]}
+    return {chart.name: chart for chart in cell_charts(cell_runs(rows, CELL).found)[0]}
 
 
 def lines(figure: Figure) -> dict[str, list[list[float]]]:
@@ -212,9 +213,10 @@ def test_confusions_by_class(tmp_path: Path) -> None:
         for one, matrix in zip((r for r in rows if r.method == method and r.cell == CELL), matrices, strict=False):
             text = confusion_csv(np.array(matrix), ["cat, tabby", "dog"])
             (one.folder / "confusion.csv").write_text(text)
-    confusions, problems = entry_confusions(rows, CELL)
-    assert problems == [] and entry_confusions(rows, "another") == ({}, [])
-    figure = class_differences_plot(confusions, rows, CELL)
+    found = cell_runs(rows, CELL).found
+    confusions, problems = entry_confusions(found)
+    assert problems == [] and entry_confusions([]) == ({}, [])
+    figure = class_differences_plot(confusions, found, CELL)
     assert figure is not None
     axes = figure.axes[0]
     assert axes.images[0].get_array().tolist() == [[25, -50]]  # nola has the better mean in ROWS
@@ -224,7 +226,7 @@ def test_confusions_by_class(tmp_path: Path) -> None:
     assert matrices is not None
     shares = {axes.get_title(): axes.images[0].get_array().tolist() for axes in matrices.axes[:2]}
     assert shares == {"lora": [[100, 0], [100, 0]], "nola": [[75, 25], [50, 50]]}
-    assert class_differences_plot({}, rows, CELL) is None and confusion_plot({}, CELL) is None
+    assert class_differences_plot({}, found, CELL) is None and confusion_plot({}, CELL) is None
 
 
 def test_an_entry_looks_the_same_in_every_chart() -> None:
@@ -395,11 +397,11 @@ def test_names_are_plain_text_whatever_they_contain() -> None:
         warnings.simplefilter("error")
         charts = charts_of(rows)
         pages = {name: chart.svg("a") for name, chart in charts.items()}
-        plots = cell_plots(rows, CELL)[0]
+        plots = cell_plots(entries(rows), CELL)[0]
         matrices = confusion_plot({"$x^$": {0: square}}, CELL)
         with _drawing():
             matrices.savefig(os.devnull, format="png")
-            differences = class_differences_plot({"$_$": {0: square}, "_": {0: square}}, rows, CELL)
+            differences = class_differences_plot({"$_$": {0: square}, "_": {0: square}}, entries(rows), CELL)
             differences.savefig(os.devnull, format="png")
     assert set(pages) == {"pareto", "by-split"} and set(plots) == set(pages)
     assert all(content.startswith(b"\x89PNG") for content in plots.values())
@@ -449,7 +451,7 @@ def test_unusable_files_are_named_and_the_others_drawn(tmp_path: Path) -> None:
     os.mkfifo(rows[-1].folder / "metrics.csv")
     (rows[-1].folder / "confusion.csv").symlink_to("confusion.csv")
     curves, bad_logs = entry_curves(entries(rows))
-    confusions, bad_matrices = entry_confusions(rows, CELL)
+    confusions, bad_matrices = entry_confusions(entries(rows))
     assert [len(bad_logs), len(bad_matrices)] == [9, 4]
     for name, problems in (("metrics.csv", bad_logs), ("confusion.csv", bad_matrices)):
         expected = [one.folder for one, content in zip(rows[1:], contents, strict=False) if content[0] == name]
@@ -458,7 +460,7 @@ def test_unusable_files_are_named_and_the_others_drawn(tmp_path: Path) -> None:
     assert curves["nola"] == [{0: 2, 1: 1}] * 4
     assert {(counts.loc["a", "a"], counts.loc["b", "b"]) for counts in confusions["nola"].values()} == {(3, 4)}
     assert len(confusions["nola"]) == len(rows) - 4
-    plots, problems = cell_plots(rows, CELL)
+    plots, problems = cell_plots(entries(rows), CELL)
     assert problems == [*bad_logs, *bad_matrices] and {"learning-curves", "confusions"} < set(plots)
 
 

@@ -33,17 +33,14 @@ from nola_vision.results.confusion import class_differences, entry_confusions
 from nola_vision.results.description import bytes_text
 from nola_vision.results.labels import along, place_at_points, short_name, short_names, spread, text_width
 from nola_vision.results.published import published_result
-from nola_vision.results.row import Row
 from nola_vision.results.statistics import (
     Entry,
     Summary,
     cross_validated,
-    entries,
     first_accuracies,
     is_measured,
     kind,
     subject,
-    summarise,
 )
 from nola_vision.results.store import read_run_file
 from nola_vision.results.svg import inline_svg
@@ -158,17 +155,16 @@ def _drawing() -> Iterator[None]:
         yield
 
 
-def cell_charts(rows: Iterable[Row], cell: str) -> tuple[list[Chart], list[str]]:
+def cell_charts(found: Entries) -> tuple[list[Chart], list[str]]:
     """The charts of a cell that its runs have left the numbers for.
 
     Args:
-        rows: of any runs; the logs of their training are read from the rows' folders.
-        cell: which.
+        found: the entries of one cell, as `statistics.entries` returns them; the logs of training are read from the
+            folders of their runs.
 
     Returns:
         The charts `pareto`, `by-split` and `learning-curves`, and a sentence for each file that could not be used.
     """
-    found = entries(row for row in rows if row.cell == cell)
     looks = entry_looks([item for item, _ in found])
     curves, problems = entry_curves(found)
     with _drawing():
@@ -654,7 +650,7 @@ def _size_ticks(low: float, high: float, width: float) -> list[float]:
 
 @_drawing()
 def class_differences_plot(
-    confusions: Mapping[str, Mapping[int, pd.DataFrame]], rows: Iterable[Row], cell: str
+    confusions: Mapping[str, Mapping[int, pd.DataFrame]], found: Entries, cell: str
 ) -> Figure | None:
     """By how many points each entry is above the best one, class by class; None where no two share a split.
 
@@ -662,10 +658,10 @@ def class_differences_plot(
 
     Args:
         confusions: the sums, as `entry_confusions` returns them.
-        rows: of any runs, for the entries' means.
-        cell: which.
+        found: the entries of the cell, for their means.
+        cell: for the title.
     """
-    means = {item.label: item.mean for item in summarise(rows) if item.cell == cell and item.mean is not None}
+    means = {item.label: item.mean for item, _ in found if item.mean is not None}
     if len(confusions) < 2:
         return None
     best = max(confusions, key=lambda label: means.get(label, 0.0))
@@ -719,21 +715,21 @@ def confusion_plot(by_split: Mapping[str, Mapping[int, pd.DataFrame]], cell: str
     return figure
 
 
-def cell_plots(rows: Iterable[Row], cell: str) -> tuple[dict[str, bytes], list[str]]:
+def cell_plots(found: Entries, cell: str) -> tuple[dict[str, bytes], list[str]]:
     """Every plot of a cell that its runs have left the numbers for: its charts, differences by class and confusions.
 
     Args:
-        rows: of any runs; their logs and confusion matrices are read from the rows' folders.
-        cell: which.
+        found: the entries of the cell, as `statistics.entries` returns them; logs and confusion matrices are read from
+            the folders of their runs.
+        cell: for the titles.
 
     Returns:
         PNG files by what they show, and a sentence for each file that could not be used.
     """
-    rows = [row for row in rows if row.cell == cell]
-    charts, bad_logs = cell_charts(rows, cell)
-    confusions, bad_matrices = entry_confusions(rows, cell)
+    charts, bad_logs = cell_charts(found)
+    confusions, bad_matrices = entry_confusions(found)
     drawn = {
-        "class-differences": class_differences_plot(confusions, rows, cell),
+        "class-differences": class_differences_plot(confusions, found, cell),
         "confusions": confusion_plot(confusions, cell),
     }
     plots = {chart.name: chart.png() for chart in charts}
