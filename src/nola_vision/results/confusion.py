@@ -66,7 +66,8 @@ def read_confusion(path: Path) -> pd.DataFrame:
         header, _, lines = content.decode().partition("\n")
         if header.strip() != _HEADER:
             raise ValueError("another header")
-        table = pd.read_csv(io.StringIO(lines, newline=""), header=None, dtype=str, na_filter=False, low_memory=False)
+        text = io.StringIO(lines, newline="")  # dtype=object: str would convert each column to Arrow and back
+        table = pd.read_csv(text, header=None, dtype=object, na_filter=False, low_memory=False)
         if table.shape[1] != 3:
             raise ValueError("another number of columns")
         # each text once, as they appear, and where it is
