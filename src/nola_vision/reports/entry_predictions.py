@@ -1,4 +1,4 @@
-"""What an entry's runs predicted, image by image: counts by class, and the misclassified images with thumbnails."""
+"""The predictions of an entry's runs: counts by class, and misclassified images with thumbnails."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import numpy.typing as npt
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.evaluation.predictions import Predictions, load_predictions
 from nola_vision.reports.confusion import MOST_CLASSES, MOST_RUNS, count_predictions, usual_classes
-from nola_vision.reports.statistics import Summary, run_accuracy
+from nola_vision.reports.entries import Summary
+from nola_vision.reports.statistics import run_accuracy
 from nola_vision.runs.record import Row
 from nola_vision.runs.thumbnails import Thumbnail, load_thumbnails
 
 _MOST_FILE_BYTES = 2**27  # of a run's predictions, without logits
-_MOST_IMAGES = 2**22  # over the runs of an entry, 28 bytes each
+_MOST_IMAGES = 2**22  # over the runs of an entry, 28 bytes per image
 
 
 @dataclass(frozen=True)
-class Tested:
-    """An entry, and those of its runs whose predictions could be read, at least one; all have the same classes."""
+class EntryPredictions:
+    """An entry with those of its runs whose predictions could be read, at least one; all have the same classes."""
 
     summary: Summary
     class_names: tuple[str, ...]
@@ -38,12 +39,12 @@ class Tested:
         """The splits of the runs."""
         return {row.split for row, _ in self.runs}
 
-    def on(self, splits: Set[int]) -> Tested:
-        """The same of the runs on some splits."""
+    def on(self, splits: Set[int]) -> EntryPredictions:
+        """Only the runs on some splits."""
         return replace(self, runs=tuple(run for run in self.runs if run[0].split in splits))
 
-    def first(self, count: int) -> Tested:
-        """The same of the first runs."""
+    def first(self, count: int) -> EntryPredictions:
+        """Only the first runs."""
         return replace(self, runs=self.runs[:count])
 
     @cached_property
@@ -53,7 +54,7 @@ class Tested:
 
     @cached_property
     def shares(self) -> npt.NDArray[np.float64]:
-        """The counts in per cent of the true class's images; not a number where a class has none."""
+        """The counts in per cent of the true class's images; nan for a class without images."""
         totals = self.counts.sum(axis=1, keepdims=True)
         shares = np.full(self.counts.shape, np.nan)
         np.divide(100.0 * self.counts, totals, out=shares, where=totals > 0)
@@ -66,11 +67,11 @@ class Tested:
 
     @property
     def misclassified(self) -> int:
-        """How many images at least one run misclassified."""
+        """The number of images that at least one run misclassified."""
         return len(np.unique(np.concatenate([found.index[~found.correct] for _, found in self.runs])))
 
     def times_wrong(self, index: int) -> tuple[int, int]:
-        """How many runs misclassified an image, and how many tested it."""
+        """The number of runs that misclassified an image, and the number that tested it."""
         correct = np.concatenate([found.correct[found.index == index] for _, found in self.runs])
         return int((~correct).sum()), correct.size
 
@@ -78,11 +79,8 @@ class Tested:
 def load_run_predictions(row: Row) -> Predictions | None:
     """The predictions in a run's folder; None if it has none.
 
-    Args:
-        row: of the run.
-
     Raises:
-        NolaVisionError: the file cannot be used, or its classes or its number of images are not those of the row.
+        NolaVisionError: the file cannot be used, or its classes or number of images differ from the row's.
     """
     if row.folder is None:
         return None
@@ -91,13 +89,13 @@ def load_run_predictions(row: Row) -> Predictions | None:
     return load_predictions(row.folder, len(names) if names else None, images, _MOST_FILE_BYTES)
 
 
-def read_tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> Tested | None:
-    """The first runs of an entry that left predictions; None if there are none.
+def read_entry_predictions(summary: Summary, runs: Sequence[Row], problems: list[str]) -> EntryPredictions | None:
+    """The first runs of an entry that have predictions; None if there are none.
 
     Args:
         summary: of the entry.
         runs: of the entry.
-        problems: a sentence for each run that cannot be used is added.
+        problems: one message is added per run that cannot be used.
     """
     completed = [row for row in runs if row.status == "completed" and row.folder and row.data.get("class_names")]
     named = [(row, tuple(row.data["class_names"])) for row in completed]
@@ -106,7 +104,7 @@ def read_tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> T
     images = 0
     for row, own_names in named:
         if len(own_names) > MOST_CLASSES:
-            problems.append(f"{row.folder} has {len(own_names):,} classes: of more than {MOST_CLASSES:,} none is shown")
+            problems.append(f"{row.folder} has {len(own_names):,} classes: more than {MOST_CLASSES:,} are not shown")
             continue
         if own_names != names:
             problems.append(f"{row.folder} has other classes than most runs of {summary.label}: it is left out")
@@ -124,12 +122,12 @@ def read_tested(summary: Summary, runs: Sequence[Row], problems: list[str]) -> T
         found.append((row, replace(predictions, logits=None)))
         if len(found) == MOST_RUNS:
             break
-    return Tested(summary, names, tuple(found)) if found else None
+    return EntryPredictions(summary, names, tuple(found)) if found else None
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A misclassified image with its thumbnail; class indices, and the probability of the predicted class."""
+    """A misclassified image: thumbnail, class indices, and the probability of the predicted class."""
 
     thumbnail: Thumbnail
     true: int
@@ -137,15 +135,15 @@ class Mistake:
     probability: float
 
 
-def mistakes(tested: Tested, problems: list[str]) -> list[Mistake]:
-    """The misclassified images that have a thumbnail, each once, the highest probability first.
+def mistakes(entry: EntryPredictions, problems: list[str]) -> list[Mistake]:
+    """The misclassified images with a thumbnail, each once, the highest probability first.
 
     Args:
-        tested: whose runs' thumbnails are read.
-        problems: a sentence for each file that cannot be used is added.
+        entry: whose runs' thumbnails are read.
+        problems: one message is added per file that cannot be used.
     """
     best: dict[int, Mistake] = {}
-    for row, found in tested.runs:
+    for row, found in entry.runs:
         assert row.folder is not None
         try:
             thumbnails = load_thumbnails(row.folder)

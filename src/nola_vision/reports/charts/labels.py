@@ -1,7 +1,7 @@
-"""Where the labels of a chart go, so that none hides another; all lengths in points.
+"""Placement of a chart's labels without overlap; all lengths in points.
 
-The libraries for this (adjustText, textalloc) move labels step by step for 0.1 s and more per chart and know no labels
-of lines. Here each label takes the best free place in turn.
+The libraries for this (adjustText, textalloc) take 0.1 s or more per chart and do not support labels of lines. Here
+each label in turn takes the best free place.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from nola_vision.common.text import printable
 
 Boxes = NDArray[np.float64]  # [n, 4]: left, bottom, right, top
-_DISTANCES = (7.0, 11.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0, 110.0, 140.0)  # of a label from its point
+_DISTANCES = (7.0, 11.0, 17.0, 26.0, 37.0, 50.0, 66.0, 85.0, 110.0, 140.0)  # between a label and its point
 _SIDES = [side for side in itertools.product((1.0, 0.5, 0.0, -0.5, -1.0), repeat=2) if 1 in map(abs, side)]
 _SIDES.sort(key=lambda side: (side[0] != 1, abs(side[1]), side))  # to the right if possible
-_CROSSED = 15.0  # a line under a label costs as much as this distance in points
+_CROSSED = 15.0  # cost of a line under a label, as a distance
 
 
 class Place(NamedTuple):
-    """Where a label is: its left edge and the middle of its height, and the point of its edge next to what it names."""
+    """A label's left edge, vertical middle, and the point of its outline that is nearest to what it labels."""
 
     left: float
     middle: float
@@ -41,8 +41,8 @@ class Place(NamedTuple):
 def short_names(names: Sequence[str], most: int) -> dict[str, str]:
     """Names as distinct printable labels of about `most` characters.
 
-    Of a single long name the middle is left out. Of several that begin alike, as one method with several settings, each
-    keeps its beginning and the part from the first word in which they differ.
+    A single long name loses its middle. Several with a common beginning, such as one method with several settings, keep
+    the beginning and the part from the first word in which they differ.
     """
     alike: dict[str, list[str]] = defaultdict(list)
     for text in {printable(name) for name in names if len(printable(name)) > most}:
@@ -67,7 +67,7 @@ def short_names(names: Sequence[str], most: int) -> dict[str, str]:
 
 
 def short_name(name: str, most: int) -> str:
-    """A name as a label: on one line, and without its middle if it is longer than `most` characters."""
+    """A name as a printable label, without its middle if it is longer than `most` characters."""
     text = printable(name)
     wide = sum(map(_is_wide, text))
     most = most * len(text) // (len(text) + wide) if wide else most
@@ -80,19 +80,19 @@ def _is_wide(letter: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """How wide a text is in DejaVu Sans, which is wider than the sans-serif fonts of browsers."""
-    # it has no East Asian letters and emoji, whose width is about that of a W
+    """The width of a text in DejaVu Sans, which is wider than the sans-serif fonts of browsers."""
+    # the font lacks East Asian letters and emoji, which are about as wide as a W
     known = "".join("W" if _is_wide(letter) else letter for letter in text)
     properties = FontProperties(size=size, weight=weight)
     return float(text_to_path.get_text_width_height_descent(known, properties, ismath=False)[0])
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least `gap` apart between `low` and `high`, as near as possible to those wanted (least squares).
+    """Positions at least `gap` apart between `low` and `high`, as close as possible to `wanted` (least squares).
 
-    With q_i = p_i - i gap, positions p in the order of those wanted are `gap` apart if q does not decrease: isotonic
+    With q_i = p_i - i gap, sorted positions p are at least `gap` apart if q does not decrease: isotonic
     regression of `wanted_i - i gap`. Its i-th value is the max over j <= i of the min over k >= i of the mean of those
-    from j to k (Robertson, Wright and Dykstra 1988, theorem 1.4.4); to import scipy.optimize for it takes 0.5 s.
+    from j to k (Robertson, Wright and Dykstra 1988, theorem 1.4.4). Importing scipy.optimize for it would take 0.5 s.
     """
     if not len(wanted):
         return []
@@ -101,7 +101,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(wanted, dtype=float)[order] - steps)])
     places = np.arange(len(wanted))
     counts = places - places[:, None] + 1
-    means = (sums[1:] - sums[:-1, None]) / counts.clip(1)  # `[j, k]`; of no use where k < j
+    means = (sums[1:] - sums[:-1, None]) / counts.clip(1)  # `[j, k]`; unused for k < j
     least = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
     positions = np.maximum.accumulate(least, axis=0).diagonal()
     placed = np.empty(len(wanted))
@@ -116,14 +116,14 @@ def place_at_points(
     crossed: Boxes,
     area: tuple[float, float, float, float],
 ) -> list[Place | None]:
-    """Place a label next to each point, in the given order; None where there is no room for one.
+    """Places a label next to each point, in the given order; None if there is no room.
 
     Args:
-        points: what is labelled.
+        points: the labelled points.
         sizes: width and height of each label.
-        hidden: boxes that no label may cover, those of the points included.
-        crossed: boxes that a label had better not cover, such as those of error bars and lines.
-        area: left, bottom, right and top of what labels may use.
+        hidden: boxes that labels must not cover, including those of the points.
+        crossed: boxes that labels should not cover, such as those of error bars and lines.
+        area: left, bottom, right and top of the area for labels.
     """
     places: list[Place | None] = []
     labels = np.empty((0, 4))
@@ -157,7 +157,7 @@ def along(start: tuple[float, float], end: tuple[float, float], thickness: float
 
 
 def _overlap(boxes: Boxes, others: Boxes) -> NDArray[np.bool_]:
-    """`[box, other]`: whether they share area."""
+    """`[box, other]`: whether they overlap."""
     one, other = boxes[:, None], others[None]
     shared: NDArray[np.bool_] = np.logical_and(one[..., :2] < other[..., 2:], other[..., :2] < one[..., 2:])
     return shared[..., 0] & shared[..., 1]

@@ -12,20 +12,20 @@ from matplotlib.figure import Figure
 
 _NAMESPACE = re.compile(r"\{[^}]*\}")
 _REFERENCE = re.compile(r"#([\w.-]+)")
-_ROOT = ("width", "height", "version")  # replaced by the size that the page gives
+_ROOT = ("width", "height", "version")  # the page sets the size
 
 
 def inline_svg(figure: Figure, prefix: str, title: str, description: str, colours: Mapping[str, str]) -> str:
-    """The figure as one `<svg>` element that can be inserted into an HTML page.
+    """The figure as one `<svg>` element for an HTML page.
 
-    It holds no `style` attribute or element (a Content-Security-Policy may forbid them), no font, which is the page's,
-    and no id that another figure of the page has.
+    It does not contain `style` attributes or elements (a Content-Security-Policy may forbid them) or fonts, and its ids
+    are unique on the page.
 
     Args:
-        figure: with `svg.fonttype: none` and printable text, or text that XML cannot hold makes this fail.
-        prefix: of every id, unique in the page; letters, digits and hyphens.
-        title: the accessible name, shown as a tooltip.
-        description: what the figure shows, for those who do not see it.
+        figure: drawn with `svg.fonttype: none`; its text must be printable, since XML excludes some characters.
+        prefix: of every id, unique on the page; letters, digits and hyphens.
+        title: accessible name, shown as a tooltip.
+        description: text alternative.
         colours: CSS variable by the colour that it replaces: `#0072b2` becomes `var(--c0, #0072b2)`.
     """
     content = io.StringIO()
@@ -69,7 +69,7 @@ def _remove(element: ElementTree.Element, names: tuple[str, ...]) -> None:
 
 
 def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
-    """Number the ids that something refers to, and drop the others."""
+    """Renumbers the ids that are referred to, and removes the others."""
     new: dict[str, str] = {}
 
     def renamed(found: re.Match[str]) -> str:
