@@ -20,8 +20,9 @@ from jsonargparse._stubs_resolver import get_stubs_resolver
 
 from fuzzing import Outcome, measured
 from nola_vision.runs import run_id
-from nola_vision.runs.config_files import dump, load_config
+from nola_vision.runs.config_files import load_config
 from nola_vision.runs.parsing import parse
+from nola_vision.runs.yaml_files import dump
 
 get_stubs_resolver()  # asks a Python process for its path, once
 CANARY = "canary_of_configs"  # a module that must never be imported

@@ -27,7 +27,8 @@ from nola_vision.evaluation.estimates import Estimate
 from nola_vision.evaluation.predictions import load_predictions
 from nola_vision.models.adapted_model import AdaptedModel
 from nola_vision.runs import run_id, runner
-from nola_vision.runs.config_files import compose, load_configs
+from nola_vision.runs.cells import compose
+from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build
 from nola_vision.training import frozen
 from nola_vision.training.features import drops_nothing

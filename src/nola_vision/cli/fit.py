@@ -24,7 +24,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import duration, say, say_start, time_left
 from nola_vision.common.text import printable
 from nola_vision.runs import early_checks, photos, run_id
-from nola_vision.runs.config_files import load_configs
+from nola_vision.runs.config_files import load_configs, user_folder
 
 if TYPE_CHECKING:
     from nola_vision.data.datamodule import KShotDataModule
@@ -104,7 +104,7 @@ def _config(known: argparse.Namespace, place: str | None, rest: Sequence[str], v
                 "a folder of photos, or --config quickstart.yaml" if verb == "fit" else "a config: give --config FILE"
             )
             raise NolaVisionError(f"nola-vision {verb} needs {start}")
-        return load_configs(known.config)
+        return load_configs(known.config, user_folder(known.config_dir))
     if known.config:
         raise NolaVisionError(
             f"both '{place}' and --config are given: `nola-vision init {place}` writes a config of it"

@@ -10,6 +10,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.suggestions import did_you_mean
 
 _MOST_DIGITS = 4300  # that Python reads
+CONFIG_DIR = "folder of your own configs and parts (default: $NOLA_VISION_CONFIGS, if that is set)"
 LIGHTNINGS_OWN = ("--protocol", "--method", "--threads", "--seed_everything", "--print_config", "--help")
 
 
@@ -49,6 +50,7 @@ def config_options(verb: str, help: bool = False) -> Options:
     parser = Options(verb, add_help=help)
     shipped = "a config, shipped or local"
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help=shipped)
+    parser.add_argument("--config-dir", metavar="DIR", help=CONFIG_DIR)
     parser.add_argument("--out", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
     allowed = "a package whose classes the config may name, such as a callback of your own; may be repeated"
     parser.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE", help=allowed)

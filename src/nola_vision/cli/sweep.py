@@ -25,8 +25,9 @@ from nola_vision.common.text import printable
 from nola_vision.reports.description import accuracy_text
 from nola_vision.reports.statistics import on_the_same_images, summarise
 from nola_vision.runs import early_checks, run_id, store
-from nola_vision.runs.config_files import load_configs, load_yaml
+from nola_vision.runs.config_files import load_configs, user_folder
 from nola_vision.runs.record import Row
+from nola_vision.runs.yaml_files import load_yaml
 from nola_vision.sweep import plan, protocol
 from nola_vision.sweep.engines import local, multi_device
 
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         raise NolaVisionError("a sweep needs a config: give --config quickstart.yaml, for one")
     splits, inits = plan.parse_range("0-3" if known.splits is None else known.splits), plan.parse_range(known.inits)
     shard = plan.parse_shard(known.shard)
-    raw = load_configs(known.config)
+    raw = load_configs(known.config, user_folder(known.config_dir))
     methods = plan.parse_methods(known.methods, raw)
 
     varied = [_varied(text) for text in known.vary]

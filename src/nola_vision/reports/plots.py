@@ -33,6 +33,7 @@ from nola_vision.common.text import printable
 from nola_vision.reports.confusion import class_differences, entry_confusions
 from nola_vision.reports.description import bytes_text
 from nola_vision.reports.labels import along, place_at_points, short_name, short_names, spread, text_width
+from nola_vision.reports.published import published_result
 from nola_vision.reports.statistics import (
     Entry,
     Summary,
@@ -45,7 +46,6 @@ from nola_vision.reports.statistics import (
     summarise,
 )
 from nola_vision.reports.svg import inline_svg
-from nola_vision.runs.published import published_result
 from nola_vision.runs.record import Row
 from nola_vision.runs.store import read_run_file
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from nola_vision.common.text import excerpt, printable
 from nola_vision.reports.description import NOT_MEASURED, accuracy_text, bytes_text, cell_title, points, signed
+from nola_vision.reports.published import published_result
 from nola_vision.reports.statistics import (
     LEAST_SPLITS,
     Entry,
@@ -26,7 +27,6 @@ from nola_vision.reports.statistics import (
     run_accuracy,
 )
 from nola_vision.reports.verdict import cell_verdict
-from nola_vision.runs.published import published_result
 from nola_vision.runs.record import Row
 from nola_vision.runs.run_id import FROZEN_METHODS, differing_settings
 

@@ -25,24 +25,25 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nola_vision.models import backbones
-from nola_vision.runs import import_policy
 from nola_vision.adapters.methods import registry
 from nola_vision.common import progress
-from nola_vision.models.backbones import BackboneSpec
-from nola_vision.runs.config_errors import TOP_KEYS, explain
-from nola_vision.runs.config_files import plain
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256
+from nola_vision.common.imports import resolve
+from nola_vision.common.local_files import file_digest
+from nola_vision.common.mappings import value_at
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets.registry import get_dataset, given_root
 from nola_vision.data.manifest import MOST_BYTES
+from nola_vision.models import backbones
+from nola_vision.models.backbones import BackboneSpec
+from nola_vision.runs import import_policy, run_id
+from nola_vision.runs.config_errors import TOP_KEYS, explain
 from nola_vision.runs.early_checks import load_value, option_pairs
-from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.hashing import sha256
-from nola_vision.common.local_files import file_digest
-from nola_vision.training.progress import LiveProgress, PlainProgress
-from nola_vision.runs import run_id
-from nola_vision.training.task import make_task
+from nola_vision.runs.yaml_files import plain
 from nola_vision.training.classifier import Classifier
+from nola_vision.training.progress import LiveProgress, PlainProgress
+from nola_vision.training.task import make_task
 from nola_vision.training.trainer_settings import (
     LAST_CHECKPOINT,
     LastCheckpoint,
@@ -81,12 +82,12 @@ class RunCLI(LightningCLI):
         # a copy: jsonargparse replaces the mappings in lists by its own, in place
         settings: run_id.Config = plain(config)
         self.packages: list[str] = settings.pop("allow_import", [])
-        method = _within(settings, "model", "method")
-        if (known := registry.METHODS.get(_within(method, "class_path"))) is not None:
+        method = value_at(settings, "model", "method")
+        if (known := registry.METHODS.get(value_at(method, "class_path"))) is not None:
             # jsonargparse would look for a short name among the classes of every module
             method["class_path"] = f"{known.__module__}.{known.__qualname__}"
         named = [value for key, value in option_pairs(options) if key in ("model.method", "model.method.class_path")]
-        for class_path in (_within(settings, "model", "method", "class_path"), *named):
+        for class_path in (value_at(settings, "model", "method", "class_path"), *named):
             self.packages = [*self.packages, *import_policy.register_method(class_path, self.packages)]
         with import_policy.allowing(self.packages):
             super().__init__(
@@ -160,13 +161,6 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _within(config: Any, *path: str) -> Any:
-    """The value at a path of keys; None where there is none."""
-    for key in path:
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
-
-
 def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: Sequence[str] = ()) -> run_id.Config:
     """The full run config, every default written out.
 
@@ -186,15 +180,15 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         raise NolaVisionError("a config has no key 'allow_import': it is given on the command line, as --allow-import")
     pairs = option_pairs(options)
     for group in ("model", "model.backbone", "data", "trainer"):
-        given = [_within(config, *group.split(".")), *(value for key, value in pairs if key == group)]
+        given = [value_at(config, *group.split(".")), *(value for key, value in pairs if key == group)]
         if any(isinstance(value, str) and not value.lstrip().startswith("{") for value in given):
             raise NolaVisionError(f"`{group}` takes settings, not a file: give the file by --config")
-    optimizer = _within(config, "model", "optimizer", "init_args")
+    optimizer = value_at(config, "model", "optimizer", "init_args")
     if "lr" in (optimizer or ()) or any(re.fullmatch(r"model\.optimizer\.(.*\.)?lr", key) for key, _ in pairs):
         raise NolaVisionError(_RATE)
     try:
-        if method := _within(config, "model", "method"):
-            import_policy.register_method(_within(method, "class_path"), allow_import)
+        if method := value_at(config, "model", "method"):
+            import_policy.register_method(value_at(method, "class_path"), allow_import)
             registry.from_dict(method)
         with quiet():
             parsed = RunCLI({**config, "allow_import": list(allow_import)}, options=options).config
@@ -241,7 +235,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
     full["content"] = _content(full)
     full["model"]["method"].setdefault("init_args", {})
-    asked = str(_within(config, "model", "method", "class_path") or "").rpartition(".")[2]
+    asked = str(value_at(config, "model", "method", "class_path") or "").rpartition(".")[2]
     if full.get("method") is None or run_id.method_class(full) != asked:  # another class by --model.method
         full["method"] = run_id.method_class(full).lower()
     if allow_import:
@@ -251,7 +245,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
 
 def _given(optimizer: Mapping[str, Any]) -> list[str]:
     """The settings of an optimizer that are not its class's defaults."""
-    parameters = inspect.signature(import_policy.resolve(optimizer["class_path"])).parameters
+    parameters = inspect.signature(resolve(optimizer["class_path"])).parameters
     args = optimizer.get("init_args") or {}
     return [key for key, value in args.items() if key in parameters and value != parameters[key].default]
 

@@ -13,17 +13,16 @@ from typing import Any, Literal
 
 import yaml
 
-from nola_vision.runs import config_files
-from nola_vision.runs.config_files import Config
-from nola_vision.data.datasets.registry import get_dataset, open_split
-from nola_vision.data.sources import ImageSource, image_suffixes
 from nola_vision.common.devices import parse_device
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.files import why_not_a_file
 from nola_vision.common.progress import say_start
-from nola_vision.runs import run_id
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import split_tag
+from nola_vision.data.datasets.registry import get_dataset, open_split
+from nola_vision.data.sources import ImageSource, image_suffixes
+from nola_vision.runs import cells, run_id, yaml_files
+from nola_vision.runs.yaml_files import Config
 
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"  # docs/decisions/0016
 QUICKSTART = "vit_glyph_patch4_32.glyphs"  # ships with the package; its own side is 32 pixels
@@ -87,7 +86,7 @@ def config(
         side, targets = _side_and_targets(made["model"]["backbone"])
         made["methods"] = _methods(targets)
         made["model"]["backbone"] |= {} if side is None else {"img_size": side}
-    whole = config_files.assemble([config_files.read_part("protocols", "default"), made])
+    whole = cells.assemble([cells.read_part("protocols", "default"), made])
     return {section: _in_order(value, whole[section]) for section, value in made.items()}
 
 
@@ -126,7 +125,7 @@ def describe(made: Config) -> str:
             lines += _yaml(section, value)
     text = "\n".join(lines) + "\n"
     try:
-        same = config_files.load_yaml(text) == made
+        same = yaml_files.load_yaml(text) == made
     except yaml.YAMLError:
         same = False
     if not same:
@@ -221,7 +220,7 @@ def _comment(key: str) -> list[str]:
 
 def _yaml(key: str, value: Any) -> list[str]:
     style = None if isinstance(value, dict) else False  # one value is not written as {key: value}
-    text = config_files.dump({key: value}, width=2**20, default_flow_style=style)  # a long path stays on its line
+    text = yaml_files.dump({key: value}, width=2**20, default_flow_style=style)  # a long path stays on its line
     return text.rstrip("\n").split("\n")  # splitlines() would split at U+2028 in a path too
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import sha256
+from nola_vision.common.mappings import flattened
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import short_dataset, short_tag
 from nola_vision.common.text import last_part
@@ -21,7 +22,7 @@ from nola_vision.common.text import last_part
 Config = dict[str, Any]
 Stage = Literal["final", "search", "fold"]
 OWN_IMAGES = ("folder", "list")  # data sets that a person makes: the name of their root names them
-# Every `methods.FrozenMethod`, by the name under which `fit` adds it to a config that lacks it
+# The methods on frozen features, by the name under which `fit` adds each to a config that lacks it
 FROZEN_METHODS = {"1nn": "NearestNeighbor", "nearest-mean": "NearestMean", "logistic": "LogisticRegression"}
 
 # `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
@@ -181,14 +182,6 @@ def _of_entry(run_config: Mapping[str, Any]) -> Config:
     if config["model"].get("basis_seed") is None:
         config["model"].pop("basis_seed", None)
     return config
-
-
-def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, each value by the path of its keys: `{"a": {"b": 1}}` to `{"a.b": 1}`."""
-    values: dict[str, Any] = {}
-    for key, value in nested.items():
-        values |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return values
 
 
 def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.runs.import_policy import resolve
+from nola_vision.common.imports import resolve
 
 CHECKPOINTS = "checkpoints"
 LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
