@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nola_vision.adapters.methods import registry
-from nola_vision.runs.config_errors import PACKAGES, refusal
+from nola_vision.adapters.methods.registry import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
-from nola_vision.adapters.methods.registry import Method
+from nola_vision.runs.config_errors import PACKAGES, refusal
 
 PLUGINS = "nola_vision.adapters.methods.registry"  # the entry-point group of methods from other packages
 # fmt: off

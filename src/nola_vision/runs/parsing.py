@@ -25,26 +25,25 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nola_vision.models import backbones
-from nola_vision.runs import import_policy
 from nola_vision.adapters.methods import registry
 from nola_vision.common import progress
-from nola_vision.models.backbones import BackboneSpec
-from nola_vision.runs.config_errors import TOP_KEYS, explain
-from nola_vision.runs.yaml_files import plain
-from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.datasets.registry import get_dataset, given_root
-from nola_vision.data.manifest import MOST_BYTES
-from nola_vision.runs.early_checks import load_value, option_pairs
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import sha256
 from nola_vision.common.imports import resolve
 from nola_vision.common.local_files import file_digest
 from nola_vision.common.mappings import value_at
-from nola_vision.training.progress import LiveProgress, PlainProgress
-from nola_vision.runs import run_id
-from nola_vision.training.task import make_task
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.datasets.registry import get_dataset, given_root
+from nola_vision.data.manifest import MOST_BYTES
+from nola_vision.models import backbones
+from nola_vision.models.backbones import BackboneSpec
+from nola_vision.runs import import_policy, run_id
+from nola_vision.runs.config_errors import TOP_KEYS, explain
+from nola_vision.runs.early_checks import load_value, option_pairs
+from nola_vision.runs.yaml_files import plain
 from nola_vision.training.classifier import Classifier
+from nola_vision.training.progress import LiveProgress, PlainProgress
+from nola_vision.training.task import make_task
 from nola_vision.training.trainer_settings import (
     LAST_CHECKPOINT,
     LastCheckpoint,
