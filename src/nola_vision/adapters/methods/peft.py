@@ -6,7 +6,6 @@ what is trained here can be loaded anywhere.
 
 from __future__ import annotations
 
-import difflib
 import re
 import textwrap
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from nola_vision.adapters.methods.base import Method, check_positive
 from nola_vision.adapters.methods.registry import register
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.validation import quoted
 
 if TYPE_CHECKING:
@@ -92,9 +92,8 @@ class PEFT(Method):
         check_positive(self, "lr", "head_lr")
         name = self._name
         if name not in CONFIGS:
-            close = difflib.get_close_matches(name[:80], CONFIGS)
-            meant = f"did you mean peft.{' or peft.'.join(close)}?" if close else f"use one of {', '.join(CONFIGS)}"
-            raise NolaVisionError(f"PEFT has no config '{self.config}' that an adapter file can restore: {meant}")
+            hint = did_you_mean(f"peft.{name}", [f"peft.{known}" for known in CONFIGS])
+            raise NolaVisionError(f"PEFT has no config '{self.config}' that an adapter file can restore: {hint}")
         for setting, value in self.settings.items():
             if fix := _fix(setting, value):
                 raise NolaVisionError(f"the setting {setting} of peft.{name} is {quoted(value)}: {fix}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, TypeVar
 
 from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.validation import check_types, quoted
 
 METHODS: dict[str, type[Method]] = {}
@@ -65,6 +65,5 @@ def from_dict(described: dict[str, Any]) -> Method:
         raise NolaVisionError(f"init_args of {name} is {quoted(given)}: it must be a mapping")
     known = [field.name for field in dataclasses.fields(METHODS[name])]
     if wrong := [key for key in given if key not in known]:
-        close = difflib.get_close_matches(wrong[0], known) or known
-        raise NolaVisionError(f"{name} has no setting '{wrong[0]}': did you mean {' or '.join(close)}?")
+        raise NolaVisionError(f"{name} has no setting '{wrong[0]}': {did_you_mean(wrong[0], known)}")
     return METHODS[name](**given)
