@@ -81,7 +81,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     say_start(verb)
     import torch
 
-    from nola_vision.models.adapted_model import load_adapter
+    from nola_vision.models.loading import load_adapter
     from nola_vision.models.prediction import batches, probabilities, ranked
 
     model = load_adapter(known.adapter, known.weights)
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         raise NolaVisionError(
             f"the device {known.device} cannot be used here ({reason}): leave --device out"
         ) from error
-    names = model.card.class_names
+    names = model.metadata.class_names
     if known.min_probability is not None and model.calibrated_on is None:
         say_aside("the adapter's probabilities are not calibrated (docs/using.md)")
 
