@@ -98,7 +98,7 @@ def test_what_is_not_an_image_is_refused_with_a_hint(adapter: tuple[AdaptedModel
         (np.zeros((0, 4), np.uint8), "shape"),
         (torch.from_numpy(array), r"shape \[48, 40, 3\]"),
         (torch.from_numpy(array).permute(2, 0, 1).float(), "not between 0 and 1: divide them by 255"),
-        (model.transform(array), r"the model itself, model\(batch\)"),
+        (model.transform(array), r"call model\(batch\)"),
         (torch.full((3, 8, 8), float("nan")), "not between 0 and 1"),
         (torch.zeros(3, 8, 8, dtype=torch.int32), "tensor of torch.int32: give uint8"),
         (b"bytes", "is not an image: give paths"),

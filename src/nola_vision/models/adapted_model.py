@@ -63,11 +63,11 @@ from nola_vision.models.metadata import Calibrated, Card, Header, check_calibrat
 from nola_vision.models.prediction import (
     Prediction,
     batches,
-    computed,
     load_image,
     one_or_several,
     probabilities,
-    ranked,
+    run_in_eval_mode,
+    top_classes,
 )
 
 
@@ -147,9 +147,9 @@ class AdaptedModel(nn.Module):
         one, several = one_or_several(images)
         check_counts(top_k=top_k, batch_size=batch_size)
         found = [
-            ranked(row, self.card.class_names, top_k)
-            for _, batch in batches(self, several, batch_size)
-            for row in probabilities(self, batch)
+            top_classes(row, self.card.class_names, top_k)
+            for _, batch in batches(several, eval_transform(self.card.input), batch_size)
+            for row in probabilities(self, batch, self.temperature)
         ]
         return found[0] if one else found
 
@@ -157,7 +157,10 @@ class AdaptedModel(nn.Module):
         """The adapted backbone's features of images as `predict` takes them: float32 `[n, features]` on the CPU."""
         _, several = one_or_several(images)
         check_counts(batch_size=batch_size)
-        found = [computed(self, self.features, batch).float().cpu() for _, batch in batches(self, several, batch_size)]
+        found = [
+            run_in_eval_mode(self, self.features, batch).float().cpu()
+            for _, batch in batches(several, eval_transform(self.card.input), batch_size)
+        ]
         return torch.cat(found) if found else torch.empty(0, feature_width(self.backbone))
 
     def transform(self, image: Any) -> Tensor:
@@ -263,7 +266,7 @@ class AdaptedModel(nn.Module):
         restored = _assemble(_to_fill(self.card), self.card, verify=False)
         _fill(restored, open_adapter(path).tensors(), path)
         restored.to(images.device, self._dtype(images.dtype))
-        expected = computed(self, self, images).float()
+        expected = run_in_eval_mode(self, self, images).float()
         found = restored.eval()(images).float()
         exact = self._dtype(images.dtype) in (torch.float32, torch.float64)
         tolerance = (1e-3 if exact else 5e-2) * max(1.0, float(expected.abs().max()))

@@ -30,7 +30,7 @@ from nola_vision.common.files import write_file
 from nola_vision.models.adapted_model import AdaptedModel, file_bits, largest
 from nola_vision.models.backbones import Source, resolve
 from nola_vision.models.metadata import parse_header
-from nola_vision.models.prediction import computed
+from nola_vision.models.prediction import run_in_eval_mode
 
 _STEPS = 4096  # shares of the coefficients that a cut chooses from
 
@@ -279,7 +279,7 @@ def _probe(model: AdaptedModel) -> tuple[Tensor, Tensor]:
     """Two images of noise, and the model's logits for them."""
     size, parameter = model.card.input.size, next(model.backbone.parameters())
     probe = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return probe, computed(model, model, probe.to(parameter.dtype)).float().cpu()
+    return probe, run_in_eval_mode(model, model, probe.to(parameter.dtype)).float().cpu()
 
 
 @torch.no_grad()
