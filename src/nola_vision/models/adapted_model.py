@@ -61,10 +61,10 @@ from nola_vision.models.building import (
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import Calibrated, Card, Header, check_calibrated, check_card, parse_header
 from nola_vision.models.prediction import (
-    Images,
     Prediction,
     batches,
     computed,
+    load_image,
     one_or_several,
     probabilities,
     ranked,
@@ -162,7 +162,7 @@ class AdaptedModel(nn.Module):
 
     def transform(self, image: Any) -> Tensor:
         """One image, as `predict` takes it, as the float32 tensor `[3, size, size]` that the model takes a batch of."""
-        return eval_transform(self.card.input)(Images([image]).image(0))
+        return eval_transform(self.card.input)(load_image(image, 0))
 
     def _dtype(self, otherwise: torch.dtype) -> torch.dtype:
         """The dtype that the backbone computes in: that of its first parameter."""

@@ -20,8 +20,8 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import read_file
 from nola_vision.common.text import printable
 from nola_vision.common.validation import quoted
-from nola_vision.data.sources import MOST_BYTES, ImageSource, decoded
 from nola_vision.evaluation.calibration import check_temperature
+from nola_vision.images.decoding import MOST_BYTES, decode_image, decoding_error, to_rgb
 from nola_vision.images.transforms import eval_transform
 
 if TYPE_CHECKING:
@@ -35,36 +35,36 @@ class Prediction(NamedTuple):
     probability: float
 
 
-class Images(ImageSource):
-    """Images as `AdaptedModel.predict` takes them.
+def load_image(image: Any, position: int) -> Image.Image:
+    """An image as `AdaptedModel.predict` takes it, as an upright PIL image in mode RGB.
 
     Args:
-        images: paths, PIL images, arrays or tensors.
-        first: the position of the first one among all images, for messages.
+        image: a path, PIL image, array or tensor.
+        position: its position among all images, which names it in messages if it has no path.
+
+    Raises:
+        NolaVisionError: it is none of these, or cannot be read.
     """
+    try:
+        return to_rgb(_decode(image))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
+        is_path = isinstance(image, str | os.PathLike)
+        raise decoding_error(printable(str(image)) if is_path else f"number {position}", error) from error
 
-    def __init__(self, images: Sequence[Any], first: int = 0) -> None:
-        super().__init__([0] * len(images), ())
-        self._images, self._first = images, first
 
-    def where(self, index: int) -> str:
-        image = self._images[index]
-        return printable(str(image)) if isinstance(image, str | os.PathLike) else f"number {self._first + index}"
-
-    def _decode(self, index: int) -> Image.Image:
-        image = self._images[index]
-        if isinstance(image, str | os.PathLike):
-            path = Path(image)
-            if os.path.isdir(path):  # false, not an error, of a name that no file can have
-                raise NolaVisionError("it is a folder: give its files, such as list(Path(folder).glob('*.jpg'))")
-            return decoded(read_file(path, MOST_BYTES))
-        if isinstance(image, Image.Image):
-            return ImageOps.exif_transpose(image)
-        if isinstance(image, Tensor):
-            image = _array(image)
-        if isinstance(image, np.ndarray):
-            return _from_array(image)
-        raise NolaVisionError(f"{quoted(image)} is not a path, a PIL image, an array or a tensor")
+def _decode(image: Any) -> Image.Image:
+    if isinstance(image, str | os.PathLike):
+        path = Path(image)
+        if os.path.isdir(path):  # false, not an error, for a name that no file can have
+            raise NolaVisionError("it is a folder: give its files, such as list(Path(folder).glob('*.jpg'))")
+        return decode_image(read_file(path, MOST_BYTES))
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image)
+    if isinstance(image, Tensor):
+        image = _array(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    raise NolaVisionError(f"{quoted(image)} is not a path, a PIL image, an array or a tensor")
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -135,10 +135,10 @@ def batches(
     """
     transform, remaining, first = eval_transform(model.card.input), iter(images), 0
     while chunk := list(islice(remaining, batch_size)):
-        source, kept, tensors = Images(chunk, first), [], []
-        for place, image in enumerate(chunk):
+        kept, tensors = [], []
+        for position, image in enumerate(chunk, first):
             try:
-                tensors.append(transform(source.image(place)))
+                tensors.append(transform(load_image(image, position)))
                 kept.append(image)
             except NolaVisionError as error:
                 if unreadable is None:

@@ -16,7 +16,8 @@ import yaml
 from nola_vision.runs import config_files
 from nola_vision.runs.config_files import Config
 from nola_vision.data.datasets.registry import get_dataset, open_split
-from nola_vision.data.sources import ImageSource, image_suffixes
+from nola_vision.data.sources import ImageSource
+from nola_vision.images.decoding import image_suffixes
 from nola_vision.common.devices import parse_device
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.suggestions import did_you_mean
