@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
-import hashlib
 import logging
 import math
 import os
@@ -36,10 +34,11 @@ from torch import nn
 import nola_vision.models.zoo.glyph_vit
 import nola_vision.models.zoo.scratch  # noqa: F401  both register models with timm
 from nola_vision.adapters.random_basis import basis_key, uniform
-from nola_vision.adapters.serialization import add_tensor
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import weights_in
+from nola_vision.common.hashing import sha256_of_tensors
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import split_tag
 from nola_vision.common.text import printable
 from nola_vision.common.validation import check_types
@@ -304,11 +303,8 @@ def _registered_cfg(tag: str) -> PretrainedCfg:
         raise NolaVisionError(
             f"timm's {architecture} has no pretrained tag '{tag}': use one of {', '.join(tags) or '(none)'}"
         )
-    close = difflib.get_close_matches(architecture, timm.list_models(), n=4)
-    raise NolaVisionError(
-        f"timm has no model named '{architecture}': "
-        + (f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them all")
-    )
+    hint = did_you_mean(architecture, timm.list_models(), "timm.list_models() lists them all")
+    raise NolaVisionError(f"timm has no model named '{architecture}': {hint}")
 
 
 def _read_folder(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:
@@ -564,11 +560,8 @@ def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
         without: names that stay out too.
     """
     state = backbone.state_dict()
-    digest = hashlib.sha256()
-    for name in sorted(state.keys() - set(without)):
-        if not re.search(r"pos_embed|relative_position", name):
-            add_tensor(digest, name, state[name])
-    return digest.hexdigest()
+    resampled = [name for name in state if re.search(r"pos_embed|relative_position", name)]
+    return sha256_of_tensors({name: state[name] for name in state.keys() - set(without) - set(resampled)})
 
 
 def own_side(spec: BackboneSpec) -> tuple[int, bool]:

@@ -6,8 +6,6 @@ The hashes cover what can change a result. A setting that is left out is left ou
 from __future__ import annotations
 
 import copy
-import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +13,8 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import short_dataset, short_tag
 from nola_vision.common.text import last_part
 
@@ -103,10 +103,7 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if isinstance(name, list | dict) or not isinstance(methods, Mapping):
         raise NolaVisionError(f"the config's `methods` must be a mapping and its `method` a name, not {name!r}")
     if name not in methods:
-        known = [str(known_name) for known_name in methods]
-        close = difflib.get_close_matches(str(name), known)
-        hint = f"did you mean {' or '.join(close)}? It has " if close else "it has "
-        raise NolaVisionError(f"the config has no method {name!r}: {hint}{', '.join(known)}")
+        raise NolaVisionError(f"the config has no method {name!r}: {did_you_mean(name, map(str, methods))}")
     if not isinstance(name, str) or name != _safe(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]
@@ -309,8 +306,7 @@ def _canonical(value: Any) -> Any:
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return sha256(json.dumps(value, sort_keys=True, separators=(",", ":")))[:10]
 
 
 def _root_name(run_config: Mapping[str, Any]) -> str:
