@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ from nola_vision.adapters.methods.registry import check
 from nola_vision.adapters.random_basis import basis_key, uniform
 from nola_vision.adapters.target import HEAD, Target
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256_integer
 from nola_vision.models.targets import find_targets, named_targets
 
 
@@ -105,5 +105,4 @@ def edited(backbone: nn.Module, method: Method, run_seed: int) -> tuple[Method, 
 
 def generator(run_seed: int, purpose: str) -> torch.Generator:
     """A separate stream for each purpose, so that no draw shifts another."""
-    digest = hashlib.sha256(f"{run_seed} {purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(sha256_integer(f"{run_seed} {purpose}", 7))

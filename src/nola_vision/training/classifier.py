@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from nola_vision.adapters.layers import batch_norms
 from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import keyed_hash
 from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.sampling import keyed_hash
 from nola_vision.models.adapted_model import first_not_finite
 from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones import BackboneSpec

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.local_files import file_digests, read_file, remembered
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import HUB_PREFIX
 from nola_vision.common.text import name_text
 from nola_vision.data.datasets.list_file import Listed, parse_list
