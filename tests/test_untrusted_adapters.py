@@ -18,10 +18,10 @@ import fuzz_adapters
 from fuzz_adapters import MLP, originals, outcome, written
 from fuzzing import cheap
 from nola_vision import NOLA, PEFT, BackboneSpec, LoRA, adapt, load_adapter
+from nola_vision.adapters.methods.peft import CONFIGS
 from nola_vision.adapters.serialization import METADATA_KEY
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.adapters.methods.peft import CONFIGS
 from nola_vision.models.export import shorten
 
 GLYPHS, TINY = "v1-nola.safetensors", "nola"
