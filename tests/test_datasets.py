@@ -18,12 +18,12 @@ from sklearn.datasets import load_digits
 
 import stand_ins
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.data import sources
 from nola_vision.data.datasets import registry
 from nola_vision.data.datasets.registry import DATASETS, DatasetEntry, get_dataset, open_split
 from nola_vision.data.sampling import draw
 from nola_vision.data.sources import FileSource, ImageSource
 from nola_vision.data.splits import class_of, read_list
+from nola_vision.images import decoding
 
 ROOT = Path(__file__).parent.parent
 
@@ -442,10 +442,10 @@ def test_few_bits_in_many_are_refused(tree: Path, name: str, values: np.ndarray,
 def no_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if pi-heif were not installed."""
     monkeypatch.setitem(sys.modules, "pi_heif", None)
-    for cached in (sources._formats, sources.image_suffixes):
+    for cached in (decoding._formats, decoding.image_suffixes):
         cached.cache_clear()
     yield
-    for cached in (sources._formats, sources.image_suffixes):
+    for cached in (decoding._formats, decoding.image_suffixes):
         cached.cache_clear()
 
 

@@ -19,6 +19,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import safetensors.numpy
+from nola_vision.reports.tested import read_tested
 from sklearn.metrics import confusion_matrix, recall_score
 
 from fake_runs import METHODS, write_runs
@@ -29,7 +30,6 @@ from nola_vision.reports import html
 from nola_vision.reports.html import html_page
 from nola_vision.reports.statistics import entries
 from nola_vision.reports.tables import cell_runs, report_of
-from nola_vision.reports.tested import read_tested
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 from nola_vision.runs.thumbnails import THUMBNAILS_FILE, load_thumbnails

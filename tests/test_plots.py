@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
+from nola_vision.reports.labels import short_names, spread
 from PIL import Image
 from scipy.optimize import minimize
 from scipy.stats import binomtest
@@ -25,7 +26,6 @@ from scipy.stats import binomtest
 from nola_vision.cli.main import main
 from nola_vision.reports.confusion import confusion_csv, entry_confusions
 from nola_vision.reports.description import bytes_text
-from nola_vision.reports.labels import short_names, spread
 from nola_vision.reports.plots import (
     CSS_COLOURS,
     DARK_COLOURS,

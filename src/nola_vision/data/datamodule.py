@@ -45,6 +45,7 @@ from nola_vision.data.sampling import (
 )
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
+from nola_vision.images.input_config import InputConfig
 from nola_vision.images.transforms import (
     Augmentation,
     Transform,
@@ -54,7 +55,7 @@ from nola_vision.images.transforms import (
     train_transform,
 )
 from nola_vision.models import backbones
-from nola_vision.models.backbones import BackboneSpec, InputConfig
+from nola_vision.models.backbones import BackboneSpec
 
 Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w], `reduced`; an image file's content; or not kept
 

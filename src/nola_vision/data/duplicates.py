@@ -10,7 +10,8 @@ import numpy.typing as npt
 from nola_vision.common.local_files import file_digests
 from nola_vision.data.manifest import content
 from nola_vision.data.sampling import Indices
-from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource
+from nola_vision.data.sources import FileSource, ImageSource
+from nola_vision.images.decoding import MOST_BYTES
 
 
 def digests(source: ImageSource, indices: Indices | None = None) -> list[str]:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.images.augment import ColorJitter, GaussianBlur, PlanarFloat
-from nola_vision.models.backbones import InputConfig
+from nola_vision.images.input_config import InputConfig
 
 Augmentation = Literal["none", "light", "released"]
 Transform = Callable[[Any], torch.Tensor]

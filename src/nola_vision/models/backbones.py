@@ -42,6 +42,7 @@ from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import split_tag
 from nola_vision.common.text import printable
 from nola_vision.common.validation import check_types
+from nola_vision.images.input_config import InputConfig
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 5.0  # seconds for the hub's first answer
@@ -72,23 +73,6 @@ class BackboneSpec:
     base: Base = "pretrained"
     int8: bool = False
     normalisation: Literal["own", "imagenet"] = "own"
-
-
-@dataclass(frozen=True)
-class InputConfig:
-    """What images must look like for a backbone: timm's data config.
-
-    `size` is the image side in pixels, `mean` and `std` are per RGB channel on a 0-1 scale, `interpolation` is
-    timm's name ("bicubic"), `crop_pct` the share of the resized image that the centre crop keeps in evaluation,
-    `crop_mode` timm's way to resize before it ("center", "squash").
-    """
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str = "center"
 
 
 def input_config(spec: BackboneSpec) -> InputConfig:

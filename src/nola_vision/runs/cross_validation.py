@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from nola_vision.runs import runner
-from nola_vision.runs.parsing import build, open_data, quiet
-from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.runs import run_id
-from nola_vision.runs.run_id import Config
-from nola_vision.runs.record import Row
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.reports.statistics import search_rank
+from nola_vision.runs import run_id, runner
+from nola_vision.runs.parsing import build, open_data, quiet
+from nola_vision.runs.record import Row
+from nola_vision.runs.run_id import Config
 
 
 def number_of_folds(run_config: Config, data: KShotDataModule | None = None) -> int:
@@ -118,7 +117,9 @@ def _with_best_rate(
     for rate in rates:
         tried = copy.deepcopy(_with(run_config, "data", hold_out=hold_out))
         tried["model"]["method"]["init_args"]["lr"] = rate
-        rows.append(runner.run(tried, out, "search", **{**options, "keep_going": True}))  # one that diverges is not chosen
+        rows.append(
+            runner.run(tried, out, "search", **{**options, "keep_going": True})
+        )  # one that diverges is not chosen
     completed = [
         (search_rank(row), rate) for row, rate in zip(rows, rates, strict=True) if row.val_accuracy is not None
     ]

@@ -15,9 +15,9 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.runs import run_id
-from nola_vision.evaluation.estimates import Estimate
 from nola_vision.common.text import last_part, shortened
+from nola_vision.evaluation.estimates import Estimate
+from nola_vision.runs import run_id
 
 SCHEMA_VERSION = 1
 

@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import why_not_a_file, write_whole
 from nola_vision.common.local_files import read_file
-from nola_vision.runs.record import Row
 from nola_vision.common.text import printable
+from nola_vision.runs.record import Row
 
 ROW_FILE = "row.json"
 LOCK_FILE = ".lock"

@@ -20,13 +20,13 @@ import safetensors.numpy
 from PIL import Image, ImageCms
 
 from nola_vision.common import process_cache
-from nola_vision.data.sources import ImageSource
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_whole
-from nola_vision.evaluation.predictions import Predictions
-from nola_vision.runs.store import read_run_file
 from nola_vision.common.tags import HUB_PREFIX
 from nola_vision.common.text import printable, shortened
+from nola_vision.data.sources import ImageSource
+from nola_vision.evaluation.predictions import Predictions
+from nola_vision.runs.store import read_run_file
 
 THUMBNAILS_FILE = "thumbnails.safetensors"
 MOST_THUMBNAILS = 24

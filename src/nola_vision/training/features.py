@@ -73,11 +73,12 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     """
     images = loader.dataset
     assert isinstance(images, ImageSubset)
-    spec = model.card.backbone
+    spec = model.metadata.backbone
     weights = tuple(file_digest(path) for path in local_files(spec.tag, spec.file).values())
-    backbone = (spec, model.card.basis_seed, model.fingerprint, weights)  # the fingerprint leaves position tables out
+    # the fingerprint leaves position tables out
+    backbone = (spec, model.metadata.basis_seed, model.fingerprint, weights)
     machine = (str(trainer.strategy.root_device), trainer.precision, torch.get_num_threads())
-    key = (backbone, machine, model.card.input, images.key, loader.batch_size)
+    key = (backbone, machine, model.metadata.input, images.key, loader.batch_size)
     make = partial(_computed, model, trainer, loader)
     return process_cache.latest("features", key, make, lambda tensor: tensor.nbytes, _MOST_KEPT)
 

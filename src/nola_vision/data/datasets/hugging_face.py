@@ -15,8 +15,9 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import read_file
 from nola_vision.common.tags import HUB_PREFIX
 from nola_vision.data.datasets.registry import DatasetEntry, content_list, given_root
-from nola_vision.data.sources import MOST_BYTES, ImageSource, decoded
+from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
+from nola_vision.images.decoding import MOST_BYTES, decode_image
 
 TEST_NAMES = ("test", "validation", "valid", "val")
 IMAGE_COLUMNS = ("image", "img")  # which of several columns of images is taken
@@ -52,7 +53,7 @@ class HubSource(ImageSource):
         return content
 
     def _decode(self, index: int) -> Image.Image:
-        return decoded(self.encoded(index))
+        return decode_image(self.encoded(index))
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,16 @@ from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import HUB_PREFIX
 from nola_vision.common.text import name_text
 from nola_vision.data.datasets.list_file import Listed, parse_list
-from nola_vision.data.sources import (
+from nola_vision.data.sources import ArraySource, FileSource, ImageSource, name_under
+from nola_vision.data.splits import Split, class_of, read_list
+from nola_vision.images.decoding import (
     HEIF_INSTALL,
     HEIF_SUFFIXES,
     MOST_BYTES,
-    ArraySource,
-    FileSource,
-    ImageSource,
-    decoders,
+    decoder_versions,
     image_suffixes,
     is_image,
-    name_under,
 )
-from nola_vision.data.splits import Split, class_of, read_list
 
 MOST_LIST_BYTES = 2**26  # of a text file that lists images or classes
 ROOT_VARIABLE = "NOLA_VISION_DATA"
@@ -734,7 +731,7 @@ def _images(folder: Path, files: Iterable[Path]) -> list[Path]:
     suffixes = image_suffixes()
     images = [path for path in files if path.suffix.lower() in suffixes]
     if bare := [path for path in files if not path.suffix]:
-        found = remembered(f"identified by {decoders()}", folder, bare, _identified, MOST_BYTES)
+        found = remembered(f"identified by {decoder_versions()}", folder, bare, _identified, MOST_BYTES)
         images += [path for path, kind in zip(bare, found, strict=True) if kind == "image"]
     return sorted(images, key=_order)
 
