@@ -15,7 +15,8 @@ import torch
 
 from nola_vision import BackboneSpec, LinearProbe, adapt
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import create_backbone, input_config, local_files
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config, local_files
 from nola_vision.models.export import write_merged
 from nola_vision.runs import run_id
 from nola_vision.runs.parsing import parse
@@ -110,7 +111,7 @@ def test_a_repository_as_a_backbone(folder: Path, monkeypatch: pytest.MonkeyPatc
         cfg, architecture, model_args = timm.models._hub.load_model_config_from_path(folder)
         return {**cfg, "file": None, "source": "hf-hub", "hf_hub_id": name}, architecture, model_args
 
-    monkeypatch.setattr("nola_vision.models.backbones.load_model_config_from_hf", config)
+    monkeypatch.setattr("nola_vision.models.backbones.sources.load_model_config_from_hf", config)
     monkeypatch.setattr(
         "timm.models._builder.load_state_dict_from_hf",
         lambda name, **_: safetensors.torch.load_file(folder / "model.safetensors"),
@@ -124,7 +125,7 @@ def test_a_repository_as_a_backbone(folder: Path, monkeypatch: pytest.MonkeyPatc
     def offline(name: str) -> Any:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("nola_vision.models.backbones.load_model_config_from_hf", offline)
+    monkeypatch.setattr("nola_vision.models.backbones.sources.load_model_config_from_hf", offline)
     refused(BackboneSpec("hf-hub:someone/other"), "hf-hub:someone/other is not on this machine .*local-dir:FOLDER")
 
 
@@ -144,7 +145,7 @@ def test_image_sides_are_checked_before_weights_are_fetched(
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetch)
     spec = BackboneSpec(tag, img_size=side, base="random" if "untrained" in tag else "pretrained")
-    refused(spec, rf"does not take images of {side} pixels \(img_size\): use {works}$")
+    refused(spec, rf"does not accept images of {side} pixels \(img_size\): use {works}$")
 
 
 def test_weights_files_that_lack_something_or_are_not_finite(tmp_path: Path) -> None:
@@ -162,5 +163,5 @@ def test_weights_files_that_lack_something_or_are_not_finite(tmp_path: Path) -> 
         broken = {name: tensor.clone() for name, tensor in weights.items()}
         broken["blocks.0.mlp.fc1.weight"][3, 4] = number
         save(broken)
-        refused(spec, "w.safetensors: blocks.0.mlp.fc1.weight holds a number that is not finite: get the file again")
+        refused(spec, "w.safetensors: blocks.0.mlp.fc1.weight has a value that is not finite: download it again")
     assert timm.models._builder.load_pretrained.__module__ == "timm.models._builder"  # as it was

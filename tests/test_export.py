@@ -12,7 +12,8 @@ from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, LinearProbe, LoRA, adap
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.backbones import create_backbone, input_config, resolve
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config, resolve
 from nola_vision.models.export import shorten, with_classifier, write_merged
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")

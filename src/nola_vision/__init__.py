@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from nola_vision.models.adapted_model import AdaptedModel as AdaptedModel
     from nola_vision.models.adapted_model import adapt as adapt
     from nola_vision.models.adapted_model import load_adapter as load_adapter
-    from nola_vision.models.backbones import BackboneSpec as BackboneSpec
+    from nola_vision.models.backbones.spec import BackboneSpec as BackboneSpec
 
 __version__ = version("nola-vision")
 
 # the public names, imported when first used: `nola-vision --help` must not wait for torch
 _PUBLIC = {
-    "BackboneSpec": "nola_vision.models.backbones",
+    "BackboneSpec": "nola_vision.models.backbones.spec",
     "FullFinetune": "nola_vision.adapters.methods.registry",
     "HashedNet": "nola_vision.adapters.methods.registry",
     "LinearProbe": "nola_vision.adapters.methods.registry",

@@ -201,9 +201,7 @@ class ParameterBank(nn.Module):
         made: dict[str, Change] = {}
         for name in dict.fromkeys(self.group_of[target.name] for target in targets):
             trained = {
-                own: self._values(
-                    f"groups.{name}.{own}", parameter, settings, adapters, own in self.method.cuttable
-                )
+                own: self._values(f"groups.{name}.{own}", parameter, settings, adapters, own in self.method.cuttable)
                 for own, parameter in self.groups[name].named_parameters()
             }
             # 16-bit autocast would round the factors' own product

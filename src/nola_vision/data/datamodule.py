@@ -54,8 +54,8 @@ from nola_vision.images.transforms import (
     reduced,
     train_transform,
 )
-from nola_vision.models import backbones
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
 
 Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w], `reduced`; an image file's content; or not kept
 
@@ -330,7 +330,7 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def input_config(self) -> InputConfig:
         """What the backbone takes."""
-        return backbones.input_config(self.backbone)
+        return input_config(self.backbone)
 
     def prepare_data(self) -> None:
         """Downloads what is missing if `download` is set, and before training decodes the images that are needed after

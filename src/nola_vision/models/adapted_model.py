@@ -36,19 +36,12 @@ from nola_vision.common.tags import short_tag
 from nola_vision.common.validation import check_counts, check_types, plain_number, quoted
 from nola_vision.images.transforms import eval_transform
 from nola_vision.models import known_weights
-from nola_vision.models.backbones import (
-    BackboneSpec,
-    batch_norms,
-    check_random_features,
-    create_backbone,
-    fingerprint,
-    input_config,
-    open_branches,
-    probe_batch,
-    skeleton,
-    to_int8,
-    weights_file,
-)
+from nola_vision.models.backbones.creation import create_backbone, skeleton, to_int8
+from nola_vision.models.backbones.from_scratch import check_random_features, open_branches
+from nola_vision.models.backbones.properties import batch_norms, fingerprint, probe_batch
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.models.backbones.weights import weights_file
 from nola_vision.models.building import (
     edited_by_peft,
     feature_width,

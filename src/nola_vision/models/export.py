@@ -28,7 +28,7 @@ from nola_vision.adapters.serialization import adapter_bytes, open_adapter
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
 from nola_vision.models.adapted_model import AdaptedModel, file_bits, largest
-from nola_vision.models.backbones import Source, resolve
+from nola_vision.models.backbones.sources import Source, resolve
 from nola_vision.models.metadata import parse_header
 from nola_vision.models.prediction import run_in_eval_mode
 

@@ -20,7 +20,8 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import WEIGHTS_SUFFIXES
 from nola_vision.common.local_files import cache_folder, file_digest, file_digests, read_cache, write_cache
 from nola_vision.common.progress import PlainLines, say_aside
-from nola_vision.models.backbones import BackboneSpec, repository, weights_file
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.models.backbones.weights import repository, weights_file
 
 FOLDER_VARIABLE = "NOLA_VISION_WEIGHTS"
 _MOST_NAME = 255  # characters

@@ -25,11 +25,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nola_vision.models import backbones
 from nola_vision.runs import import_policy
 from nola_vision.adapters.methods import registry
 from nola_vision.common import progress
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.sources import local_files
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs.config_errors import TOP_KEYS, explain
 from nola_vision.runs.config_files import plain
 from nola_vision.data.datamodule import KShotDataModule
@@ -277,7 +277,7 @@ def _content(run_config: run_id.Config) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     backbone, files = run_config["model"]["backbone"], {}
-    files = backbones.local_files(backbone["tag"], backbone["file"])
+    files = local_files(backbone["tag"], backbone["file"])
     named = [(name, path, None) for name, path in files.items()]
     for name, path, most in (*named, ("manifest", run_config["data"]["manifest"], MOST_BYTES)):
         if path is not None and (digest := file_digest(path, most)) is not None:

@@ -203,7 +203,9 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
         NolaVisionError: timm has no such model.
     """
     say_start(f"the check of {backbone['tag']}")
-    from nola_vision.models.backbones import BackboneSpec, largest_side, skeleton
+    from nola_vision.models.backbones.creation import skeleton
+    from nola_vision.models.backbones.image_size import largest_side
+    from nola_vision.models.backbones.spec import BackboneSpec
     from nola_vision.models.targets import find_targets
 
     spec = BackboneSpec(**backbone)

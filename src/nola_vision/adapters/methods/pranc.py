@@ -110,9 +110,7 @@ class PRANC(Adapter):
         from nola_vision.adapters.random_basis import combine
 
         return {
-            t.name: Dense(
-                t.layout(self.c * math.sqrt(2 / t.fan_in) * combine(trained["coefficients"], fixed[t.name]))
-            )
+            t.name: Dense(t.layout(self.c * math.sqrt(2 / t.fan_in) * combine(trained["coefficients"], fixed[t.name])))
             for t in group.targets
             if t in wanted
         }
