@@ -82,7 +82,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     import torch
 
     from nola_vision.images.transforms import eval_transform
-    from nola_vision.models.adapted_model import load_adapter
+    from nola_vision.models.loading import load_adapter
     from nola_vision.models.prediction import batches, probabilities, top_classes
 
     model = load_adapter(known.adapter, known.weights)
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         raise NolaVisionError(
             f"the device {known.device} cannot be used here ({reason}): leave --device out"
         ) from error
-    names, transform = model.card.class_names, eval_transform(model.card.input)
+    names, transform = model.metadata.class_names, eval_transform(model.metadata.input)
     if known.min_probability is not None and model.calibrated_on is None:
         say_aside("the adapter's probabilities are not calibrated (docs/using.md)")
 

@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nola_vision.runs import import_policy
-from nola_vision.adapters.methods import registry
+from nola_vision.adapters.methods import Method, registry
 from nola_vision.common import progress
 from nola_vision.models.backbones.sources import local_files
 from nola_vision.models.backbones.spec import BackboneSpec
@@ -56,7 +56,7 @@ from nola_vision.training.trainer_settings import (
 _MOST_THREADS = 1024  # more crash torch
 _RATE = "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
 
-set_parsing_settings(subclasses_enabled=[registry.Method])
+set_parsing_settings(subclasses_enabled=[Method])
 set_loader("yaml", load_value, exceptions=(yaml.YAMLError,))
 
 

@@ -32,7 +32,8 @@ from nola_vision.data.sources import ImageSource
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_checkpoint_file, write_whole
 from nola_vision.common.interrupts import Interrupts
-from nola_vision.models.adapted_model import first_not_finite, set_temperature
+from nola_vision.models import loading
+from nola_vision.models.adapted_model import first_not_finite
 from nola_vision.evaluation.predictions import PREDICTIONS_FILE, Predictions, load_predictions
 from nola_vision.runs import run_id
 from nola_vision.runs import record
@@ -356,7 +357,7 @@ def _with_estimate(row: Row, run_config: run_id.Config, folder: Path, held_out: 
     assert pooled is not None
     source = open_data(run_config).tested_source
     found, path = _fold_calibration(pooled), folder / ADAPTER_FILE
-    set_temperature(path, found.temperature, "folds", found.images)
+    loading.set_temperature(path, found.temperature, "folds", found.images)
     columns = _write_estimate(pooled, found.temperature, folder, row.data["class_names"], source)
     columns |= {"calibrated_on": "folds", **found.columns()}
     seconds = round((row.seconds_total or 0) + _seconds(held_out), 3)
@@ -513,7 +514,7 @@ def _measure(
                 peak = _peak_memory_mib(device)
                 known = data.reference_dataloader().dataset
                 images = torch.stack([known[i][0] for i in range(min(_CHECKED_IMAGES, len(known)))])
-                task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
+                loading.check_saved(task.model, folder / ADAPTER_FILE, images.to(task.device))
                 if device.type == "cpu":
                     _reset_peak_memory(device)
     elif isinstance(task, FrozenClassifier):
@@ -533,7 +534,7 @@ def _measure(
         measured |= _calibrate(task, pooled)
         if trainer.is_global_zero and task.model.calibrated_on is not None:
             path, model = folder / ADAPTER_FILE, task.model
-            set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
+            loading.set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
             measured["adapter_file_bytes"] = path.stat().st_size
     if pooled is not None:
         temperature = measured.get("temperature")
@@ -635,7 +636,7 @@ def _peak_memory_mib(device: torch.device) -> float | None:
 def _counts(task: L.LightningModule) -> dict[str, int]:
     """Trainable numbers: the adapter's (Full-FT: the backbone's), the head's, and any others."""
     if isinstance(task, FrozenClassifier):
-        head = task.model.stack.head_parameters() if task.savable else []
+        head = task.model.bank.head_parameters() if task.savable else []
         return {"adapter_parameters": 0, "head_parameters": sum(p.numel() for p in head), "other_parameters": 0}
     assert isinstance(task, Classifier)
     groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in task.parameter_groups()}

@@ -62,8 +62,8 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     """The features of a loader's images in its order: `[n, width]`, on the CPU, in the dtype that the backbone gives.
 
     They are those of the model's forward pass on the same batches in eval mode, with the trainer's device and
-    precision. A process that keeps things (`process_cache`) computes them once, as long as backbone, images, device, precision,
-    batch size and number of threads are the same, and stores up to 512 MB.
+    precision. A process that keeps things (`process_cache`) computes them once, as long as backbone, images, device,
+    precision, batch size and number of threads are the same, and stores up to 512 MB.
 
     Args:
         model: its backbone must be frozen and on the trainer's device.
@@ -74,11 +74,12 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     """
     images = loader.dataset
     assert isinstance(images, ImageSubset)
-    spec = model.card.backbone
+    spec = model.metadata.backbone
     weights = tuple(file_digest(path) for path in local_files(spec.tag, spec.file).values())
-    backbone = (spec, model.card.basis_seed, model.fingerprint, weights)  # the fingerprint leaves position tables out
+    # the fingerprint leaves position tables out
+    backbone = (spec, model.metadata.basis_seed, model.fingerprint, weights)
     machine = (str(trainer.strategy.root_device), trainer.precision, torch.get_num_threads())
-    key = (backbone, machine, model.card.input, images.key, loader.batch_size)
+    key = (backbone, machine, model.metadata.input, images.key, loader.batch_size)
     make = partial(_computed, model, trainer, loader)
     return process_cache.latest("features", key, make, lambda tensor: tensor.nbytes, _MOST_KEPT)
 

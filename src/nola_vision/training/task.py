@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from nola_vision.adapters.methods.registry import FrozenMethod, Method
+from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.classifier import Classifier, ClassWeights
@@ -34,7 +34,7 @@ def make_task(
 
     Args:
         backbone: the pretrained model.
-        method: what to train, a value of `nola_vision.adapters.methods.registry`.
+        method: what to train, a value of `nola_vision.adapters.methods`.
         class_names: the classes, in the order of the labels; the command line takes them from the data.
         run_seed: sets the head's start, LoRA's A, the order of the images and their augmentation.
         basis_seed: sets the basis; `run_seed` if not given.
@@ -52,7 +52,7 @@ def make_task(
     """
     if len(class_names) < 2:
         raise NolaVisionError(f"there is one class only, {', '.join(class_names)}: give images of two or more")
-    if isinstance(method, FrozenMethod):
+    if method.on_frozen_features:
         return FrozenClassifier(backbone, method, class_names)
     return Classifier(
         backbone,

@@ -1,4 +1,4 @@
-"""The methods: one file each, with its settings, equation, initial values and changes. Importing them loads no torch."""
+"""The methods, one file each: settings, equation, initial values, changes. Importing them loads no torch."""
 
 from nola_vision.adapters.methods.base import Adapter, FrozenMethod, Method
 from nola_vision.adapters.methods.frozen import LogisticRegression, NearestMean, NearestNeighbor

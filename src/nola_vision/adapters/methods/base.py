@@ -83,8 +83,8 @@ class Source:
             assert self.head is not None
             return self.head.t()
         assert self.backbone is not None
-        weight = self.backbone.get_parameter(target.weight)
-        weight = weight.dequantize() if is_quantised(weight) else weight.detach()
+        stored = self.backbone.get_parameter(target.weight)
+        weight: Tensor = stored.dequantize() if is_quantised(stored) else stored.detach()
         if target.kind == "conv":
             return weight.reshape(target.inputs, target.outputs)
         return (weight if target.rows is None else weight[slice(*target.rows)]).t()
@@ -96,6 +96,7 @@ class Method:
 
     Attributes:
         on_frozen_features: nothing is trained by steps, so nothing depends on `run_seed`.
+        regularised: a method on frozen features whose penalty is chosen inside the training images.
         savable: an adapter file can hold what is fitted.
         trains_only_head: no weight of the backbone is adapted or trained.
         trains_backbone: every weight of the backbone is trained, and the adapter file contains all of them.
@@ -108,6 +109,7 @@ class Method:
     """
 
     on_frozen_features = False
+    regularised = False
     savable = True
     trains_only_head = False
     trains_backbone = False
@@ -243,14 +245,9 @@ class Method:
 
 @dataclass(frozen=True)
 class FrozenMethod(Method):
-    """A way to use the features of a frozen backbone: nothing is trained by steps, so nothing depends on `run_seed`.
-
-    Attributes:
-        regularised: its penalty is chosen inside the training images.
-    """
+    """A way to use the features of a frozen backbone: nothing is trained by steps, so nothing depends on `run_seed`."""
 
     on_frozen_features = True
-    regularised = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,7 @@ class NOLA(Adapter):
     def for_loading(self, targets: Sequence[Target]) -> Self:
         each = {t.name if self.scope == "per_layer" else t.group: t for t in targets}.values()
         counts = [(t, *self._num_basis(t.group, targets)) for t in each]
-        size = sum(self._rank(t) * (k * t.inputs + l * t.outputs) for t, k, l in counts)
+        size = sum(self._rank(t) * (k * t.inputs + k_b * t.outputs) for t, k, k_b in counts)
         return replace(self, **loading_storage(size, self.memory_mib))
 
     def groups(self, targets: Sequence[Target]) -> list[Group]:
