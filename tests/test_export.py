@@ -195,7 +195,7 @@ def test_a_merged_model_that_timm_would_compute_differently_is_not_left(
     before = model(IMAGES)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(NolaVisionError, match="computes other logits in timm") as caught,
+        pytest.raises(NolaVisionError, match="computes different logits in timm") as caught,
     ):
         patch.setattr("nola_vision.models.export._place_head", lambda *_: None)
         write_merged(model, tmp_path / "m")
