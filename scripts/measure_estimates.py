@@ -35,7 +35,7 @@ from scipy.stats import beta, t
 from sklearn.model_selection import StratifiedKFold
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from nola_vision.adapters.methods.registry import LogisticRegression, NearestMean, NearestNeighbor
+from nola_vision.adapters.methods import LogisticRegression, NearestMean, NearestNeighbor
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.folds import folds
 from nola_vision.data.sources import ImageSource
@@ -233,7 +233,7 @@ def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> R
         with torch.inference_mode():
             batches.append(model(images).float().numpy())
     parts = [found for fold in held_out if (found := load_predictions(fold.folder)) is not None]
-    names = [int(name) for name in model.card.class_names]  # "0" to "9", so a label is the digit
+    names = [int(name) for name in model.metadata.class_names]  # "0" to "9", so a label is the digit
     assert names == sorted(names)
     return record(parts, data.labels[drawn], np.concatenate(batches), data.labels[outside])
 

@@ -8,11 +8,12 @@ import timm
 import torch
 import yaml
 
-from nola_vision.adapters.methods.registry import FullFinetune, from_dict
+from nola_vision.adapters.methods import FullFinetune
+from nola_vision.adapters.methods.registry import from_dict
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datasets.registry import DATASETS
-from nola_vision.models.building import make_stack
+from nola_vision.models.building import make_bank
 from nola_vision.runs import run_id
 from nola_vision.runs.config_files import (
     PARTS,
@@ -67,7 +68,7 @@ def test_every_entry_has_the_size_that_the_paper_prints(backbone: str) -> None:
         if isinstance(method, FullFinetune):
             count = sum(parameter.numel() for parameter in model.parameters())
         else:
-            count = sum(parameter.numel() for parameter in make_stack(model, method, 100).adapter_parameters())
+            count = sum(parameter.numel() for parameter in make_bank(model, method, 100).adapter_parameters())
         said = printed[name].get("params", "0")
         if "note" in printed[name] and "ViT-Tiny" in printed[name]["note"]:
             assert said == "5.3M" and round(count / 2**20) == 82

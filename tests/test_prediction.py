@@ -18,7 +18,8 @@ from nola_vision import LoRA, adapt
 from nola_vision.cli.main import main
 from nola_vision.cli.predict import column_names
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.adapted_model import AdaptedModel, set_temperature
+from nola_vision.models.adapted_model import AdaptedModel
+from nola_vision.models.loading import set_temperature
 
 NAMES = ["=cmd()", "crane", "crane", "dog\x1b[31m"]
 
@@ -28,7 +29,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptedModel, Pat
     model = adapt("vit_glyph_patch4_32.glyphs", LoRA(targets=["qv"], rank=2), NAMES)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.stack.parameters():
+        for parameter in model.bank.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
     model.save(path)

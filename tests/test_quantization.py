@@ -72,7 +72,7 @@ METHODS = [
 def test_a_quantised_file_gives_what_was_rounded(method: NOLA, tmp_path) -> None:
     model = adapt(SPEC, method, ["a", "b", "c", "d"]).eval()
     with torch.no_grad():
-        for parameter in model.stack.parameters():
+        for parameter in model.bank.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
     exact = model(IMAGES)
     model.compute_with_stored_bits()

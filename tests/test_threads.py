@@ -162,7 +162,7 @@ def test_a_file_of_one_adapter_of_several(tmp_path: Path) -> None:
     """Never the first in silence."""
     model = adapt("vit_glyph_patch4_32.glyphs", LoRA(targets=["qkv"], rank=2), ["a", "b"]).eval()
     model.bank.detach()
-    model.bank = make_bank(model.backbone, model.card.method, 2, num_adapters=3)
+    model.bank = make_bank(model.backbone, model.metadata.method, 2, num_adapters=3)
     model.bank.attach(model.backbone)
     shake(model.bank)
     with pytest.raises(NolaVisionError, match="the model has 3 adapters and a file contains one: choose it by"):
