@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from nola_vision import BackboneSpec, LinearProbe, adapt
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.backbones.sources import input_config, local_files
+from nola_vision.models.backbones.weights import _hub_files
 from nola_vision.models.export import write_merged
 from nola_vision.runs import run_id
 from nola_vision.runs.parsing import parse
@@ -164,4 +167,35 @@ def test_weights_files_that_lack_something_or_are_not_finite(tmp_path: Path) -> 
         broken["blocks.0.mlp.fc1.weight"][3, 4] = number
         save(broken)
         refused(spec, "w.safetensors: blocks.0.mlp.fc1.weight has a value that is not finite: download it again")
-    assert timm.models._builder.load_pretrained.__module__ == "timm.models._builder"  # as it was
+    assert timm.models._builder.load_pretrained.__module__ == "timm.models._builder"  # nothing in timm is replaced
+
+
+def test_each_thread_reports_the_weights_that_its_own_file_lacks(tmp_path: Path) -> None:
+    weights = timm.create_model("test_vit", num_classes=10).state_dict()
+    levels = [logging.getLogger(name).level for name in ("timm.models", "huggingface_hub")]
+    state = torch.get_rng_state()
+
+    def lacks(count: int) -> str:
+        kept = dict(list(weights.items())[count:])
+        path = tmp_path / f"{count}.pth"
+        torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in kept.items()}}, path)
+        try:
+            create_backbone(BackboneSpec("test_vit.r160_in1k", file=str(path), img_size=96))
+        except NolaVisionError as error:
+            return str(error)
+        return "complete"
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lacks, [0, 1, 2, 3]))
+    assert found[0] == "complete"
+    first = next(iter(weights))
+    assert [f"{n} weights of test_vit.r160_in1k, for example {first}" in found[n] for n in (1, 2, 3)] == [True] * 3
+    assert [logging.getLogger(name).level for name in ("timm.models", "huggingface_hub")] == levels
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("file", [None, "pytorch_model.bin", "open_clip_pytorch_model.bin", "x.bin", "x.safetensors"])
+def test_weights_are_looked_for_under_the_names_that_timm_tries(file: str | None) -> None:
+    name = file or timm.models._hub.HF_WEIGHTS_NAME
+    names = [*timm.models._hub._get_safe_alternatives(name), name]
+    assert _hub_files(timm.models.PretrainedCfg(hf_hub_id="a/b", hf_hub_filename=file)) == names
