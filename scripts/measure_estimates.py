@@ -43,7 +43,9 @@ from nola_vision.evaluation.calibration import ECE_BINS, cross_fitted, fit_tempe
 from nola_vision.evaluation.estimates import CrossValidated, Estimate, compare, wilson
 from nola_vision.evaluation.predictions import Predictions
 from nola_vision.images.transforms import eval_transform
-from nola_vision.models.backbones import BackboneSpec, create_backbone, input_config
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
 
 BACKBONE = BackboneSpec("vit_glyph_patch4_32.glyphs")
 METHODS = {"1-NN": NearestNeighbor, "nearest mean": NearestMean, "logistic regression": LogisticRegression}

@@ -14,7 +14,7 @@ from nola_vision.adapters.methods import NOLA, PRANC, HashedNet, LinearProbe, Lo
 from nola_vision.adapters.methods.base import Group
 from nola_vision.adapters.random_basis import Basis, basis_key, combine
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import probe_batch
+from nola_vision.models.backbones.properties import probe_batch
 from nola_vision.models.building import make_bank
 from nola_vision.models.targets import find_targets
 

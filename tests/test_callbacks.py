@@ -15,9 +15,9 @@ import torch
 
 from nola_vision import load_adapter
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import overlay
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs import run_id, runner, store
-from nola_vision.runs.config_files import overlay
 from nola_vision.runs.parsing import build, parse
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.trainer_settings import LAST_CHECKPOINT

@@ -18,9 +18,10 @@ from nola_vision.data import check
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.manifest import Manifest, content, write_manifest
 from nola_vision.data.sources import ArraySource
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import store
-from nola_vision.runs.config_files import compose, part_names
+from nola_vision.runs.cells import compose
+from nola_vision.runs.config_files import part_names
 from tiny import trained_rows
 
 QUICK = [

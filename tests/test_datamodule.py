@@ -27,7 +27,7 @@ from nola_vision.data.sources import ImageSource
 from nola_vision.images.augment import ColorJitter, GaussianBlur, PlanarFloat
 from nola_vision.images.input_config import InputConfig
 from nola_vision.images.transforms import Reduce, eval_transform, reduced, train_transform
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs.parsing import has_validation_images
 
 CONFIG = InputConfig(size=10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)

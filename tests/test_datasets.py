@@ -407,10 +407,10 @@ def test_image_modes(
 
 def test_pixels_without_a_white_are_refused(tree: Path) -> None:
     save(tree / "train/ant/0.tif", Image.fromarray(np.array([[0.5]], dtype=np.float32)))
-    with pytest.raises(NolaVisionError, match=r"ant/0\.tif .*pixel mode F has no agreed white"):
+    with pytest.raises(NolaVisionError, match=r"ant/0\.tif .*pixel mode F has no defined white"):
         DATASETS["folder"].open(str(tree), "train").image(0)
     save(tree / "train/ant/0.tif", Image.fromarray(np.array([[70000]], dtype=np.int32)))
-    with pytest.raises(NolaVisionError, match="pixel mode I has no agreed white"):
+    with pytest.raises(NolaVisionError, match="pixel mode I has no defined white"):
         DATASETS["folder"].open(str(tree), "train").image(0)
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from nola_vision.evaluation.estimates import Estimate, compare
+from nola_vision.reports.cell import report_of
 from nola_vision.reports.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.reports.description import backbone_name, cell_facts, cell_title, grid_text, how_measured
-from nola_vision.reports.html import html_page
-from nola_vision.reports.statistics import entries, subject, summarise
-from nola_vision.reports.tables import cell_report, cell_runs, report_of
+from nola_vision.reports.entries import entries, subject, summarise
+from nola_vision.reports.html.page import html_page
+from nola_vision.reports.tables import cell_runs
+from nola_vision.reports.terminal import cell_report
 from nola_vision.reports.verdict import cell_verdict, run_verdict
 from nola_vision.runs.record import Row
 from test_estimates import predictions

@@ -12,7 +12,8 @@ from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, LinearProbe, LoRA, adap
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.backbones import create_backbone, input_config, resolve
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config, resolve
 from nola_vision.models.export import shorten, with_classifier, write_merged
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
@@ -194,7 +195,7 @@ def test_a_merged_model_that_timm_would_compute_differently_is_not_left(
     before = model(IMAGES)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(NolaVisionError, match="computes other logits in timm") as caught,
+        pytest.raises(NolaVisionError, match="computes different logits in timm") as caught,
     ):
         patch.setattr("nola_vision.models.export._place_head", lambda *_: None)
         write_merged(model, tmp_path / "m")

@@ -27,9 +27,10 @@ from nola_vision.cli import report
 from nola_vision.cli.main import main
 from nola_vision.evaluation.predictions import PREDICTIONS_FILE, Predictions, load_predictions
 from nola_vision.reports import html
-from nola_vision.reports.html import html_page
-from nola_vision.reports.statistics import entries
-from nola_vision.reports.tables import cell_runs, report_of
+from nola_vision.reports.cell import report_of
+from nola_vision.reports.entries import entries
+from nola_vision.reports.html.page import html_page
+from nola_vision.reports.tables import cell_runs
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 from nola_vision.runs.thumbnails import THUMBNAILS_FILE, load_thumbnails

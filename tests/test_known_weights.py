@@ -14,7 +14,7 @@ from nola_vision.adapters.serialization import read_adapter
 from nola_vision.common import local_files
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models import known_weights
-from nola_vision.models.backbones import create_backbone
+from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.export import write_merged
 
 TAG = "vit_glyph_patch4_32.glyphs"

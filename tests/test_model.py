@@ -19,7 +19,8 @@ from nola_vision import NOLA, BackboneSpec, FullFinetune, LinearProbe, LoRA, ada
 from nola_vision.adapters.methods import Method
 from nola_vision.adapters.serialization import METADATA_KEY, digest, read_adapter, write_adapter
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import create_backbone, input_config
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
 NAMES = ["ja", "nein", "vielleicht"]

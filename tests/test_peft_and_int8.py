@@ -10,7 +10,7 @@ import yaml
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, LoRA, adapt, load_adapter
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import create_backbone
+from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.export import write_merged
 from nola_vision.models.loading import check_saved
 from nola_vision.runs import store

@@ -18,36 +18,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
-from nola_vision.reports.labels import short_names, spread
 from PIL import Image
 from scipy.optimize import minimize
 from scipy.stats import binomtest
 
 from nola_vision.cli.main import main
+from nola_vision.reports.charts.drawing import Chart
+from nola_vision.reports.charts.labels import short_names, spread
+from nola_vision.reports.charts.learning_curves import entry_curves
+from nola_vision.reports.charts.looks import CSS_COLOURS, DARK_COLOURS, INK, MUTED, PALETTE, PAPER, entry_looks
+from nola_vision.reports.charts.matrices import class_differences_plot, confusion_plot
+from nola_vision.reports.charts.pareto import pareto_chart, pareto_front
+from nola_vision.reports.charts.splits import split_chart
 from nola_vision.reports.confusion import confusion_csv, entry_confusions
-from nola_vision.reports.description import bytes_text
-from nola_vision.reports.plots import (
-    CSS_COLOURS,
-    DARK_COLOURS,
-    INK,
-    MUTED,
-    PALETTE,
-    PAPER,
-    Chart,
-    _drawing,
-    _size_ticks,
-    cell_charts,
-    cell_plots,
-    class_differences_plot,
-    confusion_plot,
-    entry_curves,
-    entry_looks,
-    pareto_chart,
-    pareto_front,
-    split_chart,
-    write_plots,
-)
-from nola_vision.reports.statistics import entries, summarise
+from nola_vision.reports.entries import entries, summarise
+from nola_vision.reports.formatting import bytes_text
+from nola_vision.reports.plots import _drawing, _size_ticks, cell_charts, cell_plots, write_plots
 from nola_vision.reports.tables import cell_runs
 from nola_vision.runs import run_id, store
 from nola_vision.runs.config_files import load_config

@@ -16,7 +16,7 @@ from nola_vision.adapters.quantization import (
     unpack,
 )
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.spec import BackboneSpec
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -311,7 +311,7 @@ def test_weights_that_are_not_finite_are_named_before_training(tmp_path: Path) -
     torch.save(weights, tmp_path / "w.pth")
     backbone = {"base": "pretrained", "file": str(tmp_path / "w.pth"), "img_size": 160}
     for method in ("linear", "1nn"):
-        with pytest.raises(NolaVisionError, match=r"w\.pth: blocks.2.mlp.fc1.bias holds a number that is not finite"):
+        with pytest.raises(NolaVisionError, match=r"w\.pth: blocks.2.mlp.fc1.bias has a value that is not finite"):
             runner.run(tiny(method, model={"backbone": backbone}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -22,11 +22,12 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from nola_vision import load_adapter
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import overlay
 from nola_vision.evaluation.calibration import fit_temperature
 from nola_vision.evaluation.predictions import load_predictions
 from nola_vision.reports.confusion import read_confusion
 from nola_vision.runs import run_id, runner, store
-from nola_vision.runs.config_files import load_configs, overlay
+from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build, parse
 from nola_vision.runs.record import DETERMINISTIC
 from nola_vision.runs.thumbnails import load_thumbnails

@@ -13,7 +13,7 @@ from nola_vision.adapters.methods import Method
 from nola_vision.adapters.methods.registry import from_dict
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.backbones import create_backbone
+from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.loading import set_temperature
 from nola_vision.runs import run_id
 from nola_vision.runs.config_files import load_configs
@@ -170,7 +170,7 @@ def test_batch_norms_are_trained_stored_and_restored(tmp_path: Path) -> None:
 
 
 def test_what_would_never_move_is_refused() -> None:
-    with pytest.raises(NolaVisionError, match=r"does not take images of 32 pixels \(img_size\): use 28"):
+    with pytest.raises(NolaVisionError, match=r"does not accept images of 32 pixels \(img_size\): use 28"):
         adapt(BackboneSpec("mlp_784_256.untrained", base="random", img_size=32), LoRA(targets=["all"]), TEN)
     zero = BackboneSpec("resnet20_cifar.untrained", base="zero")
     with pytest.raises(NolaVisionError, match="never move"):

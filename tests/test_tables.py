@@ -25,29 +25,16 @@ from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.text import csv_cell
 from nola_vision.reports import tables
+from nola_vision.reports.cell import report_of
 from nola_vision.reports.description import cell_facts, how_measured
-from nola_vision.reports.html import html_page
+from nola_vision.reports.entries import entries, summarise
+from nola_vision.reports.frames import frame, text_frame
+from nola_vision.reports.html.page import html_page
+from nola_vision.reports.markup import latex_table, markdown_table
 from nola_vision.reports.plots import cell_plots
-from nola_vision.reports.statistics import (
-    count_once,
-    entries,
-    mean_std,
-    on_the_same_images,
-    paired_difference,
-    summarise,
-    variance_parts,
-)
-from nola_vision.reports.tables import (
-    cell_report,
-    cell_runs,
-    cell_table,
-    frame,
-    latex_table,
-    markdown_table,
-    report_of,
-    row_panel,
-    text_frame,
-)
+from nola_vision.reports.statistics import count_once, mean_std, on_the_same_images, paired_difference, variance_parts
+from nola_vision.reports.tables import cell_runs
+from nola_vision.reports.terminal import cell_report, cell_table, row_panel
 from nola_vision.runs import run_id, store
 from nola_vision.runs.config_files import load_config
 from nola_vision.runs.published import published_figures

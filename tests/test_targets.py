@@ -14,7 +14,9 @@ from torch import nn
 
 from nola_vision.adapters.methods import LoRA
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import BackboneSpec, create_backbone, probe_batch
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.properties import probe_batch
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.building import make_bank
 from nola_vision.models.targets import TARGETS, find_targets, named_targets
 

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from nola_vision.adapters.methods import LoRA as LoRA
     from nola_vision.models.adapted_model import AdaptedModel as AdaptedModel
     from nola_vision.models.assembly import adapt as adapt
-    from nola_vision.models.backbones import BackboneSpec as BackboneSpec
+    from nola_vision.models.backbones.spec import BackboneSpec as BackboneSpec
     from nola_vision.models.loading import load_adapter as load_adapter
 
 __version__ = version("nola-vision")
 
 # the public names, imported when first used: `nola-vision --help` must not wait for torch
 _PUBLIC = {
-    "BackboneSpec": "nola_vision.models.backbones",
+    "BackboneSpec": "nola_vision.models.backbones.spec",
     "FullFinetune": "nola_vision.adapters.methods",
     "HashedNet": "nola_vision.adapters.methods",
     "LinearProbe": "nola_vision.adapters.methods",

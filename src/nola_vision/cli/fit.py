@@ -213,7 +213,7 @@ def _learning_rates(raw: run_id.Config, run_config: run_id.Config) -> list[float
 
 def _frozen_rows(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespace) -> list[Row]:
     """The rows of the methods on frozen features, each printed when it is known."""
-    from nola_vision.reports.description import accuracy_text
+    from nola_vision.reports.formatting import accuracy_text
     from nola_vision.runs import runner
     from nola_vision.runs.parsing import parse
 

@@ -18,8 +18,8 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
 from nola_vision.common.text import csv_cell
 from nola_vision.reports import tables
+from nola_vision.reports.cell import Report
 from nola_vision.reports.statistics import on_the_same_images
-from nola_vision.reports.tables import Report
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 
@@ -111,8 +111,8 @@ def _open(page: Path) -> None:
 
 def _write_page(path: Path, report: Report, problems: list[str], images: bool, folders: Sequence[str]) -> None:
     """Writes the page, and one line on stderr that states how many images of the data are in it."""
-    from nola_vision.reports.description import plural
-    from nola_vision.reports.html import html_page
+    from nola_vision.reports.formatting import plural
+    from nola_vision.reports.html.page import html_page
 
     page = html_page(report, problems, images, folders)
     write_file(path, page.text.encode())

@@ -22,8 +22,9 @@ from nola_vision.cli.options import config_options, refuse_strays, whole_number
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import PlainLines, is_live, say, say_start, seconds_left, time_left
 from nola_vision.common.text import printable
-from nola_vision.reports.description import accuracy_text
-from nola_vision.reports.statistics import on_the_same_images, summarise
+from nola_vision.reports.entries import summarise
+from nola_vision.reports.formatting import accuracy_text
+from nola_vision.reports.statistics import on_the_same_images
 from nola_vision.runs import early_checks, run_id, store
 from nola_vision.runs.config_files import load_configs, user_folder
 from nola_vision.runs.record import Row

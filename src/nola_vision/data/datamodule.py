@@ -35,14 +35,7 @@ from nola_vision.data.duplicates import digests, groups, in_both, under_two_labe
 from nola_vision.data.folds import folds, hold_out, number_of_folds
 from nola_vision.data.integrity import refuse_unreadable
 from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
-from nola_vision.data.sampling import (
-    Indices,
-    candidates,
-    classes_without_pool,
-    draw,
-    evenly_spaced,
-    validation_pool,
-)
+from nola_vision.data.sampling import Indices, candidates, classes_without_pool, draw, evenly_spaced, validation_pool
 from nola_vision.data.sources import ImageSource
 from nola_vision.data.splits import Split
 from nola_vision.images.input_config import InputConfig
@@ -54,8 +47,8 @@ from nola_vision.images.transforms import (
     reduced,
     train_transform,
 )
-from nola_vision.models import backbones
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
 
 Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w], `reduced`; an image file's content; or not kept
 
@@ -330,7 +323,7 @@ class KShotDataModule(L.LightningDataModule):
     @cached_property
     def input_config(self) -> InputConfig:
         """What the backbone takes."""
-        return backbones.input_config(self.backbone)
+        return input_config(self.backbone)
 
     def prepare_data(self) -> None:
         """Downloads what is missing if `download` is set, and before training decodes the images that are needed after

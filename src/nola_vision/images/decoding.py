@@ -14,8 +14,8 @@ from nola_vision import __version__
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import open_regular
 
-# What Pillow decodes itself, and HEIF by pi-heif. Others are left out on purpose: EPS starts Ghostscript, HDF5 and GRIB
-# only name a plug-in.
+# What Pillow decodes itself, and HEIF by pi-heif. Others are excluded on purpose: EPS starts Ghostscript, HDF5 and GRIB
+# need a plug-in.
 FORMATS = (
     "AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
@@ -50,7 +50,7 @@ def decoder_versions() -> str:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's content begins like an image that is read, whatever its name; TGA has no such beginning."""
+    """Whether a file's content starts like one of the image formats, whatever its name; TGA has no signature."""
     formats = [kind for kind in _formats() if kind != "TGA"]
     try:
         with open_regular(path, MOST_BYTES) as file, Image.open(file, formats=formats):
@@ -60,10 +60,10 @@ def is_image(path: Path) -> bool:
 
 
 def decode_image(content: bytes, side: int | None = None) -> Image.Image:
-    """The image of an image file's content, upright.
+    """Decodes the content of an image file and turns the image upright.
 
     Args:
-        content: of the file.
+        content: the bytes of the file.
         side: let a JPEG file be decoded at 1/2, 1/4 or 1/8 of its resolution, which is faster, as long as both sides
             have at least this many pixels.
     """
@@ -77,9 +77,9 @@ def decode_image(content: bytes, side: int | None = None) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image in mode RGB: 16-bit grey is scaled to 8 bits, alpha is dropped.
 
-    White is 65535 for every grey image of more than 8 bits, so that all images of a data set are scaled equally. One
-    that stays under 2^14 is refused: most store fewer bits in that range, and a quarter of the grey levels or fewer
-    would be left. An image that is all black is accepted.
+    White is 65535 for every grey image of more than 8 bits, so that all images of a data set are scaled equally. An
+    image whose values stay below 2^14 is refused: most such files store fewer than 16 bits, and at most a quarter of
+    the grey levels would be left. An image that is all black is accepted.
 
     Raises:
         NolaVisionError: floating-point pixels, or grey values outside 0 to 65535 or with a maximum of 1 to 16383.
@@ -87,7 +87,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise NolaVisionError(f"pixel mode {image.mode} has no agreed white, save it with 8 or 16 bits")
+            raise NolaVisionError(f"pixel mode {image.mode} has no defined white, save it with 8 or 16 bits")
         most = int(values.max())
         if 0 < most < 2**14:
             raise NolaVisionError(

@@ -13,16 +13,11 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.validation import check_types, plain_number, quoted
 from nola_vision.models import known_weights
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.backbones import (
-    BackboneSpec,
-    check_random_features,
-    create_backbone,
-    fingerprint,
-    input_config,
-    open_branches,
-    probe_batch,
-    to_int8,
-)
+from nola_vision.models.backbones.creation import create_backbone, to_int8
+from nola_vision.models.backbones.from_scratch import check_random_features, open_branches
+from nola_vision.models.backbones.properties import fingerprint, probe_batch
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.budgets import spend_bytes
 from nola_vision.models.building import edited, make_bank
 from nola_vision.models.known_weights import WeightsOrigin

@@ -1,4 +1,4 @@
-"""What an adapter file can be made into: a shorter adapter file, or a plain timm model."""
+"""Exports an adapter file: to a smaller adapter file, or merged into a plain timm model."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from nola_vision.adapters.serialization import adapter_bytes, open_adapter
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
 from nola_vision.models.adapted_model import AdaptedModel, file_bits
-from nola_vision.models.backbones import Source, resolve
+from nola_vision.models.backbones.sources import Source, resolve
 from nola_vision.models.budgets import largest
 from nola_vision.models.metadata import parse_header
 from nola_vision.models.prediction import run_in_eval_mode
 
-_STEPS = 4096  # shares of the coefficients that a cut chooses from
+_STEPS = 4096  # a cut keeps a multiple of 1/4096 of the coefficients
 
 
 def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, bits: int | None = None) -> int:
-    """Writes an adapter file with fewer bits a number, with the first coefficients only, or both, without training.
+    """Writes an adapter file with fewer bits per value, with the first coefficients only, or both, without training.
 
     Args:
         adapter: an adapter file; to cut it, its method must have been trained with `nested: true`.
         out: the new file.
-        max_bytes: its largest size; as many coefficients stay as fit.
-        bits: 2 to 8 or 16, for the coefficients and the head's matrix; as they were if not given.
+        max_bytes: its largest size; as many coefficients are kept as fit.
+        bits: 2 to 8 or 16, for the coefficients and the head's matrix. Default: unchanged.
 
     Returns:
         The new file's size in bytes.
 
     Raises:
-        NolaVisionError: the file was not trained for cutting, no cut is small enough, its numbers have no more bits
-            than are asked for, or it would be written over.
+        NolaVisionError: the file was not trained for cutting, no cut is small enough, its values have no more bits
+            than requested, or it would be overwritten.
     """
     file = open_adapter(adapter)
     parse_header(file.metadata, file.path)
@@ -97,29 +97,29 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
     """Writes the backbone with the adapter merged, and the head as its classifier: a folder that timm alone loads.
 
     The folder has `model.safetensors` and `config.json`: architecture, number and names of the classes, image size,
-    mean, std, interpolation and crop, and `temperature` where the adapter is calibrated: the probabilities are
-    softmax(logits / temperature). What was written is loaded by timm, and its logits are compared with the adapted
-    model's, before it gets its name.
+    mean, std, interpolation and crop, and `temperature` if the adapter is calibrated: the probabilities are
+    softmax(logits / temperature). Before the folder gets its name, timm loads it, and its logits are compared with the
+    adapted model's.
 
     Args:
-        model: an adapted model; it is left as it was.
+        model: an adapted model; it is unchanged.
         out: a new folder.
-        dequantise: write floats where the backbone holds integers.
+        dequantise: write floats where the backbone stores integers.
 
     Returns:
-        The Python code that loads it; a model that timm does not have itself needs this package.
+        The Python code that loads it; a model that is not in timm needs this package.
 
     Raises:
         NolaVisionError: timm's model has no linear classifier on its features, the folder exists or cannot be written,
-            or timm computes other logits; nothing is left behind.
+            or timm computes different logits; no file is left behind.
     """
     out, spec, bank = Path(out), model.metadata.backbone, model.bank
     if model.metadata.method.edits_backbone:
         raise NolaVisionError("PEFT merges its own methods: in Python, model.backbone.merge_and_unload() does it")
     if spec.int8 and not dequantise:
-        raise NolaVisionError(f"the weights of {spec.tag} are held in int8: ask for floats (--dequantise)")
+        raise NolaVisionError(f"the weights of {spec.tag} are stored in int8: request floats (--dequantise)")
     if out.suffix in (".safetensors", ".pth", ".bin"):
-        raise NolaVisionError(f"{out} has a file's name, and a merged model is a folder: name it without {out.suffix}")
+        raise NolaVisionError(f"{out} looks like a file, and a merged model is a folder: name it without {out.suffix}")
     if out.exists():
         raise NolaVisionError(f"{out} exists already: name a new folder for the merged model")
     source, plain, classifiers = with_classifier(
@@ -163,10 +163,10 @@ def with_classifier(
 ) -> tuple[Source, nn.Module, list[str]]:
     """timm's model with new weights and a classifier.
 
-    Batch norms between the features and the classifier are made to do nothing.
+    Batch norms between the features and the classifier become the identity.
 
     Returns:
-        What makes the model, the model, and the names of its layers that compute the classes.
+        The model's source, the model, and the names of its layers that compute the classes.
 
     Raises:
         NolaVisionError: it has no linear classifier, or differs from the backbone in more than that.
@@ -191,23 +191,26 @@ def with_classifier(
             classifiers.append(name)
         else:
             raise NolaVisionError(
-                f"timm's classifier of {tag} is not linear in its features (it has {name}), so no timm model can hold "
+                f"timm's classifier of {tag} is not linear in its features (it has {name}), so it cannot store "
                 "the head: use the adapter file"
             )
     if not classifiers:
-        raise NolaVisionError(f"timm's {tag} has no classifier, so no timm model can hold the head")
+        raise NolaVisionError(f"timm's {tag} has no classifier, so it cannot store the head: use the adapter file")
     if there.keys() - own or any(there[name].shape != own[name].shape for name in there):
-        raise NolaVisionError(f"timm makes {tag} with other weights where it has a classifier, so it cannot hold them")
+        raise NolaVisionError(
+            f"timm's {tag} with a classifier has other weights than without, so it cannot be merged: use "
+            "the adapter file"
+        )
     return source, plain, classifiers
 
 
 @torch.no_grad()
 def _place_head(plain: nn.Module, classifiers: Sequence[str], weight: Tensor, bias: Tensor, probe: Tensor) -> None:
-    """Makes the classifiers compute `weight @ features + bias` together.
+    """Sets the classifiers so that together they compute `weight @ features + bias`.
 
-    One classifier takes all. Several take the features one after the other (the stages of a network: CrossViT,
-    EfficientViM), or each takes all of them (those for distillation: DeiT, LeViT); timm then adds up shares of them,
-    which are measured here.
+    A single classifier gets all weights. Several each get a slice of the features (the stages of a network: CrossViT,
+    EfficientViM), or each gets all of them (those for distillation: DeiT, LeViT); timm then adds their outputs with
+    factors, which are measured here.
     """
     layers = [cast("nn.Linear | nn.Conv2d", plain.get_submodule(name)) for name in classifiers]
     shares = [1.0] if len(layers) == 1 else _shares(plain, layers, probe)
@@ -234,7 +237,7 @@ def _shares(plain: nn.Module, layers: Sequence[nn.Linear | nn.Conv2d], probe: Te
 
 
 def _config(model: AdaptedModel, source: Source, classifiers: Sequence[str]) -> dict[str, Any]:
-    """timm's `config.json`: how to make the model, what images it takes, and what its classes are called."""
+    """timm's `config.json`: architecture and arguments, image format, class names."""
     metadata = model.metadata
     image = {**dataclasses.asdict(metadata.input), "input_size": [3, metadata.input.size, metadata.input.size]}
     del image["size"]
@@ -244,7 +247,7 @@ def _config(model: AdaptedModel, source: Source, classifiers: Sequence[str]) -> 
         cfg.pop(key, None)
     cfg |= {"num_classes": len(metadata.class_names), "pool_size": None, "custom_load": False}
     cfg["classifier"] = classifiers[0] if len(classifiers) == 1 else classifiers
-    # timm does not read it: its logits are those of the adapted model
+    # timm ignores it: its logits are those of the adapted model
     scale = {} if model.calibrated_on is None else {"temperature": model.temperature}
     return {
         "architecture": source.architecture,
@@ -270,13 +273,13 @@ def _compare(folder: Path, probe: Tensor, expected: Tensor, model: AdaptedModel)
     try:
         with torch.random.fork_rng(devices=[]):
             logits = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(probe)
-    except Exception as error:  # timm refuses what it cannot load in any way
+    except Exception as error:  # timm raises many types
         reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
         raise NolaVisionError(f"timm cannot load the merged {tag}, so nothing is written ({reason})") from error
     exact = next(model.backbone.parameters()).dtype == torch.float32
     difference = float((logits - expected).abs().max() / expected.abs().max())
     if not difference < (1e-3 if exact else 0.1):
         raise NolaVisionError(
-            f"the merged {tag} computes other logits in timm (they differ by {difference:.2g} of the largest), so "
+            f"the merged {tag} computes different logits in timm (they differ by {difference:.2g} of the largest), so "
             "nothing is written: use the adapter file"
         )

@@ -15,7 +15,9 @@ from nola_vision.common.files import write_file
 from nola_vision.models import known_weights
 from nola_vision.models.adapted_model import AdaptedModel, backbone_tensors
 from nola_vision.models.assembly import assemble
-from nola_vision.models.backbones import BackboneSpec, skeleton, weights_file
+from nola_vision.models.backbones.creation import skeleton
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.models.backbones.weights import weights_file
 from nola_vision.models.building import edited, feature_width, file_shapes, method_targets
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, Calibrated, Header, check_calibrated, parse_header

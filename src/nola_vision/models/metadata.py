@@ -21,7 +21,8 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.validation import check_types, quoted
 from nola_vision.evaluation.calibration import check_temperature
 from nola_vision.images.input_config import InputConfig
-from nola_vision.models.backbones import BackboneSpec, own_side
+from nola_vision.models.backbones.image_size import own_side
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.known_weights import WeightsOrigin, is_file_name
 
 MAX_CLASSES = 2**16  # three times ImageNet-21k's

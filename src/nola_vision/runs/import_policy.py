@@ -21,7 +21,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nola_vision.adapters.methods import registry
 from nola_vision.adapters.methods.base import Method
-from nola_vision.adapters.methods.registry import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
 from nola_vision.runs.config_errors import PACKAGES, refusal

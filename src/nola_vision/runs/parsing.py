@@ -35,8 +35,8 @@ from nola_vision.common.mappings import value_at
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets.registry import get_dataset, given_root
 from nola_vision.data.manifest import MOST_BYTES
-from nola_vision.models import backbones
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.sources import local_files
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import import_policy, run_id
 from nola_vision.runs.config_errors import TOP_KEYS, explain
 from nola_vision.runs.early_checks import load_value, option_pairs
@@ -271,7 +271,7 @@ def _content(run_config: run_id.Config) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     backbone, files = run_config["model"]["backbone"], {}
-    files = backbones.local_files(backbone["tag"], backbone["file"])
+    files = local_files(backbone["tag"], backbone["file"])
     named = [(name, path, None) for name, path in files.items()]
     for name, path, most in (*named, ("manifest", run_config["data"]["manifest"], MOST_BYTES)):
         if path is not None and (digest := file_digest(path, most)) is not None:

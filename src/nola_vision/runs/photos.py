@@ -20,7 +20,7 @@ from nola_vision.common.progress import say_start
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import split_tag
 from nola_vision.data.datasets.registry import get_dataset, open_split
-from nola_vision.data.sources import ImageSource, image_suffixes
+from nola_vision.data.sources import ImageSource
 from nola_vision.images.decoding import image_suffixes
 from nola_vision.runs import cells, run_id, yaml_files
 from nola_vision.runs.config_files import Config
@@ -203,7 +203,9 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
         NolaVisionError: timm has no such model.
     """
     say_start(f"the check of {backbone['tag']}")
-    from nola_vision.models.backbones import BackboneSpec, largest_side, skeleton
+    from nola_vision.models.backbones.creation import skeleton
+    from nola_vision.models.backbones.image_size import largest_side
+    from nola_vision.models.backbones.spec import BackboneSpec
     from nola_vision.models.targets import find_targets
 
     spec = BackboneSpec(**backbone)

@@ -20,7 +20,8 @@ from nola_vision.common import process_cache
 from nola_vision.common.local_files import file_digest
 from nola_vision.data.datamodule import ImageSubset, KShotDataModule
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.backbones import local_files, probe_batch
+from nola_vision.models.backbones.properties import probe_batch
+from nola_vision.models.backbones.sources import local_files
 
 _MOST_KEPT = 512 * 2**20  # bytes: 10,000 images with 1,024 features take 40 MB
 _RANDOM = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # what modules call the share of what they drop

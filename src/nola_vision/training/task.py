@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.classifier import Classifier, ClassWeights
 from nola_vision.training.frozen import FrozenClassifier
 
