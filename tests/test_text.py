@@ -7,6 +7,7 @@ from unicodedata import category
 import pytest
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.text import csv_cell, name_text, printable
 
 
@@ -59,3 +60,13 @@ def test_csv_cell(text: str, expected: str) -> None:
 
 def test_a_name_is_text() -> None:
     assert name_text(os.fsdecode(b"caf\xe9")) == "caf\\xe9" and name_text("cafe\u0301") == "caf\xe9"
+
+
+def test_did_you_mean() -> None:
+    known = ["rank", "rink", "bits"]
+    assert did_you_mean("rnk", known) == "did you mean rank or rink?"
+    assert did_you_mean("x", iter(known)) == "use one of rank, rink, bits"
+    assert did_you_mean("x", known, "see --help") == "see --help"
+    assert did_you_mean("rnk", known, "", cutoff=0.9) == ""
+    assert did_you_mean(None, known, "") == ""  # YAML's null
+    assert did_you_mean("rank" + "k" * 10**7, known, "") == ""

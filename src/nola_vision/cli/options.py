@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 
 _MOST_DIGITS = 4300  # that Python reads
 LIGHTNINGS_OWN = ("--protocol", "--method", "--threads", "--seed_everything", "--print_config", "--help")
@@ -21,8 +21,8 @@ def refuse_strays(rest: Sequence[str], options: argparse.ArgumentParser) -> None
     """
     own = [name for action in options._actions for name in action.option_strings]
     for option in (word.partition("=")[0] for word in rest if word.startswith("--") and "." not in word):
-        if option not in LIGHTNINGS_OWN and (close := difflib.get_close_matches(option, own, n=1, cutoff=0.8)):
-            raise NolaVisionError(f"there is no option {option}: did you mean {close[0]}?")
+        if option not in LIGHTNINGS_OWN and (hint := did_you_mean(option, own, "", cutoff=0.8)):
+            raise NolaVisionError(f"there is no option {option}: {hint}")
     if rest and not rest[0].startswith("-"):
         raise NolaVisionError(f"'{rest[0]}' is not an option: a config is given by --config {rest[0]}")
 

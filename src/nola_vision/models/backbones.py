@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import hashlib
 import logging
@@ -39,6 +38,7 @@ from nola_vision.adapters.random_basis import basis_key, uniform
 from nola_vision.adapters.serialization import add_tensor
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.files import weights_in
 from nola_vision.common.tags import split_tag
 from nola_vision.common.text import printable
@@ -304,11 +304,8 @@ def _registered_cfg(tag: str) -> PretrainedCfg:
         raise NolaVisionError(
             f"timm's {architecture} has no pretrained tag '{tag}': use one of {', '.join(tags) or '(none)'}"
         )
-    close = difflib.get_close_matches(architecture, timm.list_models(), n=4)
-    raise NolaVisionError(
-        f"timm has no model named '{architecture}': "
-        + (f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them all")
-    )
+    hint = did_you_mean(architecture, timm.list_models(), "timm.list_models() lists them all")
+    raise NolaVisionError(f"timm has no model named '{architecture}': {hint}")
 
 
 def _read_folder(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:

@@ -6,13 +6,13 @@ what is trained here can be loaded anywhere.
 
 from __future__ import annotations
 
-import difflib
 import re
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.validation import quoted
 
 if TYPE_CHECKING:
@@ -71,9 +71,8 @@ def check(config: str, settings: Mapping[str, Any]) -> None:
     """
     name = config.removeprefix("peft.")
     if name not in CONFIGS:
-        close = difflib.get_close_matches(name[:80], CONFIGS)
-        meant = f"did you mean peft.{' or peft.'.join(close)}?" if close else f"use one of {', '.join(CONFIGS)}"
-        raise NolaVisionError(f"PEFT has no config '{config}' that an adapter file can restore: {meant}")
+        hint = did_you_mean(f"peft.{name}", [f"peft.{known}" for known in CONFIGS])
+        raise NolaVisionError(f"PEFT has no config '{config}' that an adapter file can restore: {hint}")
     for setting, value in settings.items():
         if fix := _fix(setting, value):
             raise NolaVisionError(f"the setting {setting} of peft.{name} is {quoted(value)}: {fix}")

@@ -7,7 +7,6 @@ parts win: protocol, backbone, data set, shots.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.files import why_not_a_file
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -68,8 +68,7 @@ def load_config(name: str) -> Config:
         return compose(*cell)
     presets = [f"{cell}_{protocol}" for cell in cells() for protocol in part_names("protocols") if "shot_" in bare]
     known = [f"{known}.yaml" for known in (*(path.stem for path in shipped_files()), *cells(), *presets)]
-    close = difflib.get_close_matches(f"{bare}.yaml", known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "nola-vision configs list shows the shipped ones"
+    hint = did_you_mean(f"{bare}.yaml", known, "nola-vision configs list shows the shipped ones", cutoff=0.5)
     raise NolaVisionError(f"there is no config '{name}', neither here nor shipped: {hint}")
 
 

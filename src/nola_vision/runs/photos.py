@@ -6,7 +6,6 @@ else was checked: a mistake is reported at once.
 
 from __future__ import annotations
 
-import difflib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from nola_vision.data.sources import ImageSource
 from nola_vision.images.decoding import image_suffixes
 from nola_vision.common.devices import parse_device
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.files import why_not_a_file
 from nola_vision.common.progress import say_start
 from nola_vision.runs import run_id
@@ -181,8 +181,8 @@ def _device(device: str | None) -> Config:
 
 def _backbone(name: str | None, weights: str | None) -> Config:
     """The settings of the backbone, without what only timm knows."""
-    if name != "quickstart" and difflib.get_close_matches(str(name), ["quickstart"], cutoff=0.8):
-        raise NolaVisionError(f"--backbone is '{name}': did you mean quickstart?")
+    if name != "quickstart" and (hint := did_you_mean(name, ["quickstart"], "", cutoff=0.8)):
+        raise NolaVisionError(f"--backbone is '{name}': {hint}")
     tag = BACKBONE if name is None else QUICKSTART if name == "quickstart" else name
     kind, rest = split_tag(tag)
     backbone: Config = {"tag": f"{kind}:{_absolute(rest)}" if kind == "local-dir" else tag}

@@ -6,7 +6,6 @@ The hashes cover what can change a result. A setting that is left out is left ou
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 import re
@@ -15,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import short_dataset, short_tag
 from nola_vision.common.text import last_part
 
@@ -103,10 +103,7 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if isinstance(name, list | dict) or not isinstance(methods, Mapping):
         raise NolaVisionError(f"the config's `methods` must be a mapping and its `method` a name, not {name!r}")
     if name not in methods:
-        known = [str(known_name) for known_name in methods]
-        close = difflib.get_close_matches(str(name), known)
-        hint = f"did you mean {' or '.join(close)}? It has " if close else "it has "
-        raise NolaVisionError(f"the config has no method {name!r}: {hint}{', '.join(known)}")
+        raise NolaVisionError(f"the config has no method {name!r}: {did_you_mean(name, map(str, methods))}")
     if not isinstance(name, str) or name != _safe(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nola_vision.adapters.methods.settings import Scope, Start, Storage, check_bits
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.validation import check_types, quoted
 from nola_vision.models import peft_bridge
 
@@ -294,6 +294,5 @@ def from_dict(described: dict[str, Any]) -> Method:
         raise NolaVisionError(f"init_args of {name} is {quoted(given)}: it must be a mapping")
     known = [field.name for field in dataclasses.fields(METHODS[name])]
     if wrong := [key for key in given if key not in known]:
-        close = difflib.get_close_matches(wrong[0], known) or known
-        raise NolaVisionError(f"{name} has no setting '{wrong[0]}': did you mean {' or '.join(close)}?")
+        raise NolaVisionError(f"{name} has no setting '{wrong[0]}': {did_you_mean(wrong[0], known)}")
     return METHODS[name](**given)

@@ -5,7 +5,6 @@ To add a data set, write a subclass of `DatasetEntry` (or reuse one) and add a l
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.local_files import file_digests, read_file, remembered
 from nola_vision.common.tags import HUB_PREFIX
 from nola_vision.common.text import name_text
@@ -592,9 +592,7 @@ def get_dataset(name: str) -> DatasetEntry:
         label, _, image = columns.partition("#")
         return HuggingFace(path, label, image)
     if name not in DATASETS:
-        names = difflib.get_close_matches(name, DATASETS)
-        every = f"{', '.join(sorted(DATASETS))}, or {HUB_PREFIX}NAME"
-        hint = f"did you mean {' or '.join(names)}?" if names else f"choose one of {every}"
+        hint = did_you_mean(name, DATASETS, f"use one of {', '.join(sorted(DATASETS))}, or {HUB_PREFIX}NAME")
         raise NolaVisionError(f"there is no data set {name!r}: {hint}")
     return DATASETS[name]
 
