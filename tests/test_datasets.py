@@ -18,11 +18,12 @@ from sklearn.datasets import load_digits
 
 import stand_ins
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.data.datasets import registry
-from nola_vision.data.datasets.registry import DATASETS, DatasetEntry, get_dataset, open_split
+from nola_vision.data.datasets import hugging_face
+from nola_vision.data.datasets.base import ROOT_VARIABLE, DatasetEntry
+from nola_vision.data.datasets.registry import DATASETS, get_dataset, open_split
+from nola_vision.data.datasets.shipped_list import class_of, read_list
 from nola_vision.data.sampling import draw
 from nola_vision.data.sources import FileSource, ImageSource
-from nola_vision.data.splits import class_of, read_list
 from nola_vision.images import decoding
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,7 @@ def save(path: Path, image: Image.Image | None = None, **options: object) -> Pat
 
 @pytest.fixture(autouse=True)
 def _no_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(registry.ROOT_VARIABLE, raising=False)
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -743,7 +744,7 @@ def test_large_files_of_a_local_hugging_face_data_set_are_hashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Parquet file is often larger than an image may be; two that differ are two data sets."""
-    monkeypatch.setattr(registry, "MOST_BYTES", 10)
+    monkeypatch.setattr(hugging_face, "MOST_BYTES", 10)
     found = set()
     for content in (b"a" * 20, b"b" * 20):
         (tmp_path / "train.parquet").write_bytes(content)

@@ -10,10 +10,10 @@ import numpy as np
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data import duplicates
-from nola_vision.data.datasets.registry import DatasetEntry, open_split
+from nola_vision.data.datasets.base import DatasetEntry, Split
+from nola_vision.data.datasets.registry import open_split
 from nola_vision.data.manifest import digest
 from nola_vision.data.sources import ImageSource
-from nola_vision.data.splits import Split
 
 
 @dataclass(frozen=True)

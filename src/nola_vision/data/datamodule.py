@@ -29,7 +29,9 @@ from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import count_aside
 from nola_vision.common.text import printable
-from nola_vision.data.datasets.registry import get_dataset, kinds_of_files, open_split
+from nola_vision.data.datasets.base import Split
+from nola_vision.data.datasets.image_folders import suffix_counts
+from nola_vision.data.datasets.registry import get_dataset, open_split
 from nola_vision.data.duplicates import digests, groups, in_both, under_two_labels
 from nola_vision.data.folds import folds, hold_out, number_of_folds
 from nola_vision.data.integrity import refuse_unreadable
@@ -44,7 +46,6 @@ from nola_vision.data.sampling import (
     validation_pool,
 )
 from nola_vision.data.sources import ImageSource
-from nola_vision.data.splits import Split
 from nola_vision.images.input_config import InputConfig
 from nola_vision.images.transforms import (
     Augmentation,
@@ -363,7 +364,7 @@ class KShotDataModule(L.LightningDataModule):
         """Warns of files that are not read and of copies; images are digested once."""
         skipped = sum((self.entry.other_files(self.root, split) for split in self._splits), Counter())
         if skipped:
-            self._warn(f"files that are not read: {kinds_of_files(skipped)}")
+            self._warn(f"files that are not read: {suffix_counts(skipped)}")
         for note in self.entry.notes(self.root):
             self._warn(note)
         sources = {split: self._open(split) for split in self._splits}

@@ -15,7 +15,8 @@ import yaml
 from nola_vision.adapters.methods import registry
 from nola_vision.runs.config_errors import TOP_KEYS, no_option, no_setting
 from nola_vision.runs.config_files import Config, load_yaml, overlay
-from nola_vision.data.datasets.registry import check_root, get_dataset
+from nola_vision.data.datasets.base import check_root
+from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.sampling import check_shots
 from nola_vision.data.manifest import read_manifest
 from nola_vision.common.errors import NolaVisionError

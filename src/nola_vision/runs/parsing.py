@@ -34,7 +34,8 @@ from nola_vision.models.backbones import BackboneSpec
 from nola_vision.runs.config_errors import TOP_KEYS, explain
 from nola_vision.runs.config_files import plain
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.datasets.registry import get_dataset, given_root
+from nola_vision.data.datasets.base import given_root
+from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.manifest import MOST_BYTES
 from nola_vision.runs.early_checks import load_value, option_pairs
 from nola_vision.common.errors import NolaVisionError

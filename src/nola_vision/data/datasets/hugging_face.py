@@ -14,9 +14,8 @@ from PIL import Image
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import read_file
 from nola_vision.common.tags import HUB_PREFIX
-from nola_vision.data.datasets.registry import DatasetEntry, content_list, given_root
+from nola_vision.data.datasets.base import DatasetEntry, Split, content_list, given_root
 from nola_vision.data.sources import ImageSource
-from nola_vision.data.splits import Split
 from nola_vision.images.decoding import MOST_BYTES, decode_image
 
 TEST_NAMES = ("test", "validation", "valid", "val")
