@@ -14,7 +14,6 @@ Each value is exact in float16, bfloat16 and wider.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nola_vision.adapters.methods.settings import Storage
+from nola_vision.common.hashing import sha256_integer
 
 BASIS_VERSION = 1  # part of every key: a new adapter format does not change it
 ENTRIES_PER_COUNTER = 16
@@ -55,8 +55,8 @@ def basis_key(basis_seed: int, identity: str, factor: str) -> Key:
         factor: `A`, `B`, `A0` (NOLA); `P` (PRANC), `hash` (HashedNet), `base` (random weights), `head` (its start).
     """
     text = f"nola-vision basis {BASIS_VERSION}\n{basis_seed}\n{identity}\n{factor}"
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    number = sha256_integer(text, 8)
+    return number & _MASK, number >> 32
 
 
 # --- the generator ---------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from nola_vision import __version__
 from nola_vision.common.errors import NolaVisionError, one_line
-from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.progress import let_idle_threads_sleep
+from nola_vision.common.suggestions import did_you_mean
 
 VERBS = {
     "fit": "adapt to the images in PHOTOS, or train one run of a config; test it and print the table so far",

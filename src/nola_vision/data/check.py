@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256
 from nola_vision.data import duplicates
 from nola_vision.data.datasets.base import DatasetEntry, Split
 from nola_vision.data.datasets.registry import open_split
-from nola_vision.data.manifest import digest
 from nola_vision.data.sources import ImageSource
 
 
@@ -61,7 +61,7 @@ def check_split(
             unreadable.append(str(error))
             digests.append(duplicates.unreadable(source, index))
         else:
-            digests.append(digest(encoded or image.tobytes()))
+            digests.append(sha256(encoded or image.tobytes()))
         progress(index + 1, len(source))
     counts = np.bincount(source.labels, minlength=len(source.class_names)).tolist()
     named = list(zip(source.class_names, counts, strict=True))

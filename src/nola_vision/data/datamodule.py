@@ -27,6 +27,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import keyed_hashes
 from nola_vision.common.progress import count_aside
 from nola_vision.common.text import printable
 from nola_vision.data.datasets.base import Split
@@ -42,7 +43,6 @@ from nola_vision.data.sampling import (
     classes_without_pool,
     draw,
     evenly_spaced,
-    keyed_hashes,
     validation_pool,
 )
 from nola_vision.data.sources import ImageSource

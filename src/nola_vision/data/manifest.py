@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
+from nola_vision.common.hashing import sha256
 from nola_vision.common.local_files import read_file
 from nola_vision.common.validation import check_types
 from nola_vision.data.sampling import Indices, candidates, draw
@@ -68,12 +68,7 @@ def make_manifest(
 
 def content(source: ImageSource, index: int) -> str:
     """SHA-256 over an image's file, or over its RGB pixels where it has none of its own."""
-    return digest(source.encoded(index) or source.image(index).tobytes())
-
-
-def digest(content: bytes) -> str:
-    """SHA-256 in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
+    return sha256(source.encoded(index) or source.image(index).tobytes())
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:

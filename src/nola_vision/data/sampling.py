@@ -6,7 +6,6 @@ any library version. All index arrays are int64 positions in the labels that wer
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,24 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import keyed_hash
 
 Indices = npt.NDArray[np.int64]
 
 POOL_STEP = 5
 POOL_MOST_PER_CLASS = 50
 POOL_SMALLEST_CLASS = 20
-
-
-def keyed_hash(purpose: str, *key: int) -> int:
-    """An unsigned 64-bit number that depends on its arguments and on nothing else."""
-    text = ":".join(["nola-vision-1", purpose, *map(str, key)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def keyed_hashes(count: int, purpose: str, *key: int) -> npt.NDArray[np.uint64]:
-    """`[count]` numbers as of `keyed_hash`, by their position: one SHAKE-256 stream, fast for a million of them."""
-    text = ":".join(["nola-vision-1", purpose, *map(str, key)])
-    return np.frombuffer(hashlib.shake_256(text.encode()).digest(8 * count), dtype=">u8").astype(np.uint64)
 
 
 def validation_pool(labels: npt.ArrayLike) -> Indices:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import logging
 import math
 import os
@@ -35,11 +34,11 @@ from torch import nn
 import nola_vision.models.zoo.glyph_vit
 import nola_vision.models.zoo.scratch  # noqa: F401  both register models with timm
 from nola_vision.adapters.random_basis import basis_key, uniform
-from nola_vision.adapters.serialization import add_tensor
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.files import weights_in
+from nola_vision.common.hashing import sha256_of_tensors
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import split_tag
 from nola_vision.common.text import printable
 from nola_vision.common.validation import check_types
@@ -561,11 +560,8 @@ def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
         without: names that stay out too.
     """
     state = backbone.state_dict()
-    digest = hashlib.sha256()
-    for name in sorted(state.keys() - set(without)):
-        if not re.search(r"pos_embed|relative_position", name):
-            add_tensor(digest, name, state[name])
-    return digest.hexdigest()
+    resampled = [name for name in state if re.search(r"pos_embed|relative_position", name)]
+    return sha256_of_tensors({name: state[name] for name in state.keys() - set(without) - set(resampled)})
 
 
 def own_side(spec: BackboneSpec) -> tuple[int, bool]:

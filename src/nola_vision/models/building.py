@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from nola_vision.adapters.methods.settings import Storage
 from nola_vision.adapters.random_basis import basis_key, uniform
 from nola_vision.adapters.target import HEAD, Target
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256_integer
 from nola_vision.models import peft_bridge
 from nola_vision.models.backbones import Base
 from nola_vision.models.targets import find_targets, named_targets
@@ -282,5 +282,4 @@ def with_module_names(method: PEFT, edited: nn.Module) -> PEFT:
 
 def _generator(run_seed: int, purpose: str) -> torch.Generator:
     """A stream of its own for each purpose, so that no draw shifts another."""
-    digest = hashlib.sha256(f"{run_seed} {purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(sha256_integer(f"{run_seed} {purpose}", 7))

@@ -6,7 +6,6 @@ Everything that the page shows is computed here as plain values (the views); `te
 from __future__ import annotations
 
 import base64
-import hashlib
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from nola_vision import __version__
+from nola_vision.common.hashing import sha256
 from nola_vision.common.text import excerpt, last_part, printable
 from nola_vision.reports import tables
 from nola_vision.reports.confusion import confused_pairs
@@ -359,7 +359,7 @@ def _asset(name: str) -> str:
 
 
 def _digest(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+    return f"sha256-{base64.b64encode(bytes.fromhex(sha256(text))).decode()}"
 
 
 def _cell(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import math
@@ -29,6 +28,7 @@ from matplotlib.transforms import Bbox
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
+from nola_vision.common.hashing import sha256
 from nola_vision.common.text import printable
 from nola_vision.reports.confusion import class_differences, entry_confusions
 from nola_vision.reports.description import bytes_text
@@ -755,7 +755,7 @@ def write_plots(plots: Mapping[str, Mapping[str, bytes]], out: Path) -> list[Pat
     for cell, of_cell in plots.items():
         stem = cell
         if len(encoded := cell.encode()) > 160:  # a file's name has 255 bytes
-            stem = f"{encoded[:140].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:10]}"
+            stem = f"{encoded[:140].decode(errors='ignore')}-{sha256(encoded)[:10]}"
         for name, content in of_cell.items():
             written.append(out / f"{stem}-{name}.png")
             write_file(written[-1], content)

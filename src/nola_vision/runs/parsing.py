@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
 import json
 import logging
@@ -39,6 +38,7 @@ from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.manifest import MOST_BYTES
 from nola_vision.runs.early_checks import load_value, option_pairs
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256
 from nola_vision.common.local_files import file_digest
 from nola_vision.training.progress import LiveProgress, PlainProgress
 from nola_vision.runs import run_id
@@ -285,7 +285,7 @@ def _content(run_config: run_id.Config) -> dict[str, str]:
             found[name] = digest
     with suppress(NolaVisionError):
         if content := get_dataset(run_config["data"]["dataset"]).own_content(run_config["data"]["root"]):
-            found["data"] = hashlib.sha256(content).hexdigest()
+            found["data"] = sha256(content)
     return found
 
 

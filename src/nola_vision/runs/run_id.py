@@ -6,7 +6,6 @@ The hashes cover what can change a result. A setting that is left out is left ou
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import short_dataset, short_tag
 from nola_vision.common.text import last_part
@@ -306,8 +306,7 @@ def _canonical(value: Any) -> Any:
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return sha256(json.dumps(value, sort_keys=True, separators=(",", ":")))[:10]
 
 
 def _root_name(run_config: Mapping[str, Any]) -> str:

@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from nola_vision.adapters.methods.registry import PEFT, FullFinetune, LinearProbe, Method
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import keyed_hash
 from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.sampling import keyed_hash
 from nola_vision.models.adapted_model import adapt, backbone_tensors, first_not_finite
 from nola_vision.models.backbones import BackboneSpec, batch_norms
 from nola_vision.runs.run_id import flattened

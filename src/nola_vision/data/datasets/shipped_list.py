@@ -7,7 +7,6 @@ testing. The lists decide, so that a split never changes; `scripts/make_split_li
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from importlib import resources
 from itertools import groupby
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import blake2b_integer
 from nola_vision.data.datasets.base import DatasetEntry, Split, data_root
 from nola_vision.data.datasets.torchvision_readers import read_by_torchvision
 from nola_vision.data.sources import FileSource, ImageSource
@@ -79,7 +79,7 @@ def split_by_rule(dataset: str, paths: Iterable[str], train: int, test: int | No
     """
     chosen: dict[Split, list[str]] = {"train": [], "test": []}
     for _, members in groupby(sorted(paths, key=_order), key=class_of):
-        ranked = sorted(members, key=lambda path: _rank(f"{dataset}/v1/0/{path}"))
+        ranked = sorted(members, key=lambda path: blake2b_integer(f"{dataset}/v1/0/{path}"))
         chosen["train"] += ranked[:train]
         chosen["test"] += ranked[train:] if test is None else ranked[train : train + test]
     return {split: sorted(members, key=_order) for split, members in chosen.items()}
@@ -92,10 +92,6 @@ def class_of(path: str) -> str:
 
 def _order(path: str) -> tuple[str, str]:
     return class_of(path), path
-
-
-def _rank(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def pack_list(splits: dict[Split, list[str]]) -> bytes:
