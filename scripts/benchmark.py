@@ -42,6 +42,7 @@ from nola_vision.adapters.bank import ParameterBank
 from nola_vision.adapters.methods import Method
 from nola_vision.adapters.random_basis import Basis, basis_key, basis_words
 from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.building import make_bank
 from nola_vision.runs.store import read_rows
 
@@ -314,7 +315,9 @@ def input_side(rounds: int) -> None:
         for number in range(-1, rounds):
             times = {}
             start = time.perf_counter()
-            data = KShotDataModule(spec, "folder", folder, shots=INPUT_SHOTS, batch_size=50, augmentation="released")
+            data = KShotDataModule(
+                input_config(spec), "folder", folder, shots=INPUT_SHOTS, batch_size=50, augmentation="released"
+            )
             data.setup("fit")
             times["opening"] = time.perf_counter() - start
             ours = data.train_dataloader()

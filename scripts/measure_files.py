@@ -63,7 +63,7 @@ def main() -> None:
             for name in cut(source, out) if known.cut else fewer_bits(source, out, known.head_bits):
                 model = load_adapter(out)
                 if batches is None:
-                    batches = list(KShotDataModule(model.metadata.backbone).test_dataloader())
+                    batches = list(KShotDataModule(model.metadata.input).test_dataloader())
                 right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
                 accuracy = 100 * right / sum(len(labels) for _, labels in batches)
                 found[row.method, name].append((accuracy, out.stat().st_size))

@@ -332,12 +332,12 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
     assert found is not None and len(estimate.folds) == 5 * 2 and estimate.std > 0
     assert estimate.untested_classes == untested and len(found.index) == estimate.images == 28
 
-    backbone = build(config, tmp_path / "built").datamodule.backbone
+    image = build(config, tmp_path / "built").datamodule.input
     x, y, order = features_of({**config, "data": {**config["data"], "shots": "all"}}, tmp_path / "all", False)
     assert (order == np.arange(len(y))).all()
     right = []
     for fold in range(5):
-        part = KShotDataModule(backbone, **{**config["data"], "fold": fold})
+        part = KShotDataModule(image, **{**config["data"], "fold": fold})
         train, test = part.train_indices, part.test_indices
         weight, bias, _ = frozen.logistic_regression(x[train].astype(np.float64), y[train], part.groups[train])
         chosen = (x[test] @ weight.T + bias).argmax(1)
@@ -345,7 +345,7 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
         right.append((chosen == y[test]).mean())
     assert estimate.folds[:5] == pytest.approx(right)
 
-    final = KShotDataModule(backbone, **config["data"]).train_indices
+    final = KShotDataModule(image, **config["data"]).train_indices
     weight, _, _ = frozen.logistic_regression(x[final].astype(np.float64), y[final], part.groups[final])
     saved = load_adapter(folder / runner.ADAPTER_FILE)
     assert saved.bank.head_weight[0].detach().numpy() == pytest.approx(weight, abs=1e-4 * np.abs(weight).max())

@@ -135,7 +135,7 @@ def find_images(places: Sequence[str]) -> list[Path]:
         NolaVisionError: a name is neither file nor folder, or a folder has no images; such a name on standard input is
             kept, and predicted as an image that cannot be read.
     """
-    from nola_vision.data.datasets.registry import image_files
+    from nola_vision.data.datasets.image_folders import image_files
 
     found: list[Path] = []
     for place in places:

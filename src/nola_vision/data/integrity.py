@@ -11,7 +11,7 @@ from nola_vision.images.decoding import MOST_BYTES, decode_image, decoder_versio
 
 
 def refuse_unreadable(source: ImageSource, indices: Indices) -> None:
-    """Decodes image files in full; those that were decoded before and have not changed are not read again.
+    """Decodes image files in full; files that were decoded before and have not changed are not read again.
 
     Images of sources without separate files are not decoded: opening such a source checks what it can.
 

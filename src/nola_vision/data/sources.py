@@ -1,4 +1,4 @@
-"""Where the images of a split come from: an array or files, decoded when asked for, always upright RGB."""
+"""Images of a split, from an array or from files: decoded on access, always upright RGB."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nola_vision.images.decoding import MOST_BYTES, decode_image, decoding_error
 
 
 class ImageSource:
-    """The images of one split, decoded when asked for.
+    """The images of one split, decoded on access.
 
     Args:
         labels: `[n]` class indices.
@@ -50,11 +50,11 @@ class ImageSource:
             raise decoding_error(self.where(index), error) from error
 
     def where(self, index: int) -> str:
-        """Names an image for a person: its path, or as `digits[17]`."""
+        """An image's name in messages: its path, or as `digits[17]`."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """Names an image wherever its data set lies: its path beneath the data set's folder, or as `digits[17]`."""
+        """An image's name on any machine: its path under the data set's folder, or as `digits[17]`."""
         return self.where(index)
 
     def encoded(self, index: int) -> bytes | None:
@@ -70,7 +70,7 @@ class ImageSource:
 
 
 class ArraySource(ImageSource):
-    """Images held in one uint8 array `[n, h, w]` or `[n, h, w, 3]`."""
+    """Images in one uint8 array `[n, h, w]` or `[n, h, w, 3]`."""
 
     def __init__(
         self, name: str, pixels: npt.NDArray[np.uint8], labels: npt.ArrayLike, class_names: tuple[str, ...]
@@ -120,5 +120,5 @@ class FileSource(ImageSource):
 
 
 def name_under(base: Path, path: Path) -> str:
-    """A file's path under a folder as text that every file can store; its own path if it is elsewhere."""
+    """A file's path relative to a folder, as text without undecodable bytes; its full path if it is elsewhere."""
     return name_text((path.relative_to(base) if path.is_relative_to(base) else path).as_posix())

@@ -33,7 +33,8 @@ from nola_vision.common.imports import resolve
 from nola_vision.common.local_files import file_digest
 from nola_vision.common.mappings import value_at
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.datasets.registry import get_dataset, given_root
+from nola_vision.data.datasets.base import given_root
+from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.manifest import MOST_BYTES
 from nola_vision.models.backbones.sources import local_files
 from nola_vision.models.backbones.spec import BackboneSpec
@@ -68,6 +69,16 @@ class _Parser(LightningArgumentParser):
         return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
 
 
+def make_data(backbone: BackboneSpec, **settings: Any) -> KShotDataModule:
+    """The datamodule with the image format of a backbone.
+
+    Args:
+        backbone: that of the model.
+        settings: those of `KShotDataModule`.
+    """
+    return KShotDataModule(backbones.input_config(backbone), **settings)
+
+
 class RunCLI(LightningCLI):
     """LightningCLI with this project's wiring: one task, one datamodule, one folder for all that a run writes.
 
@@ -92,7 +103,7 @@ class RunCLI(LightningCLI):
         with import_policy.allowing(self.packages):
             super().__init__(
                 make_task,
-                KShotDataModule,
+                make_data,
                 args=settings,
                 run=False,
                 save_config_callback=None,  # the row holds the config
@@ -202,7 +213,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         ) from error
     # the parser takes null for anything
     required = [key for key, one in inspect.signature(KShotDataModule).parameters.items() if one.default is not None]
-    linked = ("backbone", "run_seed")
+    linked = ("input", "backbone", "run_seed")
     for path in (
         ("protocol",),
         ("trainer",),
@@ -310,7 +321,7 @@ def open_data(run_config: run_id.Config) -> KShotDataModule:
     Raises:
         NolaVisionError: as `KShotDataModule.setup`.
     """
-    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
+    module = make_data(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
     module.prepare_data()
     return module
 

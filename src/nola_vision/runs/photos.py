@@ -23,7 +23,6 @@ from nola_vision.data.datasets.registry import get_dataset, open_split
 from nola_vision.data.sources import ImageSource
 from nola_vision.images.decoding import image_suffixes
 from nola_vision.runs import cells, run_id, yaml_files
-from nola_vision.runs.config_files import Config
 from nola_vision.runs.yaml_files import Config
 
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"  # docs/decisions/0016

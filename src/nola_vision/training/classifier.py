@@ -25,7 +25,6 @@ from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.models.adapted_model import first_not_finite
 from nola_vision.models.assembly import adapt
-from nola_vision.models.backbones.properties import batch_norms
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.evaluation import EvaluatedModule
 from nola_vision.training.features import drops_nothing, use_features
