@@ -22,7 +22,6 @@ from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.manifest import read_manifest
 from nola_vision.data.sampling import check_shots
 from nola_vision.runs.config_errors import TOP_KEYS, no_option, no_setting
-from nola_vision.runs.config_files import Config
 from nola_vision.runs.yaml_files import Config, load_yaml
 
 _ELSEWHERE = ("seed_everything", "print_config", "config", "allow_import")  # `config.parse` knows what to do with these

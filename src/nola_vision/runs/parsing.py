@@ -36,7 +36,7 @@ from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets.base import given_root
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.manifest import MOST_BYTES
-from nola_vision.models.backbones.sources import local_files
+from nola_vision.models.backbones.sources import input_config, local_files
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import import_policy, run_id
 from nola_vision.runs.config_errors import TOP_KEYS, explain
@@ -76,7 +76,7 @@ def make_data(backbone: BackboneSpec, **settings: Any) -> KShotDataModule:
         backbone: that of the model.
         settings: those of `KShotDataModule`.
     """
-    return KShotDataModule(backbones.input_config(backbone), **settings)
+    return KShotDataModule(input_config(backbone), **settings)
 
 
 class RunCLI(LightningCLI):
