@@ -1,6 +1,6 @@
 """The contract of a method: what it trains, how its trained values change weights, what the program asks of it.
 
-A method is a frozen dataclass of settings in a file of its own in this folder; `registry.register` makes it known.
+A method is a frozen dataclass of settings in a separate file of this folder; `registry.register` makes it known.
 Importing such a file must not import torch, since settings are checked before torch is loaded: functions import what
 they compute with. CONTRIBUTING.md, "A new method", is the guide; `nola.py` and `lora.py` are good examples.
 """
@@ -236,7 +236,7 @@ class Method:
         raise NotImplementedError
 
     def sketch(self, group: Group, fixed: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A few numbers of what `fixed` computed from the frozen weight, if that depends on the machine's libraries.
+        """A few of the values that `fixed` computed from the frozen weight, if that depends on the machine's libraries.
 
         The adapter file contains them; loading compares them with its own, within 1e-3 of the largest.
         """
