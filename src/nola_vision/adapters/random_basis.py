@@ -8,8 +8,8 @@ Generator: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
 words are formed from 16-bit halves, so that no intermediate passes 2**49 and signed 64-bit arithmetic gives the same
 bits everywhere, compiled code included.
 
-Distribution: a byte q from -128 to 127 is the value (2 q + 1) / 256, uniform and symmetric in (-1, 1), variance 1/3 (1 - 2**-16).
-Each value is exact in float16, bfloat16 and wider.
+Distribution: a byte q from -128 to 127 is the value (2 q + 1) / 256, uniform and symmetric in (-1, 1), variance
+1/3 (1 - 2**-16). Each value is exact in float16, bfloat16 and wider.
 """
 
 from __future__ import annotations

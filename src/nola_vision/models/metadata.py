@@ -174,7 +174,7 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: it lists no classes or targets")
     if len(metadata["targets"]) > MAX_TARGETS:
         raise NolaVisionError(
-            f"{path} names {len(metadata['targets']):,} targets, more than the {MAX_TARGETS:,} of any backbone"
+            f"{path} names {len(metadata['targets']):,} targets: at most {MAX_TARGETS:,} are possible"
         )
     for text in _texts({key: value for key, value in metadata.items() if key != "class_names"}):
         if not _is_setting(text):
