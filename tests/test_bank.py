@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nola_vision.adapters.functional import additive_linear, dense_change, merged_linear, merges_exactly
-from nola_vision.adapters.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, Method
+from nola_vision.adapters.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, LoRAXS, Method, VeRA
 from nola_vision.adapters.methods.base import Group, Source
 from nola_vision.adapters.random_basis import Basis, basis_key, combine
 from nola_vision.adapters.target import Target
@@ -73,6 +73,8 @@ METHODS = [
     PRANC(targets=["qv", "mlp", "head"], num_basis=6, scope="layer", storage="streamed"),
     HashedNet(targets=["mlp"], max_parameters=50),
     HashedNet(targets=["qv", "head"], max_parameters=50),
+    LoRAXS(targets=["qv", "mlp"], rank=5),
+    VeRA(targets=["qv", "mlp"], rank=60),
 ]
 IDS = [f"{type(m).__name__}-{'+'.join(m.targets)}" for m in METHODS]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -133,7 +135,7 @@ def test_lora_equals_peft() -> None:
             assert torch.allclose(mine.grad[0, layer], expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
 
 
-LOW_RANK = [method for method in METHODS if isinstance(method, NOLA | LoRA)]
+LOW_RANK = [method for method in METHODS if isinstance(method, NOLA | LoRA | LoRAXS | VeRA)]
 
 
 @pytest.mark.parametrize("method", LOW_RANK, ids=str)
@@ -353,6 +355,8 @@ class Grouped(nn.Module):
         LoRA(targets=["conv"], rank=2),
         PRANC(targets=["conv"], num_basis=9),
         HashedNet(targets=["conv"], max_parameters=30),
+        LoRAXS(targets=["conv"], rank=3),
+        VeRA(targets=["conv"], rank=20),
     ],
     ids=str,
 )
@@ -867,7 +871,7 @@ def test_a_method_sees_the_frozen_weight_as_its_change_is_added(backbone: nn.Mod
     assert torch.equal(head.product(source.weight(head), torch.eye(5), 1.0), source.head)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, NOLA | LoRA | PRANC | HashedNet)], ids=IDS)
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_initial_values_have_the_shapes_that_files_are_checked_against(method: Method) -> None:
     bank = make_bank(vit(), method, 5, num_adapters=2)
     for group in bank.group_settings.values():

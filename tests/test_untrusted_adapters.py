@@ -52,7 +52,9 @@ def ending(name: str, folder: Path, tensors: dict[str, Any] | None = None, **cha
 
 def test_a_header_that_asks_for_too_much_is_refused_at_once(tmp_path: Path) -> None:
     asks = functools.partial(ending, GLYPHS, tmp_path)
-    assert "num_basis of NOLA is 1000000000: it must be above zero and at most 1,048,576" in asks(settings__num_basis=10**9)
+    assert "num_basis of NOLA is 1000000000: it must be above zero and at most 1,048,576" in asks(
+        settings__num_basis=10**9
+    )
     assert "has the shape [12, 6] and not [12, 1000000]" in asks(settings__num_basis=10**6)
     assert "coefficients_a has the shape" in asks(settings__num_basis_b=None, settings__max_parameters=10**9)
     assert ending(TINY, tmp_path, settings__max_bytes=10**9) is None  # a budget is for training: the file is counted

@@ -60,6 +60,7 @@ class Source:
         draws: the generator of initial values, used by one group after the other.
         backbone: the frozen backbone.
         head: `[classes, features + 1]`, the fixed part of an adapted head.
+        loading: the trained values come from an adapter file, so what only training may be refused for is not checked.
     """
 
     num_adapters: int
@@ -68,6 +69,7 @@ class Source:
     draws: torch.Generator
     backbone: nn.Module | None = None
     head: Tensor | None = None
+    loading: bool = False
 
     @property
     def from_scratch(self) -> bool:
@@ -344,6 +346,12 @@ def check_rank(rank: int, targets: Sequence[Target]) -> None:
             f"rank {rank} is not possible for {narrow.name}, a {narrow.inputs} x {narrow.outputs} matrix: "
             f"use a rank from 1 to {limit}"
         )
+
+
+def refuse_head(method: Method, targets: Sequence[Target], reason: str) -> None:
+    """Refuses the head as a target of a method that has no use for it."""
+    if any(target.name == HEAD for target in targets):
+        raise NolaVisionError(f"{type(method).__name__} does not adapt the head ({reason}): leave head out of targets")
 
 
 def check_budget(budget: int, least: int, method: str) -> None:
