@@ -56,7 +56,8 @@ def make_bank(
         std = 0.0 if base == "zero" else 0.1 / math.sqrt(3 * width)
         head = uniform(basis_key(run_seed, HEAD, HEAD), (classes, width + 1), std)
     draws = generator(run_seed, "factors")
-    source = Source(num_adapters, run_seed if basis_seed is None else basis_seed, base, draws, backbone, head)
+    seed = run_seed if basis_seed is None else basis_seed
+    source = Source(num_adapters, seed, base, draws, backbone, head, loading=target_names is not None)
     return ParameterBank(method, method.groups(targets), source, width, num_classes, generator(run_seed, "head"))
 
 

@@ -6,9 +6,11 @@ from nola_vision.adapters.methods.full import FullFinetune
 from nola_vision.adapters.methods.hashednet import HashedNet
 from nola_vision.adapters.methods.linear import LinearProbe
 from nola_vision.adapters.methods.lora import LoRA
+from nola_vision.adapters.methods.lora_xs import LoRAXS
 from nola_vision.adapters.methods.nola import NOLA
 from nola_vision.adapters.methods.peft import PEFT
 from nola_vision.adapters.methods.pranc import PRANC
+from nola_vision.adapters.methods.vera import VeRA
 
 __all__ = [
     "NOLA",
@@ -20,8 +22,10 @@ __all__ = [
     "HashedNet",
     "LinearProbe",
     "LoRA",
+    "LoRAXS",
     "LogisticRegression",
     "Method",
     "NearestMean",
     "NearestNeighbor",
+    "VeRA",
 ]

@@ -7,20 +7,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from nola_vision.adapters.methods.base import (
-    Adapter,
-    Base,
-    Group,
-    Source,
-    Storage,
-    by_shape,
-    check_budget,
-    check_num_basis,
-    check_positive,
-    check_rank,
-    he_scale,
-    loading_storage,
-)
+from nola_vision.adapters.methods.base import MOST_NUM_BASIS, Adapter, Base, Group, Source, Storage, by_shape, check_budget, check_positive, check_rank, he_scale, loading_storage
 from nola_vision.adapters.methods.registry import register
 from nola_vision.adapters.target import HEAD, Change, Target, low_rank_changes
 from nola_vision.common.errors import NolaVisionError
@@ -89,7 +76,7 @@ class NOLA(Adapter):
 
     def check(self) -> None:
         super().check()
-        check_num_basis(self, "num_basis", "num_basis_b", "head_num_basis")
+        check_positive(self, "num_basis", "num_basis_b", "head_num_basis", most=MOST_NUM_BASIS)
         check_positive(self, "c", "head_rank", "memory_mib")
         if self.max_parameters is not None and self.max_bytes is not None:
             raise NolaVisionError("NOLA has both max_parameters and max_bytes: give one budget")
