@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import lightning as L
 import torch
@@ -73,9 +73,12 @@ class RunCLI(LightningCLI):
 
     Args:
         config: a run config as a nested dict. It stays as it was.
-        folder: where the run writes; None only parses and builds nothing.
-        options: command-line options that override the config.
+        folder: where the run writes, if the config is a full one, as `parse` returns it. None: the config is parsed
+            and validated, and nothing is built.
+        options: command-line options that override the config; not with a full config.
     """
+
+    _shared: ClassVar[LightningArgumentParser | None] = None  # making the parser takes as long as using it
 
     def __init__(self, config: Mapping[str, Any], folder: Path | None = None, options: Sequence[str] = ()) -> None:
         self.folder, self.options = folder, list(options)
@@ -97,6 +100,7 @@ class RunCLI(LightningCLI):
                 run=False,
                 save_config_callback=None,  # the row holds the config
                 auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # checkpoints hold no hyperparameters
                 parser_class=_Parser,
                 parser_kwargs={"prog": "nola-vision fit", "exit_on_error": False, "allow_abbrev": False},
                 trainer_defaults={
@@ -108,11 +112,22 @@ class RunCLI(LightningCLI):
                 },
             )
 
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        if RunCLI._shared is None:
+            super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+            RunCLI._shared = self.parser
+        self.parser = RunCLI._shared
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        partly = {"defaults": False, "_skip_validation": True, "_skip_required": True}
-        with skip_apply_links():  # their sources may be missing until the options are there
-            given = parser.parse_object(args, env=False, **partly)
-        self.config = parser.parse_args(self.options, namespace=given, env=False)
+        if self.folder is not None:  # `parse` has validated it
+            self.config = parser.parse_object(args, env=False, _skip_validation=True)
+        else:
+            partly = {"defaults": False, "_skip_validation": True, "_skip_required": True}
+            with skip_apply_links():  # their sources may be missing until the options are there
+                given = parser.parse_object(args, env=False, **partly)
+            self.config = parser.parse_args(self.options, namespace=given, env=False)
         import_policy.check_classes(self.config.as_dict(), self.packages)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
