@@ -112,11 +112,9 @@ class RunCLI(LightningCLI):
                 },
             )
 
-    def setup_parser(
-        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
-    ) -> None:
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         if RunCLI._shared is None:
-            super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+            super().setup_parser(*args, **kwargs)
             RunCLI._shared = self.parser
         self.parser = RunCLI._shared
 
@@ -170,7 +168,7 @@ class RunCLI(LightningCLI):
 
 
 def _listed(value: Any) -> list[Any]:
-    """A config's callbacks or loggers as a list; `true`, `false` and null stand for none of one's own."""
+    """A config's callbacks or loggers as a list; empty for `true`, `false` and null."""
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
@@ -192,7 +190,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     """
     import_policy.check_packages(allow_import)
     if "allow_import" in config:
-        raise NolaVisionError("a config has no key 'allow_import': it is given on the command line, as --allow-import")
+        raise NolaVisionError("unknown key 'allow_import' in the config: give --allow-import on the command line")
     pairs = option_pairs(options)
     for group in ("model", "model.backbone", "data", "trainer"):
         given = [value_at(config, *group.split(".")), *(value for key, value in pairs if key == group)]
@@ -344,7 +342,7 @@ def has_validation_images(run_config: run_id.Config) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back what Lightning says of every healthy run: tips, a device report, and advice that is wrong here."""
+    """Hides what Lightning prints in every healthy run: tips, a device report, and advice that is wrong here."""
     loggers = [logging.getLogger(f"lightning.{n}") for n in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -354,8 +352,8 @@ def quiet() -> Iterator[None]:
             ".*does not have many workers.*",  # workers cost more than they bring for a set kept in memory
             ".*in eval mode at the start of training.*",  # frozen batch norms are meant to be
             ".*treespec.*is deprecated.*",
-            ".*Total length of `.*` across ranks is zero.*",  # no validation pool: a sentence of our own says so
-            ".*The dirpath has changed from.*",  # `validate` and `test` write beside the run
+            ".*Total length of `.*` across ranks is zero.*",  # no validation pool: the run reports it
+            ".*The dirpath has changed from.*",  # `validate` and `test` write next to the run
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*Experiment logs directory .* exists and is not empty.*",
         ):
