@@ -158,7 +158,7 @@ def test_mistakes(tmp_path: Path) -> None:
     refused("loose has no class folders", str(tmp_path / "loose"))
     refused("a.png' is one image", str(tmp_path / "loose" / "a.png"))
     refused("--config quickstart.yaml", "quickstart.yaml")
-    refused("no method 'nolla': did you mean nola", method="nolla")
+    refused("unknown method 'nolla' in the config: did you mean nola", method="nolla")
     refused("--shots is 0: give 1 or more, or all", shots=0)
     refused("--epochs is 0: give 1 or more", epochs=0)
     refused("--device is 'cudda': did you mean cuda", device="cudda")

@@ -187,7 +187,7 @@ def test_methods() -> None:
     assert parse_methods("all", CONFIG) == ["nn1", "linear", "full", "lora", "nola"]
     assert parse_methods("nola, lora,nola", CONFIG) == ["nola", "lora"]
     for text in ("", "nola,", "nola,lorra"):
-        with pytest.raises(NolaVisionError, match="has no method"):
+        with pytest.raises(NolaVisionError, match="unknown method"):
             parse_methods(text, CONFIG)
 
 

@@ -260,7 +260,7 @@ def test_early_checks_report_what_is_certain_and_leave_the_rest(
         check_run(config(), [], "no.ckpt")
     with pytest.raises(NolaVisionError, match="unknown method 'MAGIC'"):
         check_run(config(model={"method": {"class_path": "MAGIC"}}))
-    with pytest.raises(NolaVisionError, match="the config has no setting 'modl': did you mean model"):
+    with pytest.raises(NolaVisionError, match="unknown setting 'modl' of the config: did you mean model"):
         check_run(config(modl={}))
     right = [
         ["--data.shots=all"], ["--data.shots", "10"], ["--model.method.bits=4"], ["--model.method.rank", "4.0"],

@@ -47,9 +47,9 @@ def check_types(value: T) -> T:
     """
     plain: dict[str, Any] = {}
     for name, hint in get_type_hints(type(value)).items():
-        held = getattr(value, name)
-        own = plain_number(held)
-        if own is not held:
+        given = getattr(value, name)
+        own = plain_number(given)
+        if own is not given:
             plain[name] = own
         try:
             check_type(own, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
@@ -57,7 +57,7 @@ def check_types(value: T) -> T:
         except (TypeCheckError, RecursionError):
             wrong = True
         if wrong:
-            raise NolaVisionError(f"{name} of {type(value).__name__} is {quoted(held)}: it must be {_in_words(hint)}")
+            raise NolaVisionError(f"{name} of {type(value).__name__} is {quoted(given)}: it must be {_in_words(hint)}")
     return dataclasses.replace(value, **plain) if plain else value  # type: ignore[type-var]
 
 

@@ -1,4 +1,4 @@
-"""jsonargparse's long messages in one short sentence: which key, what was given, what it may be. Pure."""
+"""jsonargparse's long messages as one short sentence: the key, the given value, what it may be. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("torch.optim", "lightning", "nola_vision")  # whose classes a config
 
 
 def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
-    """What a message of the parser means for a person.
+    """A message of the parser in plain words.
 
     Args:
         message: of a jsonargparse error.
@@ -33,13 +33,13 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
         group, option = unknown.groups()
         inner, _, last = f"{group}.{option}".rpartition(".")
         known = settings.get(inner, settings.get(group, ()))
-        return f"`{group}` has no key '{option}'{_instead(last, known)}"
+        return f"unknown key '{option}' in `{group}`{_instead(last, known)}"
     if unknown := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", message):
         key = unknown[1].lstrip("-")
         group, _, name = key.rpartition(".")
         return no_option(key, name, settings.get(group, ()))
     if inside and (needed := re.search(r"the following arguments are required: (\w+)", message)):
-        return f"{inside[1]} has no value for '{needed[1]}': give --{key}.{needed[1]}"
+        return f"{inside[1]} needs a value for '{needed[1]}': give --{key}.{needed[1]}"
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", message):
         return f"{key} takes no '.{nested[1]}': it is one value{_instead(nested[1], settings.get(key, ()))}"
     shown = re.search(r"(?:Given value|Got value): (.*)$", message)
@@ -52,12 +52,12 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
 
 
 def no_setting(name: str, given: str, known: Sequence[str]) -> str:
-    """What to say of an unknown setting."""
-    return f"{name} has no setting '{given}'{_instead(given, known)}"
+    """The message on an unknown setting."""
+    return f"unknown setting '{given}' of {name}{_instead(given, known)}"
 
 
 def no_option(key: str, name: str, known: Sequence[str]) -> str:
-    """What to say of an unknown option `--KEY`, of which `name` is the part that is not among the `known`."""
+    """The message on an unknown option `--KEY`; `name` is the part of it that is not among the `known`."""
     return f"there is no option --{key}{_instead(name, known)}"
 
 

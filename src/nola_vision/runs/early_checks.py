@@ -1,6 +1,6 @@
-"""Mistakes in a config that need neither torch nor Lightning, which take seconds to import.
+"""Checks of a config that need neither torch nor Lightning, which take seconds to import.
 
-`config.parse` checks everything; this only asks the same rules earlier, and leaves alone what it is not certain of.
+`parsing.parse` checks everything. These checks call the same rules earlier, and skip what the parser may convert.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from nola_vision.data.sampling import check_shots
 from nola_vision.runs.config_errors import TOP_KEYS, no_option, no_setting
 from nola_vision.runs.yaml_files import Config, load_yaml
 
-_ELSEWHERE = ("seed_everything", "print_config", "config", "allow_import")  # `config.parse` knows what to do with these
+_ELSEWHERE = ("seed_everything", "print_config", "config", "allow_import")  # `parsing.parse` handles these
 
 
 def check_run(config: Mapping[str, Any], options: Sequence[str] = (), ckpt_path: str | None = None) -> None:
-    """Refuses what no run can be made of.
+    """Refuses a config that cannot be run.
 
     Args:
-        config: a run config, as `identity.resolve` returns it; it may lack what the options give.
+        config: a run config, as `run_id.resolve` returns it; it may lack what the options give.
         options: command-line options that override it, such as `--data.shots=10`.
         ckpt_path: the checkpoint to start from, or `last`.
 

@@ -143,7 +143,7 @@ def _check_class(path: str, packages: Sequence[str], where: str) -> None:
         raise NolaVisionError(f"{where}: {refusal(_name(found))}")
     if not issubclass(found, _BASES):
         kinds = ", ".join(base.__name__ for base in _BASES)
-        raise NolaVisionError(f"{where} is '{path}', which a run has no use for: name a subclass of {kinds}")
+        raise NolaVisionError(f"{where} is '{path}', which a run cannot use: name a subclass of {kinds}")
     needed = next((_NETWORK[base.__name__] for base in found.__mro__ if base.__name__ in _NETWORK), None)
     if needed is not None and not _within(needed, packages):
         raise NolaVisionError(

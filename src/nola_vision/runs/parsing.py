@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import lightning as L
 import torch
@@ -76,9 +76,12 @@ class RunCLI(LightningCLI):
 
     Args:
         config: a run config as a nested dict. It stays as it was.
-        folder: where the run writes; None only parses and builds nothing.
-        options: command-line options that override the config.
+        folder: where the run writes, if the config is a full one, as `parse` returns it. None: the config is parsed
+            and validated, and nothing is built.
+        options: command-line options that override the config; not with a full config.
     """
+
+    _shared: ClassVar[LightningArgumentParser | None] = None  # making the parser takes as long as using it
 
     def __init__(self, config: Mapping[str, Any], folder: Path | None = None, options: Sequence[str] = ()) -> None:
         self.folder, self.options = folder, list(options)
@@ -100,6 +103,7 @@ class RunCLI(LightningCLI):
                 run=False,
                 save_config_callback=None,  # the row holds the config
                 auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # checkpoints hold no hyperparameters
                 parser_class=_Parser,
                 parser_kwargs={"prog": "nola-vision fit", "exit_on_error": False, "allow_abbrev": False},
                 trainer_defaults={
@@ -111,11 +115,20 @@ class RunCLI(LightningCLI):
                 },
             )
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        if RunCLI._shared is None:
+            super().setup_parser(*args, **kwargs)
+            RunCLI._shared = self.parser
+        self.parser = RunCLI._shared
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        partly = {"defaults": False, "_skip_validation": True, "_skip_required": True}
-        with skip_apply_links():  # their sources may be missing until the options are there
-            given = parser.parse_object(args, env=False, **partly)
-        self.config = parser.parse_args(self.options, namespace=given, env=False)
+        if self.folder is not None:  # `parse` has validated it
+            self.config = parser.parse_object(args, env=False, _skip_validation=True)
+        else:
+            partly = {"defaults": False, "_skip_validation": True, "_skip_required": True}
+            with skip_apply_links():  # their sources may be missing until the options are there
+                given = parser.parse_object(args, env=False, **partly)
+            self.config = parser.parse_args(self.options, namespace=given, env=False)
         import_policy.check_classes(self.config.as_dict(), self.packages)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -158,7 +171,7 @@ class RunCLI(LightningCLI):
 
 
 def _listed(value: Any) -> list[Any]:
-    """A config's callbacks or loggers as a list; `true`, `false` and null stand for none of one's own."""
+    """A config's callbacks or loggers as a list; empty for `true`, `false` and null."""
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
@@ -180,7 +193,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     """
     import_policy.check_packages(allow_import)
     if "allow_import" in config:
-        raise NolaVisionError("a config has no key 'allow_import': it is given on the command line, as --allow-import")
+        raise NolaVisionError("unknown key 'allow_import' in the config: give --allow-import on the command line")
     pairs = option_pairs(options)
     for group in ("model", "model.backbone", "data", "trainer"):
         given = [value_at(config, *group.split(".")), *(value for key, value in pairs if key == group)]
@@ -332,7 +345,7 @@ def has_validation_images(run_config: run_id.Config) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back what Lightning says of every healthy run: tips, a device report, and advice that is wrong here."""
+    """Hides what Lightning prints in every healthy run: tips, a device report, and advice that is wrong here."""
     loggers = [logging.getLogger(f"lightning.{n}") for n in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -342,8 +355,8 @@ def quiet() -> Iterator[None]:
             ".*does not have many workers.*",  # workers cost more than they bring for a set kept in memory
             ".*in eval mode at the start of training.*",  # frozen batch norms are meant to be
             ".*treespec.*is deprecated.*",
-            ".*Total length of `.*` across ranks is zero.*",  # no validation pool: a sentence of our own says so
-            ".*The dirpath has changed from.*",  # `validate` and `test` write beside the run
+            ".*Total length of `.*` across ranks is zero.*",  # no validation pool: the run reports it
+            ".*The dirpath has changed from.*",  # `validate` and `test` write next to the run
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*Experiment logs directory .* exists and is not empty.*",
         ):

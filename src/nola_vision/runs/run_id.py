@@ -1,4 +1,4 @@
-"""Who a run is: the config of one entry, the name of its cell, its hash and its folder. Pure: no file is touched.
+"""The identity of a run: the config of one entry, the name of its cell, its hash and its folder. No file is read.
 
 The hashes cover what can change a result. A setting that is left out is left out here, in one place.
 """
@@ -104,7 +104,7 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if isinstance(name, list | dict) or not isinstance(methods, Mapping):
         raise NolaVisionError(f"the config's `methods` must be a mapping and its `method` a name, not {name!r}")
     if name not in methods:
-        raise NolaVisionError(f"the config has no method {name!r}: {did_you_mean(name, map(str, methods))}")
+        raise NolaVisionError(f"unknown method {name!r} in the config: {did_you_mean(name, map(str, methods))}")
     if not isinstance(name, str) or name != _safe(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]
@@ -114,7 +114,7 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         raise NolaVisionError(f"the method {name!r} has no `class_path`: name its class, such as `class_path: NOLA`")
     if stray := [key for key in settings if key not in ("class_path", "init_args", "learning_rates")]:
         raise NolaVisionError(
-            f"the method {name!r} has no key {stray[0]!r}: it takes class_path, init_args and learning_rates"
+            f"unknown key {stray[0]!r} in the method {name!r}: it takes class_path, init_args and learning_rates"
         )
     return settings
 
@@ -158,12 +158,12 @@ def cell_name(run_config: Mapping[str, Any]) -> str:
 
 
 def run_hash(run_config: Mapping[str, Any], stage: Stage) -> str:
-    """Return the 10 hex digits that stand for everything in a run config that can change its result."""
+    """A hash of everything in a run config that can change its result, as 10 hexadecimal digits."""
     return _digest({"stage": stage, "config": _relevant(run_config)})
 
 
 def entry_hash(run_config: Mapping[str, Any]) -> str:
-    """Return the hash that all runs of one entry share: that of a run without its split and its seeds.
+    """The hash that all runs of one entry share: of its config without the split and the seeds.
 
     A `basis_seed` that follows `run_seed` (null) is left out; a fixed one is a setting of the entry and stays.
     """
@@ -171,7 +171,7 @@ def entry_hash(run_config: Mapping[str, Any]) -> str:
 
 
 def entry_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `entry_hash` is taken of, by the key of each value: `{"model.method.init_args.rank": 8, ...}`."""
+    """What `entry_hash` is computed from, by the key of each value: `{"model.method.init_args.rank": 8, ...}`."""
     return flattened(_of_entry(run_config))
 
 
@@ -187,7 +187,7 @@ def _of_entry(run_config: Mapping[str, Any]) -> Config:
 def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:
     """Name the settings outside method and seeds that differ between runs, which a fair table would share.
 
-    A setting that means nothing for a run, such as the epochs for 1-NN, does not differ.
+    A setting without effect on a run, such as the epochs for 1-NN, does not differ.
     """
     flat = []
     for run_config in run_configs:
@@ -306,7 +306,7 @@ def _root_name(run_config: Mapping[str, Any]) -> str:
     root = need(run_config, "data", "root")
     name = last_part(root)
     if name in ("", ".."):
-        raise NolaVisionError(f"`data.root: {root}` has no name to call the data set by: write the folder's name out")
+        raise NolaVisionError(f"`data.root: {root}` does not end in the data set's name: write out the folder's name")
     return name
 
 
