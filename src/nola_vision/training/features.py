@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nola_vision.common import process_cache
 from nola_vision.common.local_files import file_digest
-from nola_vision.data.datamodule import ImageSubset, KShotDataModule
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.loaders import ImageSubset
 from nola_vision.models.adapted_model import AdaptedModel
 from nola_vision.models.backbones import local_files, probe_batch
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from nola_vision.adapters.methods.registry import FrozenMethod, LogisticRegression, Method, NearestMean, NearestNeighbor
 from nola_vision.common.hashing import keyed_hash
 from nola_vision.common.progress import count_aside
-from nola_vision.data.datamodule import ImageSubset, KShotDataModule
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.folds import MANY_CLASSES, folds
+from nola_vision.data.loaders import ImageSubset
 from nola_vision.data.sampling import Indices
 from nola_vision.evaluation.calibration import fit_temperature, nll
 from nola_vision.evaluation.estimates import CrossValidated
