@@ -173,7 +173,7 @@ def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespac
     rows, problems = store.read_rows(out / row.cell)
     rows, left_out = on_the_same_images(rows, row)
     console.print(tables.row_panel(row))
-    console.print(tables.cell_table(rows, row.cell))
+    console.print(tables.cell_table(tables.cell_runs(rows, row.cell)))
     lines, unusable = run_verdict(row, frozen)
     for line in lines:
         print(textwrap.fill(line, console.width))

@@ -165,9 +165,9 @@ def _sweep(
 
     everything, problems = store.read_rows(out / cell)
     same, left_out = on_the_same_images(everything, rows[0] if rows else None)
-    report, unusable = tables.cell_report(same, cell)
-    console.print(report)
-    for problem in (*(problem for _, problem in problems), *unusable, *left_out):
+    runs = tables.cell_runs(same, cell)
+    console.print(tables.cell_report(runs))
+    for problem in (*(problem for _, problem in problems), *runs.verdict[1], *left_out):
         print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
 

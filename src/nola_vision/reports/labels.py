@@ -91,15 +91,19 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     """Positions at least `gap` apart between `low` and `high`, as near as possible to those wanted (least squares).
 
     With q_i = p_i - i gap, positions p in the order of those wanted are `gap` apart if q does not decrease: isotonic
-    regression of `wanted_i - i gap`.
+    regression of `wanted_i - i gap`. Its i-th value is the max over j <= i of the min over k >= i of the mean of those
+    from j to k (Robertson, Wright and Dykstra 1988, theorem 1.4.4); to import scipy.optimize for it takes 0.5 s.
     """
-    from scipy.optimize import isotonic_regression  # takes a while to import
-
     if not len(wanted):
         return []
     order = np.argsort(wanted, kind="stable")
     steps = gap * np.arange(len(wanted))
-    positions = isotonic_regression(np.asarray(wanted, dtype=float)[order] - steps).x
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(wanted, dtype=float)[order] - steps)])
+    places = np.arange(len(wanted))
+    counts = places - places[:, None] + 1
+    means = (sums[1:] - sums[:-1, None]) / counts.clip(1)  # `[j, k]`; of no use where k < j
+    least = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
+    positions = np.maximum.accumulate(least, axis=0).diagonal()
     placed = np.empty(len(wanted))
     placed[order] = positions.clip(low, max(low, high - steps[-1])) + steps
     return [float(position) for position in placed]

@@ -23,8 +23,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
+from matplotlib.scale import LogTransform
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Affine2D, Bbox, IdentityTransform, Transform, blended_transform_factory
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
@@ -37,16 +38,13 @@ from nola_vision.reports.statistics import (
     Entry,
     Summary,
     cross_validated,
-    entries,
     first_accuracies,
     is_measured,
     kind,
     subject,
-    summarise,
 )
 from nola_vision.reports.svg import inline_svg
 from nola_vision.runs.published import published_result
-from nola_vision.runs.record import Row
 from nola_vision.runs.store import read_run_file
 
 # The subject of the page has the first colour; text in any of them can be read on PAPER (a contrast of 4.5 or more)
@@ -80,7 +78,7 @@ DARK_COLOURS: Mapping[str, str] = {
 _WIDTH, _HEIGHT = 420, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 32, 46
 _TEXT, _LINE = 13, 15  # size and height of a line
-_LABEL_GAP = 14  # between the axes and the labels of lines
+_LABEL_GAP = 14  # between the lines and their labels
 _MARGIN = 12  # of a PNG file
 _TICK = 56  # between two sizes
 _MOST_LABELS = 14  # as many as fit under each other
@@ -132,6 +130,29 @@ class Chart:
         return _png(self.figure, self.title)
 
 
+class _Panel(NamedTuple):
+    """The figure of a chart, and the rectangle that its data is drawn in.
+
+    Args:
+        figure: 420 x 300 points.
+        xs, ys: the ranges of the data.
+        right: the right edge of the rectangle in points.
+        place: from data units to points.
+        transform: from data units to the pixels of the figure, of any resolution.
+    """
+
+    figure: Figure
+    xs: tuple[float, float]
+    ys: tuple[float, float]
+    right: float
+    place: Transform
+    transform: Transform
+
+    def points(self, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        """Where some data is, in points."""
+        return [(float(x), float(y)) for x, y in self.place.transform(points)]
+
+
 class Look(NamedTuple):
     """How an entry is drawn in every chart of its cell, and its label in them."""
 
@@ -158,17 +179,16 @@ def _drawing() -> Iterator[None]:
         yield
 
 
-def cell_charts(rows: Iterable[Row], cell: str) -> tuple[list[Chart], list[str]]:
+def cell_charts(found: Entries) -> tuple[list[Chart], list[str]]:
     """The charts of a cell that its runs have left the numbers for.
 
     Args:
-        rows: of any runs; the logs of their training are read from the rows' folders.
-        cell: which.
+        found: the entries of one cell, as `statistics.entries` returns them; the logs of training are read from the
+            folders of their runs.
 
     Returns:
         The charts `pareto`, `by-split` and `learning-curves`, and a sentence for each file that could not be used.
     """
-    found = entries(row for row in rows if row.cell == cell)
     looks = entry_looks([item for item, _ in found])
     curves, problems = entry_curves(found)
     with _drawing():
@@ -259,26 +279,26 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     ticks = {tick: bytes_text(tick) for tick in _size_ticks(*sizes, _WIDTH - _LEFT - column)}
     means = [mean for _, mean, _ in lines]
     heights = _range([*(height for mark in [*own, *papers] for height in mark.bar), *means], least=2.0, bound=100.0)
-    figure, axes = _panel(heading, "adapter file, head included", column, sizes, heights, ticks, scale="log")
+    panel = _panel(heading, "adapter file, head included", column, sizes, heights, ticks, log=True)
 
     front = [(float(item.adapter_file_bytes or 0), item.mean or 0.0) for item in pareto_front(sized)]
     path = front[:1]
     for (_, before), corner in itertools.pairwise(front):
         path += [(corner[0], before), corner]
-    _draw(axes, *zip(*path, strict=True), color=MUTED, linewidth=1, label="Pareto front")
+    _draw(panel, *zip(*path, strict=True), color=MUTED, linewidth=1, label="Pareto front")
     for item, mean, look in lines:
-        _draw(axes, sizes, [mean, mean], color=MUTED, linewidth=1.2, linestyle=look.line, label=item.label)
+        _draw(panel, sizes, [mean, mean], color=MUTED, linewidth=1.2, linestyle=look.line, label=item.label)
     marks = [*papers, *reversed(own)]  # the subject on top
     for mark in marks:
-        _draw(axes, [mark.size] * 2, mark.bar, color=mark.look.colour, linewidth=1.4, label=f"bar of {mark.label}")
+        _draw(panel, [mark.size] * 2, mark.bar, color=mark.look.colour, linewidth=1.4, label=f"bar of {mark.label}")
     for mark in marks:
         look = mark.look
         _draw(
-            axes, [mark.size], [mark.mean], color=look.colour, marker=look.marker, markersize=9 if look.strong else 7,
+            panel, [mark.size], [mark.mean], color=look.colour, marker=look.marker, markersize=9 if look.strong else 7,
             markerfacecolor=PAPER if mark in papers else look.colour, markeredgewidth=1.5, label=mark.label,
         )  # fmt: skip
-    _label_points(figure, axes, [*own, *papers], means, path)
-    _label_ends(figure, axes, [(sizes[1], mean, look) for _, mean, look in lines[:_MOST_LABELS]])
+    _label_points(panel, [*own, *papers], means, path)
+    _label_ends(panel, [(sizes[1], mean, look) for _, mean, look in lines[:_MOST_LABELS]])
 
     parts = []
     for item, _ in found:
@@ -290,7 +310,7 @@ def pareto_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
         ("broken lines: methods on frozen features", _any_frozen(found)),
         ("hollow markers: the paper's accuracy, at the size of our file", bool(papers)),
     ]
-    return _chart("pareto", "Top-1 accuracy over the size of the adapter file", parts, _caption(keys), figure)
+    return _chart("pareto", "Top-1 accuracy over the size of the adapter file", parts, _caption(keys), panel.figure)
 
 
 def split_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
@@ -317,24 +337,26 @@ def split_chart(found: Entries, looks: Mapping[str, Look]) -> Chart | None:
     heights = _range(every, least=2.0, bound=100.0)
     ticks = {float(at[split]): str(split) for split in places[:: math.ceil(len(places) / 12)]}
     column = _column([looks[label] for label in labelled])
-    figure, axes = _panel(heading, place, column, (-0.2, len(places) - 0.8), heights, ticks)
+    panel = _panel(heading, place, column, (-0.2, len(places) - 0.8), heights, ticks)
     for label in reversed(means):  # the subject on top
         look, of_splits = looks[label], means[label]
         if inits:
             pairs = [(at[split], value) for split, values in accuracies[label].items() for value in values]
             _draw(
-                axes, *zip(*pairs, strict=True), linestyle="", marker="o", color=look.colour, markersize=4.5, alpha=0.5,
-                markeredgewidth=0, label=f"runs of {label}",
+                panel, *zip(*pairs, strict=True), linestyle="", marker="o", markersize=4.5, markeredgewidth=0,
+                color=look.colour, alpha=0.5, label=f"runs of {label}",
             )  # fmt: skip
-        _line(axes, [at[split] for split in of_splits], list(of_splits.values()), label, look, marked=len(places) <= 30)
+        _line(
+            panel, [at[split] for split in of_splits], list(of_splits.values()), label, look, marked=len(places) <= 30
+        )
     last = {label: max(of_splits) for label, of_splits in means.items()}
-    _label_ends(figure, axes, [(at[last[label]], means[label][last[label]], looks[label]) for label in labelled])
+    _label_ends(panel, [(at[last[label]], means[label][last[label]], looks[label]) for label in labelled])
     parts = []
     for label, of_splits in means.items():
         least, most, mean = (of(of_splits.values()) for of in (min, max, fmean))
         parts.append(f"{label} {least:.1f} to {most:.1f} %, mean {mean:.1f} %")
     keys = [("dots: single runs", inits), ("broken lines: methods on frozen features", _any_frozen(found))]
-    return _chart("by-split", f"Top-1 accuracy by {place}, {len(places)} {place}s", parts, _caption(keys), figure)
+    return _chart("by-split", f"Top-1 accuracy by {place}, {len(places)} {place}s", parts, _caption(keys), panel.figure)
 
 
 def split_accuracies(found: Entries) -> tuple[str, dict[str, dict[int, list[float]]]]:
@@ -450,7 +472,7 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, L
     losses = [loss for of_epochs in by_epoch.values() for values in of_epochs.values() for loss in values]
     ticks = {float(tick): f"{tick:g}" for tick in MaxNLocator(6, integer=True).tick_values(first, last)}
     column = _column([looks[label] for label in labelled])
-    figure, axes = _panel(heading, "epoch", column, (first, last), _range(losses, least=0), ticks)
+    panel = _panel(heading, "epoch", column, (first, last), _range(losses, least=0), ticks)
     ends: dict[str, tuple[float, float, Look]] = {}
     parts: list[str] = []
     for label in reversed(shown):
@@ -459,14 +481,16 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], looks: Mapping[str, L
         if len(curves[label]) > 1:
             least, most = ([end(by_epoch[label][epoch]) for epoch in order] for end in (min, max))
             edge = [*zip(order, least, strict=True), *reversed([*zip(order, most, strict=True)])]
-            axes.add_artist(Polygon(edge, color=look.colour, alpha=0.15, linewidth=0, label=f"runs of {label}"))
-        _line(axes, order, means, label, look, marked=len(order) == 1)
+            band = Polygon(edge, color=look.colour, alpha=0.15, linewidth=0, label=f"runs of {label}")
+            band.set_transform(panel.transform)
+            panel.figure.add_artist(band)
+        _line(panel, order, means, label, look, marked=len(order) == 1)
         ends[label] = order[-1], means[-1], look
         runs = f" (mean of {len(curves[label])} runs)" if len(curves[label]) > 1 else ""
         parts.insert(0, f"{label} {means[0]:.3g} to {means[-1]:.3g} after {order[-1]} epochs{runs}")
-    _label_ends(figure, axes, [ends[label] for label in labelled])
+    _label_ends(panel, [ends[label] for label in labelled])
     keys = [("lines: means over runs", several)]
-    return _chart("learning-curves", "Training loss over epochs", parts, _caption(keys), figure)
+    return _chart("learning-curves", "Training loss over epochs", parts, _caption(keys), panel.figure)
 
 
 def _chart(name: str, title: str, parts: Sequence[str], caption: str, figure: Figure) -> Chart:
@@ -492,11 +516,11 @@ def _panel(
     xs: tuple[float, float],
     ys: tuple[float, float],
     ticks: Mapping[float, str],
-    scale: str = "linear",
-) -> tuple[Figure, Axes]:
+    log: bool = False,
+) -> _Panel:
     """A chart without its contents.
 
-    The frame is a few lines and texts: matplotlib's own ticks take half of the time of such a chart.
+    It is a few lines and texts on a figure: matplotlib's own axes and ticks take most of the time of such a chart.
 
     Args:
         heading: above it, of the vertical axis.
@@ -504,31 +528,34 @@ def _panel(
         column: the width to its right.
         xs, ys: the ranges shown.
         ticks: labels under the horizontal axis; those outside of its range are left out.
-        scale: of the horizontal axis.
+        log: whether the horizontal axis is logarithmic.
     """
     figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, facecolor="none")
     width, height = _WIDTH - _LEFT - column, _HEIGHT - _TOP - _BOTTOM
-    axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / _HEIGHT, width / _WIDTH, height / _HEIGHT))
-    axes.set_axis_off()
-    axes.set(xscale=scale, xlim=xs, ylim=ys)
+    scaled: Transform = blended_transform_factory(LogTransform(10), IdentityTransform()) if log else IdentityTransform()
+    (left, low), (right, high) = scaled.transform([*zip(xs, ys, strict=True)])
+    box = Affine2D().translate(-left, -low).scale(width / (right - left), height / (high - low))
+    place = scaled + box.translate(_LEFT, _BOTTOM)
+    transform = place + Affine2D().scale(1 / _WIDTH, 1 / _HEIGHT) + figure.transFigure
+    panel = _Panel(figure, xs, ys, _LEFT + width, place, transform)
     tolerance = 1e-9 * (ys[1] - ys[0])  # of the locator's rounding: 100.00000000000001
     for level in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(*ys):
         if not ys[0] - tolerance <= level <= ys[1] + tolerance:
             continue
-        _draw(axes, xs, [level, level], color=GRID, linewidth=1, zorder=1)
-        _write(figure, _LEFT - 8, axes.transData.transform((xs[0], level))[1], f"{level:g}", MUTED, align="right")
-    _draw(axes, xs, [ys[0], ys[0]], color=MUTED, linewidth=1, zorder=1)
+        _draw(panel, xs, [level, level], color=GRID, linewidth=1, zorder=1)
+        _write(figure, _LEFT - 8, panel.points([(xs[0], level)])[0][1], f"{level:g}", MUTED, align="right")
+    _draw(panel, xs, [ys[0], ys[0]], color=MUTED, linewidth=1, zorder=1)
     for tick, text in ticks.items():
         if xs[0] <= tick <= xs[1]:
-            _write(figure, axes.transData.transform((tick, ys[0]))[0], _BOTTOM - 13, text, MUTED, align="center")
+            _write(figure, panel.points([(tick, ys[0])])[0][0], _BOTTOM - 13, text, MUTED, align="center")
     _write(figure, 0, _HEIGHT - 12, heading, MUTED)
     _write(figure, _LEFT + width / 2, 12, under, MUTED, align="center")
-    return figure, axes
+    return panel
 
 
-def _draw(axes: Axes, xs: Iterable[float], ys: Iterable[float], **style: Any) -> None:
-    """A line or markers; faster than `axes.plot`, which looks after the ranges too."""
-    axes.add_artist(Line2D([*xs], [*ys], clip_on=False, **style))
+def _draw(panel: _Panel, xs: Iterable[float], ys: Iterable[float], **style: Any) -> None:
+    """A line or markers, in data units."""
+    panel.figure.add_artist(Line2D([*xs], [*ys], transform=panel.transform, **style))
 
 
 def _write(figure: Figure, x: float, y: float, text: str, colour: str, align: str = "left", bold: bool = False) -> None:
@@ -546,10 +573,10 @@ def _join(figure: Figure, start: tuple[float, float], end: tuple[float, float]) 
     figure.add_artist(line)
 
 
-def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], label: str, look: Look, marked: bool) -> None:
+def _line(panel: _Panel, xs: Sequence[float], ys: Sequence[float], label: str, look: Look, marked: bool) -> None:
     marker = (look.marker or ".") if marked else ""
     _draw(
-        axes, xs, ys, linestyle=look.line, marker=marker, color=look.colour, label=label,
+        panel, xs, ys, linestyle=look.line, marker=marker, color=look.colour, label=label,
         markersize=6 if look.strong else 5, linewidth=2.4 if look.strong else 1.4,
     )  # fmt: skip
 
@@ -563,47 +590,42 @@ def _name_width(look: Look) -> float:
     return text_width(look.name, _TEXT, "bold" if look.strong else "normal")
 
 
-def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, Look]]) -> None:
-    """Write the labels of lines to the right of the axes, each joined to its line's end, a point in data units."""
+def _label_ends(panel: _Panel, ends: Sequence[tuple[float, float, Look]]) -> None:
+    """Write the labels of lines to the right of the panel, each joined to its line's end, a point in data units."""
     if not ends:
         return
-    points = axes.transData.transform([(x, y) for x, y, _ in ends])
-    heights = spread(points[:, 1].tolist(), _LINE, _BOTTOM - 4, _HEIGHT - _TOP + 4)
-    edge = float(axes.bbox.x1)
-    for (x, y), height, (_, _, look) in zip(points.tolist(), heights, ends, strict=True):
+    figure, edge = panel.figure, panel.right
+    points = panel.points([(x, y) for x, y, _ in ends])
+    heights = spread([y for _, y in points], _LINE, _BOTTOM - 4, _HEIGHT - _TOP + 4)
+    for (x, y), height, (_, _, look) in zip(points, heights, ends, strict=True):
         start = (max(x, edge) + 2 if x >= edge - 8 else x + 4, y)
         _join(figure, start, (edge + _LABEL_GAP - 2, height))
         _write(figure, edge + _LABEL_GAP, height, look.name, look.colour, bold=look.strong)
 
 
 def _label_points(
-    figure: Figure, axes: Axes, marks: Sequence[_Mark], lines: Sequence[float], path: Sequence[tuple[float, float]]
+    panel: _Panel, marks: Sequence[_Mark], lines: Sequence[float], path: Sequence[tuple[float, float]]
 ) -> None:
     """Write the labels of a Pareto chart next to its markers.
 
     Args:
-        figure: the chart.
-        axes: with its final limits.
+        panel: of the chart.
         marks: the most important first; of many the first ones have a label.
         lines: heights of the lines across.
         path: the line of the Pareto front.
     """
-
-    def shown(*points: tuple[float, float]) -> list[tuple[float, float]]:
-        return [(float(x), float(y)) for x, y in axes.transData.transform(points)]
-
-    places = shown(*((mark.size, mark.mean) for mark in marks))
-    left, right = axes.get_xlim()
+    figure, (left, right) = panel.figure, panel.xs
+    places = panel.points([(mark.size, mark.mean) for mark in marks])
     drawn = [*itertools.pairwise(path), *(((left, mean), (right, mean)) for mean in lines)]
     drawn += [((mark.size, mark.bar[0]), (mark.size, mark.bar[1])) for mark in marks]
-    crossed = [along(start, end) for start, end in (shown(*ends) for ends in drawn)]
+    crossed = [along(start, end) for start, end in map(panel.points, drawn)]
     widths = [text_width(mark.text, _TEXT, "bold" if mark.look.strong else "normal") for mark in marks[:_MOST_MARKS]]
     labels = place_at_points(
         places[:_MOST_MARKS],
         [(width, _LINE - 1) for width in widths],
         hidden=np.array([(x - 5, y - 5, x + 5, y + 5) for x, y in places]),
         crossed=np.concatenate(crossed),
-        area=(_LEFT - 4, _BOTTOM + 1, float(axes.bbox.x1) if lines else _WIDTH - 2, _HEIGHT - _TOP + 8),
+        area=(_LEFT - 4, _BOTTOM + 1, panel.right if lines else _WIDTH - 2, _HEIGHT - _TOP + 8),
     )
     for mark, place, label in zip(marks, places, labels, strict=False):
         if label is not None:
@@ -654,7 +676,7 @@ def _size_ticks(low: float, high: float, width: float) -> list[float]:
 
 @_drawing()
 def class_differences_plot(
-    confusions: Mapping[str, Mapping[int, pd.DataFrame]], rows: Iterable[Row], cell: str
+    confusions: Mapping[str, Mapping[int, pd.DataFrame]], found: Entries, cell: str
 ) -> Figure | None:
     """By how many points each entry is above the best one, class by class; None where no two share a split.
 
@@ -662,10 +684,10 @@ def class_differences_plot(
 
     Args:
         confusions: the sums, as `entry_confusions` returns them.
-        rows: of any runs, for the entries' means.
-        cell: which.
+        found: the entries of the cell, for their means.
+        cell: for the title.
     """
-    means = {item.label: item.mean for item in summarise(rows) if item.cell == cell and item.mean is not None}
+    means = {item.label: item.mean for item, _ in found if item.mean is not None}
     if len(confusions) < 2:
         return None
     best = max(confusions, key=lambda label: means.get(label, 0.0))
@@ -719,21 +741,21 @@ def confusion_plot(by_split: Mapping[str, Mapping[int, pd.DataFrame]], cell: str
     return figure
 
 
-def cell_plots(rows: Iterable[Row], cell: str) -> tuple[dict[str, bytes], list[str]]:
+def cell_plots(found: Entries, cell: str) -> tuple[dict[str, bytes], list[str]]:
     """Every plot of a cell that its runs have left the numbers for: its charts, differences by class and confusions.
 
     Args:
-        rows: of any runs; their logs and confusion matrices are read from the rows' folders.
-        cell: which.
+        found: the entries of the cell, as `statistics.entries` returns them; logs and confusion matrices are read from
+            the folders of their runs.
+        cell: for the titles.
 
     Returns:
         PNG files by what they show, and a sentence for each file that could not be used.
     """
-    rows = [row for row in rows if row.cell == cell]
-    charts, bad_logs = cell_charts(rows, cell)
-    confusions, bad_matrices = entry_confusions(rows, cell)
+    charts, bad_logs = cell_charts(found)
+    confusions, bad_matrices = entry_confusions(found)
     drawn = {
-        "class-differences": class_differences_plot(confusions, rows, cell),
+        "class-differences": class_differences_plot(confusions, found, cell),
         "confusions": confusion_plot(confusions, cell),
     }
     plots = {chart.name: chart.png() for chart in charts}

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -21,6 +22,7 @@ from nola_vision.reports.statistics import (
     LEAST_SPLITS,
     Entry,
     Summary,
+    count_once,
     entries,
     paired_difference,
     run_accuracy,
@@ -53,7 +55,7 @@ _LATEX = {
 }
 _LATEX_FONTS_LACK = re.compile("[^\\x00-\u017f\u2013\u2014\u2018\u2019\u201c\u201d\u2026]")
 
-# What the columns of `cell_sheets` hold; docs/sweeps.md says more
+# What the columns of a cell's tables hold; docs/sweeps.md says more
 _HELP: Mapping[str, str] = {
     "method": "name in the config; in brackets the settings that differ, where one name was run with several",
     "trainable": "trainable parameters without the head; where the head alone is trained or fitted, the head's",
@@ -102,6 +104,71 @@ class Sheet:
     column_help: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class CellRuns:
+    """The runs of one cell, and what the terminal and the page both show of them, each computed at most once.
+
+    Args:
+        name: of the cell.
+        rows: each run once.
+        columns: names of `COLUMNS`, for further metrics in the tables.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    columns: Sequence[str] = ()
+
+    @cached_property
+    def title(self) -> str:
+        """In words; empty without a row."""
+        return cell_title(self.rows)
+
+    @cached_property
+    def found(self) -> list[Entry]:
+        """The entries of the final runs."""
+        return entries(self.rows)
+
+    @cached_property
+    def verdict(self) -> tuple[list[str], list[str]]:
+        """What the runs showed, and a sentence for each file that could not be used, as `cell_verdict` returns them."""
+        return cell_verdict(self.found)
+
+    @cached_property
+    def sheets(self) -> list[Sheet]:
+        """The tables."""
+        return _cell_sheets(self.rows, self.found, self.columns)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report is about.
+
+    Args:
+        rows: as they were read.
+        cells: those with a completed final run.
+        untested: the other cells, each with the error of its last failed run.
+    """
+
+    rows: Sequence[Row]
+    cells: Sequence[CellRuns]
+    untested: Mapping[str, str | None]
+
+
+def cell_runs(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> CellRuns:
+    """One cell of some rows; `columns` are names of `COLUMNS`."""
+    return CellRuns(cell, count_once(row for row in rows if row.cell == cell), columns)
+
+
+def report_of(rows: Sequence[Row], columns: Sequence[str] = ()) -> Report:
+    """The cells of some rows; `columns` are names of `COLUMNS`."""
+    tested, others = tested_cells(rows)
+    of_cells: dict[str, list[Row]] = {cell: [] for cell in tested}
+    for row in rows:
+        if row.cell in of_cells:
+            of_cells[row.cell].append(row)
+    return Report(rows, [cell_runs(runs, cell, columns) for cell, runs in of_cells.items()], others)
+
+
 def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]:
     """The cells with a completed final run, and the other cells, each with the error of its last failed run."""
     tested = sorted({row.cell for row in rows if row.stage == "final" and row.status == "completed"})
@@ -112,45 +179,38 @@ def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]
     return tested, others
 
 
-def cell_report(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> tuple[Group, list[str]]:
-    """A cell for the terminal, and a sentence for each file that could not be used.
-
-    It is its title, what its runs showed, and its tables; `columns` are names of `COLUMNS`.
-    """
-    rows = [row for row in rows if row.cell == cell]
-    lines, problems = cell_verdict(rows, cell)
-    return Group(*_head(rows, cell), "", *map(Text, lines), *_tables(rows, cell, columns)), problems
+def cell_report(cell: CellRuns) -> Group:
+    """A cell for the terminal: its title, what its runs showed, and its tables."""
+    lines, _ = cell.verdict
+    return Group(*_head(cell), "", *map(Text, lines), *_tables(cell))
 
 
-def cell_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> Group:
+def cell_table(cell: CellRuns) -> Group:
     """The title and the tables of one cell, for the terminal."""
-    rows = [row for row in rows if row.cell == cell]
-    return Group(*_head(rows, cell), *_tables(rows, cell, columns))
+    return Group(*_head(cell), *_tables(cell))
 
 
-def markdown_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> str:
+def markdown_table(cell: CellRuns) -> str:
     """The same tables as Markdown."""
-    rows = [row for row in rows if row.cell == cell]
-    head = f"## {markdown_text(cell_title(rows) or printable(cell))}"
-    return "\n".join([head, "", *map(_markdown, cell_sheets(rows, cell, columns))])
+    head = f"## {markdown_text(cell.title or printable(cell.name))}"
+    return "\n".join([head, "", *map(_markdown, cell.sheets)])
 
 
-def latex_table(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> str:
+def latex_table(cell: CellRuns) -> str:
     """The same tables as LaTeX, which needs no package."""
-    rows = [row for row in rows if row.cell == cell]
-    title = cell_title(rows) or printable(cell)
-    return "\n".join(_latex(sheet, title) for sheet in cell_sheets(rows, cell, columns))
+    title = cell.title or printable(cell.name)
+    return "\n".join(_latex(sheet, title) for sheet in cell.sheets)
 
 
-def _head(rows: Sequence[Row], cell: str) -> Iterator[Text]:
+def _head(cell: CellRuns) -> Iterator[Text]:
     """A cell's title and, under it, its name."""
-    if title := cell_title(rows):
-        yield Text(title, style="bold")
-    yield Text(printable(cell), style="dim")
+    if cell.title:
+        yield Text(cell.title, style="bold")
+    yield Text(printable(cell.name), style="dim")
 
 
-def _tables(rows: Sequence[Row], cell: str, columns: Sequence[str]) -> Iterator[RenderableType]:
-    for sheet in cell_sheets(rows, cell, columns):
+def _tables(cell: CellRuns) -> Iterator[RenderableType]:
+    for sheet in cell.sheets:
         yield ""
         yield _rich(sheet)
         yield from map(Text, sheet.notes)
@@ -277,16 +337,9 @@ def text_frame(rows: Iterable[Row], safe: Callable[[str], str]) -> pd.DataFrame:
     return table.rename(columns=safe)
 
 
-def cell_sheets(rows: Iterable[Row], cell: str, columns: Sequence[str] = ()) -> list[Sheet]:
-    """A cell's results, and where their spread comes from and how the entries differ, if there is more than one run.
-
-    Args:
-        rows: of any runs.
-        cell: which.
-        columns: names of `COLUMNS`, for further metrics.
-    """
-    rows = [row for row in rows if row.cell == cell]
-    found = sorted(entries(rows), key=lambda entry: _rank(entry[0]))
+def _cell_sheets(rows: Sequence[Row], found: Sequence[Entry], columns: Sequence[str]) -> list[Sheet]:
+    """A cell's results, and where their spread comes from and how the entries differ, if there is more than one run."""
+    found = sorted(found, key=lambda entry: _rank(entry[0]))
     shown = [(item, runs) for item, runs in found if item.completed or item.untested]
     summaries = [item for item, _ in shown]
     names = ("method", "trainable", "file, bytes", "top-1 %", "n", *(COLUMNS[name][1] for name in columns), "lr")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from statistics import fmean
@@ -24,7 +24,6 @@ from nola_vision.reports.statistics import (
     Entry,
     RunAccuracy,
     Summary,
-    entries,
     first_pair,
     is_measured,
     kind,
@@ -52,20 +51,19 @@ class _Found(NamedTuple):
     accuracy: RunAccuracy
 
 
-def cell_verdict(rows: Iterable[Row], cell: str) -> tuple[list[str], list[str]]:
+def cell_verdict(found: Sequence[Entry]) -> tuple[list[str], list[str]]:
     """The sentences on all runs of a cell, most important first; about the entry that `statistics.subject` chooses.
 
     Of a single run of it they are those of `run_verdict`. Of several: its mean, the best of the other methods with the
     paired difference over splits (image by image where they are cross-validated), and what is confused.
 
     Args:
-        rows: of any runs. Predictions and `confusion.csv` are read from the folders where they were found.
-        cell: which.
+        found: the entries of one cell, as `statistics.entries` returns them. Predictions and `confusion.csv` are read
+            from the folders of their runs.
 
     Returns:
         The sentences, and a sentence for each file that could not be used.
     """
-    found = entries(row for row in rows if row.cell == cell)
     chosen = subject(summary for summary, _ in found)
     if chosen is None:
         return ["No run of this cell has an accuracy yet.", *_lost_line(found)], []

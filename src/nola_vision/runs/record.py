@@ -251,6 +251,12 @@ def _types() -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(Row).items() if name != "folder"}
 
 
+@cache
+def _required() -> tuple[str, ...]:
+    """The columns that every row has."""
+    return tuple(item.name for item in fields(Row) if item.default is item.default_factory is MISSING)
+
+
 def environment() -> dict[str, str]:
     """Return the versions of the packages that are installed, of Python and the platform, and the processor's name."""
     versions = {}
@@ -312,7 +318,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return False
     if isinstance(value, list):
         return all(_fits(item, get_args(hint)[0]) for item in value)
-    return get_origin(hint) is not Literal or value in get_args(hint)
+    choices = _choices(hint)
+    return not choices or value in choices
+
+
+@cache
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values of a literal type."""
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 @cache
@@ -363,8 +376,9 @@ def _value_problem(columns: dict[str, Any]) -> str | None:
 
 def _column_problem(columns: dict[str, Any]) -> str | None:
     """What makes a value unfit for its column."""
+    types = _types()
     for name, value in columns.items():
-        if not _fits(value, _types()[name]):
+        if not _fits(value, types[name]):
             return f"holds a value of the wrong kind in {name} ({_quoted(value)})"
         if type(value) in (int, float) and name not in _SIGNED:
             if value < 0 or (name in _FRACTIONS and value > 1):
@@ -374,9 +388,9 @@ def _column_problem(columns: dict[str, Any]) -> str | None:
             return f"has {name} {_quoted(value)} of {len(value):,} characters, more than {_MOST_CHARACTERS}"
         if name in _NAMES and not _NAME.fullmatch(value):
             return f"has {name} {_quoted(value)}, which is not a file name of letters, digits and `._+-`"
-    for item in fields(Row):
-        if item.name not in columns and item.default is MISSING and item.default_factory is MISSING:
-            return f"has no {item.name}"
+    for name in _required():
+        if name not in columns:
+            return f"has no {name}"
     started = columns.get("started", "")
     if started and not _is_utc(started):
         return f"has started {_quoted(started)}, which is not like 2026-01-31T12:00:00+00:00"

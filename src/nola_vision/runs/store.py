@@ -173,9 +173,10 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
             raise NolaVisionError(
                 f"there is no folder {folder}: go to where fit ran, or give the folder that it wrote to"
             )
-        for place, inner, files in os.walk(folder, onerror=unreadable):
+        # no link under it is followed, so the folder alone is resolved
+        for place, inner, files in os.walk(Path(folder).resolve(), onerror=unreadable):
             if ROW_FILE in files or ROW_FILE in inner:
-                paths.add(Path(place).resolve() / ROW_FILE)
+                paths.add(Path(place) / ROW_FILE)
 
     rows = []
     for path in sorted(paths):
