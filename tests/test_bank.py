@@ -15,9 +15,8 @@ from nola_vision.adapters.methods.base import Group, Source
 from nola_vision.adapters.random_basis import Basis, basis_key, combine
 from nola_vision.adapters.target import Target
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones.properties import probe_batch
 from nola_vision.models.adapted_model import bank_tensors
-
+from nola_vision.models.backbones.properties import probe_batch
 from nola_vision.models.building import make_bank
 from nola_vision.models.targets import find_targets
 

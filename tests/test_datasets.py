@@ -885,9 +885,7 @@ def test_hugging_face_is_asked_over_the_network_only_when_allowed(
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_names_that_are_read_from_files_are_downloaded_with_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_in_files_are_downloaded_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The class names are needed first, also if the files are not downloaded yet."""
     from torchvision.datasets import OxfordIIITPet
 

@@ -10,7 +10,19 @@ import pytest
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs.record import Row
-from nola_vision.sweep.plan import choose_learning_rates, complete, final_specs, outlook, parse_methods, parse_range, part, rename, search_specs, suffix, vary
+from nola_vision.sweep.plan import (
+    choose_learning_rates,
+    complete,
+    final_specs,
+    outlook,
+    parse_methods,
+    parse_range,
+    part,
+    rename,
+    search_specs,
+    suffix,
+    vary,
+)
 
 RATES = [0.005, 0.001, 0.0005]
 CONFIG: dict[str, Any] = {

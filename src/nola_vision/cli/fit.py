@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nola_vision.cli.options import Options, add_photo_options, config_options, photo_settings, refuse_strays, refuse_without_photos, take_photos
+from nola_vision.cli.options import (
+    Options,
+    add_photo_options,
+    config_options,
+    photo_settings,
+    refuse_strays,
+    refuse_without_photos,
+    take_photos,
+)
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import duration, say, say_start, time_left
 from nola_vision.common.text import printable

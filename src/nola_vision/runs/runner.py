@@ -39,13 +39,30 @@ from nola_vision.reports.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.runs import record, run_id
 from nola_vision.runs.parsing import RunCLI, build, open_data, quiet
 from nola_vision.runs.record import Row
-from nola_vision.runs.store import LOCK_FILE, ROW_FILE, claim, drop_aside, find_completed, refuse_other_things, set_aside, write_row
+from nola_vision.runs.store import (
+    LOCK_FILE,
+    ROW_FILE,
+    claim,
+    drop_aside,
+    find_completed,
+    refuse_other_things,
+    set_aside,
+    write_row,
+)
 from nola_vision.runs.thumbnails import write_thumbnails
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.frozen import FrozenClassifier
 from nola_vision.training.frozen import evaluate as evaluate_frozen
 from nola_vision.training.metrics import LOGGED, pooled_metrics
-from nola_vision.training.trainer_settings import CHECKPOINTS, LAST_CHECKPOINT, check_monitors, checkpoint_folder, close_loggers, current_path, monitoring
+from nola_vision.training.trainer_settings import (
+    CHECKPOINTS,
+    LAST_CHECKPOINT,
+    check_monitors,
+    checkpoint_folder,
+    close_loggers,
+    current_path,
+    monitoring,
+)
 
 ADAPTER_FILE = "adapter.safetensors"
 _CHECKED_IMAGES = 4  # of the training set, to compare the saved adapter with the trained one

@@ -59,8 +59,8 @@ class HubSource(ImageSource):
 class HuggingFace(DatasetEntry):
     """A data set of the Hugging Face Hub, or of a local path that its library reads.
 
-    The test split is the first one that exists of test, validation, valid and val. Classes are numbered as the data
-    set's ClassLabel column numbers them; without one, by the sorted values of the training split.
+    The test split is the first one that exists of test, validation, valid and val. Classes are numbered as in the
+    ClassLabel column; without one, by the sorted values of the training split.
 
     Args:
         name: on the Hub, or a local path.
