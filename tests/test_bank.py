@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nola_vision.adapters.functional import additive_linear, dense_change, merged_linear, merges_exactly
 from nola_vision.adapters.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, LoRAXS, Method, VeRA
-from nola_vision.adapters.methods.base import Group
+from nola_vision.adapters.methods.base import Group, Source
 from nola_vision.adapters.random_basis import Basis, basis_key, combine
+from nola_vision.adapters.target import Target
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.adapted_model import bank_tensors
 from nola_vision.models.backbones import probe_batch
 from nola_vision.models.building import make_bank
 from nola_vision.models.targets import find_targets
@@ -814,3 +816,66 @@ def test_parameter_counts_of_the_paper(tag: str, method: Method, count: int) -> 
         backbone = timm.create_model(tag, num_classes=0)
     bank = make_bank(backbone, method, num_classes=100)
     assert sum(p.numel() for p in bank.adapter_parameters()) == count
+
+
+@pytest.mark.parametrize("method", [LinearProbe(), NOLA(targets=["mlp"], rank=2, num_basis=5)], ids=["linear", "nola"])
+def test_heads_of_different_class_counts_compute_what_separate_banks_do(method: Method) -> None:
+    counts, backbone = (2, 5, 3), vit()
+    bank = make_bank(backbone, method, counts, num_adapters=3)
+    bank.attach(backbone)
+    shake(bank)
+    index = torch.tensor([1, 0, 2])
+    with bank.route(index):
+        routed = bank(IMAGES)
+    routed[routed.isfinite()].square().sum().backward()
+    assert routed.shape == (3, 5) and routed.isneginf().sum(1).tolist() == [0, 3, 2]
+    for sample, adapter in enumerate(index.tolist()):
+        classes, other = counts[adapter], vit()
+        alone = make_bank(other, method, classes)
+        alone.attach(other)
+        with torch.no_grad():
+            alone.head_weight.copy_(bank.head_weight[adapter : adapter + 1, :classes])
+            alone.head_bias.copy_(bank.head_bias[adapter : adapter + 1, :classes])
+            for own, shared in zip(alone.groups.parameters(), bank.groups.parameters(), strict=True):
+                own.copy_(shared[adapter : adapter + 1])
+        expected = alone(IMAGES[sample : sample + 1])[0]
+        assert torch.allclose(routed[sample, :classes], expected, rtol=1e-4, atol=1e-5)
+        with bank.route(torch.full((3,), adapter)):
+            assert bank(IMAGES)[:, classes:].isneginf().all()
+        expected.square().sum().backward()
+        assert torch.allclose(bank.head_weight.grad[adapter, :classes], alone.head_weight.grad[0], rtol=1e-3, atol=1e-5)
+        assert not bank.head_weight.grad[adapter, classes:].any() and not bank.head_bias.grad[adapter, classes:].any()
+        assert {n: t.shape[0] for n, t in bank_tensors(bank, adapter).items() if "head" in n} == {
+            "head.weight": classes, "head.bias": classes,
+        }  # fmt: skip
+    bank.merge(0)
+    assert bank(IMAGES)[:, 2:].isneginf().all() and bank(IMAGES)[:, :2].isfinite().all()
+    with pytest.raises(NolaVisionError, match="num_classes has 2 numbers, but the bank has 3 adapters"):
+        make_bank(backbone, method, (2, 5), num_adapters=3)
+    with pytest.raises(NolaVisionError, match="the same number of classes for all adapters"):
+        make_bank(backbone, NOLA(targets=["mlp", "head"], rank=2, num_basis=5), counts, num_adapters=3)
+
+
+@pytest.mark.parametrize("backbone", [vit(), resnet()], ids=["vit", "resnet"])
+def test_a_method_sees_the_frozen_weight_as_its_change_is_added(backbone: nn.Module) -> None:
+    """Against the layout of a change: `W + scale A B` with A = W, B = the identity, doubles the weight."""
+    targets = find_targets(backbone, ["qv", "mlp"] if isinstance(backbone, timm.models.VisionTransformer) else ["conv"])
+    source = Source(1, 0, "pretrained", torch.Generator(), backbone, torch.randn(5, 49))
+    for target in targets:
+        weight = source.weight(target)
+        assert weight.shape == (target.inputs, target.outputs) and not weight.requires_grad
+        rows = slice(*target.rows) if target.rows else slice(None)
+        doubled = target.product(weight, torch.eye(target.outputs), 1.0)
+        assert torch.equal(doubled, backbone.get_parameter(target.weight)[rows])
+    head = Target("head", (), "linear", (5, 49))
+    assert torch.equal(head.product(source.weight(head), torch.eye(5), 1.0), source.head)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_initial_values_have_the_shapes_that_files_are_checked_against(method: Method) -> None:
+    bank = make_bank(vit(), method, 5, num_adapters=2)
+    for group in bank.group_settings.values():
+        assert {n: tuple(p.shape) for n, p in bank.groups[group.name].items()} == {
+            name: (2, *shape) for name, shape in group.shapes.items()
+        }
+    assert method.cuttable <= {name for group in bank.group_settings.values() for name in group.shapes}

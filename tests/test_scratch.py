@@ -13,8 +13,8 @@ from nola_vision.adapters.methods import Method
 from nola_vision.adapters.methods.registry import from_dict
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.loading import set_temperature
 from nola_vision.models.backbones import create_backbone
+from nola_vision.models.loading import set_temperature
 from nola_vision.runs import run_id
 from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import parse

@@ -18,10 +18,10 @@ import fuzz_adapters
 from fuzz_adapters import MLP, originals, outcome, written
 from fuzzing import cheap
 from nola_vision import NOLA, PEFT, BackboneSpec, LoRA, adapt, load_adapter
+from nola_vision.adapters.methods.peft import CONFIGS
 from nola_vision.adapters.serialization import METADATA_KEY
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.adapters.methods.peft import CONFIGS
 from nola_vision.models.export import shorten
 
 GLYPHS, TINY = "v1-nola.safetensors", "nola"
@@ -52,7 +52,9 @@ def ending(name: str, folder: Path, tensors: dict[str, Any] | None = None, **cha
 
 def test_a_header_that_asks_for_too_much_is_refused_at_once(tmp_path: Path) -> None:
     asks = functools.partial(ending, GLYPHS, tmp_path)
-    assert "num_basis of NOLA is 1000000000: it must be at most 1,048,576" in asks(settings__num_basis=10**9)
+    assert "num_basis of NOLA is 1000000000: it must be above zero and at most 1,048,576" in asks(
+        settings__num_basis=10**9
+    )
     assert "has the shape [12, 6] and not [12, 1000000]" in asks(settings__num_basis=10**6)
     assert "coefficients_a has the shape" in asks(settings__num_basis_b=None, settings__max_parameters=10**9)
     assert ending(TINY, tmp_path, settings__max_bytes=10**9) is None  # a budget is for training: the file is counted
@@ -197,20 +199,20 @@ def test_only_the_formats_own_dtypes_are_read(kind: torch.dtype, reason: str, tm
 
 def test_integers_where_the_backbone_has_floats_are_refused(tmp_path: Path) -> None:
     weight = originals()["full"][1]["backbone.fc1.bias"]
-    assert "another type of numbers" in ending("full", tmp_path, {"backbone.fc1.bias": weight.long()})
+    assert "another dtype" in ending("full", tmp_path, {"backbone.fc1.bias": weight.long()})
 
 
 def test_numbers_that_no_training_gives_are_refused(tmp_path: Path) -> None:
     name = "adapter.784x256.coefficients_b"
     stored = originals()[TINY][1][name]
-    for value, reason in [(1e38, "holds 1e+38"), (float("nan"), "not finite"), (-1e10, "holds 1e+10")]:
+    for value, reason in [(1e38, "has the value 1e+38"), (float("nan"), "not finite"), (-1e10, "has the value 1e+10")]:
         assert reason in ending(TINY, tmp_path, {name: torch.full_like(stored, value)})
     scales = originals()["linear"][1]["head.weight.scales"]
     assert "holds" in ending("linear", tmp_path, {"head.weight.scales": torch.full_like(scales, 1e38)})
     model = adapt(MLP, LoRA(targets=["all"]), ["a", "b"])
     with torch.no_grad():
         model.bank.head_bias.fill_(1e10)
-    with pytest.raises(NolaVisionError, match=r"head.bias holds 1e\+10"):  # what is written can be read
+    with pytest.raises(NolaVisionError, match=r"head.bias has the value 1e\+10"):  # what is written can be read
         model.save(tmp_path / "big.safetensors")
 
 

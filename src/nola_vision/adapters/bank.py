@@ -120,7 +120,7 @@ class ParameterBank(nn.Module):
         return self
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """What is trained besides the head; what the paper's parameter counts count."""
+        """What is trained apart from the head; what the paper's parameter counts count."""
         return [p for name, group in self.groups.items() if name != HEAD for p in group.parameters()]
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -268,7 +268,7 @@ class ParameterBank(nn.Module):
 
         Args:
             adapter: which one.
-            dequantise: where the backbone holds integers, make the adapted weights floats again.
+            dequantise: where the backbone's weights are integers, make the adapted weights floats again.
 
         Raises:
             NolaVisionError: an adapter is merged already, or the weights are integers.

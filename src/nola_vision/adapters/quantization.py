@@ -1,8 +1,8 @@
-"""Quantised coefficients: symmetric integer levels with a scale a group (paper, section 3.2), and their packing.
+"""Quantised coefficients: symmetric integer levels with one scale per group (paper, section 3.2), and their packing.
 
-A row of numbers is cut into groups of 64. In a group with scale s the level q, from -(2**(bits-1) - 1) to
-2**(bits-1) - 1, stands for q s; zero is a level, and a scale of 0 decodes to 0. The scale is the one, of 24 from 0.3 to
-1 times what the largest number needs, that gives the least squared error; it is kept in bfloat16.
+A row of values is cut into groups of 64. In a group with scale s the level q, from -(2**(bits-1) - 1) to
+2**(bits-1) - 1, is the value q s; zero is a level, and a scale of 0 decodes to 0. The scale is that of 24 candidates, 0.3 to
+1 times what the largest value needs, with the least squared error; it is stored in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 GROUP = 64
 _CLIPS = 24
-_UNPACKED_AT_ONCE = 2**20  # numbers, a multiple of 8: each takes a byte per bit meanwhile
+_UNPACKED_AT_ONCE = 2**20  # levels, a multiple of 8: each takes a byte per bit meanwhile
 
 
 def quantise(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Levels and scales of rows of numbers.
+    """Levels and scales of rows of values.
 
     Args:
         values: `[rows, count]`.
@@ -57,7 +57,7 @@ def rows_of(values: Tensor) -> Tensor:
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:
-    """What a trained tensor reads back as after it was stored with so many bits; rounding twice changes nothing."""
+    """What a trained tensor reads back as after it was stored with these bits; idempotent."""
     if bits == 32:
         return values
     if bits == 16:
@@ -66,7 +66,7 @@ def rounded(values: Tensor, bits: int) -> Tensor:
 
 
 def rounded_straight_through(values: Tensor, bits: int) -> Tensor:
-    """`rounded` in the forward pass; in the backward pass the gradient goes through as if nothing had happened."""
+    """`rounded` in the forward pass; in the backward pass the gradient goes through unchanged."""
     return values + (rounded(values.detach(), bits) - values.detach())
 
 
@@ -81,8 +81,8 @@ def unpack(stream: Tensor, bits: int, rows: int, count: int) -> Tensor:
     """The int8 levels `[rows, count]` that `pack` packed.
 
     Raises:
-        ValueError: `bits` is not 2 to 8, the stream has another length than these levels take, or holds a number that
-            is not a level.
+        ValueError: `bits` is not 2 to 8, the stream has another length than these levels take, or contains a number
+            that is not a level.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"levels have 2 to 8 bits, not {bits}")

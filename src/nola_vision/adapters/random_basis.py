@@ -8,8 +8,8 @@ Generator: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
 words are formed from 16-bit halves, so that no intermediate passes 2**49 and signed 64-bit arithmetic gives the same
 bits everywhere, compiled code included.
 
-Law: a byte q from -128 to 127 stands for (2 q + 1) / 256, uniform and symmetric in (-1, 1), variance 1/3 (1 - 2**-16).
-Each value is exact in float16, bfloat16 and wider.
+Distribution: a byte q from -128 to 127 is the value (2 q + 1) / 256, uniform and symmetric in (-1, 1), variance
+1/3 (1 - 2**-16). Each value is exact in float16, bfloat16 and wider.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _SIGN = 0x80000000
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _BLOCKS_AT_ONCE = 2**17  # about 32 MiB of int64 working words while a basis is made by plain torch
-# float working memory of one chunk of a cached basis: what a CPU's cache holds; elsewhere enough work for a kernel
+# float working memory of one chunk of a cached basis: what fits in a CPU's cache; elsewhere enough work for a kernel
 _DECODE_BYTES = {"cpu": 2 * 2**20}
 _DECODE_BYTES_ELSEWHERE = 64 * 2**20
-_STREAM_BYTES_AN_ENTRY = 7  # its byte and the word it came from, its float, and what holds them together
+_STREAM_BYTES_PER_ENTRY = 7  # its byte and the word it came from, its float, and what concatenates them
 
 Key = tuple[int, int]
 
@@ -63,7 +63,7 @@ def basis_key(basis_seed: int, identity: str, factor: str) -> Key:
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of `word * multiplier`, both held in int64."""
+    """High and low 32 bits of `word * multiplier`, both in int64."""
     low = word * (multiplier & 0xFFFF)
     high = word * (multiplier >> 16)
     return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & _MASK
@@ -155,7 +155,7 @@ def basis_bytes(
         compiled: make them by compiled code, which takes some seconds the first time.
 
     Returns:
-        int8 tensor `[stop - start, rows, positions]`; value q stands for (2 q + 1) / 256.
+        int8 tensor `[stop - start, rows, positions]`; value q represents (2 q + 1) / 256.
     """
     rows, positions = rows or (0, rank), positions or (0, length)
     first, last = positions[0] // ENTRIES_PER_COUNTER, -(-positions[1] // ENTRIES_PER_COUNTER)
@@ -173,10 +173,10 @@ def decode(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Basis:
-    """k fixed matrices `[rank, length]`, for all layers alike or for each its own.
+    """k fixed matrices `[rank, length]`, shared by all layers or one set per layer.
 
     Args:
-        keys: one key for all layers, or one a layer.
+        keys: one key for all layers, or one per layer.
         count: k.
         rank: rows of a matrix.
         length: columns of a matrix.
@@ -229,7 +229,7 @@ class Basis:
                     columns = slice(first, min(first + step, self.size))
                     yield layer, columns, kept[layer, :count, columns]
             return
-        entries = int(self.memory_mib * 2**20) // ((_STREAM_BYTES_AN_ENTRY + element_size) * max(1, count))
+        entries = int(self.memory_mib * 2**20) // ((_STREAM_BYTES_PER_ENTRY + element_size) * max(1, count))
         step = max(ENTRIES_PER_COUNTER, entries // ENTRIES_PER_COUNTER * ENTRIES_PER_COUNTER)
         rows_at_once = max(1, step // self.length)
         for layer, key in enumerate(self.keys):
@@ -291,7 +291,7 @@ def combine(coefficients: Tensor, basis: Basis) -> Tensor:
 
     Args:
         coefficients: `[..., layers, k']`, floating point; the first k' matrices of the basis are combined.
-        basis: for all layers alike, or one a layer.
+        basis: for all layers, or one per layer.
 
     Returns:
         `[..., layers, size]` in the dtype of the coefficients; in float32 for those of 16 bits, whose sums overflow.
@@ -305,7 +305,7 @@ def combine(coefficients: Tensor, basis: Basis) -> Tensor:
 
 
 def uniform(key: Key, shape: Sequence[int], std: float) -> Tensor:
-    """A float32 tensor of the law's values, scaled to a standard deviation (its variance is 1/3 to 16 bits)."""
+    """float32 values of the distribution (variance 1/3 to 16 bits), scaled to a standard deviation."""
     drawn = basis_bytes(key, 0, 1, 1, math.prod(shape)).reshape(*shape)
     return decode(drawn, torch.float32) * (std * math.sqrt(3))
 

@@ -1,6 +1,6 @@
 """An adapter file: one safetensors file whose metadata and tensors are guarded by one digest.
 
-The metadata holds a single key, `nola_vision`, whose value is JSON with sorted keys; `docs/adapter-format.md` specifies
+The metadata has a single key, `nola_vision`, whose value is JSON with sorted keys; `docs/adapter-format.md` specifies
 it.
 """
 
@@ -25,7 +25,7 @@ from nola_vision.common.files import need_adapter_file, write_file
 from nola_vision.common.hashing import sha256_of_tensors
 
 FORMAT = "nola-vision adapter"
-FORMAT_VERSION = 2  # `basis.BASIS_VERSION` is another number
+FORMAT_VERSION = 2  # `random_basis.BASIS_VERSION` is another number
 # What an older version lacks, with the value that means the same.
 _ADDED = {1: {"calibration": None, "weights": None}}
 METADATA_KEY = "nola_vision"
@@ -47,7 +47,7 @@ def write_adapter(
         path: where to; an existing file is replaced.
         metadata: plain JSON values; format, version and digest are added.
         tensors: by name.
-        bits: how many bits a number of a tensor takes, by its name: 2 to 8, 16, or 32 if it is not named.
+        bits: bits per value of a tensor, by its name: 2 to 8, 16, or 32 if it is not named.
 
     Returns:
         The file's size in bytes.
@@ -77,7 +77,7 @@ def adapter_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], bi
         else:
             kept[name] = tensor.half() if width == 16 else tensor
             if width == 16 and not kept[name].isfinite().all():
-                raise NolaVisionError(f"{name} holds a number that 16 bits cannot hold (above 65,504): use 32 bits")
+                raise NolaVisionError(f"{name} has a value that 16 bits cannot represent (above 65,504): use 32 bits")
     return _content({**metadata, "packed": packed}, kept)
 
 
@@ -91,10 +91,10 @@ def _content(metadata: Mapping[str, Any], stored: Mapping[str, Tensor]) -> bytes
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter file that is whole: its digest fits. Its numbers are read only when they are asked for.
+    """An undamaged adapter file: its digest matches. Its tensors are read only on demand.
 
     Args:
-        path: where it is.
+        path: its path.
         metadata: its JSON header, of any content but for the format, its version, the digest and `packed`; with the
             fields of the newest version.
         shapes: of the tensors that `tensors` gives, by name.
@@ -106,11 +106,11 @@ class AdapterFile:
     _stored: dict[str, Tensor]  # as they are in the file, mapped into memory
 
     def floats(self, name: str) -> bool:
-        """Whether a tensor holds floats, and not whole numbers."""
+        """Whether a tensor contains floats, not integers."""
         return name in self.metadata["packed"] or self._stored[name].is_floating_point()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name: float32, or int64 where a backbone's buffers count. Packed levels are numbers again.
+        """The tensors by name: float32, or int64 where a backbone's buffers count. Packed levels are dequantised.
 
         Raises:
             NolaVisionError: a packed tensor has levels that do not exist, or a number is not finite or too large.
@@ -125,7 +125,7 @@ class AdapterFile:
                 try:
                     levels = unpack(self._stored[f"{name}.levels"], packed[name]["bits"], rows, count)
                 except ValueError as error:
-                    raise NolaVisionError(f"the packed numbers of {name} in {self.path} are wrong: {error}") from error
+                    raise NolaVisionError(f"the packed values of {name} in {self.path} are wrong: {error}") from error
                 whole[name] = dequantise(levels, self._stored[f"{name}.scales"]).view(shape)
         for name, tensor in whole.items():
             if fault := _fault(tensor):
@@ -138,7 +138,7 @@ class AdapterFile:
 
 
 def open_adapter(path: str | Path) -> AdapterFile:
-    """Opens an adapter file and checks that it is one, and whole: container, JSON, format version, digest, packing.
+    """Opens an adapter file and checks that it is one and undamaged: container, JSON, format version, digest, packing.
 
     The file is data from anyone. Nothing here costs more than reading it.
 
@@ -283,7 +283,7 @@ def _fits(entry: Any, levels: Tensor | None, scales: Tensor | None) -> bool:
 
 
 def _rows_and_count(shape: Sequence[int]) -> tuple[int, int]:
-    """A packed tensor as rows of numbers: the first dimension; a vector is one row."""
+    """A packed tensor as rows of values: the first dimension; a vector is one row."""
     rows = shape[0] if len(shape) > 1 else 1
     return rows, math.prod(shape) // rows
 
@@ -294,8 +294,10 @@ def _fault(tensor: Tensor) -> str | None:
         return None
     largest = float(tensor.abs().max())
     if not math.isfinite(largest):
-        return "holds a number that is not finite"
-    return f"holds {largest:.3g}, and training gives no number above {MAX_NUMBER:.0e}" if largest > MAX_NUMBER else None
+        return "has a value that is not finite"
+    return (
+        f"has the value {largest:.3g}, and training gives none above {MAX_NUMBER:.0e}" if largest > MAX_NUMBER else None
+    )
 
 
 def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

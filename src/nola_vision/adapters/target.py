@@ -68,7 +68,7 @@ class Target:
 
     @property
     def size(self) -> int:
-        """Numbers that are adapted."""
+        """Number of values that are adapted."""
         return self.inputs * self.outputs
 
     def product(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -78,7 +78,7 @@ class Target:
         return (scale * (a @ b)).reshape(*a.shape[:-2], *self.shape)
 
     def layout(self, flat: Tensor) -> Tensor:
-        """Flat numbers `[..., size]` in the weight's layout."""
+        """Flat values `[..., size]` in the weight's layout."""
         rows = self.shape[:1] if self.rows is None else (self.outputs,)
         return flat.reshape(*flat.shape[:-1], *rows, *self.shape[1:])
 

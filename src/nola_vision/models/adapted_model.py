@@ -66,7 +66,7 @@ class AdaptedModel(nn.Module):
         self.weights = weights
         self.backbone, self.bank, self.metadata = backbone, bank, metadata
         # of the weights as they were loaded: a run may cast them, round them to int8, or train them; a fully
-        # fine-tuned model has none, since its file holds every weight and so fits any of the shape
+        # fine-tuned model has none, since its file contains every weight and so fits any of the shape
         self.fingerprint = fingerprint
         self._stored_bits: dict[str, int] = {}  # by parameter name, see `compute_with_stored_bits`
 
@@ -224,7 +224,7 @@ class AdaptedModel(nn.Module):
 
 @torch.no_grad()
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite, or None. Tensors that hold integers pass."""
+    """The name of the first tensor with a value that is not finite, or None. Integer tensors pass."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() and not is_quantised(t)}
     # a sum is five times as fast as a test of each value, and finite sums leave nothing to find
     if not floats or bool(torch.stack([tensor.sum().float() for tensor in floats.values()]).isfinite().all()):

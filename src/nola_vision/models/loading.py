@@ -105,7 +105,7 @@ def _check_agreement(file: AdapterFile, header: Header) -> None:
             )
     for name, tensor in inside.items():
         if tensor.is_floating_point() != file.floats(name):
-            raise NolaVisionError(f"the tensor {name} of {path} has another type of numbers than the backbone's")
+            raise NolaVisionError(f"the tensor {name} of {path} has another dtype than the backbone's")
 
 
 def _assemble(header: Header, missing: WeightsOrigin | None, path: str | Path) -> AdaptedModel:

@@ -1,6 +1,6 @@
 """The header of an adapter file: what it may state.
 
-A file comes from anyone. Everything that its header states is checked here, before a backbone is made: types, ranges
+A file comes from anyone. Everything in its header is checked here, before a backbone is made: types, ranges
 and lengths. `adapt` accepts the same values, so that every file that is written can be read.
 """
 
@@ -173,7 +173,9 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
     if not (isinstance(metadata.get("class_names"), list) and isinstance(metadata.get("targets"), list)):
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: it lists no classes or targets")
     if len(metadata["targets"]) > MAX_TARGETS:
-        raise NolaVisionError(f"{path} names {len(metadata['targets']):,} targets, and no backbone has {MAX_TARGETS:,}")
+        raise NolaVisionError(
+            f"{path} names {len(metadata['targets']):,} targets: at most {MAX_TARGETS:,} are possible"
+        )
     for text in _texts({key: value for key, value in metadata.items() if key != "class_names"}):
         if not _is_setting(text):
             raise NolaVisionError(f"the metadata of {path} has {quoted(text)}, not a name or setting: get another file")

@@ -1,6 +1,6 @@
 """The contract of a method: what it trains, how its trained values change weights, what the program asks of it.
 
-A method is a frozen dataclass of settings in a file of its own in this folder; `registry.register` makes it known.
+A method is a frozen dataclass of settings in a separate file of this folder; `registry.register` makes it known.
 Importing such a file must not import torch, since settings are checked before torch is loaded: functions import what
 they compute with. CONTRIBUTING.md, "A new method", is the guide; `nola.py` and `lora.py` are good examples.
 """
@@ -26,10 +26,9 @@ Base = Literal["pretrained", "random", "zero"]  # what the weights of a backbone
 Storage = Literal["cached", "streamed"]
 FLOAT_BITS = (16, 32)
 MOST_CACHED_ON_LOAD = 512 * 2**20  # bytes of a loaded adapter's basis in memory; a larger one is streamed
-_MOST_NUMBER = 1e9  # of a setting: a scale of 1e38 has no float32 for what it multiplies
 # Far above any use, since more than rank x max(m, o) matrices of a basis depend on each other, and far below what one
 # digit too many asks for
-_MOST_BASIS = 2**20
+MOST_NUM_BASIS = 2**20
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ class Method:
         raise NotImplementedError
 
     def sketch(self, group: Group, fixed: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A few numbers of what `fixed` computed from the frozen weight, if that depends on the machine's libraries.
+        """A few of the values that `fixed` computed from the frozen weight, if that depends on the machine's libraries.
 
         The adapter file contains them; loading compares them with its own, within 1e-3 of the largest.
         """
@@ -323,24 +322,13 @@ class Adapter(Method):
 # --- what several methods share --------------------------------------------------------------------------------------
 
 
-def check_positive(method: Method, *settings: str) -> None:
-    """Refuses a setting that is given and not above zero, or too large for float32's products."""
+def check_positive(method: Method, *settings: str, most: int = 10**9) -> None:
+    """Refuses a setting that is given and not above zero and at most `most` (1e9: float32's products stay finite)."""
     for setting in settings:
         value = getattr(method, setting)
-        if value is not None and not 0 < value <= _MOST_NUMBER:
+        if value is not None and not 0 < value <= most:
             raise NolaVisionError(
-                f"{setting} of {type(method).__name__} is {quoted(value)}: it must be above zero and at most 1e9"
-            )
-
-
-def check_num_basis(method: Method, *settings: str) -> None:
-    """Refuses a number of basis matrices that is given and not from 1 to 2**20."""
-    check_positive(method, *settings)
-    for setting in settings:
-        value = getattr(method, setting)
-        if value is not None and value > _MOST_BASIS:
-            raise NolaVisionError(
-                f"{setting} of {type(method).__name__} is {value}: it must be at most {_MOST_BASIS:,}"
+                f"{setting} of {type(method).__name__} is {quoted(value)}: it must be above zero and at most {most:,}"
             )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from nola_vision.adapters.methods.base import (
+    MOST_NUM_BASIS,
     Adapter,
     Base,
     Group,
@@ -15,7 +16,6 @@ from nola_vision.adapters.methods.base import (
     Storage,
     by_shape,
     check_budget,
-    check_num_basis,
     check_positive,
     check_rank,
     he_scale,
@@ -89,7 +89,7 @@ class NOLA(Adapter):
 
     def check(self) -> None:
         super().check()
-        check_num_basis(self, "num_basis", "num_basis_b", "head_num_basis")
+        check_positive(self, "num_basis", "num_basis_b", "head_num_basis", most=MOST_NUM_BASIS)
         check_positive(self, "c", "head_rank", "memory_mib")
         if self.max_parameters is not None and self.max_bytes is not None:
             raise NolaVisionError("NOLA has both max_parameters and max_bytes: give one budget")

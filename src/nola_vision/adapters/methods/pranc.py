@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from nola_vision.adapters.methods.base import (
+    MOST_NUM_BASIS,
     Adapter,
     Group,
     Source,
     Storage,
-    check_num_basis,
     check_positive,
     loading_storage,
     one_by_one,
@@ -62,7 +62,7 @@ class PRANC(Adapter):
 
     def check(self) -> None:
         super().check()
-        check_num_basis(self, "num_basis")
+        check_positive(self, "num_basis", most=MOST_NUM_BASIS)
         check_positive(self, "c", "memory_mib")
 
     def cut(self, counts: Mapping[tuple[str, str], int]) -> Self:
