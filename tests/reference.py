@@ -83,10 +83,14 @@ def levels(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.array(unsigned) - (2 ** (bits - 1) - 1)
 
 
-def changes(path: str) -> dict[str, np.ndarray]:
+def changes(path: str, weights: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """The change of every target of an adapter file, in the weight's layout, and the head as `[classes, features + 1]`.
 
     The head is that of a file with the target `head`: its fixed start and its change.
+
+    Args:
+        path: the adapter file.
+        weights: of the frozen backbone by name, which LoRA-XS computes with.
     """
     metadata, tensors = read(path)
     method, fields, seed = metadata["method"]["class_path"], metadata["method"]["init_args"], metadata["basis_seed"]
@@ -99,9 +103,10 @@ def changes(path: str) -> dict[str, np.ndarray]:
         position[group] += 1
         own = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.startswith(f"adapter.{group}.")}
         linear = len(shape) == 2
+        rows = slice(None)
         if name.endswith("]"):  # some output rows
             first, last = name[:-1].rpartition("[")[2].split(":")
-            shape[0] = int(last) - int(first)
+            rows, shape[0] = slice(int(first), int(last)), int(last) - int(first)
         size, fan_in = math.prod(shape), math.prod(shape[1:])
         m = fan_in if linear else next(i for i in range(math.isqrt(size), 0, -1) if size % i == 0)
         o, he = size // m, math.sqrt(2 / fan_in)
@@ -116,6 +121,18 @@ def changes(path: str) -> dict[str, np.ndarray]:
             random = scratch if method == "LoRA" else fields["start"] == "random"
             scale = fields["c"] * (he * math.sqrt(m * o / rank) if random else 1 / rank)
             product = scale * a @ b
+            made[name] = product.T if linear else product.reshape(shape)
+        elif method == "LoRAXS":
+            weight = weights[name.partition("[")[0]].astype(np.float64)[rows]
+            a, b = svd_factors(weight.T if linear else weight.reshape(m, o), fields["rank"])
+            product = fields["c"] / fields["rank"] * a @ own["r"][layer].astype(np.float64) @ b
+            made[name] = product.T if linear else product.reshape(shape)
+        elif method == "VeRA":
+            rank = fields["rank"]
+            a = values(basis(seed, "vera", "A", 1, rank, m))[0].T * math.sqrt(6 / m)
+            b = values(basis(seed, "vera", "B", 1, rank, o))[0] * math.sqrt(6 / rank)
+            d, scales = np.diag(own["d"][layer].astype(np.float64)), np.diag(own["b"][layer].astype(np.float64))
+            product = fields["c"] * a @ d @ b @ scales
             made[name] = product.T if linear else product.reshape(shape)
         elif method == "PRANC":
             alpha = own["coefficients"].astype(np.float64)
@@ -132,6 +149,22 @@ def changes(path: str) -> dict[str, np.ndarray]:
         if metadata["backbone"]["base"] != "zero":
             made["head"] = made["head"] + start * 0.1 / math.sqrt(width - 1)
     return made
+
+
+def svd_factors(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """LoRA-XS's A `[m, r]` and B `[r, o]` of a matrix `[m, o]`."""
+    u, s, vt = np.linalg.svd(weight, full_matrices=False)
+    for column, row in zip(u.T, vt, strict=True):
+        decides = next(entry for entry in column if abs(entry) >= (1 - 1e-6) * np.abs(column).max())
+        column *= np.sign(decides)
+        row *= np.sign(decides)
+    return u[:, :rank] * s[:rank], vt[:rank]
+
+
+def sketch(matrices: np.ndarray, factor: str) -> np.ndarray:
+    """LoRA-XS's sketch of matrices `[layers, rank, length]`."""
+    drawn = values(basis(0, "sketch", factor, 1, *matrices.shape[1:]))[0]
+    return np.array([np.sum(matrix * drawn) for matrix in matrices])
 
 
 def _nola_factors(

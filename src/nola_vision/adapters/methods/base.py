@@ -341,10 +341,10 @@ def check_bits(name: str, bits: int) -> None:
 def check_rank(rank: int, targets: Sequence[Target]) -> None:
     """Refuses a rank that a target (other than the head) cannot have."""
     narrow = min((t for t in targets if t.name != HEAD), key=lambda t: min(t.inputs, t.outputs), default=None)
-    if narrow is not None and not 1 <= rank <= (limit := min(narrow.inputs, narrow.outputs)):
+    if narrow is not None and not 1 <= rank <= min(narrow.inputs, narrow.outputs):
         raise NolaVisionError(
             f"rank {rank} is not possible for {narrow.name}, a {narrow.inputs} x {narrow.outputs} matrix: "
-            f"use a rank from 1 to {limit}"
+            f"use a rank from 1 to {min(narrow.inputs, narrow.outputs)}"
         )
 
 

@@ -1,0 +1,323 @@
+"""LoRA-XS and VeRA against NumPy's SVD, an own generator and PEFT; `test_bank.py` has what holds for every method."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import reference
+from fuzz_adapters import _opened, written
+from nola_vision import BackboneSpec, adapt, load_adapter
+from nola_vision.adapters.methods import LoRAXS, Method, VeRA, lora_xs
+from nola_vision.common import process_cache
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.building import make_bank
+from nola_vision.models.export import shorten
+from test_bank import IMAGES, attached, resnet, shake, vit
+
+GLYPHS = BackboneSpec("vit_glyph_patch4_32.glyphs")
+SCRATCH = BackboneSpec("resnet20_cifar.untrained", base="random")
+CASES = {
+    "lora-xs": (GLYPHS, LoRAXS(targets=["qv"], rank=7, c=3)),
+    "lora-xs-all-ranks": (GLYPHS, LoRAXS(targets=["re:blocks.1.mlp.fc."], rank=160)),
+    "lora-xs-4bit-conv": (SCRATCH, LoRAXS(targets=["conv"], rank=5, bits=4)),
+    "lora-xs-int8": (BackboneSpec(GLYPHS.tag, int8=True), LoRAXS(targets=["re:blocks.2.*"], rank=4)),
+    "vera": (GLYPHS, VeRA(targets=["qv", "re:blocks.3.*fc."], rank=200, c=2)),
+    "vera-8bit-conv": (SCRATCH, VeRA(targets=["conv"], rank=9, bits=8)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def backbones_are_kept() -> Iterator[None]:
+    with process_cache.keeping():
+        yield
+
+
+@functools.cache
+def weights_of(spec: BackboneSpec) -> dict[str, np.ndarray]:
+    """The frozen weights, before anything rounds them to int8."""
+    plain = adapt(BackboneSpec(spec.tag, base=spec.base), VeRA(targets=["all"], rank=1), ["a", "b"], basis_seed=4)
+    return {name: tensor.numpy() for name, tensor in plain.backbone.state_dict().items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_adapter_is_what_numpy_decodes_and_comes_back(case: str, tmp_path: Path) -> None:
+    spec, method = CASES[case]
+    model = adapt(spec, method, ["a", "b", "c"], run_seed=3, basis_seed=4).eval()
+    started = model.bank.changes()
+    assert all(not change.any() for change in started.values())
+    shake(model.bank, 0.1)
+    model.round_to_stored_bits()
+    path = tmp_path / "a.safetensors"
+    model.save(path)
+    weights = weights_of(spec)
+    expected, changes = reference.changes(str(path), weights), model.bank.changes()
+    assert list(changes) == list(expected)
+    for target, change in changes.items():
+        assert np.abs(change.numpy() - expected[target]).max() < 2e-5 * np.abs(expected[target]).max()
+    loaded = load_adapter(path)
+    side = loaded.metadata.input.size
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(images), model(images))
+    for target, change in loaded.bank.changes().items():
+        assert torch.equal(change, changes[target])
+    _, stored = reference.read(str(path))
+    sketches = {name for name in stored if name.startswith("sketch.")}
+    groups = loaded.bank.groups if isinstance(method, LoRAXS) else ()
+    assert sketches == {f"sketch.{group}.{factor}" for group in groups for factor in "ab"}
+    for group in groups:
+        targets = loaded.bank.members(group)
+        pairs = []
+        for target in targets:
+            weight = weights[target.weight].astype(np.float64)
+            weight = weight[slice(*target.rows)] if target.rows else weight
+            matrix = weight.T if target.kind == "linear" else weight.reshape(target.inputs, target.outputs)
+            pairs.append(reference.svd_factors(matrix, method.rank))
+        for factor, matrices in (("a", np.stack([a.T for a, _ in pairs])), ("b", np.stack([b for _, b in pairs]))):
+            assert stored[f"sketch.{group}.{factor}"] == pytest.approx(
+                reference.sketch(matrices, factor.upper()), rel=1e-4, abs=1e-4
+            )
+
+
+def test_fewer_bits_leave_the_sketch_as_it_is(tmp_path: Path) -> None:
+    model = adapt(*CASES["lora-xs"], ["a", "b"])
+    shake(model.bank)
+    model.save(tmp_path / "a.safetensors")
+    shorten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=4)
+    before, after = (reference.read(str(tmp_path / f"{name}.safetensors"))[1] for name in "ab")
+    assert all(np.array_equal(after[name], before[name]) for name in before if name.startswith("sketch."))
+    shorter = load_adapter(tmp_path / "b.safetensors").bank.changes()
+    for name, change in model.bank.changes().items():
+        assert 1e-3 < (shorter[name] - change).norm() / change.norm() < 0.2
+
+
+@pytest.mark.parametrize(
+    "method", [LoRAXS(targets=["qv", "mlp"], rank=3), VeRA(targets=["qv", "mlp"], rank=9)], ids=str
+)
+def test_n_adapters_share_what_is_fixed(method: Method) -> None:
+    backbone = vit()
+    bank = attached(backbone, method, num_adapters=3)
+    alone = make_bank(backbone, method, num_classes=5)
+    for group in bank.groups:
+        for name in ("a", "b"):
+            assert torch.equal(bank.fixed[group][name], alone.fixed[group][name])
+    shake(bank)
+    index = torch.tensor([2, 0, 2])
+    with bank.route(index):
+        routed = backbone(IMAGES)
+    for sample, adapter in enumerate(index):
+        bank.merge(int(adapter))
+        expected = backbone(IMAGES[sample : sample + 1])
+        bank.unmerge()
+        assert (routed[sample] - expected[0]).abs().max() / expected.abs().max() < 1e-4
+
+
+def test_lora_xs_can_remove_the_largest_singular_values() -> None:
+    """With R = -(rank / c) I the change cancels the best approximation of rank r (Eckart and Young)."""
+    backbone = vit()
+    method = LoRAXS(targets=["qkv"], rank=6, c=2)
+    bank = make_bank(backbone, method, 5)
+    with torch.no_grad():
+        bank.groups["48x144"].r += -3 * torch.eye(6)
+    for name, change in bank.changes().items():
+        weight = backbone.get_parameter(name)
+        left, before = torch.linalg.svdvals(weight + change), torch.linalg.svdvals(weight)
+        assert torch.allclose(left[:-6], before[6:], rtol=1e-4) and left[-6:].max() < 1e-4
+
+
+# --- what determines singular vectors ---------------------------------------------------------------------------------
+
+
+def with_singular_values(values: list[float]) -> nn.Module:
+    """A backbone whose second layer's weight `[8, 6]` has these six singular values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 8)).requires_grad_(False)
+    u, v = (torch.linalg.qr(torch.randn(side, 6, dtype=torch.float64))[0] for side in (8, 6))
+    with torch.no_grad():
+        model.double()[1].weight.copy_(u @ torch.tensor(values, dtype=torch.float64).diag() @ v.t())
+    model.num_features = 8
+    return model
+
+
+CLOSE = {
+    "at the cut": ([6, 5, 4, 4, 2, 1], 3, "singular value 3 is zero or almost equal .* a rank of at most 2"),
+    "before the cut": ([6, 5, 5, 3, 2, 1], 4, "singular value 2 is zero or almost equal .* a rank of at most 1"),
+    "nearly": ([6, 5, 4, 4 - 3e-7, 2, 1], 3, "1.weight: its singular value 3"),
+    "zero": ([6, 5, 4, 0, 0, 0], 4, "singular value 4 is zero or almost equal .* a rank of at most 3"),
+    "the last is zero": ([6, 5, 4, 3, 2, 0], 6, "singular value 6 is zero .* a rank of at most 5"),
+    "orthogonal": ([1] * 6, 1, "leave it out of the targets"),
+    "nothing": ([0] * 6, 1, "leave it out of the targets"),
+    "far enough": ([6, 5, 4, 4 - 3e-6, 2, 1], 3, None),
+    "only after the cut": ([6, 5, 4, 2, 2, 0], 3, None),
+    "every one": ([6, 5, 4, 3, 2, 1], 6, None),
+}
+
+
+@pytest.mark.parametrize("case", CLOSE)
+def test_singular_values_that_do_not_determine_vectors_are_refused_in_training_only(case: str) -> None:
+    values, rank, refusal = CLOSE[case]
+    backbone, method = with_singular_values(values), LoRAXS(targets=["re:1"], rank=rank)
+    if refusal is None:
+        a, b = reference.svd_factors(backbone[1].weight.numpy().T, rank)
+        fixed = make_bank(backbone, method, 2).fixed["6x8"]
+        assert np.abs(fixed["a"][0].numpy() - a).max() < 1e-5 and np.abs(fixed["b"][0].numpy() - b).max() < 1e-5
+    else:
+        with pytest.raises(NolaVisionError, match=f"rank {rank} of LoRAXS is not possible for .*{refusal}"):
+            make_bank(backbone, method, 2)
+    make_bank(backbone, method, 2, target_names=["1.weight"])  # as a file is loaded: the sketch decides there
+
+
+def test_rounding_changes_neither_signs_nor_vectors() -> None:
+    """Another LAPACK rounds otherwise; a weight with a symmetry has singular vectors with several largest entries."""
+    symmetric = torch.tensor([[3.0, 1, 0.5, 0], [1, 3, 0, 0.5], [0.5, 0, 2, 1], [0, 0.5, 1, 2]], dtype=torch.float64)
+    reflected = torch.cat([symmetric, symmetric.flip(0)], 1)
+    generator = torch.Generator().manual_seed(0)
+    for weight in (vit().blocks[0].mlp.fc1.weight.t(), vit().blocks[0].mlp.fc2.weight.t(), symmetric, reflected):
+        plain = lora_xs._factors(None, weight, 3)
+        for _ in range(10):
+            noise = 1e-14 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            moved = lora_xs._factors(None, weight.double() + noise, 3)
+            for one, other in zip(plain[:2], moved[:2], strict=True):
+                assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    backbone = with_singular_values([6, 5, 4, 3, 2, 1])
+    backbone[1].weight[0, 0] = torch.nan
+    with pytest.raises(NolaVisionError, match=r"1.weight has no singular vectors \(1 of its values"):
+        make_bank(backbone, LoRAXS(targets=["re:1"], rank=2), 2)
+
+
+# --- the sketch -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_for_other_factors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    adapt(GLYPHS, LoRAXS(targets=["re:blocks.[01].mlp.fc1"], rank=4), ["a", "b"]).save(path)
+    metadata, tensors = _opened(path.read_bytes())
+    name = "sketch.160x640.a"
+
+    def ending(sketch: torch.Tensor | None, named: str = name) -> str:
+        others = {key: tensor for key, tensor in tensors.items() if key != name}
+        path.write_bytes(written(metadata, others if sketch is None else {**others, named: sketch}))
+        try:
+            load_adapter(path)
+        except NolaVisionError as error:
+            assert "\n" not in str(error)
+            return str(error)
+        return ""
+
+    sketch, largest = tensors[name], tensors[name].abs().max()
+    for change, refused in ((5e-4, False), (2e-3, True), (1e8, True)):
+        moved = sketch + torch.tensor([0, change * largest])
+        assert bool(ending(moved)) == refused
+    assert "trained with another 160x640.a than this machine computes" in ending(-sketch)
+    assert "sketch.160x640.a is missing" in ending(None)
+    assert "sketch.160x640.a has the shape [3] and not [2]" in ending(torch.zeros(3))
+    assert "sketch.160x640.a is missing" in ending(sketch, "sketch.160x640.z")
+    assert "not finite" in ending(torch.tensor([torch.nan, 0.0]))
+    assert "of type I64" in ending(torch.zeros(2, dtype=torch.int64))
+    assert ending(sketch) == ""
+    # a library that finds one vector with the other sign
+    plain = lora_xs._factors
+
+    def flipped(target: object, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        a, b, most = plain(target, weight, rank)
+        sign = torch.tensor([1.0, 1, -1, 1]) if target.name.startswith("blocks.1.") else torch.ones(4)
+        return a * sign, b * sign.unsqueeze(1), most
+
+    monkeypatch.setattr(lora_xs, "_factors", flipped)
+    assert "use the weights and the release" in ending(sketch)
+
+
+# --- VeRA -------------------------------------------------------------------------------------------------------------
+
+
+def test_vera_equals_peft() -> None:
+    """PEFT cuts A and B from one pair of the largest shape; with equal values, features and gradients are equal."""
+    from peft import VeraConfig, get_peft_model
+
+    backbone = vit()
+    config = VeraConfig(r=12, target_modules=["qkv", "fc1", "fc2"], d_initial=0.1)
+    wrapped = get_peft_model(copy.deepcopy(backbone), config)
+    bank = attached(backbone, VeRA(targets=["qkv", "mlp"], rank=12))
+    shared = {}  # the largest of each, from our generator
+    for factor, side in (("a", 192), ("b", 192)):
+        own = next(bank.fixed[g][factor] for g, t in bank.group_settings.items()
+                   if (t.targets[0].inputs if factor == "a" else t.targets[0].outputs) == side)  # fmt: skip
+        shared[factor] = own.t()  # PEFT's layout
+    layers = {name: module for name, module in wrapped.named_modules() if hasattr(module, "vera_lambda_d")}
+    assert len(layers) == 6
+    for name, group in bank.group_settings.items():
+        m = group.targets[0].inputs
+        for place, target in enumerate(group.targets):
+            layer = next(one for key, one in layers.items() if key.endswith(target.modules[0]))
+            assert torch.equal(layer.vera_lambda_d["default"], bank.groups[name].d[0, place])
+            assert torch.equal(layer.vera_lambda_b["default"], bank.groups[name].b[0, place])
+            # the normaliser of our A is that of the weight's own shape; PEFT's that of the largest
+            layer.scale = (192 / m) ** 0.5
+    shake(bank)
+    with torch.no_grad():
+        wrapped.base_model.vera_A["default"].copy_(shared["a"])
+        wrapped.base_model.vera_B["default"].copy_(shared["b"])
+        for name, group in bank.group_settings.items():
+            for place, target in enumerate(group.targets):
+                layer = next(one for key, one in layers.items() if key.endswith(target.modules[0]))
+                layer.vera_lambda_d["default"].copy_(layer.scale * bank.groups[name].d[0, place])
+                layer.vera_lambda_b["default"].copy_(bank.groups[name].b[0, place])
+    ours, theirs = backbone(IMAGES), wrapped(IMAGES)
+    assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    (ours * direction).sum().backward()
+    (theirs * direction).sum().backward()
+    for name, group in bank.group_settings.items():
+        for place, target in enumerate(group.targets):
+            layer = next(one for key, one in layers.items() if key.endswith(target.modules[0]))
+            for mine, other in (
+                (bank.groups[name].d.grad[0, place], layer.scale * layer.vera_lambda_d["default"].grad),
+                (bank.groups[name].b.grad[0, place], layer.vera_lambda_b["default"].grad),
+            ):
+                assert torch.allclose(mine, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+def test_veras_pair_is_one_for_all_shapes_with_kaimings_variances() -> None:
+    bank = make_bank(vit(), VeRA(targets=["qkv", "mlp"], rank=300), 5)
+    narrow, wide = bank.fixed["48x192"], bank.fixed["192x48"]
+    assert torch.allclose(wide["a"][:48] * 2, narrow["a"], rtol=1e-6)  # sqrt(192 / 48)
+    assert torch.equal(narrow["b"][:, :48], wide["b"])
+    assert float(narrow["a"].var()) == pytest.approx(2 / 48, rel=0.05)
+    assert float(narrow["b"].var()) == pytest.approx(2 / 300, rel=0.05)
+    assert sum(p.numel() for p in bank.adapter_parameters()) == 6 * 300 + 2 * (144 + 192 + 48)
+    assert sum(p.numel() for p in make_bank(vit(), LoRAXS(rank=9), 5).adapter_parameters()) == 2 * 81
+
+
+REFUSED = {
+    "head": (LoRAXS(targets=["qkv", "head"]), "LoRAXS does not adapt the head .*: leave head out of targets"),
+    "vera's head": (VeRA(targets=["qkv", "head"]), "VeRA does not adapt the head"),
+    "rank": (LoRAXS(rank=49), "rank 49 is not possible for blocks.0.attn.qkv.weight"),
+    "no rank": (LoRAXS(rank=0), "rank 0 is not possible"),
+    "vera's rank": (VeRA(rank=5000), "rank of VeRA is 5000: it must be at most 4,096"),
+    "vera without a rank": (VeRA(rank=0), "rank of VeRA is 0: it must be above zero"),
+    "scale": (LoRAXS(c=-1.0), "c of LoRAXS is -1.0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_are_refused(case: str) -> None:
+    method, refusal = REFUSED[case]
+    with pytest.raises(NolaVisionError, match=refusal):
+        make_bank(vit(), method, 5)
+
+
+def test_a_zero_base_is_refused() -> None:
+    zero = BackboneSpec("mlp_784_256.untrained", base="zero")
+    with pytest.raises(NolaVisionError, match="VeRA on base zero would never move"):
+        adapt(zero, VeRA(targets=["all"]), ["a", "b"])
+    with pytest.raises(NolaVisionError, match="fc1.weight: its singular value 1 is zero .*leave it out"):
+        adapt(zero, LoRAXS(targets=["all"]), ["a", "b"])
+    assert attached(resnet(), VeRA(targets=["conv"], rank=5), base="random")
