@@ -11,7 +11,7 @@ within a round. Turn the machine's other work off first.
     input    images a second of the input side on one core, 500-pixel JPEG files at 224 pixels with the `released`
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
     sweep    the 68 runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the runs' own training
-             and test time divided by the slots (one sweep into an empty folder --out; rounds do not apply)
+             and test time divided by the workers (one sweep into an empty folder --out; rounds do not apply)
 """
 
 from __future__ import annotations
@@ -344,16 +344,16 @@ def input_side(rounds: int) -> None:
     print(f"n = {rounds} rounds of an epoch of {images} images each, one thread")
 
 
-def sweep(slots: int, out: Path) -> None:
+def sweep(workers: int, out: Path) -> None:
     command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config=quickstart.yaml", f"--out={out}"]
     if out.exists():
         sys.exit(f"{out} is there already, and runs that are done would cost no time: give another --out")
     clock = time.perf_counter()
-    subprocess.run([*command, f"--slots={slots}", "--threads=1"], check=True)
+    subprocess.run([*command, f"--workers={workers}", "--threads=1"], check=True)
     wall = time.perf_counter() - clock
     own = [(row.seconds_fit or 0) + (row.seconds_test or 0) for row in read_rows(out)[0]]
-    print(f"{len(own)} runs of {statistics.median(own):.1f} s ({min(own):.1f} to {max(own):.1f}), {slots} slots")
-    print(f"{wall:.1f} s against {sum(own) / slots:.1f} s: ratio {wall * slots / sum(own):.3f}")
+    print(f"{len(own)} runs of {statistics.median(own):.1f} s ({min(own):.1f} to {max(own):.1f}), {workers} workers")
+    print(f"{wall:.1f} s against {sum(own) / workers:.1f} s: ratio {wall * workers / sum(own):.3f}")
 
 
 def main() -> None:
@@ -361,7 +361,7 @@ def main() -> None:
     parser.add_argument("what", choices=["step", "route", "basis", "scratch", "input", "sweep", "peak"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rank", type=int, default=4, help="NOLA's rank in scratch")
-    parser.add_argument("--slots", type=int, default=2, help="of the sweep")
+    parser.add_argument("--workers", type=int, default=2, help="of the sweep")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="of the sweep")
     parser.add_argument("--name", help="of the contender whose peak is measured (for the script's own use)")
     known = parser.parse_args()
@@ -376,7 +376,7 @@ def main() -> None:
     elif known.what == "input":
         input_side(known.rounds)
     elif known.what == "sweep":
-        sweep(known.slots, known.out)
+        sweep(known.workers, known.out)
     else:
         print_peak(known.name)
 

@@ -1,9 +1,9 @@
 """Kills sweeps at random moments and compares what they end with: `python scripts/kill_sweeps.py [--times 20]`.
 
-One sweep of the quick start (one epoch) runs undisturbed with two slots, one with one slot and one on Ray, on a cluster
-of two nodes that this script starts on this machine: their rows must be equal. Then, for each seed, another sweep goes
-on to a random moment, when its driver, a worker, or a Ray node is ended by SIGKILL. Started again with the same
-command, it must end with the same rows: the same set, the same deterministic columns, none twice, none torn.
+One sweep of the quick start (one epoch) runs undisturbed with two workers, one with one worker and one on Ray, on a
+cluster of two nodes that this script starts on this machine: their rows must be equal. Then, for each seed, another
+sweep goes on to a random moment, when its driver, a worker, or a Ray node is ended by SIGKILL. Started again with the
+same command, it must end with the same rows: the same set, the same deterministic columns, none twice, none torn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SWEEP = [
     "--methods=1nn,linear,nola", "--threads=1", "--trainer.max_epochs=1", "--data.test_limit=100",
 ]  # fmt: skip
 VICTIMS = [("local", "driver"), ("local", "worker"), ("ray", "driver"), ("ray", "worker"), ("ray", "node")]
-LOCAL = ["--slots=2"]
+LOCAL = ["--workers=2"]
 TOKEN = "of-the-cluster-that-kill-sweeps-starts"
 
 
@@ -110,7 +110,7 @@ def main() -> None:
     wrong = missed = 0
     with tempfile.TemporaryDirectory() as scratch:
         expected, longest = None, 0.0
-        for name, engine in {"two slots": LOCAL, "one slot": ["--slots=1"], "ray": on_ray(cluster)}.items():
+        for name, engine in {"two workers": LOCAL, "one worker": ["--workers=1"], "ray": on_ray(cluster)}.items():
             began = time.monotonic()
             start(Path(scratch) / name, engine).wait()
             seconds = time.monotonic() - began

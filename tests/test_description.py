@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nola_vision.evaluation.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.evaluation.estimates import Estimate, compare
-from nola_vision.reports.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.reports.description import backbone_name, cell_facts, cell_title, grid_text, how_measured
 from nola_vision.reports.html import html_page
 from nola_vision.reports.statistics import subject, summarise

@@ -21,7 +21,8 @@ from scipy.optimize import minimize
 from scipy.stats import binomtest
 
 from nola_vision.cli.main import main
-from nola_vision.reports.confusion import confusion_csv, entry_confusions
+from nola_vision.evaluation.confusion import confusion_csv
+from nola_vision.reports.confusion import entry_confusions
 from nola_vision.reports.description import bytes_text
 from nola_vision.reports.labels import short_names, spread
 from nola_vision.reports.plots import (

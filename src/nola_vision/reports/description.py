@@ -11,13 +11,12 @@ from nola_vision.common.tags import HUB_PREFIX, short_dataset, short_tag, split_
 from nola_vision.common.text import last_part, printable, shortened
 from nola_vision.reports.statistics import (
     LEAST_SPLITS,
-    count_once,
     cross_validated,
     is_measured,
     mean_std,
     run_accuracies,
 )
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 from nola_vision.runs.run_id import FROZEN_METHODS, OWN_IMAGES
 
 NOT_MEASURED = "-"

@@ -38,11 +38,11 @@ from nola_vision.reports.description import (
 )
 from nola_vision.reports.labels import short_names
 from nola_vision.reports.plots import CSS_COLOURS, DARK_COLOURS, cell_charts, entry_looks
-from nola_vision.reports.statistics import Summary, count_once, entries, kind, rivals, run_accuracy, subject
+from nola_vision.reports.statistics import Summary, entries, kind, rivals, run_accuracy, subject
 from nola_vision.reports.tables import Sheet
 from nola_vision.reports.tested import Mistake, Tested, mistakes, read_tested
 from nola_vision.reports.verdict import cell_verdict
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 
 MOST_IMAGE_BYTES = 2**21  # of the user's images in one page, as text
 _MOST_WARNINGS = 5  # of the runs of one cell

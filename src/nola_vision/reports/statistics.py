@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from nola_vision.common.text import shortened
 from nola_vision.evaluation.estimates import Estimate, wilson
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 from nola_vision.runs.run_id import FROZEN_METHODS, entry_settings
 
 METRICS = ("balanced_accuracy", "macro_f1", "top5_accuracy", "test_nll")  # columns of a row, next to its accuracy
@@ -255,24 +255,6 @@ def run_accuracy(row: Row, images: int | None = None) -> RunAccuracy | None:
         return None
     correct = round(row.test_accuracy * images)
     return RunAccuracy(correct, images, *wilson(correct, images), None)
-
-
-def search_rank(row: Row) -> tuple[float, float]:
-    """What search runs are sorted by, the best first: validation accuracy, then loss; a failed one comes last."""
-    accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
-    return -accuracy, _or(row.val_loss, math.inf)
-
-
-def _or(value: float | None, otherwise: float) -> float:
-    return value if value is not None and math.isfinite(value) else otherwise
-
-
-def count_once(rows: Iterable[Row]) -> list[Row]:
-    """Keep one row of each run, the newest completed one: the same run in two folders counts once."""
-    kept: dict[tuple[str, str, str], Row] = {}
-    for row in sorted(rows, key=lambda row: row.precedence):
-        kept[row.cell, row.method, row.run_hash] = row
-    return list(kept.values())
 
 
 def on_the_same_images(rows: Sequence[Row], like: Row | None = None) -> tuple[list[Row], list[str]]:

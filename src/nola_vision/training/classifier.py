@@ -24,9 +24,10 @@ from nola_vision.data.sampling import keyed_hash
 from nola_vision.models.adapted_model import adapt, backbone_tensors, first_not_finite
 from nola_vision.models.backbones import BackboneSpec, batch_norms
 from nola_vision.runs.run_id import flattened
+from nola_vision.training.callbacks import monitoring, update_paths
 from nola_vision.training.evaluation import EvaluatedModule
 from nola_vision.training.features import drops_nothing, use_features
-from nola_vision.training.trainer_settings import check_monitors, monitoring, update_paths
+from nola_vision.training.trainer_settings import check_monitors
 
 ClassWeights = Literal["none", "balanced"]
 _LOOK_EVERY = 50  # steps on a GPU

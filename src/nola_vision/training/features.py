@@ -61,8 +61,8 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     """The features of a loader's images in its order: `[n, width]`, on the CPU, in the dtype that the backbone gives.
 
     They are those of the model's forward pass on the same batches in eval mode, with the trainer's device and
-    precision. A process that keeps things (`process_cache`) computes them once, as long as backbone, images, device, precision,
-    batch size and number of threads are the same, and stores up to 512 MB.
+    precision. With a `process_cache` they are computed once per process for the same backbone, images, device,
+    precision, batch size and number of threads; it stores up to 512 MB.
 
     Args:
         model: its backbone must be frozen and on the trainer's device.
