@@ -369,7 +369,7 @@ def broken(error: BaseException):  # noqa: ANN201
     ("error", "status", "expected"),
     [
         (ValueError("first line\nsecond \x1b[31mline"), 1, r"unexpected ValueError at nola_vision/cli/main.py:"),
-        (OSError(28, "No space left on device"), 2, "No space left on device: make room"),
+        (OSError(28, "No space left on device"), 2, "No space left on device: free disk space"),
         (FileNotFoundError(2, "No such file or directory", "x.csv"), 2, "No such file or directory (x.csv)"),
         (MemoryError(), 1, "out of memory at nola_vision/cli/main.py:"),
         (RecursionError("too deep"), 1, "unexpected RecursionError at"),

@@ -213,7 +213,7 @@ def test_vary_and_shards() -> None:
     assert not search_specs(rates, names)
     listed, names = vary(CONFIG, ["nola"], "targets", [["qkv", "mlp"]], lambda *_: True)
     assert names == ["nola-targetsqkv+mlp"] and listed["methods"][names[0]]["init_args"]["targets"] == ["qkv", "mlp"]
-    with pytest.raises(NolaVisionError, match="has a method 'nola-c1' already"):
+    with pytest.raises(NolaVisionError, match="already has a method 'nola-c1'"):
         vary(CONFIG, ["nola"], "c", [1, 1], lambda *_: True)
 
 

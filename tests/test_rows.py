@@ -375,9 +375,9 @@ def test_a_run_to_repeat_counts_until_the_repetition_does(tmp_path: Path) -> Non
     store.write_row(folder, new)
     aside = folder.with_name(f"{folder.name}.before")
     aside.write_text("a person's own file")
-    with pytest.raises(NolaVisionError, match=r"\.before is not a folder, and --again moves .* there: remove it"):
+    with pytest.raises(NolaVisionError, match=r"\.before is not a folder, but --again moves .* there: remove it"):
         store.set_aside(folder)
     assert store.find_completed(folder) == new and aside.is_file()
     aside.unlink(), (folder / "row.json").unlink(), (folder / "row.json").mkdir()
-    with pytest.raises(NolaVisionError, match=r"row\.json is a folder, and the run writes its row there"):
+    with pytest.raises(NolaVisionError, match=r"row\.json is a folder, but the run writes its row there"):
         store.lock_run(folder).__enter__()

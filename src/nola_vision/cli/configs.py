@@ -1,4 +1,4 @@
-"""`nola-vision configs list|show|copy`: the configs that ship, and the cells of the paper's tables."""
+"""`nola-vision configs list|show|copy`: the shipped configs, and the cells of the paper's tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nola_vision.runs import config_files
 
 def main(arguments: Sequence[str], verb: str) -> int:
     options = Options(verb)
-    options.description = "Lists the shipped configs, prints one, or writes one to a file of your own."
+    options.description = "Lists the shipped configs, prints one, or copies one to a file."
     options.add_argument("what", choices=["list", "show", "copy"])
     options.add_argument("name", nargs="?", help="a config, such as vitl_cifar100_5shot.yaml")
     options.add_argument("file", nargs="?", help="where to copy it to (default: its name, here)")
@@ -38,7 +38,11 @@ def main(arguments: Sequence[str], verb: str) -> int:
     target = Path(known.file or f"{name}.yaml")
     refuse_existing(target)
     write_file(target, text.encode())
-    won = ": it wins over the shipped one of its name, here" if target.name.removesuffix(".yaml") == name else ""
+    won = (
+        ": in this folder it overrides the shipped config of that name"
+        if target.name.removesuffix(".yaml") == name
+        else ""
+    )
     print(f"{target}: written{won}")
     return 0
 

@@ -156,7 +156,5 @@ def take_photos(rest: Sequence[str]) -> tuple[str | None, list[str]]:
         elif photos is None:
             photos = word
         else:
-            raise NolaVisionError(
-                f"'{photos}' and '{word}' are two sets of images: give one folder, CSV or text list"
-            )
+            raise NolaVisionError(f"'{photos}' and '{word}' are two sets of images: give one folder, CSV or text list")
     return photos, others

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone: computed once per process for the same images, and shared by all its runs.
+"""Features of a frozen backbone: computed once per process for the same images, and shared by its runs.
 
 Methods that only need features (1-NN, nearest mean, logistic regression, a linear probe without augmentation) run on
 them instead of on images: their task calls `use_features` at the start of a stage, and the datamodule's loaders then
@@ -23,11 +23,11 @@ from nola_vision.models.adapted_model import AdaptedModel
 from nola_vision.models.backbones import local_files, probe_batch
 
 _MOST_KEPT = 512 * 2**20  # bytes: 10,000 images with 1,024 features take 40 MB
-_RANDOM = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # what modules call the share of what they drop
+_RANDOM = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # attributes of modules that drop values at random
 
 
 class FeatureSet(Dataset[tuple[Tensor, Tensor]]):
-    """Features in place of images: the items of an `ImageSubset`, asked for in the same way.
+    """Features instead of images, with the interface of `ImageSubset`.
 
     Args:
         features: `[n, width]`.
@@ -89,7 +89,7 @@ def _computed(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) 
     model.eval()
     _notify(trainer, "on_features_start", total)
     try:
-        # Lightning tests in inference mode, whose tensors no later run could train on
+        # Lightning tests in inference mode, and a later run cannot train on tensors made in it
         with torch.inference_mode(False), torch.no_grad():
             for images, _ in loader:
                 with precision.forward_context():
