@@ -23,7 +23,7 @@ from nola_vision.adapters.serialization import adapter_bytes, read_adapter
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.models.export import shorten
 from nola_vision.runs import run_id, store
-from nola_vision.runs.runner import ADAPTER_FILE
+from nola_vision.runs.store import ADAPTER_FILE
 
 
 def fewer_bits(source: Path, out: Path, head_bits: int = 32) -> Iterator[str]:

@@ -21,8 +21,7 @@ from nola_vision.data.sources import ArraySource
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import store
-from nola_vision.runs.cells import compose
-from nola_vision.runs.config_files import part_names
+from nola_vision.runs.cells import compose, part_files
 from tiny import trained_rows
 
 QUICK = [
@@ -262,7 +261,7 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
         (["data", "manifest", "digits", "--out", "no/x"], "cannot be written"),
         (["data", "check", "folder", "--root", moved, "--shots", 2], "takes no --shots"),
         (["data", "check", "folder", "--root", "gone"], "the data root gone does not exist"),
-        (["data", "manifest", "folder", "--root", moved, "--out", "x", "--split", -1], "no whole number from 0 up"),
+        (["data", "manifest", "folder", "--root", moved, "--out", "x", "--split", -1], "is not a whole number"),
         (["data", "check", "folder", "--root", "m.json"], "the data root m.json is a file"),
         (["data", "check", "cifar10", "--root", "gone"], "there is no such folder"),
         (["data", "check", "cifar1000"], "did you mean cifar100"),
@@ -334,7 +333,7 @@ def test_a_sweep_of_a_manifest_is_of_its_split(capsys: pytest.CaptureFixture) ->
     assert run("data", "manifest", "digits", "--shots", 2, "--split", 3, "--out", "m.json") == 0
     sweep = ["sweep", "--config=quickstart.yaml", "--methods=1nn,linear", "--inits=0", "--data.shots=2", *QUICK]
     assert run(*sweep, "--data.manifest=m.json", "--splits=0-1") == 2
-    assert "holds split 3 alone" in capsys.readouterr().err
+    assert "has only split 3" in capsys.readouterr().err
     assert run(*sweep, "--data.manifest=m.json") == 0
     rows, _ = store.read_rows("runs")
     assert {row.split for row in rows} == {3} and {row.stage for row in rows} == {"search", "final"}
@@ -348,14 +347,14 @@ def test_a_manifest_of_images_without_files(capsys: pytest.CaptureFixture) -> No
     assert one.data["draw"] == other.data["draw"] and one.test_accuracy == other.test_accuracy
 
 
-@pytest.mark.parametrize("dataset", part_names("datasets"))
+@pytest.mark.parametrize("dataset", sorted(part_files("datasets")))
 def test_a_cell_of_every_data_set_runs_a_step_through_its_reader(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the small ViT that ships: the step of a real backbone costs more, and shows nothing of the data set."""
     root = stand_ins.make(compose("vitb", dataset, 5)["data"]["dataset"], tmp_path / "data", monkeypatch)
     # logistic regression on noise of 397 classes takes a minute, and is the same for all data sets
-    monkeypatch.setattr("nola_vision.cli.fit._frozen_rows", lambda *_: [])
+    monkeypatch.setattr("nola_vision.runs.fit._frozen_rows", lambda *_: [])
     options = ["--model.backbone.tag=vit_glyph_patch4_32.glyphs", f"--data.root={root}", "--data.batch_size=4"]
     options.append("--data.test_limit=400")  # or all 20,000 test images of sun397 are decoded before training
     assert run("fit", f"--config=vitb_{dataset}_5shot.yaml", *options, *QUICK) == 0
@@ -365,7 +364,7 @@ def test_a_cell_of_every_data_set_runs_a_step_through_its_reader(
     assert row.adapter_parameters == 24 * 1024 and row.head_parameters == 161 * classes
 
 
-@pytest.mark.parametrize("backbone", part_names("backbones"))
+@pytest.mark.parametrize("backbone", sorted(part_files("backbones")))
 def test_a_cell_of_every_backbone_runs_a_step(backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 32 pixels and with random weights, which nothing downloads."""
     root = stand_ins.make("cifar10", tmp_path / "data", monkeypatch)

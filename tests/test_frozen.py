@@ -27,7 +27,7 @@ from nola_vision.data.folds import folds
 from nola_vision.evaluation.estimates import Estimate
 from nola_vision.evaluation.predictions import load_predictions
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.runs import run_id, runner
+from nola_vision.runs import run_id, runner, store
 from nola_vision.runs.cells import compose
 from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build
@@ -180,8 +180,8 @@ def test_rows_are_those_of_scikit_learn_on_the_same_features(
             assert rows[name].adapter_file_bytes is None and rows[name].head_parameters == 0
             continue
         assert rows[name].head_parameters == 10 * x.shape[1] + 10
-        assert rows[name].adapter_file_bytes == (folder / runner.ADAPTER_FILE).stat().st_size
-        logits = load_adapter(folder / runner.ADAPTER_FILE).classified(torch.from_numpy(new)).detach()
+        assert rows[name].adapter_file_bytes == (folder / store.ADAPTER_FILE).stat().st_size
+        logits = load_adapter(folder / store.ADAPTER_FILE).classified(torch.from_numpy(new)).detach()
         assert (logits.argmax(1).numpy()[np.argsort(positions)] == found.predicted).all()
 
 
@@ -347,7 +347,7 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
 
     final = KShotDataModule(image, **config["data"]).train_indices
     weight, _, _ = frozen.logistic_regression(x[final].astype(np.float64), y[final], part.groups[final])
-    saved = load_adapter(folder / runner.ADAPTER_FILE)
+    saved = load_adapter(folder / store.ADAPTER_FILE)
     assert saved.bank.head_weight[0].detach().numpy() == pytest.approx(weight, abs=1e-4 * np.abs(weight).max())
 
 

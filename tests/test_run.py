@@ -26,7 +26,7 @@ from nola_vision.common.mappings import overlay
 from nola_vision.evaluation.calibration import fit_temperature
 from nola_vision.evaluation.predictions import load_predictions
 from nola_vision.reports.confusion import read_confusion
-from nola_vision.runs import run_id, runner, store
+from nola_vision.runs import checkpoints, run_id, runner, store
 from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build, parse
 from nola_vision.runs.record import DETERMINISTIC
@@ -103,7 +103,7 @@ def test_a_row_has_the_metrics_of_its_confusions(rows: dict) -> None:
 
 def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
     folder = run_id.run_folder(rows["out"], config("nola"), "final")
-    model = load_adapter(folder / runner.ADAPTER_FILE)
+    model = load_adapter(folder / store.ADAPTER_FILE)
     built = build(config("nola"), folder / "again")
     built.datamodule.setup("test")
     right = total = loss = 0
@@ -117,7 +117,7 @@ def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
             total += len(labels)
     assert right / total == pytest.approx(rows["nola"].test_accuracy, abs=1e-6)
     assert loss / total == pytest.approx(rows["nola"].test_nll, rel=1e-5)
-    assert (folder / runner.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
+    assert (folder / store.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
     # the stored probabilities are those that `predict` gives: calibrated
     found = load_predictions(folder)
     assert found is not None and found.logits is None and model.temperature != 1
@@ -127,7 +127,7 @@ def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
 
 def test_the_temperature_is_fitted_on_the_validation_pool(rows: dict) -> None:
     row, folder = rows["nola"], run_id.run_folder(rows["out"], config("nola"), "final")
-    model, built = load_adapter(folder / runner.ADAPTER_FILE), build(config("nola"), folder / "again")
+    model, built = load_adapter(folder / store.ADAPTER_FILE), build(config("nola"), folder / "again")
     built.datamodule.setup("fit")
     with torch.inference_mode():
         batches = [(model(images), labels) for images, labels in built.datamodule.val_dataloader()]
@@ -250,16 +250,16 @@ def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
         folder = run_id.run_folder(tmp_path, other, "final")
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text("an old log")
-        with pytest.raises(NolaVisionError, match="resumed with the very settings it was started with"):
+        with pytest.raises(NolaVisionError, match="resume with the settings that it was started with"):
             runner.run(other, tmp_path, ckpt_path=str(saved))
         assert (folder / "metrics.csv").read_text() == "an old log"  # refused before anything is touched
         assert runner.run(other, tmp_path, ckpt_path=str(saved), keep_going=True).status == "failed"
     saved.write_bytes(b"damaged")
     with pytest.raises(NolaVisionError, match="damaged or not a checkpoint"):
-        runner.evaluate(config("linear"), tmp_path, "test", None)
+        checkpoints.evaluate(config("linear"), tmp_path, "test", None)
     torch.save([1], saved)
     with pytest.raises(NolaVisionError, match="last.ckpt is not a Lightning checkpoint"):
-        runner.evaluate(config("linear"), tmp_path, "test", None)
+        checkpoints.evaluate(config("linear"), tmp_path, "test", None)
     with pytest.raises(NolaVisionError, match="1nn trains nothing"):
         runner.run(config("1nn"), tmp_path, ckpt_path=str(saved))
     assert runner.run(config("1nn"), tmp_path, ckpt_path="last").status == "completed"
@@ -279,7 +279,7 @@ def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path, caplog: pytest
     assert "weights_only" not in caplog.text  # Lightning would log a line for each epoch
     folder = run_id.run_folder(tmp_path, uneven, "final")
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    trained = load_adapter(folder / runner.ADAPTER_FILE)
+    trained = load_adapter(folder / store.ADAPTER_FILE)
     assert torch.equal(checkpoint["model.bank.head_weight"], trained.bank.head_weight)
 
 
@@ -366,7 +366,7 @@ def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
     with pytest.raises(NolaVisionError, match=r"after step \d adapter\.\S+ of blocks\.0\.\S+ is not finite"):
         runner.run(blown, tmp_path)
     folder = run_id.run_folder(tmp_path, blown, "final")
-    assert store.read_row(folder / "row.json").status == "failed" and not (folder / runner.ADAPTER_FILE).exists()
+    assert store.read_row(folder / "row.json").status == "failed" and not (folder / store.ADAPTER_FILE).exists()
 
 
 def test_a_damaged_row_is_replaced_and_hides_no_error(

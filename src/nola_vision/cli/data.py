@@ -1,4 +1,4 @@
-"""`nola-vision data check|manifest`: what is there of a data set, and the images of a draw as a file."""
+"""`nola-vision data check|manifest`: checks a data set, or writes the images of a k-shot draw to a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nola_vision.data.datasets.base import DatasetEntry
     from nola_vision.data.sources import ImageSource
 
-SHOWN = 10  # lines of each kind of trouble
+SHOWN = 10  # lines of each kind of problem
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         action="store_true",
         help="check: fetch what is missing, where that is possible",
     )
-    options.add_argument("--shots", type=whole_number, help="manifest: images a class (default: 5)")
+    options.add_argument("--shots", type=whole_number, help="manifest: images per class (default: 5)")
     options.add_argument("--split", type=whole_number, help="manifest: which draw, data.split_seed (default: 0)")
     options.add_argument("--out", metavar="FILE", help="manifest: the file to write")
     known = options.parse_args(arguments)
@@ -119,7 +119,7 @@ def _check(name: str, root: str | None, download: bool) -> int:
 
 
 def _called(entry: DatasetEntry, root: str | None, split: str) -> str:
-    """A split for a heading, with what else should be known of it."""
+    """The name of a split in a heading."""
     if split == "train" and "test" not in entry.splits(root):
         return "all images"
     return "test (named validation)" if split == "test" and entry.test_name(root) == "validation" else split
@@ -149,7 +149,7 @@ def _listed(console: Console, what: str, lines: Sequence[str]) -> None:
 
 
 def _print(console: Console, line: str, wrap: bool = False) -> None:
-    """Prints one line, whose names may hold anything."""
+    """Prints one line; names in it may contain any character."""
     console.print(printable(line), markup=False, soft_wrap=not wrap)
 
 

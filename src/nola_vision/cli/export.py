@@ -1,4 +1,4 @@
-"""`nola-vision export`: an adapter file made shorter, or merged into a plain timm model."""
+"""`nola-vision export`: a shorter adapter file, or a plain timm model with the adapter merged."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What frozen features can do: 1-NN, nearest class mean and logistic regression. Nothing is trained by steps.
+"""Methods on frozen features: 1-NN, nearest class mean and logistic regression, fitted without an optimizer.
 
-`docs/frozen-features.md` has the formulas and how they were chosen.
+`docs/frozen-features.md` has the formulas and the reasons for them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nola_vision.evaluation.predictions import Predictions
 from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs.run_id import FROZEN_METHODS as FROZEN_METHODS
-from nola_vision.training.evaluation import EvaluatedModule
+from nola_vision.training.base import ClassificationTask
 from nola_vision.training.features import features, use_features
 
 Array = npt.NDArray[np.float64]
@@ -46,7 +46,7 @@ _REPEATED_WORK = 4 * 10**6  # images x features x classes of all repeats of a cr
 _INNER_SEED = 0  # of the folds in which C is chosen
 
 
-class FrozenClassifier(EvaluatedModule):
+class FrozenClassifier(ClassificationTask):
     """1-NN, nearest class mean or logistic regression on the features of a frozen backbone.
 
     While the trainer runs it, the datamodule's batches hold features instead of images (`features.use_features`). It
@@ -94,7 +94,7 @@ class FrozenClassifier(EvaluatedModule):
             self._known = F.normalize(features.float(), dim=1), labels
             return
         x, y, num_classes = features.double().numpy(), labels.numpy(), self.model.bank.num_classes
-        # several threads cost more than they save on few images, and wait for each other on busy cores
+        # on few images several threads are slower than one, especially on busy cores
         with threadpool_limits(torch.get_num_threads() if x.size * num_classes > _MOST_WORK else 1):
             if self.method.regularised:
                 copies = np.arange(len(y)) if groups is None else groups
@@ -111,7 +111,7 @@ class FrozenClassifier(EvaluatedModule):
         """Fits the method to the training images of a datamodule, if that has not been done."""
         if not self._fitted:
             self.prepare(trainer)
-            use_features(data, None, trainer)  # a stage has its loaders by now
+            use_features(data, None, trainer)  # the stage has its loaders already
             loader = data.reference_dataloader()
             images = loader.dataset
             assert isinstance(images, ImageSubset)
@@ -125,11 +125,8 @@ class FrozenClassifier(EvaluatedModule):
 
     # --- evaluation by Lightning ---------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        use_features(self.trainer.datamodule, self.model, self.trainer)  # type: ignore[attr-defined]
-
-    def teardown(self, stage: str) -> None:
-        use_features(self.trainer.datamodule, None, self.trainer)  # type: ignore[attr-defined]
+    def needs_only_features(self) -> bool:
+        return True
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -171,8 +168,8 @@ def nearest_mean(x: Array, y: Indices, num_classes: int) -> tuple[Array, Array]:
 def logistic_regression(x: Array, y: Indices, groups: Indices) -> tuple[Array, Array, float]:
     """The head of multinomial logistic regression with an L2 penalty, and the C of it (scikit-learn's).
 
-    The features are centred and divided by one number, the root of their mean variance, so that C means the same for
-    every backbone; the head that is returned takes features as they are. C is the one of `CS` with the least
+    The features are centred and divided by the root of their mean variance, so that C has the same meaning for every
+    backbone; the returned head takes unscaled features. C is the one of `CS` with the least
     cross-entropy over stratified folds of the training images, the smallest such; `DEFAULT_C` where no class has two
     distinct images.
     """
@@ -208,7 +205,7 @@ def _fitted(x: Array, y: Indices, c: float) -> tuple[Any, Array, float]:
     middle = x.mean(axis=0)
     scale = float(np.sqrt(np.square(x - middle).mean())) or 1.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # after 1,000 steps it is as good as it gets
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 1,000 steps are enough
         warnings.filterwarnings("ignore", MANY_CLASSES, UserWarning)
         model = linear_model.LogisticRegression(C=c, max_iter=_MOST_ITERATIONS).fit((x - middle) / scale, y)
     return model, middle, scale
