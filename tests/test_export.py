@@ -94,7 +94,7 @@ def test_bits_of_a_head_alone_and_of_what_keeps_its_bits(tmp_path: Path) -> None
     assert loaded.metadata.method.head_bits == 4 and loaded.save(tmp_path / "c.safetensors") == size
     peft = adapt(SPEC, PEFT(config="VeraConfig", settings={"r": 2, "target_modules": ["qkv"]}), ["a", "b"])
     peft.save(tmp_path / "p.safetensors")
-    with pytest.raises(NolaVisionError, match="by PEFT, whose numbers keep 32 bits"):
+    with pytest.raises(NolaVisionError, match="PEFT stores its values in 32 bits: leave --bits out"):
         shorten(tmp_path / "p.safetensors", tmp_path / "x.safetensors", bits=4)
     with pytest.raises(NolaVisionError, match="PEFT merges its own methods"):
         write_merged(peft, tmp_path / "x")
@@ -110,7 +110,7 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     shaken(NOLA(num_basis=20, nested=True)).save(tmp_path / "n.safetensors")
     for options, expected in (
         (["--adapter", "a.safetensors", "--out", "b", "--max-bytes", "9000"], "not trained to be cut"),
-        (["--adapter", "n.safetensors", "--out", "b", "--max-bytes", "900"], "one coefficient a factor alone take"),
+        (["--adapter", "n.safetensors", "--out", "b", "--max-bytes", "900"], "one coefficient per factor alone take"),
         (["--adapter", "n.safetensors", "--out", "b", "--bits", "1"], "bits is 1"),
         (["--adapter", "n.safetensors", "--out", "b"], "export takes"),
         (["--adapter", "n.safetensors", "--merged", "no/b"], "the folder of no/b does not exist"),
