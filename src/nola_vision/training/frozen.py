@@ -29,7 +29,6 @@ from nola_vision.evaluation.estimates import CrossValidated
 from nola_vision.evaluation.predictions import Predictions
 from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.runs.run_id import FROZEN_METHODS as FROZEN_METHODS
 from nola_vision.training.base import ClassificationTask
 from nola_vision.training.features import features, use_features
 
