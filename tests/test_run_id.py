@@ -78,7 +78,7 @@ def test_resolve_leaves_its_input_alone() -> None:
 
 
 def test_an_unknown_entry_is_refused_with_the_close_names() -> None:
-    with pytest.raises(NolaVisionError, match=r"'nolla': did you mean nola\?"):
+    with pytest.raises(NolaVisionError, match=r"unknown method 'nolla' in the config: did you mean nola\?"):
         run_id.resolve(CONFIG, "nolla")
     with pytest.raises(NolaVisionError, match="nn1, linear, nola"):
         run_id.resolve(CONFIG, "zzz")
@@ -128,7 +128,7 @@ def test_a_cell_name_is_one_safe_folder() -> None:
 def test_a_folder_data_set_needs_a_name(root: str) -> None:
     run_config = changed("data.dataset", "folder")
     run_config["data"]["root"] = root
-    with pytest.raises(NolaVisionError, match="write the folder's name out"):
+    with pytest.raises(NolaVisionError, match="write out the folder's name"):
         run_id.cell_name(run_config)
 
 
