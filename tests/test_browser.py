@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fake_runs import METHODS, write_runs
-from nola_vision.reports.html import html_page
-from nola_vision.reports.tables import report_of
+from nola_vision.reports.cell import report_of
+from nola_vision.reports.html.page import html_page
 from nola_vision.runs import store
 
 CHROMIUM = shutil.which("chromium")

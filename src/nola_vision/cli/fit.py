@@ -117,8 +117,9 @@ def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespac
     import torch
     from rich.console import Console
 
-    from nola_vision.reports import tables
+    from nola_vision.reports.cell import cell_of
     from nola_vision.reports.statistics import on_the_same_images
+    from nola_vision.reports.terminal import cell_table, row_panel
     from nola_vision.reports.verdict import run_verdict
     from nola_vision.runs import cross_validation, runner, store
     from nola_vision.runs.parsing import open_data
@@ -172,8 +173,8 @@ def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespac
         return 0
     rows, problems = store.read_rows(out / row.cell)
     rows, left_out = on_the_same_images(rows, row)
-    console.print(tables.row_panel(row))
-    console.print(tables.cell_table(tables.cell_runs(rows, row.cell)))
+    console.print(row_panel(row))
+    console.print(cell_table(cell_of(rows, row.cell)))
     lines, unusable = run_verdict(row, frozen)
     for line in lines:
         print(textwrap.fill(line, console.width))
@@ -213,7 +214,7 @@ def _learning_rates(raw: run_id.Config, run_config: run_id.Config) -> list[float
 
 def _frozen_rows(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespace) -> list[Row]:
     """The rows of the methods on frozen features, each printed when it is known."""
-    from nola_vision.reports.description import accuracy_text
+    from nola_vision.reports.formatting import accuracy_text
     from nola_vision.runs import runner
     from nola_vision.runs.parsing import parse
 

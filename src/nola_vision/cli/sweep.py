@@ -22,8 +22,9 @@ from nola_vision.cli.options import config_options, refuse_strays, whole_number
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import PlainLines, is_live, say, say_start, seconds_left, time_left
 from nola_vision.common.text import printable
-from nola_vision.reports.description import accuracy_text
-from nola_vision.reports.statistics import on_the_same_images, summarise
+from nola_vision.reports.entries import summarise
+from nola_vision.reports.formatting import accuracy_text
+from nola_vision.reports.statistics import on_the_same_images
 from nola_vision.runs import early_checks, run_id, store
 from nola_vision.runs.config_files import load_configs, user_folder
 from nola_vision.runs.record import Row
@@ -162,13 +163,14 @@ def _sweep(
         if not live:
             say(f"{count} runs start")
         rows = protocol.sweep(config, splits, inits, execute, shard)
-    from nola_vision.reports import tables  # pandas takes a while to import
+    from nola_vision.reports.cell import cell_of  # scipy takes a while to import
+    from nola_vision.reports.terminal import cell_report
 
     everything, problems = store.read_rows(out / cell)
     same, left_out = on_the_same_images(everything, rows[0] if rows else None)
-    runs = tables.cell_runs(same, cell)
-    console.print(tables.cell_report(runs))
-    for problem in (*(problem for _, problem in problems), *runs.verdict[1], *left_out):
+    found = cell_of(same, cell)
+    console.print(cell_report(found))
+    for problem in (*(problem for _, problem in problems), *found.verdict[1], *left_out):
         print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
 

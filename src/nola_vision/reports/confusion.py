@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.text import csv_cell
 from nola_vision.evaluation.predictions import Predictions
-from nola_vision.reports.statistics import Entry, run_accuracy
+from nola_vision.reports.entries import Entry
+from nola_vision.reports.statistics import run_accuracy
 from nola_vision.runs.record import Row
 from nola_vision.runs.store import read_run_file
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from nola_vision.common.text import printable
 from nola_vision.reports.cell import Cell
-from nola_vision.reports.description import NOT_MEASURED, accuracy_text, bytes_text, count_text, interval_text, points
+from nola_vision.reports.formatting import NOT_MEASURED, accuracy_text, bytes_text, count_text, interval_text, points
 from nola_vision.reports.statistics import run_accuracy
 from nola_vision.reports.tables import COLUMNS, Table
 from nola_vision.runs.record import Row

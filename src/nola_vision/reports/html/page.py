@@ -140,11 +140,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["isolated"] = _isolated
+    environment.filters["isolated"] = isolated
     return environment
 
 
-def _isolated(text: str) -> Markup:
+def isolated(text: str) -> Markup:
     """Escaped text with right-to-left words isolated, so that they do not reorder the numbers next to them."""
     return Markup(_RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(text))))
 
