@@ -1,17 +1,17 @@
-"""Speed and memory, each contender beside the others in one run: `python scripts/benchmark.py step`, or another below.
+"""Speed and memory of several contenders, interleaved in one run: `python scripts/benchmark.py step`, or another below.
 
-Contenders take turns, round after round; printed are ratios of medians, with the 10th and 90th percentile of the ratio
-within a round. Turn the machine's other work off first.
+Each round runs every contender once. Printed are ratios of medians, with the 10th and 90th percentile of the ratio
+within a round. Run it on an idle machine.
 
-    step     one training step of a ViT-B/16 (random weights) at 224 pixels, as a multiple of the frozen backbone's own
-             forward and backward (a free leaf added before block 0)
-    basis    entries of a basis made a second, as a multiple of torch.rand's float32
+    step     one training step of a ViT-B/16 (random weights) at 224 pixels, as a multiple of a forward and backward
+             pass of the frozen backbone (with a trainable leaf before block 0)
+    basis    basis entries per second, as a multiple of torch.rand's float32
     route    one forward pass of a ViT-B/16 at 224 pixels, batch 8, of two adapters of n = 2, 100 and 1,000
-    scratch  one training step of ResNet-20 on CIFAR shapes: NOLA's and PRANC's, with Table 8's counts
-    input    images a second of the input side on one core, 500-pixel JPEG files at 224 pixels with the `released`
+    scratch  one training step of ResNet-20 on CIFAR shapes with NOLA and PRANC, with Table 8's parameter counts
+    input    images per second of image loading on one core, 500-pixel JPEG files at 224 pixels with the `released`
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
-    sweep    the 68 runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the runs' own training
-             and test time divided by the slots (one sweep into an empty folder --out; rounds do not apply)
+    sweep    the 68 runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the total training and
+             test time of the runs divided by the number of workers (one sweep into an empty folder --out; no rounds)
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Step = Callable[[], Any]
 
 
 def interleave(contenders: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round of each contender; the order turns by one a round, and two rounds are for warming up."""
+    """Seconds of each round of each contender. The order rotates by one per round; two rounds are for warming up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(-2, rounds):
@@ -89,7 +89,7 @@ def vit() -> nn.Module:
 
 
 class Contender:
-    """A ViT-B with an adapter, or frozen; a free leaf before block 0 makes the backward pass run through all blocks."""
+    """A ViT-B, with an adapter or frozen; a trainable leaf before block 0 makes backward run through all blocks."""
 
     def __init__(self, name: str) -> None:
         backbone = vit()
@@ -117,8 +117,8 @@ class Contender:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def held(self) -> tuple[float, float]:
-        """MiB held between forward and backward: by the adapter (basis, factors, merged weights), by activations."""
+    def memory(self) -> tuple[float, float]:
+        """MiB in memory between forward and backward: adapter (basis, factors, merged weights), and activations."""
         storages: dict[int, tuple[int, bool]] = {}
         weights = {p.untyped_storage().data_ptr() for p in self.backbone.parameters()}
 
@@ -132,7 +132,7 @@ class Contender:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = self.backbone(self.images).square().mean()
         bases = [b for m in self.stack.groups.values() for b in (m.basis_a, m.basis_b)] if self.stack else []
-        cached = sum(b.cached().numel() for b in bases if b.storage == "cached")  # a streamed chunk is gone by now
+        cached = sum(b.cached().numel() for b in bases if b.storage == "cached")  # a streamed chunk is freed by now
         adapter = cached + sum(size for size, activation in storages.values() if not activation)
         activations = sum(size for size, activation in storages.values() if activation)
         out.backward()
@@ -141,17 +141,17 @@ class Contender:
 
 def step(rounds: int) -> None:
     made = {name: Contender(name) for name in STEP_NAMES}
-    held = {name: contender.held() for name, contender in made.items()}
+    memory = {name: contender.memory() for name, contender in made.items()}
     notes = {}
-    for name, (adapter, activations) in held.items():
-        more = f"held beyond frozen: adapter {adapter - held['frozen'][0]:.0f} MiB, "
-        more += f"activations {activations - held['frozen'][1]:.0f} MiB"
+    for name, (adapter, activations) in memory.items():
+        more = f"memory on top of frozen: adapter {adapter - memory['frozen'][0]:.0f} MiB, "
+        more += f"activations {activations - memory['frozen'][1]:.0f} MiB"
         notes[name] = f"{more}; peak of a process {peak(name):.0f} MiB"
     table(interleave({name: contender.step for name, contender in made.items()}, rounds), "frozen", notes)
 
 
 def peak(name: str) -> float:
-    """The most a process had resident that does three steps of one contender, in MiB."""
+    """Peak resident memory in MiB of a process that runs three steps of one contender."""
     command = [sys.executable, __file__, "peak", "--name", name]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
     return float(done.stdout)
@@ -240,7 +240,7 @@ def scratch(rounds: int, rank: int) -> None:
         table(seconds, f"NOLA {storage}")
         own = statistics.median(seconds["the backbone's own step"])
         less = {name: statistics.median(times) - own for name, times in seconds.items() if storage in name}
-        print("seconds less the backbone's own step: " + ", ".join(f"{n} {left:.3f}" for n, left in less.items()))
+        print("seconds minus the backbone's step: " + ", ".join(f"{n} {left:.3f}" for n, left in less.items()))
         del contenders
         gc.collect()
     print(f"NOLA's rank: {rank}; images {tuple(images.shape)}")
@@ -273,7 +273,7 @@ def photographs(root: Path) -> None:
 
 
 def loader_of_torchvision(root: Path) -> Any:
-    """The pipeline of most training scripts: PIL images, read from their files whenever they are used."""
+    """The pipeline of most training scripts: PIL images, read from their files at every use."""
     bicubic = transforms.InterpolationMode.BICUBIC
     steps = [
         transforms.RandomResizedCrop(224, (0.2, 1.0), interpolation=bicubic),
@@ -289,7 +289,7 @@ def loader_of_torchvision(root: Path) -> Any:
 
 
 def where_the_time_goes(subset: Any) -> dict[str, float]:
-    """The share of each step of the transform in its time, over 200 images."""
+    """The share of each step in the time of the transform, over 200 images."""
     seconds: dict[str, float] = {}
     for number in range(200):
         image: Any = subset._kept[number % len(subset)]
@@ -344,16 +344,16 @@ def input_side(rounds: int) -> None:
     print(f"n = {rounds} rounds of an epoch of {images} images each, one thread")
 
 
-def sweep(slots: int, out: Path) -> None:
+def sweep(workers: int, out: Path) -> None:
     command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config=quickstart.yaml", f"--out={out}"]
     if out.exists():
         sys.exit(f"{out} is there already, and runs that are done would cost no time: give another --out")
     clock = time.perf_counter()
-    subprocess.run([*command, f"--slots={slots}", "--threads=1"], check=True)
+    subprocess.run([*command, f"--workers={workers}", "--threads=1"], check=True)
     wall = time.perf_counter() - clock
     own = [(row.seconds_fit or 0) + (row.seconds_test or 0) for row in read_rows(out)[0]]
-    print(f"{len(own)} runs of {statistics.median(own):.1f} s ({min(own):.1f} to {max(own):.1f}), {slots} slots")
-    print(f"{wall:.1f} s against {sum(own) / slots:.1f} s: ratio {wall * slots / sum(own):.3f}")
+    print(f"{len(own)} runs of {statistics.median(own):.1f} s ({min(own):.1f} to {max(own):.1f}), {workers} workers")
+    print(f"{wall:.1f} s against {sum(own) / workers:.1f} s: ratio {wall * workers / sum(own):.3f}")
 
 
 def main() -> None:
@@ -361,7 +361,7 @@ def main() -> None:
     parser.add_argument("what", choices=["step", "route", "basis", "scratch", "input", "sweep", "peak"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rank", type=int, default=4, help="NOLA's rank in scratch")
-    parser.add_argument("--slots", type=int, default=2, help="of the sweep")
+    parser.add_argument("--workers", type=int, default=2, help="of the sweep")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="of the sweep")
     parser.add_argument("--name", help="of the contender whose peak is measured (for the script's own use)")
     known = parser.parse_args()
@@ -376,7 +376,7 @@ def main() -> None:
     elif known.what == "input":
         input_side(known.rounds)
     elif known.what == "sweep":
-        sweep(known.slots, known.out)
+        sweep(known.workers, known.out)
     else:
         print_peak(known.name)
 
