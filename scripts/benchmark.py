@@ -1,17 +1,17 @@
-"""Speed and memory, each contender beside the others in one run: `python scripts/benchmark.py step`, or another below.
+"""Speed and memory of several contenders, interleaved in one run: `python scripts/benchmark.py step`, or another below.
 
-Contenders take turns, round after round; printed are ratios of medians, with the 10th and 90th percentile of the ratio
-within a round. Turn the machine's other work off first.
+Each round runs every contender once. Printed are ratios of medians, with the 10th and 90th percentile of the ratio
+within a round. Run it on an idle machine.
 
-    step     one training step of a ViT-B/16 (random weights) at 224 pixels, as a multiple of the frozen backbone's own
-             forward and backward (a free leaf added before block 0)
-    basis    entries of a basis made a second, as a multiple of torch.rand's float32
+    step     one training step of a ViT-B/16 (random weights) at 224 pixels, as a multiple of a forward and backward
+             pass of the frozen backbone (with a trainable leaf before block 0)
+    basis    basis entries per second, as a multiple of torch.rand's float32
     route    one forward pass of a ViT-B/16 at 224 pixels, batch 8, of two adapters of n = 2, 100 and 1,000
-    scratch  one training step of ResNet-20 on CIFAR shapes: NOLA's and PRANC's, with Table 8's counts
-    input    images a second of the input side on one core, 500-pixel JPEG files at 224 pixels with the `released`
+    scratch  one training step of ResNet-20 on CIFAR shapes with NOLA and PRANC, with Table 8's parameter counts
+    input    images per second of image loading on one core, 500-pixel JPEG files at 224 pixels with the `released`
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
-    sweep    the 68 runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the runs' own training
-             and test time divided by the workers (one sweep into an empty folder --out; rounds do not apply)
+    sweep    the 68 runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the total training and
+             test time of the runs divided by the number of workers (one sweep into an empty folder --out; no rounds)
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, adapt
-from nola_vision.adapters.bank import AdapterStack
-from nola_vision.adapters.methods.registry import Method
+from nola_vision.adapters.bank import ParameterBank
+from nola_vision.adapters.methods import Method
 from nola_vision.adapters.random_basis import Basis, basis_key, basis_words
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.models.building import make_stack
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.building import make_bank
 from nola_vision.runs.store import read_rows
 
 Step = Callable[[], Any]
 
 
 def interleave(contenders: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round of each contender; the order turns by one a round, and two rounds are for warming up."""
+    """Seconds of each round of each contender. The order rotates by one per round; two rounds are for warming up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(-2, rounds):
@@ -89,18 +90,18 @@ def vit() -> nn.Module:
 
 
 class Contender:
-    """A ViT-B with an adapter, or frozen; a free leaf before block 0 makes the backward pass run through all blocks."""
+    """A ViT-B, with an adapter or frozen; a trainable leaf before block 0 makes backward run through all blocks."""
 
     def __init__(self, name: str) -> None:
         backbone = vit()
         self.leaf = torch.zeros(768, requires_grad=True)
         backbone.norm_pre.register_forward_hook(lambda module, args, out: out + self.leaf)
-        self.stack = None
+        self.bank = None
         self.parameters: list[nn.Parameter] = []
         if name in STEP_METHODS:
-            self.stack = make_stack(backbone, STEP_METHODS[name], 10)
-            self.stack.attach(backbone)
-            self.parameters = self.stack.adapter_parameters()
+            self.bank = make_bank(backbone, STEP_METHODS[name], 10)
+            self.bank.attach(backbone)
+            self.parameters = self.bank.adapter_parameters()
         elif name != "frozen":
             from peft import LoraConfig, get_peft_model
 
@@ -117,8 +118,8 @@ class Contender:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def held(self) -> tuple[float, float]:
-        """MiB held between forward and backward: by the adapter (basis, factors, merged weights), by activations."""
+    def memory(self) -> tuple[float, float]:
+        """MiB in memory between forward and backward: adapter (basis, factors, merged weights), and activations."""
         storages: dict[int, tuple[int, bool]] = {}
         weights = {p.untyped_storage().data_ptr() for p in self.backbone.parameters()}
 
@@ -131,7 +132,7 @@ class Contender:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = self.backbone(self.images).square().mean()
-        bases = [b for m in self.stack.groups.values() for b in (m.basis_a, m.basis_b)] if self.stack else []
+        bases = [f[name] for f in self.bank.fixed.values() for name in ("basis_a", "basis_b")] if self.bank else []
         cached = sum(b.cached().numel() for b in bases if b.storage == "cached")  # a streamed chunk is gone by now
         adapter = cached + sum(size for size, activation in storages.values() if not activation)
         activations = sum(size for size, activation in storages.values() if activation)
@@ -141,17 +142,17 @@ class Contender:
 
 def step(rounds: int) -> None:
     made = {name: Contender(name) for name in STEP_NAMES}
-    held = {name: contender.held() for name, contender in made.items()}
+    memory = {name: contender.memory() for name, contender in made.items()}
     notes = {}
-    for name, (adapter, activations) in held.items():
-        more = f"held beyond frozen: adapter {adapter - held['frozen'][0]:.0f} MiB, "
-        more += f"activations {activations - held['frozen'][1]:.0f} MiB"
+    for name, (adapter, activations) in memory.items():
+        more = f"memory on top of frozen: adapter {adapter - memory['frozen'][0]:.0f} MiB, "
+        more += f"activations {activations - memory['frozen'][1]:.0f} MiB"
         notes[name] = f"{more}; peak of a process {peak(name):.0f} MiB"
     table(interleave({name: contender.step for name, contender in made.items()}, rounds), "frozen", notes)
 
 
 def peak(name: str) -> float:
-    """The most a process had resident that does three steps of one contender, in MiB."""
+    """Peak resident memory in MiB of a process that runs three steps of one contender."""
     command = [sys.executable, __file__, "peak", "--name", name]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
     return float(done.stdout)
@@ -173,12 +174,12 @@ def route(rounds: int) -> None:
     contenders: dict[str, Step] = {}
     for count in (2, 100, 1000):
         backbone = vit()
-        stack = make_stack(backbone, STEP_METHODS["NOLA-MLP shared cached"], 10, num_adapters=count)
-        stack.attach(backbone)
+        bank = make_bank(backbone, STEP_METHODS["NOLA-MLP shared cached"], 10, num_adapters=count)
+        bank.attach(backbone)
 
-        def forward(stack: AdapterStack = stack, last: int = count - 2) -> None:
-            with torch.inference_mode(), stack.route(index + last):
-                stack(images)
+        def forward(bank: ParameterBank = bank, last: int = count - 2) -> None:
+            with torch.inference_mode(), bank.route(index + last):
+                bank(images)
 
         contenders[f"n = {count}"] = forward
     table(interleave(contenders, rounds), "n = 2")
@@ -240,7 +241,7 @@ def scratch(rounds: int, rank: int) -> None:
         table(seconds, f"NOLA {storage}")
         own = statistics.median(seconds["the backbone's own step"])
         less = {name: statistics.median(times) - own for name, times in seconds.items() if storage in name}
-        print("seconds less the backbone's own step: " + ", ".join(f"{n} {left:.3f}" for n, left in less.items()))
+        print("seconds minus the backbone's step: " + ", ".join(f"{n} {left:.3f}" for n, left in less.items()))
         del contenders
         gc.collect()
     print(f"NOLA's rank: {rank}; images {tuple(images.shape)}")
@@ -273,7 +274,7 @@ def photographs(root: Path) -> None:
 
 
 def loader_of_torchvision(root: Path) -> Any:
-    """The pipeline of most training scripts: PIL images, read from their files whenever they are used."""
+    """The pipeline of most training scripts: PIL images, read from their files at every use."""
     bicubic = transforms.InterpolationMode.BICUBIC
     steps = [
         transforms.RandomResizedCrop(224, (0.2, 1.0), interpolation=bicubic),
@@ -289,7 +290,7 @@ def loader_of_torchvision(root: Path) -> Any:
 
 
 def where_the_time_goes(subset: Any) -> dict[str, float]:
-    """The share of each step of the transform in its time, over 200 images."""
+    """The share of each step in the time of the transform, over 200 images."""
     seconds: dict[str, float] = {}
     for number in range(200):
         image: Any = subset._kept[number % len(subset)]
@@ -314,7 +315,9 @@ def input_side(rounds: int) -> None:
         for number in range(-1, rounds):
             times = {}
             start = time.perf_counter()
-            data = KShotDataModule(spec, "folder", folder, shots=INPUT_SHOTS, batch_size=50, augmentation="released")
+            data = KShotDataModule(
+                input_config(spec), "folder", folder, shots=INPUT_SHOTS, batch_size=50, augmentation="released"
+            )
             data.setup("fit")
             times["opening"] = time.perf_counter() - start
             ours = data.train_dataloader()

@@ -1,7 +1,7 @@
-"""Tries many malformed inputs in one warm process: `python scripts/fuzz.py adapters --count 10000 --seed 0`.
+"""Tests many malformed inputs in one process: `python scripts/fuzz.py adapters --count 10000 --seed 0`.
 
-Each example must work or end with one line, in little time and memory; the strategies are those of the tests. What
-breaks this is printed, and its bytes are kept for a regression test.
+Each example must work or end with a one-line error, within limits of time and memory. The strategies are those of the
+tests. Violations are printed, and their bytes are saved for a regression test.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Interrupts fits at random moments and compares what they end with: `python scripts/kill_fits.py`.
+"""Interrupts fits at random times and compares the results: `python scripts/kill_fits.py`.
 
-One small fit runs undisturbed. Then, for each seed, another one gets Ctrl-C (SIGINT) or `kill -9` (SIGKILL) at a moment
-drawn from its start to its exit. The same command with `--ckpt_path last` must then end with the same deterministic
-columns and the same bytes of the adapter file. A fit that Ctrl-C interrupts must not print a traceback.
+One small fit runs without interruption. Then, for each seed, another one receives SIGINT (Ctrl-C) or SIGKILL
+at a random time between its start and its exit. The same command with `--ckpt_path last` must then give the same
+deterministic columns and the same bytes of the adapter file. An interrupted fit must not print a traceback.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def result(out: Path) -> tuple[dict[str, Any], bytes] | None:
 
 
 def disturb(config: Path, out: Path, number: signal.Signals, moment: float) -> tuple[str, str]:
-    """Interrupts one fit and finishes it; returns what happened and what was wrong about the interruption."""
+    """Interrupts one fit and resumes it; returns a description and the errors of the interruption."""
     fit, began = start(config, out), time.monotonic()
     try:
         _, errors = fit.communicate(timeout=moment)
@@ -68,14 +68,14 @@ def disturb(config: Path, out: Path, number: signal.Signals, moment: float) -> t
     row = store.read_rows(out)[0] if out.is_dir() else []
     left = row[0].status if row else "no"
     checkpoint = "a" if list(out.rglob("last.ckpt")) else "no"
-    told = f"{number.name} after {moment:.2f} s: exit status {fit.returncode} after {lasted:.2f} s, {left} row, "
+    outcome = f"{number.name} after {moment:.2f} s: exit status {fit.returncode} after {lasted:.2f} s, {left} row, "
     again = start(config, out, "--ckpt_path=last")
     _, later = again.communicate()
-    told += f"{checkpoint} checkpoint, then {again.returncode}"
+    outcome += f"{checkpoint} checkpoint, then {again.returncode}"
     wrong = [name for name, text in (("TRACEBACK", errors), ("LATER TRACEBACK", later)) if "Traceback" in text]
     if wrong:
         print(errors[-1500:], later[-1500:], flush=True)
-    return told, " ".join(wrong)
+    return outcome, " ".join(wrong)
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "kills.yaml"
         config.write_text(CONFIG)
-        start(config, Path(scratch) / "first").communicate()  # fills the disk's cache
+        start(config, Path(scratch) / "first").communicate()  # warms up the disk cache
         expected, seconds = result(Path(scratch) / "first"), 0.0
         numbers = [signal.SIGINT] * known.interrupts + [signal.SIGKILL] * known.kills
         for count, number in enumerate(numbers):
@@ -102,10 +102,10 @@ def main() -> None:
             place = count if number == signal.SIGINT else count - known.interrupts
             moment = (place + chance.random()) / of * seconds  # spread evenly, drawn within each part
             out = Path(scratch) / str(count)
-            told, wrong = disturb(config, out, number, moment)
+            outcome, wrong = disturb(config, out, number, moment)
             same = expected is not None and result(out) == expected
             equal, tracebacks = equal + same, tracebacks + ("TRACEBACK" in wrong)
-            print(f"{count}: {told}: {'the same result' if same else 'ANOTHER RESULT'} {wrong}".rstrip(), flush=True)
+            print(f"{count}: {outcome}: {'the same result' if same else 'ANOTHER RESULT'} {wrong}".rstrip(), flush=True)
     print(f"{equal} of {len(numbers)} ended with the undisturbed result; {tracebacks} printed a traceback")
     sys.exit(equal < len(numbers) or tracebacks > 0)
 

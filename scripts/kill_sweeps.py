@@ -1,9 +1,9 @@
-"""Kills sweeps at random moments and compares what they end with: `python scripts/kill_sweeps.py [--times 20]`.
+"""Kills sweeps at random times and compares the results: `python scripts/kill_sweeps.py [--times 20]`.
 
-One sweep of the quick start (one epoch) runs undisturbed with two workers, one with one worker and one on Ray, on a
-cluster of two nodes that this script starts on this machine: their rows must be equal. Then, for each seed, another
-sweep goes on to a random moment, when its driver, a worker, or a Ray node is ended by SIGKILL. Started again with the
-same command, it must end with the same rows: the same set, the same deterministic columns, none twice, none torn.
+Three sweeps of the quick start (one epoch) run without interruption: with two workers, with one worker, and on Ray, on
+a cluster of two nodes that this script starts on this machine. Their rows must be equal. Then, for each seed, the
+driver, a worker or a Ray node of another sweep is killed by SIGKILL at a random time. Restarted with the same command,
+it must give the same rows: the same set, the same deterministic columns, no duplicates and no incomplete files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def start(out: Path, engine: list[str]) -> subprocess.Popen[bytes]:
 
 
 def workers(driver: int, engine: str) -> list[int]:
-    """The processes that are at runs: the driver's children, or those that Ray has named after what they do."""
+    """The processes that execute runs: the driver's children, or those that Ray names after their task."""
     found = []
     for place in Path("/proc").iterdir():
         try:
@@ -58,7 +58,7 @@ def workers(driver: int, engine: str) -> list[int]:
 def results(out: Path) -> dict[tuple[str, str, str], dict[str, object]]:
     rows, problems = store.read_rows(out)
     if problems:
-        return {}  # equal to nothing
+        return {}  # different from any valid result
     found = {
         (row.stage, row.method, row.run_hash): {
             "status": row.status, "learning_rate": row.learning_rate, **{k: asdict(row)[k] for k in DETERMINISTIC}
@@ -69,14 +69,14 @@ def results(out: Path) -> dict[tuple[str, str, str], dict[str, object]]:
 
 
 def disturb(out: Path, seed: int, longest: float, cluster: Any) -> str:
-    """Kills one sweep once, and starts it again to its end; says what was killed, and when."""
+    """Kills one sweep once, and restarts it until its end; returns what was killed, and when."""
     chance = random.Random(seed)
     engine, victim = VICTIMS[seed % len(VICTIMS)]
     moment = chance.uniform(0.1, 0.9) * longest
     options = LOCAL if engine == "local" else on_ray(cluster)
     sweep = start(out, options)
     time.sleep(moment)
-    told = f"nothing ({engine} {victim}): it had ended"
+    outcome = f"nothing ({engine} {victim}): it had ended"
     if sweep.poll() is None:
         at_work = workers(sweep.pid, engine)
         if victim == "node":
@@ -87,11 +87,11 @@ def disturb(out: Path, seed: int, longest: float, cluster: Any) -> str:
         else:
             victim = "driver"
             sweep.kill()
-        told = f"{engine} {victim} after {moment:.1f} s"
+        outcome = f"{engine} {victim} after {moment:.1f} s"
     first = sweep.wait()
     rows = len(list(out.rglob(store.ROW_FILE)))
     again = start(out, options).wait()
-    return f"{told}: exit status {first} with {rows} rows, then {again}"
+    return f"{outcome}: exit status {first} with {rows} rows, then {again}"
 
 
 def on_ray(cluster: Any) -> list[str]:
@@ -122,11 +122,11 @@ def main() -> None:
             print(f"undisturbed, {name}: {len(found)} rows in {seconds:.0f} s, {same}", flush=True)
         for seed in range(known.times):
             out = Path(scratch) / str(seed)
-            told = disturb(out, seed, longest, cluster)
+            outcome = disturb(out, seed, longest, cluster)
             same = results(out) == expected
             wrong += not same
-            missed += told.startswith("nothing")
-            print(f"seed {seed}: {told}: {'the same rows' if same else 'OTHER ROWS'}", flush=True)
+            missed += outcome.startswith("nothing")
+            print(f"seed {seed}: {outcome}: {'the same rows' if same else 'OTHER ROWS'}", flush=True)
     cluster.shutdown()
     print(f"{known.times - missed} sweeps killed; {wrong} ended with other rows than the undisturbed one")
     sys.exit(wrong > 0)

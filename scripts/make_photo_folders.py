@@ -1,4 +1,4 @@
-"""Four folders of images, 20 per class and no test split, made of what packages ship: to try `nola-vision fit PHOTOS`.
+"""Writes four folders of images from installed packages, to try `nola-vision fit PHOTOS`: 20 per class, no test split.
 
     python scripts/make_photo_folders.py DIR
 
@@ -7,7 +7,7 @@
 - fashion/: the ten classes of Fashion-MNIST (Debian: dataset-fashion-mnist)
 - icons/: four kinds of icons of 128 x 128 pixels (Debian: oxygen-icon-theme)
 
-A folder whose package is not installed is left out.
+A folder is skipped if its package is not installed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def write_arrays(folder: Path, images: np.ndarray, labels: np.ndarray, names: li
 def write_files(folder: Path, sources: dict[str, Path]) -> None:
     for name, source in sources.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        # evenly over the sorted names, since neighbours show the same thing from two sides
+        # evenly over the sorted names, since neighbours often show the same object
         files = sorted(path for path in source.rglob("*.png") if not path.is_symlink())
         for number in range(PER_CLASS):
             with Image.open(files[number * len(files) // PER_CLASS]) as image:

@@ -1,10 +1,10 @@
 """Writes the lists of `nola_vision/data/lists` from the names of all images of a data set.
 
-    python scripts/make_split_lists.py sun397 NAMES.txt                            an image a line, a/abbey/sun_x.jpg
-    python scripts/make_split_lists.py caltech101 scripts/caltech101_counts.txt    a class a line: its name and images
+    python scripts/make_split_lists.py sun397 NAMES.txt                            one image per line, a/abbey/sun_x.jpg
+    python scripts/make_split_lists.py caltech101 scripts/caltech101_counts.txt    one class per line: name and count
 
 SUN397's names are those of its archive (108,753 images; tensorflow-datasets, Apache-2.0, lists them too). Caltech-101
-names its images image_0001.jpg and so on, so that a count a class says all (8,677 without BACKGROUND_Google).
+numbers its images image_0001.jpg, ..., so a count per class is enough (8,677 without BACKGROUND_Google).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import nola_vision.data
-from nola_vision.data.splits import pack_list, split_by_rule
+from nola_vision.data.datasets.shipped_list import pack_list, split_by_rule
 
 LISTS = Path(nola_vision.data.__file__).parent / "lists"
 

@@ -1,17 +1,17 @@
-"""The estimate of a data set without a test split against the truth: `python scripts/measure_estimates.py frozen`.
+"""Compares cross-validation estimates with the true accuracy: `python scripts/measure_estimates.py frozen`.
 
-A draw is a "user's folder": a few random images per class out of a large pool. Its accuracy is estimated by the
-product's own folds and methods, and the truth is the accuracy of the same method, fitted on the whole draw, on
-thousands of images outside of it. Printed, as Markdown: the bias of the estimate, and how often the 95 % interval
-contains the truth and how wide it is, of the printed interval and of others. Every draw has its own seed, and one line
-per draw is appended to a file under --out, so that a measurement that was stopped resumes.
+A draw simulates a user's folder: a few random images per class from a large pool. Its accuracy is estimated by the
+folds and methods of this package. The truth is the accuracy of the same method, fitted on the whole draw, on thousands
+of images outside of it. Printed, as Markdown: the bias of the estimate, and coverage and width of the 95 % interval and
+of alternatives. Each draw has a separate seed, and one line per draw is appended to a file under --out, so that a
+stopped measurement can be resumed.
 
     frozen       1-NN, nearest mean and logistic regression on features of the shipped ViT (5, 10 and 20 images per
-                 class, 200 draws: about 40 minutes on one core, nearly all of it logistic regression)
+                 class, 200 draws: about 40 minutes on one core, mostly for logistic regression)
     unbalanced   one class of 2 or 3 images among classes of 20: the product's folds, and always five (10 minutes)
-    adapters     NOLA as `nola-vision fit` trains it, 8 draws of 10 images per class (about 1 hour)
-    calibration  NLL and expected calibration error on the images outside the draw, with the temperature that the
-                 held-out predictions give and without; of the draws that `frozen` and `adapters` left
+    adapters     NOLA, trained as in `nola-vision fit`, 8 draws of 10 images per class (about 1 hour)
+    calibration  NLL and expected calibration error on the images outside the draw, with and without the temperature
+                 fitted on the held-out predictions, for the draws stored by `frozen` and `adapters`
 
 Data: scikit-learn's digits (the truth: the images not drawn) and Fashion-MNIST (drawn from 20,000 of its training
 images; the truth: its 10,000 test images), from --fashion, a folder with FashionMNIST/raw, or from Debian's package
@@ -35,7 +35,7 @@ from scipy.stats import beta, t
 from sklearn.model_selection import StratifiedKFold
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from nola_vision.adapters.methods.registry import LogisticRegression, NearestMean, NearestNeighbor
+from nola_vision.adapters.methods import LogisticRegression, NearestMean, NearestNeighbor
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.folds import folds
 from nola_vision.data.sources import ImageSource
@@ -43,7 +43,9 @@ from nola_vision.evaluation.calibration import ECE_BINS, cross_fitted, fit_tempe
 from nola_vision.evaluation.estimates import CrossValidated, Estimate, compare, wilson
 from nola_vision.evaluation.predictions import Predictions
 from nola_vision.images.transforms import eval_transform
-from nola_vision.models.backbones import BackboneSpec, create_backbone, input_config
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
 
 BACKBONE = BackboneSpec("vit_glyph_patch4_32.glyphs")
 METHODS = {"1-NN": NearestNeighbor, "nearest mean": NearestMean, "logistic regression": LogisticRegression}
@@ -57,7 +59,7 @@ Split = Callable[[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
 
 
 class Pool:
-    """The images of a data set that draws are taken from, and those that the truth is measured on.
+    """The images that draws are taken from, and those that the truth is measured on.
 
     Args:
         sources: the images.
@@ -157,7 +159,7 @@ def on_frozen_features(task: Any, data: Pool, counts: list[int], seed: int, spli
 
 
 def record(parts: list[Predictions], labels: np.ndarray, logits: np.ndarray, true: np.ndarray) -> Record:
-    """What one draw leaves.
+    """The stored result of one draw.
 
     Args:
         parts: predictions for the held-out images of each fold.
@@ -188,7 +190,7 @@ def record(parts: list[Predictions], labels: np.ndarray, logits: np.ndarray, tru
 
 
 def bins(logits: np.ndarray, true: np.ndarray) -> list[list[float]]:
-    """Images, sum of probabilities and right answers in each bin of the predicted class's probability."""
+    """Images, sum of probabilities and correct predictions in each bin of the predicted class's probability."""
     probability = softmax(logits.astype(np.float64), axis=1).max(axis=1)
     right = (logits.argmax(axis=1) == true).astype(float)
     edges = np.linspace(0, 1, ECE_BINS + 1)
@@ -203,7 +205,7 @@ def expected_calibration_error(all_bins: list[list[list[float]]]) -> float:
 
 
 def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> Record:
-    """One draw of NOLA, as `nola-vision fit` trains it on a folder of the drawn images."""
+    """One draw of NOLA, trained as in `nola-vision fit` on a folder of the drawn images."""
     from nola_vision import load_adapter
     from nola_vision.evaluation.predictions import load_predictions
     from nola_vision.runs import cross_validation, photos, run_id
@@ -231,7 +233,7 @@ def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> R
         with torch.inference_mode():
             batches.append(model(images).float().numpy())
     parts = [found for fold in held_out if (found := load_predictions(fold.folder)) is not None]
-    names = [int(name) for name in model.card.class_names]  # "0" to "9", so a label is the digit
+    names = [int(name) for name in model.metadata.class_names]  # "0" to "9", so a label is the digit
     assert names == sorted(names)
     return record(parts, data.labels[drawn], np.concatenate(batches), data.labels[outside])
 
@@ -240,13 +242,13 @@ def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> R
 
 
 def resumed(path: Path, keys: list[tuple[Any, ...]], measure: Callable[..., Record]) -> list[Record]:
-    """The record of each key, measured unless the file has it."""
+    """The record of each key, from the file or else measured."""
     done = {}
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 found = json.loads(line)
-            except json.JSONDecodeError:  # the last line of a measurement that was killed
+            except json.JSONDecodeError:  # the incomplete last line of a killed measurement
                 continue
             done[tuple(found["key"])] = found
     with path.open("a") as file:
@@ -315,7 +317,7 @@ def unbalanced(options: argparse.Namespace) -> list[Record]:
 
 
 def intervals(found: Estimate) -> dict[str, tuple[float, float]]:
-    """The printed interval, and others that were tried."""
+    """The printed interval, and alternatives."""
     n, k, p = found.images, found.number_of_folds, found.accuracy
     spread = np.std(found.folds, ddof=1)
     naive, corrected = (t.ppf(0.975, k - 1) * spread * np.sqrt(factor) for factor in (1 / k, 1 / k + 1 / (k - 1)))

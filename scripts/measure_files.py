@@ -1,10 +1,10 @@
-"""Test accuracy of trained adapters after their files were made shorter, without training: fewer bits, or cut.
+"""Test accuracy of trained adapters after shortening their files without training: fewer bits, or a cut.
 
-    python scripts/measure_files.py runs nola lora-r4                  32, 16, 8, 4, 3 and 2 bits a coefficient
+    python scripts/measure_files.py runs nola lora-r4                  32, 16, 8, 4, 3 and 2 bits per coefficient
     python scripts/measure_files.py runs nested --cut                  all, 1/2, 1/4 and 1/8 of the bytes
 
-Reads every completed final run of the methods that are named, shortens its adapter file, loads it and tests it on the
-digits' test images.
+Reads every completed final run of the named methods, shortens its adapter file, loads it and tests it on the digits'
+test images.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs")
     parser.add_argument("methods", nargs="+")
-    parser.add_argument("--cut", action="store_true", help="cut files of nested runs instead of taking bits away")
-    parser.add_argument("--head-bits", type=int, default=32, help="bits a number of the head's matrix (not in a cut)")
+    parser.add_argument("--cut", action="store_true", help="cut files of nested runs instead of reducing the bits")
+    parser.add_argument("--head-bits", type=int, default=32, help="bits per value of the head's matrix (not for cuts)")
     known = parser.parse_args()
     found: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
     batches = None
@@ -63,7 +63,7 @@ def main() -> None:
             for name in cut(source, out) if known.cut else fewer_bits(source, out, known.head_bits):
                 model = load_adapter(out)
                 if batches is None:
-                    batches = list(KShotDataModule(model.card.backbone).test_dataloader())
+                    batches = list(KShotDataModule(model.metadata.input).test_dataloader())
                 right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
                 accuracy = 100 * right / sum(len(labels) for _, labels in batches)
                 found[row.method, name].append((accuracy, out.stat().st_size))

@@ -1,8 +1,8 @@
-"""How long the report page takes and how large it is: 5,000 rows in one cell, and in 52 cells.
+"""Time and size of the report page: 5,000 rows in one cell, and in 52 cells.
 
     python scripts/measure_report.py [--rows 5000]
 
-The runs have made-up figures (`tests/fake_runs.py`) and the files of real ones: logs, predictions, confusion matrices
+The runs have random results (`tests/fake_runs.py`) and all files of real runs: logs, predictions, confusion matrices
 and thumbnails. The time is that of `nola-vision report DIR --html FILE` in a separate process, imports included.
 Exit status 1 if a page takes more than 10 s or is larger than 20 MB.
 """

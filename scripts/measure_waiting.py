@@ -1,12 +1,12 @@
-"""How long a person waits: `python scripts/measure_waiting.py first|mistakes|busy`, on a machine without other work.
+"""Waiting times of the user: `python scripts/measure_waiting.py first|mistakes|busy`, on an idle machine.
 
-Each figure is taken alone and next to `--busy` processes that only count (two unless given), `--rounds` times (three
-unless given); printed are the least, the median and the largest of the wall seconds.
+Each time is measured alone and next to `--busy` busy processes (default: two), `--rounds` times (default: three).
+Printed are minimum, median and maximum of the wall seconds.
 
     first     from the start of the process to the first byte on stdout or stderr, for every verb that imports torch
-    mistakes  from the start to the end of the process, for mistakes that need no model
-    busy      `fit --config quickstart.yaml --method nola` and its training alone, for each way in which threads
-              wait for each other (`--epochs`; the printed adapters' digests show that results do not depend on it)
+    mistakes  from the start to the end of the process, for user errors that are found without a model
+    busy      `fit --config quickstart.yaml --method nola` and only its training, for each wait policy of the threads
+              (`--epochs`; the printed digests of the adapters show that results do not depend on it)
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ POLICIES: dict[str, dict[str, str]] = {
 
 @contextmanager
 def busy(number: int) -> Iterator[None]:
-    """So many processes that only count."""
+    """Starts `number` busy processes."""
     counting = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield
@@ -102,8 +102,8 @@ def compare(cases: dict[str, list[str]], measure: Callable[[list[str]], float], 
     for name, arguments in cases.items():
         alone = [measure(arguments) for _ in range(rounds)]
         with busy(number):
-            beside = [measure(arguments) for _ in range(rounds)]
-        print(f"{name:20s} {spread(alone)}         {spread(beside)}", flush=True)
+            busy_times = [measure(arguments) for _ in range(rounds)]
+        print(f"{name:20s} {spread(alone)}         {spread(busy_times)}", flush=True)
 
 
 def quick_start(policy: dict[str, str], epochs: int) -> tuple[float, float, str]:
@@ -122,16 +122,16 @@ def quick_start(policy: dict[str, str], epochs: int) -> tuple[float, float, str]
 
 def compare_policies(names: list[str], rounds: int, number: int, epochs: int) -> None:
     print(f"{'':18s} busy   all: least, median, most    training: least, median, most   adapter", flush=True)
-    for beside in (0, number):
+    for busy_processes in (0, number):
         measured: dict[str, list[tuple[float, float, str]]] = {name: [] for name in names}
         for _ in range(rounds):
             for name in names:
-                with busy(beside):
+                with busy(busy_processes):
                     measured[name].append(quick_start(POLICIES[name], epochs))
         for name, results in measured.items():
             alls, fits, digests = zip(*results, strict=True)
             line = f"{spread(list(alls))}        {spread(list(fits))}"
-            print(f"{name:18s} {beside:4d}   {line}         {' '.join(sorted(set(digests)))}", flush=True)
+            print(f"{name:18s} {busy_processes:4d}   {line}         {' '.join(sorted(set(digests)))}", flush=True)
 
 
 def main() -> None:

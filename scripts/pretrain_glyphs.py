@@ -2,12 +2,12 @@
 
     nice -n 5 python scripts/pretrain_glyphs.py --minutes 74 --seed 0 --fonts /usr/share/fonts
 
-The task: tell letters and signs of many scripts apart, whatever the font, slant, stroke, blur or resolution. No class
-is a digit or any other character with a numeric value. A share of the classes and a few fonts are held out and
-judged under the same distortions. Settings were chosen on the speed and loss of trials of a few minutes, on those
-held-out figures and on a look at the training images; no digit was rendered or read for it.
+The task is to classify letters and signs of many scripts, independent of font, slant, stroke, blur and resolution.
+Digits and other characters with a numeric value are excluded. Some of the classes and fonts are held out and evaluated
+under the same distortions. Settings were chosen on the speed and loss of trials of a few minutes, on those held-out
+figures and on a look at the training images; digits were not rendered or read.
 
-The run stops by wall-clock time, so a second run does not repeat it bit for bit. The log records the number of
+The run stops by wall-clock time, so a second run is not bit-identical. The log records the number of
 images seen: `--images N` stops there instead (threads and library versions still move the last bits).
 """
 
@@ -73,13 +73,13 @@ SIMPLE_HAN = (
     "人口日月木水火土山川田力刀女子大小中上下左右天王玉石目耳手足心犬虫車雨門金魚鳥馬羊牛米竹糸衣西見言谷走身里白立穴矢皮示禾"
     "文方止父片斤毛氏気空花林森青音夕入出半友外古台市本正母用由申電回多会光先同合名安字寺早年休交今元内公分切"
 )
-# A few signs have no numeric value but are drawn from a digit; their names give them away.
+# A few signs without a numeric value are derived from a digit; their names contain it.
 NUMBER_WORD = re.compile(
     r"\b(DIGITS?|NUMBER|NUMERAL|NUMERIC|NUMERO|ZERO|ONE|TWO|THREE|FOUR|FIVE|SIX|SEVEN|EIGHT|NINE|TEN|HUNDRED|THOUSAND"
     r"|HALF|QUARTER|THIRDS?|TRESILLO|CUATRILLO|VULGAR|FRACTION NUMERATOR)\b"
 )
-# Letters that Unicode's security data (UTS 39, confusables) or plain sense takes for a digit from 2 to 9. What looks
-# like 0 or 1 (O, l, I, |) is too common to leave out.
+# Letters that look like a digit from 2 to 9, by Unicode's security data (UTS 39, confusables) or by eye. Letters that
+# look like 0 or 1 (O, l, I, |) are too common to exclude.
 DIGIT_LIKE = set("ƧƨꝚꝛϨϩꙄꙅᒿꛯꞫɜЗзӠӡҘҙƷʒƸƹȜȝꝪꝫⳌⳍՅվვƐᏎƼƽⳒⳓбᏮȢȣଃⳊⳋ𐌚𐑂𐐢")
 
 
@@ -140,12 +140,12 @@ class FontFile:
 
 
 def run(*command: str) -> str:
-    """Standard output of a command; empty where it finds nothing."""
+    """Standard output of a command; empty if it does not find anything."""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def find_fonts(root: Path) -> list[FontFile]:
-    """Font files of packages with a known free licence, without the slanted doubles of upright families."""
+    """Font files of packages with a known free licence, without slanted variants of upright families."""
     fonts = []
     for package in LICENCES:
         version = run("dpkg-query", "-W", "-f", "${Version}", package)
@@ -158,7 +158,7 @@ def find_fonts(root: Path) -> list[FontFile]:
 
 
 def render(font: ImageFont.FreeTypeFont, char: str) -> np.ndarray | None:
-    """The glyph in white on black, its ink scaled to fit a square of INK pixels; None where there is no ink."""
+    """The glyph in white on black, scaled to fit a square of INK pixels; None if it is empty."""
     left, top, right, bottom = font.getbbox(char)
     if right - left < 2 or bottom - top < 2 or max(right - left, bottom - top) > 600:
         return None
@@ -177,7 +177,7 @@ def render(font: ImageFont.FreeTypeFont, char: str) -> np.ndarray | None:
 
 @dataclass
 class Glyphs:
-    """Rendered glyphs: images (N, SIDE, SIDE) uint8, and each one's character and font, by number."""
+    """Rendered glyphs: images (N, SIDE, SIDE) uint8, and the index of the character and font of each."""
 
     images: np.ndarray
     char: np.ndarray
@@ -187,7 +187,7 @@ class Glyphs:
 
 
 def render_all(chars: list[str], fonts: list[FontFile]) -> Glyphs:
-    """Every character in every font whose character map holds it."""
+    """Every character in every font whose character map contains it."""
     number = {c: i for i, c in enumerate(chars)}
     images, char_ids, font_ids = [], [], []
     for font_id, entry in enumerate(fonts):
@@ -202,7 +202,7 @@ def render_all(chars: list[str], fonts: list[FontFile]) -> Glyphs:
             if cmap.get(ord(char), ".notdef") != ".notdef" and (image := render(font, char)) is not None:
                 drawn[number[char]] = image
                 seen[image.tobytes()].append(number[char])
-        # The same picture for many characters is a placeholder, not a letter.
+        # The same image for many characters is a placeholder, not a letter.
         placeholder = {i for ids in seen.values() if len(ids) > 8 for i in ids}
         for i in drawn.keys() - placeholder:
             images.append(drawn[i])
@@ -214,9 +214,9 @@ def render_all(chars: list[str], fonts: list[FontFile]) -> Glyphs:
 def merge_lookalikes(glyphs: Glyphs, same: float = 0.95, same_case: float = 0.85) -> list[int]:
     """For each character the lowest character that looks the same: Latin A, Greek Alpha, Cyrillic A are one class.
 
-    Two characters are one class where, in most of the fonts that hold both, their pictures correlate above `same`;
-    for the two cases of one letter (C and c, which differ in size alone) `same_case` is enough. Noto
-    keeps each script in a file of its own; its regular sans files count as one font.
+    Two characters are one class if, in most of the fonts that contain both, their images correlate above `same`.
+    For the two cases of a letter (C and c, which differ only in size) `same_case` is enough. Noto has a separate
+    file for each script; its regular sans files count as one font.
     """
     family = {}
     for i, font in enumerate(glyphs.fonts):
@@ -257,7 +257,7 @@ def uniform(g: torch.Generator, n: int, low: float, high: float) -> torch.Tensor
 def augment(glyphs: torch.Tensor, g: torch.Generator, strength: float = 1.0) -> torch.Tensor:
     """Turn cached glyphs (N, SIDE, SIDE) uint8 into distorted 32x32 inputs (N, 3, 32, 32), normalised to -1..1.
 
-    A `strength` below 1 distorts less: the first steps learn little from images that even a reader finds hard.
+    A `strength` below 1 distorts less: strong distortions slow down the first steps.
     """
     n = len(glyphs)
     x = glyphs[:, None].float() / 255
@@ -281,7 +281,7 @@ def augment(glyphs: torch.Tensor, g: torch.Generator, strength: float = 1.0) -> 
         1,
     )
     grid = F.affine_grid(theta, [n, 1, 32, 32], align_corners=False)
-    # Handwriting wobble: smooth random displacement, coarse and fine.
+    # Handwriting: smooth random displacement, coarse and fine.
     for cells, amount in ((3, 0.14), (6, 0.05)):
         wobble = torch.randn(n, 2, cells, cells, generator=g) * uniform(g, n, 0, amount * strength).view(-1, 1, 1, 1)
         grid = grid + F.interpolate(wobble, (32, 32), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
@@ -342,7 +342,7 @@ class HeldOut:
         return torch.cat(parts)
 
     def score(self, model: torch.nn.Module, episodes: int = 3) -> dict[str, float]:
-        """Mean accuracy of 1-nearest-neighbour (cosine) and of a linear probe, 5 examples a class."""
+        """Mean accuracy of 1-nearest-neighbour (cosine) and of a linear probe, 5 examples per class."""
         feats = self.features(model).float()
         feats = feats.view(self.classes, -1, feats.shape[-1])
         knn, probe = [], []
@@ -396,7 +396,7 @@ def export(model: torch.nn.Module, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(state, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes files that only their owner may read
+    partial.chmod(0o644)  # safetensors writes files that only their owner may read
     partial.replace(path)  # never a half-written file under the final name
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -410,7 +410,7 @@ def contact_sheet(images: torch.Tensor, path: Path, columns: int = 24) -> None:
 
 
 def average_over_workers(model: torch.nn.Module, *numbers: float) -> list[float]:
-    """Replace each gradient by its mean over the workers; returns the mean of each number as well."""
+    """Replace each gradient by its mean over the workers; return the mean of each number too."""
     grads = [p.grad for p in model.parameters()]
     flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor(numbers)])
     dist.all_reduce(flat)
@@ -424,8 +424,8 @@ def average_over_workers(model: torch.nn.Module, *numbers: float) -> list[float]
 def main() -> None:
     """Read the options and start one single-threaded process for each core.
 
-    Threads of one process wait for each other at every operation, which costs most of the speed where other programs
-    want the cores too; processes wait once a step.
+    Threads of one process wait for each other at every operation, which is slow if other programs use the cores too;
+    processes wait once per step.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     weights = HERE.parent / "src/nola_vision/weights/vit_glyph_patch4_32.safetensors"
@@ -447,7 +447,7 @@ def main() -> None:
 
 
 def pretrain(worker: int, args: argparse.Namespace, meet: str) -> None:
-    """The whole run, in one of the workers; the first also judges, logs and saves."""
+    """The whole run, in one of the workers; the first also evaluates, logs and saves."""
     start = time.monotonic()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meet, rank=worker, world_size=args.workers)
@@ -473,7 +473,7 @@ def pretrain(worker: int, args: argparse.Namespace, meet: str) -> None:
     label_of = {c: i for i, c in enumerate(train)}
     rows = torch.from_numpy(np.concatenate(list(train.values())))
     labels = torch.cat([torch.full((len(r),), label_of[c]) for c, r in train.items()])
-    # A class drawn in many fonts comes more often than one drawn in few, but not in proportion.
+    # Classes in many fonts are sampled more often than those in few, but less than proportionally.
     chance = torch.cat([torch.full((len(r),), len(r) ** -0.6) for r in train.values()])
     new_class_tasks = HeldOut(images, [np.array(pools[c]) for c in sorted(held)], seed=1)
     font_pools = {c: np.array([r for r in pools[c] if font_held[r]]) for c in train}
@@ -489,7 +489,7 @@ def pretrain(worker: int, args: argparse.Namespace, meet: str) -> None:
     model = create_model("vit_glyph_patch4_32", **shape, patch_drop_rate=args.patch_drop, drop_path_rate=0.05)
     average = create_model("vit_glyph_patch4_32", **shape).eval()
     average.load_state_dict(model.state_dict())
-    # Muon for the blocks' matrices, AdamW for all the rest. (Not compared with AdamW alone for longer than minutes.)
+    # Muon for the blocks' matrices, AdamW for the rest. (Compared with AdamW alone only for minutes.)
     matrices = [p for k, p in model.named_parameters() if k.startswith("blocks.") and p.ndim == 2]
     rest = [p for k, p in model.named_parameters() if not (k.startswith("blocks.") and p.ndim == 2)]
     optimisers = [
@@ -527,9 +527,9 @@ def pretrain(worker: int, args: argparse.Namespace, meet: str) -> None:
 
     report(images=0)
     seen, step, running, done, next_report, warm_up = 0, 0, 0.0, 0.0, 10.0, 0.02
-    torch.manual_seed(args.seed * args.workers + worker)  # from here on the workers draw differently
+    torch.manual_seed(args.seed * args.workers + worker)  # from here on the workers draw different numbers
     train_start = time.monotonic() - start
-    # The last report and the export need their time too.
+    # Reserve time for the last report and the export.
     budget = args.minutes * 60 - train_start - min(25.0, args.minutes * 6)
     model.train()
     while done < 1:
@@ -546,7 +546,7 @@ def pretrain(worker: int, args: argparse.Namespace, meet: str) -> None:
         loss = F.cross_entropy(logits.float(), labels[pick], label_smoothing=0.1)
         model.zero_grad()
         loss.backward()
-        # Workers agree on the time that has passed as well, so that they all stop at one step.
+        # Workers also agree on the elapsed time, so that they all stop at the same step.
         elapsed = (time.monotonic() - start - train_start) / budget
         value, done = average_over_workers(model, loss.item(), elapsed)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -567,7 +567,7 @@ def pretrain(worker: int, args: argparse.Namespace, meet: str) -> None:
             next_report += 10
     if not first:
         return
-    sha256 = export(average, args.out)  # first of all: the file is there even if the run is killed in the last report
+    sha256 = export(average, args.out)  # before the report, so that the file exists even if the run is killed in it
     report(event="end", images=seen, steps=step, loss=round(running, 4), bytes=args.out.stat().st_size, sha256=sha256)
     print(f"sha256 {sha256}  {args.out}")
 

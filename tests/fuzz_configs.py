@@ -20,8 +20,9 @@ from jsonargparse._stubs_resolver import get_stubs_resolver
 
 from fuzzing import Outcome, measured
 from nola_vision.runs import run_id
-from nola_vision.runs.config_files import dump, load_config
+from nola_vision.runs.config_files import load_config
 from nola_vision.runs.parsing import parse
+from nola_vision.runs.yaml_files import dump
 
 get_stubs_resolver()  # asks a Python process for its path, once
 CANARY = "canary_of_configs"  # a module that must never be imported
@@ -32,8 +33,8 @@ CLASS_PATHS = (
     "torch.optim.optimizer.functools.partial", "torch.optim.adam.adam", "torch.optim.Optimizer", "torch.optim",
     "torch.load", "torch.hub.load", "torch.nn.Linear", "nola_vision.runs.parsing.os.system",
     "nola_vision.runs.runner.run",
-    "nola_vision.NOLA", "nola_vision.LoRA", "nola_vision.adapters.methods.registry.Method",
-    "nola_vision.adapters.methods.registry.Adapter", "NOLA",
+    "nola_vision.NOLA", "nola_vision.LoRA", "nola_vision.adapters.methods.base.Method",
+    "nola_vision.adapters.methods.base.Adapter", "NOLA",
     "nola_vision.PEFT", "nola_vision.runs.parsing.RunCLI", "nola_vision.cli.main.main", "lightning.pytorch.Trainer",
     "lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.EarlyStopping", "EarlyStopping",
     "lightning.pytorch.callbacks.ModelCheckpoint", "lightning.pytorch.callbacks.Callback", "WandbLogger",

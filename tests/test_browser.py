@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fake_runs import METHODS, write_runs
-from nola_vision.reports.html import html_page
+from nola_vision.reports.cell import report_of
+from nola_vision.reports.html.page import html_page
 from nola_vision.runs import store
 
 CHROMIUM = shutil.which("chromium")
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in PAGES:
         rows, problems = store.read_rows(folder / name)
         assert not problems
-        (folder / f"{name}.html").write_text(html_page(rows).text, encoding="utf-8")
+        (folder / f"{name}.html").write_text(html_page(report_of(rows)).text, encoding="utf-8")
     return folder
 
 

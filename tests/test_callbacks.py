@@ -15,9 +15,9 @@ import torch
 
 from nola_vision import load_adapter
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import overlay
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs import checkpoints, run_id, runner, store
-from nola_vision.runs.config_files import overlay
 from nola_vision.runs.parsing import build, parse
 from nola_vision.training.callbacks import LAST_CHECKPOINT
 from nola_vision.training.classifier import Classifier
@@ -89,8 +89,8 @@ def test_stop_early_stops_and_keeps_the_best_epoch(tmp_path: Path, monkeypatch: 
     folder = run_id.run_folder(tmp_path, config, "final")
     (best,) = (folder / "checkpoints" / "val_loss").glob("*.ckpt")
     kept = torch.load(best, weights_only=True)["state_dict"]
-    saved = load_adapter(folder / store.ADAPTER_FILE).stack.state_dict()
-    assert kept and all(torch.equal(saved[name.removeprefix("model.stack.")], value) for name, value in kept.items())
+    saved = load_adapter(folder / store.ADAPTER_FILE).bank.state_dict()
+    assert kept and all(torch.equal(saved[name.removeprefix("model.bank.")], value) for name, value in kept.items())
     assert runner.run(tiny("1nn", model={"stop_early": 2}), tmp_path).status == "completed"
 
 

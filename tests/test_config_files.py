@@ -1,5 +1,7 @@
 """Configs by name: every cell of the paper is composed, understood, of the paper's size, and carries its figures."""
 
+import os
+import re
 import time
 from pathlib import Path
 
@@ -8,26 +10,18 @@ import timm
 import torch
 import yaml
 
-from nola_vision.adapters.methods.registry import FullFinetune, from_dict
+from nola_vision.adapters.methods import FullFinetune
+from nola_vision.adapters.methods.registry import from_dict
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datasets.registry import DATASETS
-from nola_vision.models.building import make_stack
+from nola_vision.models.building import make_bank
 from nola_vision.runs import run_id
-from nola_vision.runs.config_files import (
-    PARTS,
-    cells,
-    compose,
-    dump,
-    load_config,
-    load_configs,
-    load_yaml,
-    part_names,
-    shipped_files,
-    split_cell,
-)
+from nola_vision.runs.cells import PARTS, cells, compose, part_files, split_cell
+from nola_vision.runs.config_files import load_config, load_configs, shipped_files, user_folder
 from nola_vision.runs.parsing import parse
 from nola_vision.runs.published import published_figures
+from nola_vision.runs.yaml_files import dump, load_yaml
 
 PAPER = [name for name in cells() if load_config(name)["published"]]
 BACKBONES = {"vitb": "ViT-B", "vitb_mae": "ViT-B-MAE", "vitl": "ViT-L", "vitl_mae": "ViT-L-MAE"}
@@ -67,7 +61,7 @@ def test_every_entry_has_the_size_that_the_paper_prints(backbone: str) -> None:
         if isinstance(method, FullFinetune):
             count = sum(parameter.numel() for parameter in model.parameters())
         else:
-            count = sum(parameter.numel() for parameter in make_stack(model, method, 100).adapter_parameters())
+            count = sum(parameter.numel() for parameter in make_bank(model, method, 100).adapter_parameters())
         said = printed[name].get("params", "0")
         if "note" in printed[name] and "ViT-Tiny" in printed[name]["note"]:
             assert said == "5.3M" and round(count / 2**20) == 82
@@ -103,7 +97,7 @@ def test_what_the_presets_say() -> None:
 
 
 def test_every_data_set_of_a_cell_is_in_the_registry() -> None:
-    assert {compose("vitb", name, 5)["data"]["dataset"] for name in part_names("datasets")} <= DATASETS.keys()
+    assert {compose("vitb", name, 5)["data"]["dataset"] for name in part_files("datasets")} <= DATASETS.keys()
 
 
 def test_names_of_cells() -> None:
@@ -152,7 +146,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 REFUSED = {
     "a bomb of aliases": (BOMB, "more than 20000 values"),
-    "an alias in itself": ("a: &a [*a]", "names nothing before it"),
+    "an alias in itself": ("a: &a [*a]", "must come after the value"),
     "5,000 digits": (f"a: {'1' * 5000}", "4300 digits"),
     "5,000 digits in hexadecimal": (f"a: 0x{'f' * 5000}", "beyond 64 bits"),
     "a number that no field takes": (f"a: {'9' * 30}", "a value of a is a whole number beyond 64 bits"),
@@ -169,7 +163,7 @@ REFUSED = {
     "a tab": ("a:\n\tb: 1", "cannot start any token"),
     "a key that is a number": ("model: {1.5: 2}", "the key 1.5 of model is not text"),
     "a key that is true": ("on: 1", "the key True of the config is not text"),
-    "a key of Python's": ("__path__: x", "no key '__path__'"),
+    "a key of Python's": ("__path__: x", "unknown key '__path__'"),
     "a tag of Python's": ("a: !!python/object/apply:os.system ['true']", "has the tag"),
     "a number in base 60": (f"a: !!int 1{':1' * 300_000}", "has the tag"),
     "a set": ("a: !!set {x}", "has the tag"),
@@ -215,3 +209,113 @@ def test_yaml_that_works() -> None:
     assert loaded["list"][0] is not loaded["list"][1]
     for path in (*shipped_files(), *PARTS.rglob("*.yaml")):
         assert load_yaml(path.read_text()) == yaml.safe_load(path.read_text())
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that docs/configs.md describes, made of the page's own YAML."""
+    page = (Path(__file__).parents[1] / "docs" / "configs.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    parts = re.findall(r"^`lab/(\S+\.yaml)`.*?^```yaml\n(.*?)^```", page, re.M | re.S)
+    assert [name for name, _ in parts] == ["backbones/vits.yaml", "datasets/birds.yaml", "protocols/short.yaml"]
+    for name, text in parts:
+        write(tmp_path / "lab" / name, text)
+    return tmp_path / "lab"
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_parts_of_ones_own(lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    shipped = compose("vitb", "pets", 5)
+    config = load_config("vits_birds_5shot_short.yaml", lab)
+    assert config["model"] == {**shipped["model"], "backbone": {"tag": "vit_small_patch16_224.augreg_in21k"}}
+    assert config["data"] == {**shipped["data"], "dataset": "folder", "root": "/data/birds", "shots": 5}
+    assert config["trainer"] == {**shipped["trainer"], "max_epochs": 10}
+    assert config["protocol"] == "short" and config["published"] == [] and config["method"] == shipped["method"]
+    assert config["methods"].keys() == shipped["methods"].keys()
+    assert {m["init_args"]["c"] for m in config["methods"].values() if m["class_path"] == "NOLA"} == {1}
+    full = parse(run_id.resolve(config))
+    assert run_id.cell_name(full) == "vit_small_patch16_224.augreg_in21k-folder.birds-5shot-short"
+    assert load_config("vitb_birds_5shot", lab)["published"] == []
+    assert load_config("vitb_pets_5shot_short", lab)["published"] == shipped["published"] != []
+    with pytest.raises(NolaVisionError, match="no config 'vits_birds_5shot'"):
+        load_config("vits_birds_5shot")
+    # the verbs; the option wins over the variable
+    assert main(["configs", "show", "vits_birds_5shot_short", "--config-dir=lab"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == config
+    monkeypatch.setenv("NOLA_VISION_CONFIGS", "lab")
+    write(lab / "quickstart.yaml", "model: {backbone: '[red]'}")
+    write(lab / ".#quickstart.yaml", "[")  # an editor's
+    write(lab / "backbones" / "._vits.yaml", "\0")
+    assert main(["configs", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("quickstart.yaml") == 1 and all(f"yours: {n}\n" in printed for n in ("vits", "birds", "short"))
+    assert load_configs(["quickstart"], lab) == {"model": {"backbone": "[red]"}} != load_config("quickstart")
+    for verb in ("fit", "test", "sweep"):
+        assert main([verb, "--config", "vits_birds_5shot_short"]) == 2
+        assert "/data/birds does not exist" in capsys.readouterr().err
+        assert main([verb, "--config", "vits_birds_5shot_short", "--config-dir", "/"]) == 2
+        assert "there is no config 'vits_birds_5shot_short'" in capsys.readouterr().err
+    write(Path("quickstart.yaml"), "data: {shots: 3}")
+    assert load_config("quickstart", lab) == {"data": {"shots": 3}}  # a local file wins
+
+
+REFUSED_PARTS = {  # files, the config, the message
+    "a shipped name": ({"backbones/vitb.yaml": "{}"}, "vitb_pets_5shot", "name of a part that ships"),
+    "a shipped name elsewhere": ({"protocols/paper.yaml": "{}"}, "vits_birds_5shot", "paper.yaml has the name of"),
+    "a key": ({"backbones/a.yaml": "modle: {}"}, "a_pets_5shot", "unknown key 'modle' .*: did you mean model"),
+    "figures": ({"datasets/a.yaml": "published: {dataset: Pets}"}, "vits_a_5shot", "unknown key 'published'"),
+    "no mapping": ({"datasets/a.yaml": "data: pets"}, "vits_a_5shot", "`data` of the config .* must be a mapping"),
+    "not YAML": ({"datasets/a.yaml": "data: ["}, "vits_a_5shot", "a.yaml cannot be read as YAML"),
+    "an include": ({"backbones/a.yaml": "include: vitx"}, "a_pets_5shot", "an unknown part: did you mean vit"),
+    "an include of a list": ({"backbones/a.yaml": "include: [vitb]"}, "a_pets_5shot", r"`include` in .* is \['vitb'\]"),
+    "itself": ({"backbones/a.yaml": "include: a"}, "a_pets_5shot", "which includes it"),
+    "a circle": (
+        {"backbones/a.yaml": "include: b", "backbones/b.yaml": "include: a"}, "a_pets_5shot", "b.yaml includes 'a'",
+    ),
+    "defaults": ({"protocols/a.yaml": "method_defaults: {NOLA: 3}"}, "vits_pets_5shot_a", "`method_defaults` in"),
+    "a method": ({"backbones/a.yaml": "methods: {x: NOLA}"}, "a_pets_5shot", "'x' in .* must be a mapping"),
+    "a method without a class": ({"backbones/a.yaml": "methods: {x: {}}"}, "a_pets_5shot", "'x' has no `class_path`"),
+    "no methods": (
+        {"backbones/a.yaml": "{}", "protocols/b.yaml": "{}"}, "a_pets_5shot_b", "protocol 'b' .* has no `methods`",
+    ),
+    "two cells": (
+        {"backbones/a.yaml": "{}", "backbones/a_b.yaml": "{}", "datasets/b_c.yaml": "{}", "datasets/c.yaml": "{}"},
+        "a_b_c_5shot", "can be 'a' with 'b_c' or 'a_b' with 'c'",
+    ),
+    "a typo": ({}, "vits_brds_5shot", r"did you mean vits_birds_5shot\.yaml"),
+    "a path": ({"../secret.yaml": "{}"}, "lab/../../secret", "there is no config"),
+    "a huge number": ({}, f"vits_birds_{'9' * 200}shot", "there is no config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_PARTS)
+def test_parts_that_are_refused(name: str, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, config, expected = REFUSED_PARTS[name]
+    monkeypatch.chdir("/")
+    for path, text in files.items():
+        write(lab / path, text)
+    with pytest.raises(NolaVisionError, match=expected) as refused:
+        run_id.resolve(load_config(config, lab), "x")
+    assert "\n" not in str(refused.value)
+
+
+def test_the_folder_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOLA_VISION_CONFIGS", raising=False)
+    assert user_folder(None) is None and user_folder(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("NOLA_VISION_CONFIGS", "")
+    assert user_folder(None) is None
+    monkeypatch.setenv("NOLA_VISION_CONFIGS", "/no/where")
+    with pytest.raises(NolaVisionError, match="NOLA_VISION_CONFIGS is '/no/where', which is not a folder"):
+        user_folder(None)
+    with pytest.raises(NolaVisionError, match="--config-dir is '', which is not a folder"):
+        user_folder("")
+    os.mkfifo(tmp_path / "pipe.yaml")  # opening it would wait
+    (tmp_path / "backbones").mkdir()
+    os.mkfifo(tmp_path / "backbones" / "pipe.yaml")
+    for name in ("pipe", "pipe_pets_5shot"):
+        with pytest.raises(NolaVisionError, match="is a FIFO|no config 'pipe'"):
+            load_config(name, tmp_path)

@@ -18,9 +18,11 @@ from nola_vision.data import check
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.manifest import Manifest, content, write_manifest
 from nola_vision.data.sources import ArraySource
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import store
-from nola_vision.runs.config_files import compose, part_names
+from nola_vision.runs.cells import compose
+from nola_vision.runs.config_files import part_names
 from tiny import trained_rows
 
 QUICK = [
@@ -163,7 +165,7 @@ def test_a_manifest_without_a_test_split_draws_from_all_images(cases: Path, caps
         prefix = "flat/" if dataset == "list" else ""
         assert sorted(name for name, _, _ in images) == [f"{prefix}{n}/{i}.png" for n in "ab" for i in range(6)]
         data = KShotDataModule(
-            BackboneSpec("test_vit"), dataset, str(root), shots=6, manifest=str(Path(f"{dataset}.json"))
+            input_config(BackboneSpec("test_vit")), dataset, str(root), shots=6, manifest=str(Path(f"{dataset}.json"))
         )
         assert sorted(data._train_set[1]) == [*range(12)] and len(data._pool_set[1]) == 0
 
@@ -251,9 +253,9 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
     Path("cut.json").write_text(Path("m.json").read_text()[:99])
     capsys.readouterr()
     for words, expected in (
-        ([*fit, f"--data.root={moved}", "--data.manifest=m.json"], "holds shots 3, but the config asks for 5"),
+        ([*fit, f"--data.root={moved}", "--data.manifest=m.json"], "has shots 3, but the config has 5"),
         ([*here, "--data.manifest=none.json"], "none.json cannot be read"),
-        ([*here, "--data.manifest=bad.json"], "no k-shot manifest"),
+        ([*here, "--data.manifest=bad.json"], "is not a k-shot manifest"),
         ([*here, "--data.manifest=cut.json"], "is not JSON"),
         (["data", "manifest", "folder", "--root", moved], "needs --out FILE"),
         (["data", "manifest", "folder", "--root", moved, "--out", "x", "--shots", 99], "99 shots need"),
@@ -277,7 +279,7 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
     assert f"{name} is another image" in capsys.readouterr().err
     (moved / name).unlink()
     assert run(*here, "--data.manifest=m.json", "--out=c") == 2
-    assert f"the data set here lacks 1 of the manifest's 9 images, {name} for one" in capsys.readouterr().err
+    assert f"the data set here lacks 1 of the manifest's 9 images, for example {name}" in capsys.readouterr().err
 
 
 CHANGES = {

@@ -21,7 +21,7 @@ def test_the_readmes_python_lines_run(tmp_path: Path, monkeypatch: pytest.Monkey
     found = re.search(r"<!-- test: python -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names: dict = {}
     exec(found[1], names)
-    assert names["model"].stack.merged
+    assert names["model"].bank.merged
     assert (tmp_path / "pets.safetensors").stat().st_size < 20_000
 
 
@@ -94,7 +94,7 @@ def test_the_notebooks_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     names = run_notebook("what_an_adapter_changed")
     model = load_adapter(names["path"])
     before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
-    model.stack.merge()
+    model.bank.merge()
     merged = {name: tensor - before[name] for name, tensor in model.backbone.state_dict().items()}
     relative = names["by_layer"]
     assert relative.shape == (6, 4)

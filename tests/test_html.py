@@ -19,6 +19,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import safetensors.numpy
+from nola_vision.reports.tested import read_tested
 from sklearn.metrics import confusion_matrix, recall_score
 
 from fake_runs import METHODS, write_runs
@@ -26,8 +27,10 @@ from nola_vision.cli import report
 from nola_vision.cli.main import main
 from nola_vision.evaluation.predictions import PREDICTIONS_FILE, Predictions, load_predictions
 from nola_vision.reports import html
-from nola_vision.reports.html import html_page
-from nola_vision.reports.tested import read_tested
+from nola_vision.reports.cell import report_of
+from nola_vision.reports.entries import entries
+from nola_vision.reports.html.page import html_page
+from nola_vision.reports.tables import cell_runs
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 from nola_vision.runs.thumbnails import THUMBNAILS_FILE, load_thumbnails
@@ -69,7 +72,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_is_whole_and_loads_nothing(rows: list[Row]) -> None:
-    page = html_page(rows, ["a\x07file is <broken>"])
+    page = html_page(report_of(rows), ["a\x07file is <broken>"])
     tags = Tags(page.text)
     assert tags.found["h1"] == 1 and tags.found["h2"] == 2 + 1 and page.text.count('<section class="cell"') == 2
     assert tags.found["script"] == tags.found["style"] == 1 and max(tags.ids.values()) == 1
@@ -88,7 +91,7 @@ def test_the_page_is_whole_and_loads_nothing(rows: list[Row]) -> None:
 
 def test_one_cell_has_the_pages_title(rows: list[Row]) -> None:
     one = [row for row in rows if "other" in row.cell]
-    page = html_page(one)
+    page = html_page(report_of(one))
     tags = Tags(page.text)
     title = re.search("<title>(.*)</title>", page.text)
     assert title and re.search(r'<h1 id="cell1-title">(.*)</h1>', page.text)[1] == title[1]
@@ -99,15 +102,17 @@ def test_one_cell_has_the_pages_title(rows: list[Row]) -> None:
 
 def test_rows_alone_make_a_page(rows: list[Row]) -> None:
     """Without their folders (rows of a database, of a test) only what files hold is missing."""
-    page = html_page([replace(row, folder=None) for row in rows])
+    page = html_page(report_of([replace(row, folder=None) for row in rows]))
     assert page.images == 0 and "Misclassified images</h" not in page.text and "Every run</h" in page.text
     failed = [replace(row, status="failed", error="out of <memory>", test_accuracy=None) for row in rows]
-    page = html_page(failed)
+    page = html_page(report_of(failed))
     assert "Without a completed final run" in page.text and "out of &lt;memory&gt;" in page.text
 
 
 def view(rows: list[Row], problems: list[str] | None = None) -> html.CellView:
-    return html._cell(rows, "title", (), "cell1", html.MOST_IMAGE_BYTES, [] if problems is None else problems)
+    return html._cell(
+        cell_runs(rows, rows[0].cell), "title", "cell1", html.MOST_IMAGE_BYTES, [] if problems is None else problems
+    )
 
 
 def of(rows: list[Row], method: str) -> list[tuple[Row, Predictions]]:
@@ -165,7 +170,7 @@ def test_the_gallery_shows_each_image_once_most_confident_first(rows: list[Row])
 def _nola(rows: list[Row]) -> tuple[html.Summary, list[Row]]:
     (found,) = [
         (summary, runs)
-        for summary, runs in html.entries(row for row in rows if "photos" in row.cell)
+        for summary, runs in entries(row for row in rows if "photos" in row.cell)
         if summary.method == "nola"
     ]
     return found
@@ -202,7 +207,7 @@ def test_what_a_row_may_not_cost(tmp_path: Path) -> None:
     folder = tmp_path / "secret" / "runs"
     (row,) = store.read_rows(folder)[0]
     many = replace(row, data={**row.data, "class_names": [str(i) for i in range(100_000)]})
-    page = html_page([many], [f"{row.folder}/x is damaged"], folders=[folder])
+    page = html_page(report_of([many]), [f"{row.folder}/x is damaged"], folders=[folder])
     assert "has 100,000 classes" in page.text and f"{row.cell}/nola/{row.folder.name}/x is damaged" in page.text
     assert "secret" not in page.text and page.images == 0
 
@@ -220,7 +225,7 @@ def test_damaged_files_are_one_line_each_and_the_page_is_whole(tmp_path: Path) -
     cell = view(rows, problems)
     assert [str(own[i]) in problem for i, problem in zip((0, 1, 2), problems, strict=True)] == [True] * 3
     assert cell.gallery is None and cell.classes and "3 of the 4 runs" in cell.classes.note
-    assert html_page(rows).text.count("<h2>Left out</h2>") == 1
+    assert html_page(report_of(rows)).text.count("<h2>Left out</h2>") == 1
     # the first run has other classes than most
     odd = [replace(row, data=row.data | {"class_names": NAMES[::-1]}) if row.folder == own[0] else row for row in rows]
     assert view(odd, problems := []).classes and f"{own[0]} has other classes than most runs of nola" in problems[0]
@@ -244,7 +249,7 @@ def test_names_of_other_scripts_and_long_ones(tmp_path: Path) -> None:
     assert [line.name for line in lines] == names and len({line.label for line in lines}) == len(names)
     ends = ("left", "right", "<b>", "2021", "2022")
     assert all(line.label.endswith(end) and len(line.label) < 22 for line, end in zip(lines[2:], ends, strict=True))
-    page = html_page(rows).text
+    page = html_page(report_of(rows)).text
     assert f'title="{names[2]}"' in page and f"<bdi>{lines[2].label}</bdi>" in page
     outside = re.sub("<bdi>.*?</bdi>|<title.*?</title>|<svg.*?</svg>|<[^>]*>", "", page, flags=re.DOTALL)
     assert "خيل" in page and not re.search("[\u0590-\u06ff]", outside)
@@ -297,9 +302,9 @@ def test_the_command(rows: list[Row], tmp_path: Path, monkeypatch, capsys) -> No
 
 def test_a_run_in_two_folders_counts_once_and_the_title_states_what_there_is(rows: list[Row]) -> None:
     own = [row for row in rows if "photos" in row.cell]
-    page = html_page([*own, *(replace(row, folder=None) for row in own)])
+    page = html_page(report_of([*own, *(replace(row, folder=None) for row in own)]))
     assert page.runs == len(own) and f"<summary>{len(own)} runs: {len(own)} completed</summary>" in page.text
     others = [replace(own[0], status="failed"), replace(own[1], stage="search"), replace(own[2], stage="search")]
-    page = html_page(others)
+    page = html_page(report_of(others))
     assert "<h1>No completed final run: " in page.text and page.cells == 0
     assert "2 search runs completed" in page.text and "1 final run failed" in page.text

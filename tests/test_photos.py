@@ -15,6 +15,7 @@ from nola_vision.cli.main import main
 from nola_vision.cli.options import take_photos
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs import config_files, photos, run_id
+from nola_vision.runs.cells import read_part
 from nola_vision.runs.parsing import parse
 
 
@@ -46,7 +47,7 @@ def test_the_defaults(tmp_path: Path) -> None:
     assert made["methods"]["nola"]["init_args"]["max_parameters"] == 6144
     for name in ("linear", "nola", "lora-r4", "full-ft"):
         assert made["methods"][name]["init_args"]["lr"] in made["methods"][name]["learning_rates"]
-    default = config_files.read_part("protocols", "default")
+    default = read_part("protocols", "default")
     for key in ("label_smoothing", "min_lr"):
         assert made["model"][key] == default["model"][key]
     full = parse(run_id.resolve(made), ["--data.batch_size", "8", "--model.method.rank=8"])
@@ -84,7 +85,7 @@ def test_another_backbone(tag: str, side: int | None, targets: list[str], tmp_pa
 
 
 def test_a_side_that_a_model_does_not_take_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nola_vision.models.backbones._takes", lambda source, side: side == 384)
+    monkeypatch.setattr("nola_vision.models.backbones.image_size.accepts", lambda source, side: side == 384)
     made = photos.config(str(place(tmp_path / "photos")), backbone="swin_base_patch4_window12_384.ms_in22k_ft_in1k")
     assert "img_size" not in made["model"]["backbone"]
 

@@ -231,8 +231,8 @@ DAMAGE = [
     _set("lr_schedulers", None),
     _set("lr_schedulers", [5]),
     _set("state_dict", [1]),
-    _set("state_dict/model.stack.head_weight", "text"),
-    _set("state_dict/model.stack.head_weight", torch.full((1, 10, 64), torch.nan)),
+    _set("state_dict/model.bank.head_weight", "text"),
+    _set("state_dict/model.bank.head_weight", torch.full((1, 10, 64), torch.nan)),
     _set("adapter", None),
     _set("adapter", "text"),
     _set("train_loss", "low"),
@@ -311,7 +311,7 @@ def test_weights_that_are_not_finite_are_named_before_training(tmp_path: Path) -
     torch.save(weights, tmp_path / "w.pth")
     backbone = {"base": "pretrained", "file": str(tmp_path / "w.pth"), "img_size": 160}
     for method in ("linear", "1nn"):
-        with pytest.raises(NolaVisionError, match=r"w\.pth: blocks.2.mlp.fc1.bias holds a number that is not finite"):
+        with pytest.raises(NolaVisionError, match=r"w\.pth: blocks.2.mlp.fc1.bias has a value that is not finite"):
             runner.run(tiny(method, model={"backbone": backbone}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

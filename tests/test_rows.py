@@ -22,7 +22,7 @@ RUN_CONFIG: dict[str, Any] = {
     "method": "nola",
     "model": {
         "backbone": {"tag": "tag"},
-        "method": {"class_path": "nola_vision.adapters.methods.registry.NOLA", "init_args": {"lr": 0.005}},
+        "method": {"class_path": "nola_vision.adapters.methods.nola.NOLA", "init_args": {"lr": 0.005}},
         "run_seed": 2,
         "basis_seed": None,
     },

@@ -22,11 +22,12 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from nola_vision import load_adapter
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import overlay
 from nola_vision.evaluation.calibration import fit_temperature
 from nola_vision.evaluation.predictions import load_predictions
 from nola_vision.reports.confusion import read_confusion
 from nola_vision.runs import checkpoints, run_id, runner, store
-from nola_vision.runs.config_files import load_configs, overlay
+from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build, parse
 from nola_vision.runs.record import DETERMINISTIC
 from nola_vision.runs.thumbnails import load_thumbnails
@@ -184,7 +185,7 @@ def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("nola_vision.data.datamodule.KShotDataModule.test_dataloader", touched)
     checks: list[int] = []
-    monkeypatch.setattr("nola_vision.models.adapted_model.AdaptedModel.check_saved", lambda *_: checks.append(1))
+    monkeypatch.setattr("nola_vision.models.loading.check_saved", lambda *_: checks.append(1))
     row = runner.run(config("linear"), tmp_path, "search")
     assert row.stage == "search" and row.test_accuracy is None and row.val_accuracy is not None
     assert not checks  # of the saved file
@@ -198,8 +199,8 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
     whole.trainer.fit(whole.model, datamodule=whole.datamodule)
     saved = tmp_path / "whole" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(saved, weights_only=True)
-    assert set(checkpoint["state_dict"]) == {f"model.stack.{n}" for n, _ in whole.model.model.stack.named_parameters()}
-    numbers = sum(p.numel() for p in whole.model.model.stack.parameters())
+    assert set(checkpoint["state_dict"]) == {f"model.bank.{n}" for n, _ in whole.model.model.bank.named_parameters()}
+    numbers = sum(p.numel() for p in whole.model.model.bank.parameters())
     assert saved.stat().st_size < 4 * 3 * numbers + 60_000  # weights and Adam's two moments; the backbone is 7.5 MB
 
     class Stop(Callback):
@@ -213,12 +214,12 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
         half.trainer.fit(half.model, datamodule=half.datamodule)
     rest = build(config(), tmp_path / "rest")
     with torch.no_grad():  # what the checkpoint must bring back
-        for parameter in rest.model.model.stack.parameters():
+        for parameter in rest.model.model.bank.parameters():
             parameter.add_(1)
     rest.trainer.fit(
         rest.model, datamodule=rest.datamodule, ckpt_path=tmp_path / "half/checkpoints/last.ckpt", weights_only=True
     )
-    for one, other in zip(whole.model.model.stack.parameters(), rest.model.model.stack.parameters(), strict=True):
+    for one, other in zip(whole.model.model.bank.parameters(), rest.model.model.bank.parameters(), strict=True):
         assert torch.equal(one, other)
     assert rest.trainer.callback_metrics["train_loss"] == whole.trainer.callback_metrics["train_loss"]
 
@@ -267,7 +268,7 @@ def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
     built = build(config("linear"), tmp_path)
     with torch.no_grad():
-        built.model.model.stack.head_bias.fill_(torch.nan)
+        built.model.model.bank.head_bias.fill_(torch.nan)
     built.trainer.validate(built.model, datamodule=built.datamodule, verbose=False)
     assert math.isnan(built.trainer.callback_metrics["val_loss"])
 
@@ -279,7 +280,7 @@ def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path, caplog: pytest
     folder = run_id.run_folder(tmp_path, uneven, "final")
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     trained = load_adapter(folder / store.ADAPTER_FILE)
-    assert torch.equal(checkpoint["model.stack.head_weight"], trained.stack.head_weight)
+    assert torch.equal(checkpoint["model.bank.head_weight"], trained.bank.head_weight)
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ Each value is exact in float16, bfloat16 and wider.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nola_vision.adapters.methods.settings import Storage
+from nola_vision.adapters.methods.base import Storage
+from nola_vision.common.hashing import sha256_integer
 
 BASIS_VERSION = 1  # part of every key: a new adapter format does not change it
 ENTRIES_PER_COUNTER = 16
@@ -55,8 +55,8 @@ def basis_key(basis_seed: int, identity: str, factor: str) -> Key:
         factor: `A`, `B`, `A0` (NOLA); `P` (PRANC), `hash` (HashedNet), `base` (random weights), `head` (its start).
     """
     text = f"nola-vision basis {BASIS_VERSION}\n{basis_seed}\n{identity}\n{factor}"
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    number = sha256_integer(text, 8)
+    return number & _MASK, number >> 32
 
 
 # --- the generator ---------------------------------------------------------------------------------------------------
@@ -199,10 +199,11 @@ class Basis:
         """Entries of one matrix."""
         return self.rank * self.length
 
-    def to(self, device: torch.device | str) -> None:
-        """Moves it; a basis is the same on every device."""
+    def to(self, device: torch.device | str) -> Basis:
+        """Moves it, in place; a basis is the same on every device."""
         self.device = device
         self._kept = None if self._kept is None else self._kept.to(device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}  # a pickled basis is recomputed from its keys

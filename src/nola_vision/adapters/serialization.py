@@ -6,7 +6,6 @@ it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import textwrap
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nola_vision.adapters.methods.settings import FLOAT_BITS
+from nola_vision.adapters.methods.base import FLOAT_BITS
 from nola_vision.adapters.quantization import GROUP, dequantise, pack, quantise, rows_of, unpack
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_adapter_file, write_file
+from nola_vision.common.hashing import sha256_of_tensors
 
 FORMAT = "nola-vision adapter"
 FORMAT_VERSION = 2  # `basis.BASIS_VERSION` is another number
@@ -301,17 +300,7 @@ def _fault(tensor: Tensor) -> str | None:
 
 def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the metadata (without its own digest) and every tensor's name, dtype, shape and bytes."""
-    hashed = hashlib.sha256(_canonical({k: v for k, v in metadata.items() if k != "digest"}).encode())
-    for name in sorted(tensors):
-        add_tensor(hashed, name, tensors[name])
-    return hashed.hexdigest()
-
-
-def add_tensor(hashed: Any, name: str, tensor: Tensor) -> None:
-    """Adds a tensor's name, dtype, shape and bytes to a hash."""
-    tensor = tensor.detach().cpu().contiguous()
-    hashed.update(f"\n{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-    hashed.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return sha256_of_tensors(tensors, _canonical({k: v for k, v in metadata.items() if k != "digest"}))
 
 
 def _canonical(metadata: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from nola_vision.common.progress import PlainCount, is_live, say_aside
 from nola_vision.common.text import printable
 
 if TYPE_CHECKING:
-    from nola_vision.data.datasets.registry import DatasetEntry
+    from nola_vision.data.datasets.base import DatasetEntry
     from nola_vision.data.sources import ImageSource
 
 SHOWN = 10  # lines of each kind of problem
@@ -62,9 +62,10 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
 def _check(name: str, root: str | None, download: bool) -> int:
     from nola_vision.data.check import SplitReport, check_split
-    from nola_vision.data.datasets.registry import get_dataset, kinds_of_files, open_split
+    from nola_vision.data.datasets.base import Split
+    from nola_vision.data.datasets.image_folders import suffix_counts
+    from nola_vision.data.datasets.registry import get_dataset, open_split
     from nola_vision.data.duplicates import in_both, repeated, under_two_labels
-    from nola_vision.data.splits import Split
 
     entry, console = get_dataset(name), Console(highlight=False)
     _print(console, f"{name}: {entry.expects}")
@@ -97,7 +98,7 @@ def _check(name: str, root: str | None, download: bool) -> int:
         contradictory |= bool(pairs := under_two_labels(report.source, report.digests))
         _listed(console, f"twice in {split} and the labels differ", pairs)
         if others := report.other_files:
-            _print(console, f"  files that are not read in {split}: {others.total()} ({kinds_of_files(others)})")
+            _print(console, f"  files that are not read in {split}: {others.total()} ({suffix_counts(others)})")
     for split, reason in missing.items():
         _print(console, f"{split}: {reason}")
     for note in entry.notes(root):

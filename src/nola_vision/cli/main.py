@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from nola_vision import __version__
 from nola_vision.common.errors import NolaVisionError, one_line
 from nola_vision.common.progress import let_idle_threads_sleep
+from nola_vision.common.suggestions import did_you_mean
 
 VERBS = {
     "fit": "adapt to the images in PHOTOS, or train one run of a config; test it and print the table so far",
@@ -65,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"nola-vision {__version__}" if verb == "--version" else _USAGE, flush=True)
             return 0
         if verb not in VERBS:
-            close = difflib.get_close_matches(verb, VERBS) or list(VERBS)
-            raise NolaVisionError(f"there is no verb '{verb}': did you mean {' or '.join(close)}?")
+            raise NolaVisionError(f"there is no verb '{verb}': {did_you_mean(verb, VERBS)}")
         module = "fit" if verb in ("validate", "test") else verb
         status: int = importlib.import_module(f"nola_vision.cli.{module}").main(rest, verb)
         sys.stdout.flush()

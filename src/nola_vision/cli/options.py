@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.runs import run_id
 
 _MOST_DIGITS = 4300  # that Python reads
 _MOST_NUMBERS = 10_000  # in a range: more are a typo
+CONFIG_DIR = "folder of your own configs and parts (default: $NOLA_VISION_CONFIGS, if that is set)"
 LIGHTNINGS_OWN = ("--protocol", "--method", "--threads", "--seed_everything", "--print_config", "--help")
 
 
@@ -24,8 +25,8 @@ def refuse_strays(rest: Sequence[str], options: argparse.ArgumentParser) -> None
     """
     own = [name for action in options._actions for name in action.option_strings]
     for option in (word.partition("=")[0] for word in rest if word.startswith("--") and "." not in word):
-        if option not in LIGHTNINGS_OWN and (close := difflib.get_close_matches(option, own, n=1, cutoff=0.8)):
-            raise NolaVisionError(f"there is no option {option}: did you mean {close[0]}?")
+        if option not in LIGHTNINGS_OWN and (hint := did_you_mean(option, own, "", cutoff=0.8)):
+            raise NolaVisionError(f"there is no option {option}: {hint}")
     if rest and not rest[0].startswith("-"):
         raise NolaVisionError(f"'{rest[0]}' is not an option: a config is given by --config {rest[0]}")
 
@@ -95,6 +96,7 @@ def config_options(verb: str, help: bool = False) -> Options:
     parser = Options(verb, add_help=help)
     shipped = "a config, shipped or local"
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help=shipped)
+    parser.add_argument("--config-dir", metavar="DIR", help=CONFIG_DIR)
     parser.add_argument("--out", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
     allowed = "a package whose classes the config may name, such as a custom callback; may be repeated"
     parser.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE", help=allowed)

@@ -17,8 +17,12 @@ from nola_vision.cli.options import Options
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
 from nola_vision.common.text import csv_cell
-from nola_vision.reports import tables
+from nola_vision.reports.cell import Report, report_of
+from nola_vision.reports.frames import frame, text_frame
+from nola_vision.reports.markup import latex_table, markdown_table, markdown_text
 from nola_vision.reports.statistics import on_the_same_images
+from nola_vision.reports.tables import COLUMNS
+from nola_vision.reports.terminal import cell_report
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options = Options(verb, description="Prints a verdict and tables for each cell of the runs in some folders.")
     options.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="folders of runs (default: runs)")
     options.add_argument("--format", choices=["table", "markdown", "latex", "csv", "parquet"], default="table")
-    chosen = f"further metrics in the tables: {', '.join(tables.COLUMNS)}"
+    chosen = f"additional metrics in the tables: {', '.join(COLUMNS)}"
     options.add_argument("--columns", type=_columns, default=(), metavar="NAME,...", help=chosen)
     options.add_argument("--out", metavar="FILE", help="write there instead of printing; parquet needs it")
     options.add_argument("--plots", metavar="DIR", help="write the charts there as PNG files too")
@@ -62,21 +66,24 @@ def _report(known: argparse.Namespace, page: Path | None) -> int:
         raise NolaVisionError("; ".join([none, *problems[:5]]))
     rows, left_out = on_the_same_images(everything)
     problems += left_out
+    report = report_of(rows, known.columns)
     if known.plots is not None:
         from nola_vision.reports.plots import cell_plots, write_plots  # matplotlib takes a while to import
 
         plots = {}
-        for cell in tables.tested_cells(rows)[0]:
-            plots[cell], unusable = cell_plots(rows, cell)
+        for cell in report.cells:
+            plots[cell.name], unusable = cell_plots(cell)
             problems += unusable
         for path in write_plots(plots, Path(known.plots)):
             print(path, file=sys.stderr)
     if page is not None:
-        _write_page(page, rows, problems, known.columns, not known.no_images, known.folders)
+        _write_page(page, report, problems, not known.no_images, known.folders)
     coloured = known.out is None and sys.stdout.isatty()
     if known.format in ("csv", "parquet"):
         rows = everything
-    content = _content(rows, known.format, problems, coloured, known.columns)
+        content = _every_row(rows, known.format, problems)
+    else:
+        content = _tables(report, known.format, problems, coloured)
     if known.out is not None:
         write_file(known.out, content)
         print(f"{known.out}: {len(rows)} rows of {len({row.cell for row in rows})} cells")
@@ -105,14 +112,12 @@ def _open(page: Path) -> None:
         print(f"no browser was found: open {page} in one", file=sys.stderr)
 
 
-def _write_page(
-    path: Path, rows: list[Row], problems: list[str], columns: Sequence[str], images: bool, folders: Sequence[str]
-) -> None:
+def _write_page(path: Path, report: Report, problems: list[str], images: bool, folders: Sequence[str]) -> None:
     """Writes the page, and one line on stderr that states how many images of the data are in it."""
-    from nola_vision.reports.description import plural
-    from nola_vision.reports.html import html_page
+    from nola_vision.reports.formatting import plural
+    from nola_vision.reports.html.page import html_page
 
-    page = html_page(rows, problems, columns, images, folders)
+    page = html_page(report, problems, images, folders)
     write_file(path, page.text.encode())
     shown = f"{page.images} images of the data are in it (--no-images leaves them out)"
     if page.images < 2:
@@ -122,8 +127,8 @@ def _write_page(
 
 def _columns(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    if unknown := [name for name in names if name not in tables.COLUMNS]:
-        raise NolaVisionError(f"--columns '{unknown[0]}' is not a column: use some of {', '.join(tables.COLUMNS)}")
+    if unknown := [name for name in names if name not in COLUMNS]:
+        raise NolaVisionError(f"--columns '{unknown[0]}' is not a column: use some of {', '.join(COLUMNS)}")
     return names
 
 
@@ -135,37 +140,37 @@ class _Captured(io.StringIO):
         return sys.stdout.encoding or "utf-8"
 
 
-def _content(rows: list[Row], format: str, problems: list[str], coloured: bool, columns: Sequence[str]) -> bytes:
-    """Every row, or the tables of every cell with what is wrong under them, in one of the formats."""
-    if format in ("csv", "parquet"):
-        for problem in problems:
-            print(problem, file=sys.stderr)
+def _every_row(rows: list[Row], format: str, problems: list[str]) -> bytes:
+    """Every row as CSV or Parquet; what is wrong goes to stderr."""
+    for problem in problems:
+        print(problem, file=sys.stderr)
     if format == "csv":
-        return bytes(tables.text_frame(rows, csv_cell).to_csv(index=False).encode())
-    if format == "parquet":
-        try:
-            return tables.frame(rows).to_parquet(index=False)
-        except ImportError as error:
-            raise NolaVisionError("Parquet needs pyarrow: pip install 'nola-vision[parquet]'") from error
-    tested, others = tables.tested_cells(rows)
+        return bytes(text_frame(rows, csv_cell).to_csv(index=False).encode())
+    try:
+        return frame(rows).to_parquet(index=False)
+    except ImportError as error:
+        raise NolaVisionError("Parquet needs pyarrow: pip install 'nola-vision[parquet]'") from error
+
+
+def _tables(report: Report, format: str, problems: list[str], coloured: bool) -> bytes:
+    """The tables of every cell, with what is wrong under them, as text, Markdown or LaTeX."""
     console = Console(file=_Captured(), force_terminal=coloured, width=Console().width)
-    for cell in tested:
+    for cell in report.cells:
         match format:
             case "markdown":
-                console.file.write(tables.markdown_table(rows, cell, columns) + "\n")
+                console.file.write(markdown_table(cell) + "\n")
             case "latex":
-                console.file.write(tables.latex_table(rows, cell, columns) + "\n")
+                console.file.write(latex_table(cell) + "\n")
             case _:
-                report, unusable = tables.cell_report(rows, cell, columns)
-                console.print(report)
-                problems = [*problems, *unusable]
-    for cell, reason in others.items():
-        note = f"{cell}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
+                console.print(cell_report(cell))
+                problems = [*problems, *cell.verdict[1]]
+    for name, reason in report.untested.items():
+        note = f"{name}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
         problems = [*problems, note]
     for problem in dict.fromkeys(problems):
         match format:
             case "markdown":
-                console.file.write(f"- {tables.markdown_text(problem)}\n")
+                console.file.write(f"- {markdown_text(problem)}\n")
             case "latex":
                 console.file.write(f"% {problem}\n")
             case _:

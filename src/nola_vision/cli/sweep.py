@@ -24,11 +24,13 @@ from nola_vision.cli.options import (
 )
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import say_start
-from nola_vision.reports.description import accuracy_text
-from nola_vision.reports.statistics import on_the_same_images, summarise
+from nola_vision.reports.entries import summarise
+from nola_vision.reports.formatting import accuracy_text
+from nola_vision.reports.statistics import on_the_same_images
 from nola_vision.runs import early_checks, run_id, store
-from nola_vision.runs.config_files import load_configs, load_yaml
+from nola_vision.runs.config_files import load_configs, user_folder
 from nola_vision.runs.record import Row
+from nola_vision.runs.yaml_files import load_yaml
 from nola_vision.sweep import runner, variations
 from nola_vision.sweep.display import SweepDisplay, plan_table
 
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         raise NolaVisionError("a sweep needs a config, for example --config quickstart.yaml")
     splits = None if known.splits is None else parse_range(known.splits)
     inits, shard = parse_range(known.inits), parse_shard(known.shard)
-    raw = load_configs(known.config)
+    raw = load_configs(known.config, user_folder(known.config_dir))
     methods = parse_methods(known.methods, raw)
 
     varied = [_varied(text) for text in known.vary]
@@ -113,13 +115,14 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace) -> int:
         return 0
     with SweepDisplay(sweep.planned(), engine.workers, console, accuracy_text, _best) as display:
         rows = sweep.run(lambda specs: engine.execute(specs, out, display.update))
-    from nola_vision.reports import tables  # pandas takes a while to import
+    from nola_vision.reports.cell import cell_of  # scipy takes a while to import
+    from nola_vision.reports.terminal import cell_report
 
     everything, problems = store.read_rows(out / sweep.cell)
     same, left_out = on_the_same_images(everything, rows[0] if rows else None)
-    report, unusable = tables.cell_report(same, sweep.cell)
-    console.print(report)
-    for problem in (*(problem for _, problem in problems), *unusable, *left_out):
+    cell = cell_of(same, sweep.cell)
+    console.print(cell_report(cell))
+    for problem in (*(problem for _, problem in problems), *cell.verdict[1], *left_out):
         print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import did_you_mean
 
 
 def parse_device(name: str) -> tuple[str, int | None]:
@@ -16,6 +16,5 @@ def parse_device(name: str) -> tuple[str, int | None]:
     """
     if found := re.fullmatch(r"cpu|mps|cuda(?::(\d{1,4}))?", name):
         return name.partition(":")[0], None if found[1] is None else int(found[1])
-    close = ["cuda"] if name == "gpu" else difflib.get_close_matches(name, ("cpu", "cuda", "mps"), n=1)
-    hint = f"did you mean {close[0]}?" if close else "use cpu, cuda, cuda:1 or mps"
+    hint = did_you_mean("cuda" if name == "gpu" else name, ("cpu", "cuda", "mps"), "use cpu, cuda, cuda:1 or mps")
     raise NolaVisionError(f"--device is '{name}': {hint}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nola_vision.common.files import write_whole
+from nola_vision.common.hashing import sha256
 from nola_vision.common.progress import count_aside
 from nola_vision.common.text import printable
 
@@ -171,7 +172,7 @@ def _identity(path: Path, most_bytes: int | None) -> list[int] | None:
 
 def _cache_file(kind: str, place: Path) -> Path | None:
     """Where facts of a kind about the files under a resolved folder are stored; None without a home folder."""
-    name = hashlib.sha256(os.fsencode(f"{kind}\0{place}")).hexdigest()[:32]
+    name = sha256(os.fsencode(f"{kind}\0{place}"))[:32]
     return None if (folder := cache_folder()) is None else folder / "files" / f"{name}.json"
 
 
@@ -192,7 +193,7 @@ def read_cache(path: Path | None) -> Entries:
         return {}
     try:
         checksum, _, text = read_file(path, 2**28).partition(b"\n")
-        if hashlib.sha256(text).hexdigest().encode() != checksum:
+        if sha256(text).encode() != checksum:
             return {}
         loaded = json.loads(text)
     except (OSError, ValueError, RecursionError):
@@ -215,7 +216,7 @@ def write_cache(path: Path | None, entries: Entries) -> None:
         return _warn_not_stored("there is no home folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+        write_whole(path, sha256(text).encode() + b"\n" + text)
     except OSError as error:
         _warn_not_stored(f"{path.parent}: {error.strerror}")
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.evaluation.confusion import CONFUSION_FILE, csv_names
 from nola_vision.evaluation.predictions import Predictions
-from nola_vision.reports.statistics import entries, run_accuracy
+from nola_vision.reports.entries import Entry
+from nola_vision.reports.statistics import run_accuracy
 from nola_vision.runs.record import Row
 from nola_vision.runs.store import read_run_file
 
@@ -41,7 +42,8 @@ def read_confusion(path: Path) -> pd.DataFrame:
         header, _, lines = content.decode().partition("\n")
         if header.strip() != _HEADER:
             raise ValueError("another header")
-        table = pd.read_csv(io.StringIO(lines, newline=""), header=None, dtype=str, na_filter=False, low_memory=False)
+        text = io.StringIO(lines, newline="")  # dtype=object: str would convert each column to Arrow and back
+        table = pd.read_csv(text, header=None, dtype=object, na_filter=False, low_memory=False)
         if table.shape[1] != 3:
             raise ValueError("another number of columns")
         # each text once, as they appear, and where it is
@@ -125,23 +127,23 @@ def _of_its_row(run: Row, path: Path) -> pd.DataFrame:
     return counts
 
 
-def entry_confusions(rows: Iterable[Row], cell: str) -> tuple[dict[str, dict[int, pd.DataFrame]], list[str]]:
+def entry_confusions(found: Sequence[Entry]) -> tuple[dict[str, dict[int, pd.DataFrame]], list[str]]:
     """Sum the matrices of each entry's completed final runs, as `run_confusions` reads them.
 
     Args:
-        rows: of any runs; those without a `confusion.csv` in their folder are left out.
-        cell: which.
+        found: the entries of one cell, as `statistics.entries` returns them; runs without a `confusion.csv` in their
+            folder are left out.
 
     Returns:
         The sums by the entry's label and the split, and a sentence for each file that could not be used.
     """
     sums: dict[str, dict[int, pd.DataFrame]] = {}
     problems = []
-    for summary, runs in entries(row for row in rows if row.cell == cell):
-        found, unusable = run_confusions(runs)
+    for summary, runs in found:
+        read, unusable = run_confusions(runs)
         problems += unusable
         of_splits: dict[int, pd.DataFrame] = {}
-        for run, counts in found:
+        for run, counts in read:
             of_splits[run.split] = of_splits[run.split] + counts if run.split in of_splits else counts
         if of_splits:
             sums[summary.label] = of_splits

@@ -1,4 +1,4 @@
-"""A cell in words: its title, what was asked and how it was measured; and how an accuracy is written everywhere."""
+"""A cell in words: its title, its settings and how it was measured."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nola_vision.common.tags import HUB_PREFIX, short_dataset, short_tag, split_tag
-from nola_vision.common.text import last_part, printable, shortened
-from nola_vision.reports.statistics import (
-    LEAST_SPLITS,
-    cross_validated,
-    is_measured,
-    mean_std,
-    run_accuracies,
-)
+from nola_vision.common.text import last_part, printable
+from nola_vision.reports.formatting import plural, short_printable
+from nola_vision.reports.statistics import LEAST_SPLITS, cross_validated, is_measured
 from nola_vision.runs.record import Row, count_once
 from nola_vision.runs.run_id import FROZEN_METHODS, OWN_IMAGES
 
-NOT_MEASURED = "-"
-_MOST_CHARACTERS = 60  # of a name
 _DATASETS = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
@@ -36,7 +29,7 @@ _DATASETS = {
 }
 _ARCHITECTURES = {"vit_glyph_patch4_32": "small ViT/4", "resnet20_cifar": "ResNet-20", "mlp_784_256": "MLP 784-256-10"}
 _SIDES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g", "gigantic": "G"}
-# What a backbone was pretrained on, by the words of its tag; the first that is found is named
+# Pretraining by word of the tag; the first match is used
 _PRETRAINING = {
     "dinov3": "DINOv3",
     "dinov2": "DINOv2",
@@ -51,7 +44,7 @@ _PRETRAINING = {
     "in1k": "ImageNet-1k",
     "glyphs": "pretrained on glyphs",
 }
-# Protocols under which a user's cell needs no name in its title
+# Protocols that the title omits
 _PLAIN_PROTOCOLS = ("default", "photos", "quickstart", "scratch")
 _PROTOCOLS = {
     "paper": "as the paper states",
@@ -68,51 +61,11 @@ _VERSIONS = {
 }
 
 
-def points(per_cent: float) -> str:
-    """A number of per cent or points with one digit: `91.2`."""
-    return f"{round(per_cent, 1) + 0.0:.1f}"  # no minus before a zero
-
-
-def signed(difference: float) -> str:
-    """A difference in points with its sign: `+1.2`; zero has none."""
-    text = f"{difference:+.1f}"
-    return text if float(text) else "0.0"
-
-
-def bytes_text(number: float) -> str:
-    """A size in units of 1,000: `37.2 KB`, `1 MB`."""
-    units = ["B", "KB", "MB", "GB"]
-    while number >= 999.5 and len(units) > 1:
-        number /= 1000
-        units.pop(0)
-    return f"{number:.3g} {units[0]}"
-
-
-def accuracy_text(row: Row) -> str:
-    """The accuracy of a run: `91.2 %`, or `85.0 % (6.1), mean and std of 50 folds`."""
-    accuracies = run_accuracies(row)
-    if not cross_validated(row):
-        return f"{points(accuracies[0])} %" if accuracies else NOT_MEASURED
-    mean, std = mean_std(accuracies)
-    return f"{points(mean)} % ({points(std)}), mean and std of {len(accuracies)} folds"
-
-
-def plural(noun: str, count: int) -> str:
-    """The count with its noun: `1 image`, `1,300 images`, `2 classes`."""
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{ending}"
-
-
-def short_printable(name: object, most: int = _MOST_CHARACTERS) -> str:
-    """A name of a stranger's row, printable and of at most `most` characters."""
-    return shortened(printable(str(name)), most)
-
-
 def cell_title(rows: Sequence[Row]) -> str:
     """The title of the rows of one cell: `stamps: 4 classes, 80 images, ViT-S/14 DINOv2`.
 
-    A local weights file and a protocol that is not a default are named. What the rows lack is left out; without rows
-    the title is empty.
+    It includes a local weights file and a protocol that is not a default. Unknown facts are left out; without rows the
+    title is empty.
     """
     if not rows:
         return ""
@@ -129,7 +82,7 @@ def cell_title(rows: Sequence[Row]) -> str:
 
 
 def cell_facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What was asked of the rows of one cell, in words, each with its heading, such as `data`."""
+    """The settings of one cell in words, each with a heading such as `data`."""
     if not rows:
         return []
     return [
@@ -142,7 +95,7 @@ def cell_facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def how_measured(rows: Sequence[Row]) -> list[str]:
-    """Sentences on how the figures of one cell's rows were made: statistics, images, seeds, machines, dates, its id."""
+    """The evaluation protocol of one cell in sentences: statistics, images, seeds, machines, dates and id."""
     final = [row for row in count_once(rows) if row.stage == "final"]
     measured = [row for row in final if is_measured(row)]
     sentences = ["Top-1 accuracy is the share of tested images whose class was predicted."]
@@ -164,17 +117,17 @@ def how_measured(rows: Sequence[Row]) -> list[str]:
 
 
 def dataset_name(row: Row) -> str:
-    """The data set's name for people: `CIFAR-10`, or the name of the folder or list of a user's images."""
+    """The data set's name: `CIFAR-10`, or the name of the folder or list of a user's images."""
     data = row.config.get("data") or {}
     name = str(data.get("dataset", "?"))
     own = name in OWN_IMAGES
-    # of a path, the folders may name a person
+    # the folders of a path may contain a person's name
     name = last_part(str(data.get("root", name))) if own else short_dataset(name).removeprefix(HUB_PREFIX)
     return short_printable(_DATASETS.get(name, name))
 
 
 def backbone_name(row: Row) -> str:
-    """The backbone's name for people, from timm's tag: `ViT-S/14 DINOv2`; an unknown one keeps its tag's name."""
+    """The backbone's name from timm's tag: `ViT-S/14 DINOv2`; for unknown architectures the tag."""
     backbone = (row.config.get("model") or {}).get("backbone") or {}
     source, tag = split_tag(short_tag(str(backbone.get("tag", "?"))))
     architecture = tag.partition(".")[0]
@@ -193,7 +146,7 @@ def backbone_name(row: Row) -> str:
 
 
 def grid_text(runs: Sequence[Row]) -> str:
-    """What runs of one entry are over: `12 runs: 4 splits x 3 inits`, or `4 splits` without inits."""
+    """The number of runs of one entry: `12 runs: 4 splits x 3 inits`, or `4 splits` without inits."""
     splits, inits = len({row.split for row in runs}), len({row.init for row in runs} - {None})
     if not inits and len(runs) == splits:
         return plural("split", splits)
@@ -316,7 +269,7 @@ def _on_folds(measured: Sequence[Row]) -> list[str]:
 
 
 def _machines(rows: Sequence[Row]) -> list[str]:
-    """Devices, versions and dates, each where the rows have them."""
+    """Devices, versions and dates, if the rows have them."""
     sentences = []
     devices = Counter(
         short_printable(row.device) + (f" with {plural('thread', row.threads)}" if row.threads else "")
@@ -338,7 +291,7 @@ def _machines(rows: Sequence[Row]) -> list[str]:
 
 
 def _listed(counts: Counter[str], most: int = 3) -> str:
-    """The values of rows, the most frequent first; of several each with its number of runs."""
+    """The values of rows, the most frequent first, each with its number of runs if there are several."""
     if len(counts) == 1:
         return next(iter(counts))
     shown = [f"{value} ({plural('run', count)})" for value, count in counts.most_common(most)]
@@ -346,7 +299,7 @@ def _listed(counts: Counter[str], most: int = 3) -> str:
 
 
 def _shots(rows: Sequence[Row]) -> str:
-    """`5 images per class`, or of `shots: all` how many there are; empty where that is not known."""
+    """`5 images per class`, or the number of images for `shots: all`; empty if unknown."""
     shots = _whole((rows[0].config.get("data") or {}).get("shots"))
     if shots is not None:
         return f"{plural('image', shots)} per class"
@@ -363,7 +316,7 @@ def _folds(row: Row) -> int:
 
 
 def _test_name(rows: Sequence[Row]) -> str:
-    """What the test images are called on disk: `test`, or `validation`."""
+    """The name of the test split on disk: `test` or `validation`."""
     return short_printable(next((name for row in rows if (name := row.data.get("test_name"))), "test"))
 
 
@@ -377,7 +330,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _span(numbers: Iterable[int | None]) -> str:
-    """The numbers that are known: `1,297`, or `80 to 96` where they differ; empty where none is."""
+    """The range of the known numbers: `1,297` or `80 to 96`; empty if none is known."""
     known = [number for number in numbers if number is not None]
     if not known:
         return ""

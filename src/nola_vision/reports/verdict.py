@@ -1,11 +1,11 @@
-"""What runs showed, in plain sentences: the accuracy, against frozen features and other methods, and what is confused.
+"""Results in plain sentences: the accuracy, the comparison with other methods, and the most confused classes.
 
-`run_verdict` is that of one run, which `fit` prints; `cell_verdict` that of all runs of a cell.
+`run_verdict` is about one run and printed by `fit`; `cell_verdict` is about all runs of a cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from statistics import fmean
@@ -19,87 +19,85 @@ from nola_vision.common.text import printable
 from nola_vision.evaluation.estimates import compare
 from nola_vision.evaluation.predictions import Predictions
 from nola_vision.reports.confusion import MOST_CLASSES, confused_pairs, count_predictions, run_confusions
-from nola_vision.reports.description import accuracy_text, grid_text, plural, points, short_printable, signed
+from nola_vision.reports.description import grid_text
+from nola_vision.reports.entries import Entry, Kind, Summary, kind
+from nola_vision.reports.entry_predictions import load_run_predictions
+from nola_vision.reports.formatting import accuracy_text, plural, points, short_printable, signed
 from nola_vision.reports.statistics import (
-    Entry,
     RunAccuracy,
-    Summary,
-    entries,
     first_pair,
     is_measured,
-    kind,
     paired_difference,
-    rivals,
     run_accuracies,
     run_accuracy,
-    subject,
 )
-from nola_vision.reports.tested import load_run_predictions
 from nola_vision.runs.record import Row
 
-Tested = tuple[Row, Predictions | None]
+RunPredictions = tuple[Row, Predictions | None]
+Rivals = Mapping[Kind, Sequence[Entry]]
 _MOST_NAMES = 3  # in one sentence
 _MOST_CHARACTERS = 40  # of a name
+_COMPARED: Sequence[Kind] = ("frozen", "trained")
 _LEFT_OUT = "The intervals leave out the variation of training sets; each fold trained on fewer images."
-_KINDS = {"NOLA": "NOLA entries", "trained": "methods that train", "frozen": "frozen-feature methods"}
+_KINDS: Mapping[Kind, str] = {
+    "NOLA": "NOLA entries",
+    "trained": "methods that train",
+    "frozen": "frozen-feature methods",
+}
 
 
-class _Found(NamedTuple):
-    """A run with what it was tested on."""
+class _TestedRun(NamedTuple):
+    """A run with an accuracy."""
 
     row: Row
     predictions: Predictions | None
     accuracy: RunAccuracy
 
 
-def cell_verdict(rows: Iterable[Row], cell: str) -> tuple[list[str], list[str]]:
-    """The sentences on all runs of a cell, most important first; about the entry that `statistics.subject` chooses.
+def cell_verdict(entries: Sequence[Entry], chosen: Entry | None, rivals: Rivals) -> tuple[list[str], list[str]]:
+    """The sentences on all runs of a cell, the most important first.
 
-    Of a single run of it they are those of `run_verdict`. Of several: its mean, the best of the other methods with the
-    paired difference over splits (image by image where they are cross-validated), and what is confused.
+    If the subject has a single run, they are those of `run_verdict`. If it has several: its mean, the best of the other
+    methods with the paired difference over splits (image by image for cross-validation), and the most confused classes.
 
     Args:
-        rows: of any runs. Predictions and `confusion.csv` are read from the folders where they were found.
-        cell: which.
+        entries: of one cell. Predictions and `confusion.csv` are read from the folders of their runs.
+        chosen: the subject, as `entries.subject` chooses it; None if no entry has an accuracy.
+        rivals: of kind "trained" and "frozen", as `entries.rivals` ranks them.
 
     Returns:
-        The sentences, and a sentence for each file that could not be used.
+        The sentences, and one message per file that could not be used.
     """
-    found = entries(row for row in rows if row.cell == cell)
-    chosen = subject(summary for summary, _ in found)
     if chosen is None:
-        return ["No run of this cell has an accuracy yet.", *_lost_line(found)], []
-    runs = next(runs for summary, runs in found if summary is chosen)
-    if chosen.completed > 1:
-        lines, problems = _several(chosen, runs, found)
-    else:
-        lines, problems = _single(chosen, next(filter(is_measured, runs)), found)
-    return [*lines, *_lost_line(found)], problems
+        return ["No run of this cell has an accuracy yet.", *_not_completed(entries)], []
+    lines, problems = (_several if chosen.summary.completed > 1 else _single)(chosen, entries, rivals)
+    return [*lines, *_not_completed(entries)], problems
 
 
-def _single(chosen: Summary, run: Row, found: Sequence[Entry]) -> tuple[list[str], list[str]]:
-    """`run_verdict` of an entry's only run, with the runs of the others on its split."""
+def _single(subject: Entry, entries: Sequence[Entry], rivals: Rivals) -> tuple[list[str], list[str]]:
+    """`run_verdict` of an entry's only run and the other entries' runs on its split."""
+    chosen, run = subject.summary, next(filter(is_measured, subject.runs))
 
     def labelled(summary: Summary, runs: Sequence[Row]) -> Row:
         same = [row for row in runs if row.split == run.split and is_measured(row)]
         return replace(min(same, key=lambda row: (row.init != run.init, row.init or 0)), method=summary.label)
 
-    frozen, trained = ([labelled(*entry) for entry in rivals(one, chosen, found)] for one in ("frozen", "trained"))
-    if kind(chosen) == "frozen":  # whatever trains has no accuracy
-        adapter = next((others[-1] for summary, others in found if kind(summary) != "frozen"), None)
+    frozen, trained = ([labelled(*entry) for entry in rivals[one]] for one in _COMPARED)
+    if kind(chosen) == "frozen":  # no method that trains has an accuracy
+        adapter = next((others[-1] for summary, others in entries if kind(summary) != "frozen"), None)
         return run_verdict(adapter, frozen)
     run = replace(run, method=chosen.label)
     lines, problems = run_verdict(run, frozen, trained if kind(chosen) == "NOLA" else ())
-    if choice := _choice(chosen, found):
+    if choice := _choice(chosen, entries):
         lines.insert(1, f"{_name(chosen.label)} is {choice}.")
     return lines, problems
 
 
-def _choice(chosen: Summary, found: Sequence[Entry]) -> str:
-    """`the best of 3 NOLA entries`, of those with as many runs as the one that was chosen; else empty."""
+def _choice(chosen: Summary, entries: Sequence[Entry]) -> str:
+    """`the best of 3 NOLA entries`, counting those with as many runs as the chosen one; empty if it is the only one."""
     same = [
         summary
-        for summary, _ in found
+        for summary, _ in entries
         if kind(summary) == kind(chosen) and (summary.splits, summary.completed) == (chosen.splits, chosen.completed)
     ]
     return f"the best of {len(same)} {_KINDS[kind(chosen)]} (an optimistic choice)" if len(same) > 1 else ""
@@ -110,29 +108,29 @@ def run_verdict(
     frozen: Sequence[Row],
     others: Sequence[Row] = (),
 ) -> tuple[list[str], list[str]]:
-    """The sentences of `verdict` for runs whose predictions are read from their folders.
+    """The sentences of `verdict`, with predictions read from the folders of the runs.
 
     Args:
-        adapter: of the adapter's final run; None if there is none.
-        frozen: of the methods on frozen features.
-        others: of other methods that train.
+        adapter: the adapter's final run; None if there is none.
+        frozen: runs of methods on frozen features.
+        others: runs of other methods that train.
 
     Returns:
-        The sentences, and a sentence for each file that could not be used.
+        The sentences, and one message per file that could not be used.
     """
     problems: list[str] = []
     own = None if adapter is None else _read(adapter, problems)
     of_frozen, of_others = ([_read(row, problems) for row in rows] for rows in (frozen, others))
     try:
         return verdict(own, of_frozen, of_others), problems
-    except ValueError as error:  # a file is whole, and that of another run
+    except ValueError as error:  # an intact file of another run
         problems.append(f"the methods are not compared: {error}")
-        rows_alone = None if adapter is None else (adapter, None)
-        return verdict(rows_alone, [(row, None) for row in frozen], [(row, None) for row in others]), problems
+        without = None if adapter is None else (adapter, None)
+        return verdict(without, [(row, None) for row in frozen], [(row, None) for row in others]), problems
 
 
-def _read(row: Row, problems: list[str]) -> Tested:
-    """A run with the predictions in its folder; a sentence on a file that cannot be used is added to `problems`."""
+def _read(row: Row, problems: list[str]) -> RunPredictions:
+    """A run with its predictions; a message on a file that cannot be used is added to `problems`."""
     try:
         return row, load_run_predictions(row)
     except NolaVisionError as error:
@@ -141,24 +139,24 @@ def _read(row: Row, problems: list[str]) -> Tested:
 
 
 def verdict(
-    adapter: Tested | None,
-    frozen: Sequence[Tested],
-    others: Sequence[Tested] = (),
+    adapter: RunPredictions | None,
+    frozen: Sequence[RunPredictions],
+    others: Sequence[RunPredictions] = (),
 ) -> list[str]:
-    """The sentences on one run, most important first.
+    """The sentences on one run, the most important first.
 
     Args:
-        adapter: the row of the adapter's final run and its predictions: of the test set, or of all folds of the first
-            repeat. None if only frozen-feature methods were run.
-        frozen: the same of each frozen-feature method.
-        others: the same of each other method that trains.
+        adapter: the adapter's final run and its predictions, on the test set or on all folds of the first repeat. None
+            if only frozen-feature methods were run.
+        frozen: the same for each frozen-feature method.
+        others: the same for each other method that trains.
 
     Raises:
         ValueError: a row's estimate is damaged, or predictions of two methods are of different data.
     """
     lines = []
-    own = _found([] if adapter is None else [adapter])
-    best = _best(_found(frozen))
+    own = _tested([] if adapter is None else [adapter])
+    best = _best(_tested(frozen))
     if adapter is not None and not own:
         row = adapter[0]
         if row.status == "completed" and row.test_accuracy is not None:
@@ -170,8 +168,8 @@ def verdict(
             lines.append(f"{_name(row.method)} has no estimate of its accuracy: {reason}.")
     for item in own:
         lines += [_accuracy_line(item), *_chance_line(item)]
-    for name, tested in (("frozen", frozen), ("trained", others)):
-        lines += _rival_lines(name, _found(tested), own[0] if own else None)
+    for name, runs in zip(_COMPARED, (frozen, others), strict=True):
+        lines += _rival_lines(name, _tested(runs), own[0] if own else None)
     shown = own[0] if own else best
     if shown is not None and shown.accuracy.estimate is not None:
         lines.append(_LEFT_OUT)
@@ -180,29 +178,29 @@ def verdict(
         by = "" if own and confused is own[0] else f" by {_name(confused.row.method)}"
         largest = int(max(confused.predictions.label.max(), confused.predictions.predicted.max()))
         names = confused.row.data.get("class_names") or [f"class {label}" for label in range(largest + 1)]
-        if len(names) <= MOST_CLASSES:  # counts are dense, and a row may name any number of classes
+        if len(names) <= MOST_CLASSES:  # the matrix is dense, and a row may have any number of classes
             lines.append(_confusion_line(count_predictions([confused.predictions], len(names)), names, by))
     if shown is not None and shown.accuracy.estimate is not None and shown.accuracy.estimate.untested_classes:
         lines.append(_untested_line(shown.accuracy.estimate.untested_classes))
     return lines
 
 
-def _found(tested: Sequence[Tested]) -> list[_Found]:
-    """The runs that have an accuracy."""
+def _tested(runs: Sequence[RunPredictions]) -> list[_TestedRun]:
+    """The runs with an accuracy."""
     found = []
-    for row, predictions in tested:
+    for row, predictions in runs:
         accuracy = run_accuracy(row, None if predictions is None else len(predictions.index))
         if accuracy is not None:
-            found.append(_Found(row, predictions, accuracy))
+            found.append(_TestedRun(row, predictions, accuracy))
     return found
 
 
-def _best(found: Sequence[_Found]) -> _Found | None:
-    """The run with the highest accuracy, as `statistics.rivals` ranks: of an estimate the mean of all its folds."""
+def _best(found: Sequence[_TestedRun]) -> _TestedRun | None:
+    """The run with the highest accuracy, for cross-validation the mean of all folds, as in `entries.rivals`."""
     return max(found, key=lambda item: fmean(run_accuracies(item.row)), default=None)
 
 
-def _accuracy_line(item: _Found) -> str:
+def _accuracy_line(item: _TestedRun) -> str:
     found = item.accuracy
     if found.estimate is not None:
         images = f"{_images(found.images)}, {found.estimate.number_of_folds}-fold cross-validation"
@@ -213,18 +211,18 @@ def _accuracy_line(item: _Found) -> str:
     return f"{_name(item.row.method)}: {accuracy} (95 % interval {_between(found)}; {counts})."
 
 
-def _chance_line(item: _Found) -> list[str]:
-    """A sentence where the accuracy is not shown to be above that of always answering the largest class."""
+def _chance_line(item: _TestedRun) -> list[str]:
+    """A sentence if the accuracy is not shown to be above that of always predicting the largest class."""
     share = item.row.data.get("majority_share")
     if not isinstance(share, int | float) or item.accuracy.low > share:
         return []
     where = "is under chance" if item.accuracy.high < share else "is not shown to be above chance"
-    largest = f"always answering the largest class is right for {points(100 * share)} %"
+    largest = f"always predicting the largest class is right for {points(100 * share)} %"
     return [f"{_name(item.row.method)} {where}: {largest}."]
 
 
-def _rival_lines(name: str, tested: Sequence[_Found], own: _Found | None) -> list[str]:
-    """The best of some other methods, and the adapter against it image by image."""
+def _rival_lines(name: Kind, tested: Sequence[_TestedRun], own: _TestedRun | None) -> list[str]:
+    """The best of some other methods, and the comparison of the adapter with it, image by image."""
     if (best := _best(tested)) is None:
         return []
     accuracy = f"{points(100 * best.accuracy.value)} % ({_between(best.accuracy)})"
@@ -239,14 +237,14 @@ def _rival_lines(name: str, tested: Sequence[_Found], own: _Found | None) -> lis
     return lines
 
 
-def _best_of(name: str, count: int) -> str:
+def _best_of(name: Kind, count: int) -> str:
     if count == 1:
         return "Frozen features" if name == "frozen" else "The other method that trains"
     return f"Best of {count} {'other ' if name == 'trained' else ''}{_KINDS[name]} (an optimistic choice)"
 
 
 def _compared(own: Predictions, other: Predictions) -> str:
-    """Two runs image by image, as the end of a sentence; a ValueError where they are of different data."""
+    """The comparison of two runs image by image, as the end of a sentence; ValueError if their data differ."""
     found = compare(own, other)
     return _difference_text(found.difference, f"{signed(found.low)} to {signed(found.high)}", found.shown)
 
@@ -266,18 +264,19 @@ def _file_line(name: str, own: int | None, rival: str, other: int | None) -> lis
     return [] if times == "1" else [f"The adapter file of {_name(rival)} is {words}."]
 
 
-def _several(chosen: Summary, runs: list[Row], found: Sequence[Entry]) -> tuple[list[str], list[str]]:
-    """The sentences on an entry of several runs, and those on files that could not be used."""
-    choice = f", {text}" if (text := _choice(chosen, found)) else ""
-    accuracy = f"top-1 accuracy {points(chosen.mean or 0)} % ({_over(chosen, runs)})"
+def _several(subject: Entry, entries: Sequence[Entry], rivals: Rivals) -> tuple[list[str], list[str]]:
+    """The sentences on an entry with several runs, and the messages on files that could not be used."""
+    chosen, runs = subject
+    choice = f", {text}" if (text := _choice(chosen, entries)) else ""
+    accuracy = f"top-1 accuracy {points(chosen.mean)} % ({_over(chosen, runs)})"
     lines = [f"{_name(chosen.label)}{choice}: {accuracy}.", *_chance(chosen)]
     problems: list[str] = []
-    for name in ("frozen", "trained"):
-        others = rivals(name, chosen, found) if kind(chosen) not in ("frozen", name) else []
+    for name in _COMPARED:
+        others = rivals[name] if kind(chosen) not in ("frozen", name) else []
         if not others:
             continue
         best, of_best = others[0]
-        accuracy = f"{points(best.mean or 0)} % ({_over(best, of_best)})"
+        accuracy = f"{points(best.mean)} % ({_over(best, of_best)})"
         lines.append(f"{_best_of(name, len(others))}: {_name(best.label)}, {accuracy}.")
         if text := _paired_text(runs, of_best, problems):
             lines.append(f"{_name(chosen.label)} against {_name(best.label)}{text}")
@@ -293,7 +292,7 @@ def _several(chosen: Summary, runs: list[Row], found: Sequence[Entry]) -> tuple[
 
 
 def _over(summary: Summary, runs: Sequence[Row]) -> str:
-    """What a mean is over: `std 0.8; 12 runs: 4 splits x 3 inits`."""
+    """The std and number of runs of a mean: `std 0.8; 12 runs: 4 splits x 3 inits`."""
     counted = grid_text([row for row in runs if is_measured(row)])
     if summary.cross_validated:
         counted = f"{summary.n} folds of {counted}"
@@ -304,14 +303,14 @@ def _chance(chosen: Summary) -> list[str]:
     if chosen.chance is None:
         return []
     where = f"{_name(chosen.label)} is under chance" if chosen.under_chance else "Chance"
-    return [f"{where}: always answering the largest class is right for {points(chosen.chance)} %."]
+    return [f"{where}: always predicting the largest class is right for {points(chosen.chance)} %."]
 
 
 def _paired_text(runs: Sequence[Row], others: Sequence[Row], problems: list[str]) -> str:
-    """The difference of two entries as the end of a sentence; empty where they cannot be compared.
+    """The difference of two entries as the end of a sentence; empty if they cannot be compared.
 
-    It is that of the means by split; of cross-validated runs image by image, in the first split and init of both, since
-    their splits divide the same images.
+    They are compared by their means per split; cross-validated runs image by image, in the first split and init of
+    both, since their splits divide the same images.
     """
     found = paired_difference(runs, others)
     if found is None:
@@ -327,7 +326,7 @@ def _paired_text(runs: Sequence[Row], others: Sequence[Row], problems: list[str]
         return ""
     try:
         compared = _compared(own, rival)
-    except ValueError as error:  # a file is whole, and that of another run
+    except ValueError as error:  # an intact file of another run
         problems.append(f"the methods are not compared: {error}")
         return ""
     where = f"split {one.split}" + ("" if one.init is None else f", init {one.init}")
@@ -335,13 +334,13 @@ def _paired_text(runs: Sequence[Row], others: Sequence[Row], problems: list[str]
 
 
 def _confusion_line(counts: npt.NDArray[np.int64], names: Sequence[str], by: str, runs: int = 1) -> str:
-    """The two classes that were most often predicted as another; of equal ones the first.
+    """The two most confused pairs of classes; of equally frequent ones the first.
 
     Args:
         counts: by true and predicted class, summed over `runs`.
-        names: of the classes.
-        by: of which method, as the middle of a sentence.
-        runs: in which an image counts once each.
+        names: class names.
+        by: the method, as part of a sentence; may be empty.
+        runs: number of runs; an image counts once per run.
     """
     pairs = confused_pairs(counts)
     if not len(pairs):
@@ -366,15 +365,15 @@ def _untested_line(names: Sequence[str]) -> str:
     return f"No estimate for {joined}: {'it' if len(names) == 1 else 'they'} {each}, which is always trained on."
 
 
-def _lost_line(found: Sequence[Entry]) -> list[str]:
+def _not_completed(entries: Sequence[Entry]) -> list[str]:
     """A sentence on the final runs that failed or were interrupted."""
-    lost = [row for _, runs in found for row in runs if row.status != "completed"]
-    if not lost:
+    failed = [row for _, runs in entries for row in runs if row.status != "completed"]
+    if not failed:
         return []
-    counts = [(_name(summary.label), summary.failed + summary.interrupted) for summary, _ in found]
+    counts = [(_name(summary.label), summary.failed + summary.interrupted) for summary, _ in entries]
     listed = [f"{name} {count}" for name, count in counts if count]
     more = f" and {len(listed) - _MOST_NAMES} more" if len(listed) > _MOST_NAMES else ""
-    return [f"Not completed: {plural('run', len(lost))} ({', '.join(listed[:_MOST_NAMES])}{more})."]
+    return [f"Not completed: {plural('run', len(failed))} ({', '.join(listed[:_MOST_NAMES])}{more})."]
 
 
 def _between(found: RunAccuracy) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.validation import KINDS
 
 TOP_KEYS = ("protocol", "method", "threads", "model", "data", "trainer")  # of a run config
@@ -81,7 +81,4 @@ def _kinds(message: str) -> list[str]:
 
 
 def _instead(name: str, known: Sequence[str]) -> str:
-    if not known:
-        return ""
-    close = difflib.get_close_matches(name, known, n=3)
-    return f": did you mean {' or '.join(close)}?" if close else f": use one of {', '.join(known)}"
+    return f": {did_you_mean(name, known)}" if known else ""

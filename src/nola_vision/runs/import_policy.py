@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,11 +20,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nola_vision.adapters.methods import registry
-from nola_vision.runs.config_errors import PACKAGES, refusal
+from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.adapters.methods.registry import Method
+from nola_vision.common.imports import resolve
+from nola_vision.runs.config_errors import PACKAGES, refusal
 
-PLUGINS = "nola_vision.adapters.methods.registry"  # the entry-point group of methods from other packages
+PLUGINS = "nola_vision.methods"  # the entry-point group of methods from other packages
 # fmt: off
 _BASES = (
     Method, Optimizer, LRScheduler, Callback, Logger, Profiler, Strategy, Accelerator, Precision, CheckpointIO,
@@ -100,7 +100,9 @@ def register_method(class_path: Any, packages: Sequence[str]) -> list[str]:
     else:
         raise NolaVisionError(f"the method: {refusal(class_path)}")
     if not isinstance(found, type) or not issubclass(found, Method):
-        raise NolaVisionError(f"{class_path} is not a subclass of nola_vision.adapters.methods.registry.Method: a method must be one")
+        raise NolaVisionError(
+            f"{class_path} is not a subclass of nola_vision.adapters.methods.Method: a method must be one"
+        )
     if registry.METHODS.setdefault(found.__name__, found) is not found:
         raise NolaVisionError(f"{class_path} has the name of another method, {found.__name__}: rename the class")
     return [class_path, f"{found.__module__}.{found.__qualname__}"] if plugin is not None else []
@@ -160,19 +162,6 @@ def _without_defaults(path: str, arguments: Any) -> Any:
         for key, value in arguments.items()
         if not (callable(value) and key in parameters and value is parameters[key].default)
     }
-
-
-def resolve(path: str) -> Any:
-    """What an import path that has been checked names.
-
-    Raises:
-        NolaVisionError: there is no such module or name.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's own module fails in any way
-        raise NolaVisionError(f"'{path}' cannot be imported ({error}): check the name of the class") from error
 
 
 def _name(found: Any) -> str:

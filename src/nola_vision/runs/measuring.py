@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.evaluation.calibration import cross_fitted
 from nola_vision.evaluation.estimates import CrossValidated
-from nola_vision.models.adapted_model import set_temperature
+from nola_vision.models import loading
 from nola_vision.runs import run_id
 from nola_vision.runs.checkpoints import CheckpointError
 from nola_vision.runs.fold_results import fold_calibration, write_estimate
@@ -74,7 +74,7 @@ def measure(
                 peak = _peak_memory_mib(device)
                 known = data.reference_dataloader().dataset
                 images = torch.stack([known[i][0] for i in range(min(_CHECKED_IMAGES, len(known)))])
-                task.model.check_saved(folder / ADAPTER_FILE, images.to(task.device))
+                loading.check_saved(task.model, folder / ADAPTER_FILE, images.to(task.device))
                 if device.type == "cpu":
                     _reset_peak_memory(device)
     elif isinstance(task, FrozenClassifier):
@@ -94,7 +94,7 @@ def measure(
         measured |= _calibrate(task, pooled)
         if trainer.is_global_zero and task.model.calibrated_on is not None:
             path, model = folder / ADAPTER_FILE, task.model
-            set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
+            loading.set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
             measured["adapter_file_bytes"] = path.stat().st_size
     if pooled is not None:
         temperature = measured.get("temperature")
@@ -190,7 +190,7 @@ def _peak_memory_mib(device: torch.device) -> float | None:
 def _counts(task: L.LightningModule) -> dict[str, int]:
     """Trainable parameters: the adapter's (Full-FT: the backbone's), the head's, and any others."""
     if isinstance(task, FrozenClassifier):
-        head = task.model.stack.head_parameters() if task.savable else []
+        head = task.model.bank.head_parameters() if task.savable else []
         return {"adapter_parameters": 0, "head_parameters": sum(p.numel() for p in head), "other_parameters": 0}
     assert isinstance(task, Classifier)
     groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in task.parameter_groups()}

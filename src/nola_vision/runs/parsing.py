@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
 import json
 import logging
@@ -26,30 +25,33 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nola_vision.models import backbones
-from nola_vision.runs import import_policy
-from nola_vision.adapters.methods import registry
+from nola_vision.adapters.methods import Method, registry
 from nola_vision.common import progress
-from nola_vision.models.backbones import BackboneSpec
-from nola_vision.runs.config_errors import TOP_KEYS, explain
-from nola_vision.runs.config_files import plain
-from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.datasets.registry import get_dataset, given_root
-from nola_vision.data.manifest import MOST_BYTES
-from nola_vision.runs.early_checks import load_value, option_pairs
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256
+from nola_vision.common.imports import resolve
 from nola_vision.common.local_files import file_digest
-from nola_vision.training.progress import LiveProgress, PlainProgress
-from nola_vision.runs import run_id
-from nola_vision.training.task import make_task
-from nola_vision.training.classifier import Classifier
+from nola_vision.common.mappings import value_at
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.datasets.base import given_root
+from nola_vision.data.datasets.registry import get_dataset
+from nola_vision.data.manifest import MOST_BYTES
+from nola_vision.models.backbones.sources import input_config, local_files
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.runs import import_policy, run_id
+from nola_vision.runs.config_errors import TOP_KEYS, explain
+from nola_vision.runs.early_checks import load_value, option_pairs
+from nola_vision.runs.yaml_files import plain
 from nola_vision.training.callbacks import LAST_CHECKPOINT, LastCheckpoint, checkpoint_folder, early_stopping
+from nola_vision.training.classifier import Classifier
+from nola_vision.training.progress import LiveProgress, PlainProgress
+from nola_vision.training.task import make_task
 from nola_vision.training.trainer_settings import check_precision, check_stop_early, check_trainer
 
 _MOST_THREADS = 1024  # more crash torch
 _RATE = "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
 
-set_parsing_settings(subclasses_enabled=[registry.Method])
+set_parsing_settings(subclasses_enabled=[Method])
 set_loader("yaml", load_value, exceptions=(yaml.YAMLError,))
 
 
@@ -58,6 +60,16 @@ class _Parser(LightningArgumentParser):
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+
+
+def make_data(backbone: BackboneSpec, **settings: Any) -> KShotDataModule:
+    """The datamodule with the image format of a backbone.
+
+    Args:
+        backbone: that of the model.
+        settings: those of `KShotDataModule`.
+    """
+    return KShotDataModule(input_config(backbone), **settings)
 
 
 class RunCLI(LightningCLI):
@@ -74,17 +86,17 @@ class RunCLI(LightningCLI):
         # a copy: jsonargparse replaces the mappings in lists by its own, in place
         settings: run_id.Config = plain(config)
         self.packages: list[str] = settings.pop("allow_import", [])
-        method = _within(settings, "model", "method")
-        if (known := registry.METHODS.get(_within(method, "class_path"))) is not None:
+        method = value_at(settings, "model", "method")
+        if (known := registry.METHODS.get(value_at(method, "class_path"))) is not None:
             # jsonargparse would look for a short name among the classes of every module
             method["class_path"] = f"{known.__module__}.{known.__qualname__}"
         named = [value for key, value in option_pairs(options) if key in ("model.method", "model.method.class_path")]
-        for class_path in (_within(settings, "model", "method", "class_path"), *named):
+        for class_path in (value_at(settings, "model", "method", "class_path"), *named):
             self.packages = [*self.packages, *import_policy.register_method(class_path, self.packages)]
         with import_policy.allowing(self.packages):
             super().__init__(
                 make_task,
-                KShotDataModule,
+                make_data,
                 args=settings,
                 run=False,
                 save_config_callback=None,  # the row holds the config
@@ -153,13 +165,6 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _within(config: Any, *path: str) -> Any:
-    """The value at a path of keys; None where there is none."""
-    for key in path:
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
-
-
 def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: Sequence[str] = ()) -> run_id.Config:
     """The full run config, every default written out.
 
@@ -179,15 +184,15 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         raise NolaVisionError("a config has no key 'allow_import': it is given on the command line, as --allow-import")
     pairs = option_pairs(options)
     for group in ("model", "model.backbone", "data", "trainer"):
-        given = [_within(config, *group.split(".")), *(value for key, value in pairs if key == group)]
+        given = [value_at(config, *group.split(".")), *(value for key, value in pairs if key == group)]
         if any(isinstance(value, str) and not value.lstrip().startswith("{") for value in given):
             raise NolaVisionError(f"`{group}` takes settings, not a file: give the file by --config")
-    optimizer = _within(config, "model", "optimizer", "init_args")
+    optimizer = value_at(config, "model", "optimizer", "init_args")
     if "lr" in (optimizer or ()) or any(re.fullmatch(r"model\.optimizer\.(.*\.)?lr", key) for key, _ in pairs):
         raise NolaVisionError(_RATE)
     try:
-        if method := _within(config, "model", "method"):
-            import_policy.register_method(_within(method, "class_path"), allow_import)
+        if method := value_at(config, "model", "method"):
+            import_policy.register_method(value_at(method, "class_path"), allow_import)
             registry.from_dict(method)
         with quiet():
             parsed = RunCLI({**config, "allow_import": list(allow_import)}, options=options).config
@@ -201,7 +206,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         ) from error
     # the parser takes null for anything
     required = [key for key, one in inspect.signature(KShotDataModule).parameters.items() if one.default is not None]
-    linked = ("backbone", "run_seed")
+    linked = ("input", "backbone", "run_seed")
     for path in (
         ("protocol",),
         ("trainer",),
@@ -234,7 +239,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
     full["content"] = _content(full)
     full["model"]["method"].setdefault("init_args", {})
-    asked = str(_within(config, "model", "method", "class_path") or "").rpartition(".")[2]
+    asked = str(value_at(config, "model", "method", "class_path") or "").rpartition(".")[2]
     if full.get("method") is None or run_id.method_class(full) != asked:  # another class by --model.method
         full["method"] = run_id.method_class(full).lower()
     if allow_import:
@@ -244,7 +249,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
 
 def _given(optimizer: Mapping[str, Any]) -> list[str]:
     """The settings of an optimizer that are not its class's defaults."""
-    parameters = inspect.signature(import_policy.resolve(optimizer["class_path"])).parameters
+    parameters = inspect.signature(resolve(optimizer["class_path"])).parameters
     args = optimizer.get("init_args") or {}
     return [key for key, value in args.items() if key in parameters and value != parameters[key].default]
 
@@ -270,14 +275,14 @@ def _content(run_config: run_id.Config) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     backbone, files = run_config["model"]["backbone"], {}
-    files = backbones.local_files(backbone["tag"], backbone["file"])
+    files = local_files(backbone["tag"], backbone["file"])
     named = [(name, path, None) for name, path in files.items()]
     for name, path, most in (*named, ("manifest", run_config["data"]["manifest"], MOST_BYTES)):
         if path is not None and (digest := file_digest(path, most)) is not None:
             found[name] = digest
     with suppress(NolaVisionError):
         if content := get_dataset(run_config["data"]["dataset"]).own_content(run_config["data"]["root"]):
-            found["data"] = hashlib.sha256(content).hexdigest()
+            found["data"] = sha256(content)
     return found
 
 
@@ -309,7 +314,7 @@ def open_data(run_config: run_id.Config) -> KShotDataModule:
     Raises:
         NolaVisionError: as `KShotDataModule.setup`.
     """
-    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
+    module = make_data(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
     module.prepare_data()
     return module
 

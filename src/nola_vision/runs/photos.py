@@ -6,7 +6,6 @@ else was checked: a mistake is reported at once.
 
 from __future__ import annotations
 
-import difflib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -14,16 +13,17 @@ from typing import Any, Literal
 
 import yaml
 
-from nola_vision.runs import config_files
-from nola_vision.runs.config_files import Config
-from nola_vision.data.datasets.registry import get_dataset, open_split
-from nola_vision.data.sources import ImageSource, image_suffixes
 from nola_vision.common.devices import parse_device
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import why_not_a_file
 from nola_vision.common.progress import say_start
-from nola_vision.runs import run_id
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import split_tag
+from nola_vision.data.datasets.registry import get_dataset, open_split
+from nola_vision.data.sources import ImageSource
+from nola_vision.images.decoding import image_suffixes
+from nola_vision.runs import cells, run_id, yaml_files
+from nola_vision.runs.yaml_files import Config
 
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"  # docs/decisions/0016
 QUICKSTART = "vit_glyph_patch4_32.glyphs"  # ships with the package; its own side is 32 pixels
@@ -87,7 +87,7 @@ def config(
         side, targets = _side_and_targets(made["model"]["backbone"])
         made["methods"] = _methods(targets)
         made["model"]["backbone"] |= {} if side is None else {"img_size": side}
-    whole = config_files.assemble([config_files.read_part("protocols", "default"), made])
+    whole = cells.assemble([cells.read_part("protocols", "default"), made])
     return {section: _in_order(value, whole[section]) for section, value in made.items()}
 
 
@@ -126,7 +126,7 @@ def describe(made: Config) -> str:
             lines += _yaml(section, value)
     text = "\n".join(lines) + "\n"
     try:
-        same = config_files.load_yaml(text) == made
+        same = yaml_files.load_yaml(text) == made
     except yaml.YAMLError:
         same = False
     if not same:
@@ -180,8 +180,8 @@ def _device(device: str | None) -> Config:
 
 def _backbone(name: str | None, weights: str | None) -> Config:
     """The settings of the backbone, without what only timm knows."""
-    if name != "quickstart" and difflib.get_close_matches(str(name), ["quickstart"], cutoff=0.8):
-        raise NolaVisionError(f"--backbone is '{name}': did you mean quickstart?")
+    if name != "quickstart" and (hint := did_you_mean(name, ["quickstart"], "", cutoff=0.8)):
+        raise NolaVisionError(f"--backbone is '{name}': {hint}")
     tag = BACKBONE if name is None else QUICKSTART if name == "quickstart" else name
     kind, rest = split_tag(tag)
     backbone: Config = {"tag": f"{kind}:{_absolute(rest)}" if kind == "local-dir" else tag}
@@ -202,7 +202,9 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
         NolaVisionError: timm has no such model.
     """
     say_start(f"the check of {backbone['tag']}")
-    from nola_vision.models.backbones import BackboneSpec, largest_side, skeleton
+    from nola_vision.models.backbones.creation import skeleton
+    from nola_vision.models.backbones.image_size import largest_side
+    from nola_vision.models.backbones.spec import BackboneSpec
     from nola_vision.models.targets import find_targets
 
     spec = BackboneSpec(**backbone)
@@ -221,7 +223,7 @@ def _comment(key: str) -> list[str]:
 
 def _yaml(key: str, value: Any) -> list[str]:
     style = None if isinstance(value, dict) else False  # one value is not written as {key: value}
-    text = config_files.dump({key: value}, width=2**20, default_flow_style=style)  # a long path stays on its line
+    text = yaml_files.dump({key: value}, width=2**20, default_flow_style=style)  # a long path stays on its line
     return text.rstrip("\n").split("\n")  # splitlines() would split at U+2028 in a path too
 
 

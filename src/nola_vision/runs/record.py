@@ -177,9 +177,9 @@ def _types() -> dict[str, Any]:
 
 
 @cache
-def _required() -> frozenset[str]:
+def _required() -> tuple[str, ...]:
     """The columns without a default."""
-    return frozenset(f.name for f in fields(Row) if f.default is MISSING and f.default_factory is MISSING)
+    return tuple(field.name for field in fields(Row) if field.default is field.default_factory is MISSING)
 
 
 def _plain(value: Any, name: str, replaced: list[str]) -> Any:

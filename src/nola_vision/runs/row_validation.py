@@ -95,7 +95,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return False
     if isinstance(value, list):
         return all(_fits(item, get_args(hint)[0]) for item in value)
-    return get_origin(hint) is not Literal or value in get_args(hint)
+    choices = _choices(hint)
+    return not choices or value in choices
+
+
+@cache
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values of a literal type."""
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 @cache
@@ -157,8 +164,9 @@ def _column_problem(columns: dict[str, Any], types: Mapping[str, Any], required:
             return f"has {name} {_quoted(value)} of {len(value):,} characters, more than {_MOST_CHARACTERS}"
         if name in _NAMES and not _NAME.fullmatch(value):
             return f"has {name} {_quoted(value)}, which is not a file name of letters, digits and `._+-`"
-    if missing := [name for name in types if name in required and name not in columns]:
-        return f"has no {missing[0]}"
+    for name in required:
+        if name not in columns:
+            return f"has no {name}"
     started = columns.get("started", "")
     if started and not _is_utc(started):
         return f"has started {_quoted(started)}, which is not like 2026-01-31T12:00:00+00:00"

@@ -6,8 +6,6 @@ The hashes cover what can change a result. A setting that is left out is left ou
 from __future__ import annotations
 
 import copy
-import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -15,13 +13,16 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256
+from nola_vision.common.mappings import flattened
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import short_dataset, short_tag
 from nola_vision.common.text import last_part
 
 Config = dict[str, Any]
 Stage = Literal["final", "search", "fold"]
 OWN_IMAGES = ("folder", "list")  # data sets that a person makes: the name of their root names them
-# Every `methods.FrozenMethod`, by the name under which `fit` adds it to a config that lacks it
+# The methods on frozen features, by the name under which `fit` adds each to a config that lacks it
 FROZEN_METHODS = {"1nn": "NearestNeighbor", "nearest-mean": "NearestMean", "logistic": "LogisticRegression"}
 
 # `content` is in the hash: digests of files that the config names by a path. Not in it: `protocol` and `method`, which
@@ -103,10 +104,7 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if isinstance(name, list | dict) or not isinstance(methods, Mapping):
         raise NolaVisionError(f"the config's `methods` must be a mapping and its `method` a name, not {name!r}")
     if name not in methods:
-        known = [str(known_name) for known_name in methods]
-        close = difflib.get_close_matches(str(name), known)
-        hint = f"did you mean {' or '.join(close)}? It has " if close else "it has "
-        raise NolaVisionError(f"the config has no method {name!r}: {hint}{', '.join(known)}")
+        raise NolaVisionError(f"the config has no method {name!r}: {did_you_mean(name, map(str, methods))}")
     if not isinstance(name, str) or name != _safe(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]
@@ -184,14 +182,6 @@ def _of_entry(run_config: Mapping[str, Any]) -> Config:
     if config["model"].get("basis_seed") is None:
         config["model"].pop("basis_seed", None)
     return config
-
-
-def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, each value by the path of its keys: `{"a": {"b": 1}}` to `{"a.b": 1}`."""
-    values: dict[str, Any] = {}
-    for key, value in nested.items():
-        values |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return values
 
 
 def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -309,8 +299,7 @@ def _canonical(value: Any) -> Any:
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return sha256(json.dumps(value, sort_keys=True, separators=(",", ":")))[:10]
 
 
 def _root_name(run_config: Mapping[str, Any]) -> str:

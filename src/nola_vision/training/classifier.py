@@ -15,14 +15,16 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from nola_vision.adapters.methods.registry import PEFT, FullFinetune, LinearProbe, Method
+from nola_vision.adapters.layers import batch_norms
+from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import keyed_hash
+from nola_vision.common.mappings import flattened
 from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.sampling import keyed_hash
-from nola_vision.models.adapted_model import adapt, backbone_tensors, first_not_finite
-from nola_vision.models.backbones import BackboneSpec, batch_norms
-from nola_vision.runs.run_id import flattened
+from nola_vision.models.adapted_model import first_not_finite
+from nola_vision.models.assembly import adapt
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.base import ClassificationTask
 from nola_vision.training.callbacks import monitoring, update_paths
 from nola_vision.training.features import drops_nothing
@@ -67,7 +69,7 @@ class Classifier(ClassificationTask):
         self._computed: list[Callable[[Tensor], Tensor]] = [torch.compile(self.model) if compile else self.model]
         self._compiled = compile
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
-        self.method, self.optimizer, self.run_seed = self.model.card.method, optimizer, run_seed
+        self.method, self.optimizer, self.run_seed = self.model.metadata.method, optimizer, run_seed
         self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
         self.began = False  # a step was taken since `fit` was called
         self.train_loss: Tensor | None = None  # of the last epoch
@@ -91,7 +93,7 @@ class Classifier(ClassificationTask):
         images, and with a limited number of batches the features of all images may cost more.
         """
         data, trainer = self.trainer.datamodule, self.trainer  # type: ignore[attr-defined]
-        if not isinstance(self.method, LinearProbe) or not isinstance(data, KShotDataModule):
+        if not self.method.trains_only_head or not isinstance(data, KShotDataModule):
             return False
         count = data.describe()["counts"]["train"]
         limits = trainer.limit_train_batches, trainer.limit_val_batches, trainer.limit_test_batches
@@ -101,20 +103,20 @@ class Classifier(ClassificationTask):
             and not self._compiled
             and all(isinstance(limit, float) and limit == 1 for limit in limits)  # 1 is one batch, 1.0 all
             and all(type(c).__module__.startswith(_OWN_CALLBACKS) for c in trainer.callbacks)  # type: ignore[attr-defined]
-            and count * self.model.stack.num_features * 4 <= data.memory_limit_mib * 2**20
+            and count * self.model.bank.num_features * 4 <= data.memory_limit_mib * 2**20
             and drops_nothing(self.model)
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Starts quantisation-aware training at the step that `quantise_from` sets."""
-        bits_from = getattr(self.method, "quantise_from", 1.0)
+        bits_from = self.method.quantise_from
         begun = self.global_step >= bits_from * self.trainer.estimated_stepping_batches
         self.model.compute_with_stored_bits(bits_from < 1 and begun)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        nested = getattr(self.method, "nested", False)
-        with self.model.stack.using(prefix=_prefix(self.run_seed, self.global_step) if nested else None):
+        prefix = _prefix(self.run_seed, self.global_step) if self.method.nested else None
+        with self.model.bank.using(prefix=prefix):
             loss = self._loss(self(images), labels)
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
@@ -196,15 +198,13 @@ class Classifier(ClassificationTask):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
-        method, stack = self.method, self.model.stack
-        lr: float = method.lr  # type: ignore[attr-defined]
-        inside = isinstance(method, FullFinetune | PEFT)
+        bank, (lr, head_lr) = self.model.bank, self.method.learning_rates
+        inside = self.method.trains_backbone or self.method.edits_backbone
         backbone = [parameter for parameter in self.model.backbone.parameters() if parameter.requires_grad]
-        head_lr = getattr(method, "head_lr", None)
         groups: list[dict[str, Any]] = [
-            {"params": backbone if inside else stack.adapter_parameters(), "lr": lr, "name": "adapter"},
+            {"params": backbone if inside else bank.adapter_parameters(), "lr": lr, "name": "adapter"},
             {"params": [] if inside else backbone, "lr": lr, "name": "norms"},
-            {"params": stack.head_parameters(), "lr": lr if head_lr is None else head_lr, "name": "head"},
+            {"params": bank.head_parameters(), "lr": head_lr, "name": "head"},
         ]
         return [group for group in groups if group["params"]]
 
@@ -224,12 +224,12 @@ class Classifier(ClassificationTask):
     # --- checkpoints hold trained values only: the backbone is restored from its tag, the basis from its seed --------
 
     def _kept(self, names: Sequence[str]) -> set[str]:
-        trained = {f"model.backbone.{name}" for name in backbone_tensors(self.model.backbone, self.method)}
+        trained = {f"model.backbone.{name}" for name in self.method.trained_in_backbone(self.model.backbone)}
         return {name for name in names if name in trained or not name.startswith("model.backbone.")}
 
     def _identity(self) -> dict[str, Any]:
         """Settings that must match for a checkpoint to load. Learning rates may differ."""
-        metadata = self.model.metadata()
+        metadata = self.model.file_metadata()
         del metadata["weights"], metadata["calibration"]  # the fingerprint covers the weights
         settings = metadata["method"]["init_args"]
         metadata["method"] = {"class": metadata["method"]["class_path"], **settings, "lr": None, "head_lr": None}

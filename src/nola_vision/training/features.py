@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from nola_vision.common import process_cache
 from nola_vision.common.local_files import file_digest
-from nola_vision.data.datamodule import ImageSubset, KShotDataModule
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.loaders import ImageSubset
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.backbones import local_files, probe_batch
+from nola_vision.models.backbones.properties import probe_batch
+from nola_vision.models.backbones.sources import local_files
 
 _MOST_KEPT = 512 * 2**20  # bytes: 10,000 images with 1,024 features take 40 MB
 _RANDOM = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # attributes of modules that drop values at random
@@ -73,11 +75,12 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     """
     images = loader.dataset
     assert isinstance(images, ImageSubset)
-    spec = model.card.backbone
+    spec = model.metadata.backbone
     weights = tuple(file_digest(path) for path in local_files(spec.tag, spec.file).values())
-    backbone = (spec, model.card.basis_seed, model.fingerprint, weights)  # the fingerprint leaves position tables out
+    # the fingerprint leaves position tables out
+    backbone = (spec, model.metadata.basis_seed, model.fingerprint, weights)
     machine = (str(trainer.strategy.root_device), trainer.precision, torch.get_num_threads())
-    key = (backbone, machine, model.card.input, images.key, loader.batch_size)
+    key = (backbone, machine, model.metadata.input, images.key, loader.batch_size)
     make = partial(_computed, model, trainer, loader)
     return process_cache.latest("features", key, make, lambda tensor: tensor.nbytes, _MOST_KEPT)
 

@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nola_vision.adapters.methods.registry import FrozenMethod, LogisticRegression, Method, NearestMean, NearestNeighbor
+from nola_vision.adapters.methods.base import Method
+from nola_vision.common.hashing import keyed_hash
 from nola_vision.common.progress import count_aside
-from nola_vision.data.datamodule import ImageSubset, KShotDataModule
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.folds import MANY_CLASSES, folds
-from nola_vision.data.sampling import Indices, keyed_hash
+from nola_vision.data.loaders import ImageSubset
+from nola_vision.data.sampling import Indices
 from nola_vision.evaluation.calibration import fit_temperature, nll
 from nola_vision.evaluation.estimates import CrossValidated
 from nola_vision.evaluation.predictions import Predictions
-from nola_vision.models.adapted_model import adapt
-from nola_vision.models.backbones import BackboneSpec
-from nola_vision.runs.run_id import FROZEN_METHODS as FROZEN_METHODS
+from nola_vision.models.assembly import adapt
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.base import ClassificationTask
 from nola_vision.training.features import features, use_features
 
@@ -56,10 +57,10 @@ class FrozenClassifier(ClassificationTask):
         class_names: the classes, in the order of the labels.
     """
 
-    def __init__(self, backbone: BackboneSpec, method: FrozenMethod, class_names: Sequence[str]) -> None:
+    def __init__(self, backbone: BackboneSpec, method: Method, class_names: Sequence[str]) -> None:
         super().__init__(len(class_names))
         self.model = adapt(backbone, method, class_names).eval()
-        self.method = self.model.card.method
+        self.method = self.model.metadata.method
         self.has_probabilities = self.savable  # cosines with single images only rank the classes
         self.chosen_c: float | None = None  # of logistic regression
         self._known: tuple[Tensor, Tensor] | None = None  # what 1-NN compares with: unit features and labels
@@ -68,7 +69,7 @@ class FrozenClassifier(ClassificationTask):
     @property
     def savable(self) -> bool:
         """Whether the method is a plain head, which an adapter file can hold; 1-NN keeps every training image."""
-        return not isinstance(self.method, NearestNeighbor)
+        return self.method.savable
 
     def forward(self, features: Tensor) -> Tensor:
         """Features `[batch, features]` to logits `[batch, classes]`."""
@@ -76,7 +77,7 @@ class FrozenClassifier(ClassificationTask):
             return self.model.classified(features)
         known, labels = (tensor.to(features.device) for tensor in self._known)
         cosines = F.normalize(features.float(), dim=1) @ known.t()
-        best = cosines.new_full((len(features), len(self.model.card.class_names)), -2.0)
+        best = cosines.new_full((len(features), len(self.model.metadata.class_names)), -2.0)
         return DEFAULT_SCALE * best.scatter_reduce(1, labels.expand_as(cosines), cosines, "amax")
 
     def fit(self, features: Tensor, labels: Tensor, groups: Indices | None = None) -> None:
@@ -88,21 +89,21 @@ class FrozenClassifier(ClassificationTask):
             groups: `[n]` numbers; images of equal ones are copies, and share a fold in the choice of C.
         """
         self._fitted = True
-        if isinstance(self.method, NearestNeighbor):
+        if not self.method.savable:
             self._known = F.normalize(features.float(), dim=1), labels
             return
-        x, y, num_classes = features.double().numpy(), labels.numpy(), self.model.stack.num_classes
+        x, y, num_classes = features.double().numpy(), labels.numpy(), self.model.bank.num_classes
         # on few images several threads are slower than one, especially on busy cores
         with threadpool_limits(torch.get_num_threads() if x.size * num_classes > _MOST_WORK else 1):
-            if isinstance(self.method, NearestMean):
-                weight, bias = nearest_mean(x, y, num_classes)
-            else:
+            if self.method.regularised:
                 copies = np.arange(len(y)) if groups is None else groups
                 weight, bias, self.chosen_c = logistic_regression(x, y, copies)
-        stack = self.model.stack
+            else:
+                weight, bias = nearest_mean(x, y, num_classes)
+        bank = self.model.bank
         with torch.no_grad():
-            stack.head_weight.copy_(torch.from_numpy(weight))
-            stack.head_bias.copy_(torch.from_numpy(bias))
+            bank.head_weight.copy_(torch.from_numpy(weight))
+            bank.head_bias.copy_(torch.from_numpy(bias))
         self.model.round_to_stored_bits()
 
     def fit_to(self, data: KShotDataModule, trainer: L.Trainer) -> None:
@@ -113,7 +114,7 @@ class FrozenClassifier(ClassificationTask):
             loader = data.reference_dataloader()
             images = loader.dataset
             assert isinstance(images, ImageSubset)
-            groups = data.train_groups if isinstance(self.method, LogisticRegression) else None
+            groups = data.train_groups if self.method.regularised else None
             self.fit(features(self.model, trainer, loader), torch.from_numpy(images.labels), groups)
 
     def prepare(self, trainer: L.Trainer) -> None:
@@ -290,5 +291,5 @@ def number_of_repeats(features: Tensor, labels: Indices, method: Method) -> int:
     are many: all repeats together take seconds.
     """
     work = features.numel() * len(np.unique(labels))
-    most = MOST_LOGISTIC_REPEATS if isinstance(method, LogisticRegression) else MOST_REPEATS
+    most = MOST_LOGISTIC_REPEATS if method.regularised else MOST_REPEATS
     return int(np.clip(_REPEATED_WORK // work, 1, most))

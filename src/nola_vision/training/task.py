@@ -8,9 +8,9 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from nola_vision.adapters.methods.registry import FrozenMethod, Method
+from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.classifier import Classifier, ClassWeights
 from nola_vision.training.frozen import FrozenClassifier
 
@@ -34,7 +34,7 @@ def make_task(
 
     Args:
         backbone: the pretrained model.
-        method: what to train, a value of `nola_vision.adapters.methods.registry`.
+        method: what to train, a value of `nola_vision.adapters.methods`.
         class_names: the classes, in the order of the labels; set from the data by the command line.
         run_seed: seeds the head, LoRA's A, the order of the images and their augmentation.
         basis_seed: seeds the basis (default: `run_seed`).
@@ -51,8 +51,8 @@ def make_task(
         compile: run the adapted model through `torch.compile`.
     """
     if len(class_names) < 2:
-        raise NolaVisionError(f"there is only one class, {', '.join(class_names)}: give images of two or more")
-    if isinstance(method, FrozenMethod):
+        raise NolaVisionError(f"there is one class only, {', '.join(class_names)}: give images of two or more")
+    if method.on_frozen_features:
         return FrozenClassifier(backbone, method, class_names)
     return Classifier(
         backbone,

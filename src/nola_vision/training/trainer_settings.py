@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.runs.import_policy import resolve
+from nola_vision.common.imports import resolve
 
 METRICS = ("train_loss", "val_loss", "val_accuracy")
 
