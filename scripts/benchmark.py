@@ -38,11 +38,12 @@ from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, adapt
-from nola_vision.adapters.bank import AdapterStack
-from nola_vision.adapters.methods.registry import Method
+from nola_vision.adapters.bank import ParameterBank
+from nola_vision.adapters.methods import Method
 from nola_vision.adapters.random_basis import Basis, basis_key, basis_words
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.models.building import make_stack
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.building import make_bank
 from nola_vision.runs.store import read_rows
 
 Step = Callable[[], Any]
@@ -95,12 +96,12 @@ class Contender:
         backbone = vit()
         self.leaf = torch.zeros(768, requires_grad=True)
         backbone.norm_pre.register_forward_hook(lambda module, args, out: out + self.leaf)
-        self.stack = None
+        self.bank = None
         self.parameters: list[nn.Parameter] = []
         if name in STEP_METHODS:
-            self.stack = make_stack(backbone, STEP_METHODS[name], 10)
-            self.stack.attach(backbone)
-            self.parameters = self.stack.adapter_parameters()
+            self.bank = make_bank(backbone, STEP_METHODS[name], 10)
+            self.bank.attach(backbone)
+            self.parameters = self.bank.adapter_parameters()
         elif name != "frozen":
             from peft import LoraConfig, get_peft_model
 
@@ -131,8 +132,8 @@ class Contender:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = self.backbone(self.images).square().mean()
-        bases = [b for m in self.stack.groups.values() for b in (m.basis_a, m.basis_b)] if self.stack else []
-        cached = sum(b.cached().numel() for b in bases if b.storage == "cached")  # a streamed chunk is freed by now
+        bases = [f[name] for f in self.bank.fixed.values() for name in ("basis_a", "basis_b")] if self.bank else []
+        cached = sum(b.cached().numel() for b in bases if b.storage == "cached")  # a streamed chunk is gone by now
         adapter = cached + sum(size for size, activation in storages.values() if not activation)
         activations = sum(size for size, activation in storages.values() if activation)
         out.backward()
@@ -173,12 +174,12 @@ def route(rounds: int) -> None:
     contenders: dict[str, Step] = {}
     for count in (2, 100, 1000):
         backbone = vit()
-        stack = make_stack(backbone, STEP_METHODS["NOLA-MLP shared cached"], 10, num_adapters=count)
-        stack.attach(backbone)
+        bank = make_bank(backbone, STEP_METHODS["NOLA-MLP shared cached"], 10, num_adapters=count)
+        bank.attach(backbone)
 
-        def forward(stack: AdapterStack = stack, last: int = count - 2) -> None:
-            with torch.inference_mode(), stack.route(index + last):
-                stack(images)
+        def forward(bank: ParameterBank = bank, last: int = count - 2) -> None:
+            with torch.inference_mode(), bank.route(index + last):
+                bank(images)
 
         contenders[f"n = {count}"] = forward
     table(interleave(contenders, rounds), "n = 2")
@@ -314,7 +315,9 @@ def input_side(rounds: int) -> None:
         for number in range(-1, rounds):
             times = {}
             start = time.perf_counter()
-            data = KShotDataModule(spec, "folder", folder, shots=INPUT_SHOTS, batch_size=50, augmentation="released")
+            data = KShotDataModule(
+                input_config(spec), "folder", folder, shots=INPUT_SHOTS, batch_size=50, augmentation="released"
+            )
             data.setup("fit")
             times["opening"] = time.perf_counter() - start
             ours = data.train_dataloader()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nola_vision import NOLA, PRANC, BackboneSpec, HashedNet, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.methods.registry import Method
+from nola_vision.adapters.methods import Method
 from nola_vision.adapters.serialization import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent.parent / "tests" / "golden"
@@ -47,13 +47,13 @@ def main() -> None:
         model = adapt(spec, method, NAMES, run_seed=3, basis_seed=4).eval()
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for parameter in [*model.stack.parameters(), *(p for p in model.backbone.parameters() if p.requires_grad)]:
+            for parameter in [*model.bank.parameters(), *(p for p in model.backbone.parameters() if p.requires_grad)]:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         model.round_to_stored_bits()
         path = FOLDER / f"v{FORMAT_VERSION}-{name}.safetensors"
         model.save(path)
         loaded = load_adapter(path)
-        logits = loaded(image(loaded.card.input.size))[0].tolist()
+        logits = loaded(image(loaded.metadata.input.size))[0].tolist()
         expected[path.name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "logits": logits}
     (FOLDER / f"v{FORMAT_VERSION}.json").write_text(json.dumps(expected, indent=1) + "\n")
 

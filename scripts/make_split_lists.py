@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import nola_vision.data
-from nola_vision.data.splits import pack_list, split_by_rule
+from nola_vision.data.datasets.shipped_list import pack_list, split_by_rule
 
 LISTS = Path(nola_vision.data.__file__).parent / "lists"
 

@@ -35,7 +35,7 @@ from scipy.stats import beta, t
 from sklearn.model_selection import StratifiedKFold
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from nola_vision.adapters.methods.registry import LogisticRegression, NearestMean, NearestNeighbor
+from nola_vision.adapters.methods import LogisticRegression, NearestMean, NearestNeighbor
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.folds import folds
 from nola_vision.data.sources import ImageSource
@@ -43,7 +43,9 @@ from nola_vision.evaluation.calibration import ECE_BINS, cross_fitted, fit_tempe
 from nola_vision.evaluation.estimates import CrossValidated, Estimate, compare, wilson
 from nola_vision.evaluation.predictions import Predictions
 from nola_vision.images.transforms import eval_transform
-from nola_vision.models.backbones import BackboneSpec, create_backbone, input_config
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
 
 BACKBONE = BackboneSpec("vit_glyph_patch4_32.glyphs")
 METHODS = {"1-NN": NearestNeighbor, "nearest mean": NearestMean, "logistic regression": LogisticRegression}
@@ -231,7 +233,7 @@ def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> R
         with torch.inference_mode():
             batches.append(model(images).float().numpy())
     parts = [found for fold in held_out if (found := load_predictions(fold.folder)) is not None]
-    names = [int(name) for name in model.card.class_names]  # "0" to "9", so a label is the digit
+    names = [int(name) for name in model.metadata.class_names]  # "0" to "9", so a label is the digit
     assert names == sorted(names)
     return record(parts, data.labels[drawn], np.concatenate(batches), data.labels[outside])
 

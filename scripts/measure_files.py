@@ -23,7 +23,7 @@ from nola_vision.adapters.serialization import adapter_bytes, read_adapter
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.models.export import shorten
 from nola_vision.runs import run_id, store
-from nola_vision.runs.runner import ADAPTER_FILE
+from nola_vision.runs.store import ADAPTER_FILE
 
 
 def fewer_bits(source: Path, out: Path, head_bits: int = 32) -> Iterator[str]:
@@ -63,7 +63,7 @@ def main() -> None:
             for name in cut(source, out) if known.cut else fewer_bits(source, out, known.head_bits):
                 model = load_adapter(out)
                 if batches is None:
-                    batches = list(KShotDataModule(model.card.backbone).test_dataloader())
+                    batches = list(KShotDataModule(model.metadata.input).test_dataloader())
                 right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
                 accuracy = 100 * right / sum(len(labels) for _, labels in batches)
                 found[row.method, name].append((accuracy, out.stat().st_size))

@@ -13,9 +13,9 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image
 
+from nola_vision.evaluation.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.evaluation.estimates import Estimate
 from nola_vision.evaluation.predictions import PREDICTIONS_FILE
-from nola_vision.reports.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.runs.record import Row
 from nola_vision.runs.store import ROW_FILE
 from nola_vision.runs.thumbnails import SIDE, THUMBNAILS_FILE

@@ -64,7 +64,7 @@ def originals() -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
                     parameter.add_(0.01)
         from nola_vision.adapters.serialization import adapter_bytes
 
-        found[name] = _opened(adapter_bytes(model.metadata(), model.trained_tensors(), model.bits))
+        found[name] = _opened(adapter_bytes(model.file_metadata(), model.file_tensors(), model.bits))
     return found
 
 

@@ -27,7 +27,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
         event, _, rest = (script.read_text() if script.exists() else "").partition(" ")
         script.write_text(rest)
         connection.send(ALIVE)
-        if event == "quit":  # after its row, before its word of it
+        if event == "quit":  # after its row, before its message
             folder = run_id.run_folder(out, config, stage)
             folder.mkdir(parents=True, exist_ok=True)
             write_row(folder, Row.of(config, stage, "completed"))

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nola_vision.data.datasets.registry import CIFAR10_NAMES, CIFAR100_NAMES, DATASETS
-from nola_vision.data.splits import read_list
+from nola_vision.data.datasets.registry import DATASETS
+from nola_vision.data.datasets.shipped_list import read_list
+from nola_vision.data.datasets.torchvision_readers import CIFAR10_NAMES, CIFAR100_NAMES
 
 SIDE = 8
 # classes, and images a class of the training split and of the test split

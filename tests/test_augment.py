@@ -8,8 +8,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from nola_vision.images.augment import ColorJitter, PlanarFloat, adjust_hue, gaussian_blur
+from nola_vision.images.input_config import InputConfig
 from nola_vision.images.transforms import train_transform
-from nola_vision.models.backbones import InputConfig
 
 CONFIG = InputConfig(size=20, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
 TOLERANCE = 1e-5  # of a range of 1; a level of 8 bits is 4e-3

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,9 @@ import torch
 
 from nola_vision import BackboneSpec, LinearProbe, adapt
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import create_backbone, input_config, local_files
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config, local_files
+from nola_vision.models.backbones.weights import _hub_files
 from nola_vision.models.export import write_merged
 from nola_vision.runs import run_id
 from nola_vision.runs.parsing import parse
@@ -110,7 +114,7 @@ def test_a_repository_as_a_backbone(folder: Path, monkeypatch: pytest.MonkeyPatc
         cfg, architecture, model_args = timm.models._hub.load_model_config_from_path(folder)
         return {**cfg, "file": None, "source": "hf-hub", "hf_hub_id": name}, architecture, model_args
 
-    monkeypatch.setattr("nola_vision.models.backbones.load_model_config_from_hf", config)
+    monkeypatch.setattr("nola_vision.models.backbones.sources.load_model_config_from_hf", config)
     monkeypatch.setattr(
         "timm.models._builder.load_state_dict_from_hf",
         lambda name, **_: safetensors.torch.load_file(folder / "model.safetensors"),
@@ -124,7 +128,7 @@ def test_a_repository_as_a_backbone(folder: Path, monkeypatch: pytest.MonkeyPatc
     def offline(name: str) -> Any:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("nola_vision.models.backbones.load_model_config_from_hf", offline)
+    monkeypatch.setattr("nola_vision.models.backbones.sources.load_model_config_from_hf", offline)
     refused(BackboneSpec("hf-hub:someone/other"), "hf-hub:someone/other is not on this machine .*local-dir:FOLDER")
 
 
@@ -144,7 +148,7 @@ def test_image_sides_are_checked_before_weights_are_fetched(
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetch)
     spec = BackboneSpec(tag, img_size=side, base="random" if "untrained" in tag else "pretrained")
-    refused(spec, rf"does not take images of {side} pixels \(img_size\): use {works}$")
+    refused(spec, rf"does not accept images of {side} pixels \(img_size\): use {works}$")
 
 
 def test_weights_files_that_lack_something_or_are_not_finite(tmp_path: Path) -> None:
@@ -162,5 +166,36 @@ def test_weights_files_that_lack_something_or_are_not_finite(tmp_path: Path) -> 
         broken = {name: tensor.clone() for name, tensor in weights.items()}
         broken["blocks.0.mlp.fc1.weight"][3, 4] = number
         save(broken)
-        refused(spec, "w.safetensors: blocks.0.mlp.fc1.weight holds a number that is not finite: get the file again")
-    assert timm.models._builder.load_pretrained.__module__ == "timm.models._builder"  # as it was
+        refused(spec, "w.safetensors: blocks.0.mlp.fc1.weight has a value that is not finite: download it again")
+    assert timm.models._builder.load_pretrained.__module__ == "timm.models._builder"  # nothing in timm is replaced
+
+
+def test_each_thread_reports_the_weights_that_its_own_file_lacks(tmp_path: Path) -> None:
+    weights = timm.create_model("test_vit", num_classes=10).state_dict()
+    levels = [logging.getLogger(name).level for name in ("timm.models", "huggingface_hub")]
+    state = torch.get_rng_state()
+
+    def lacks(count: int) -> str:
+        kept = dict(list(weights.items())[count:])
+        path = tmp_path / f"{count}.pth"
+        torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in kept.items()}}, path)
+        try:
+            create_backbone(BackboneSpec("test_vit.r160_in1k", file=str(path), img_size=96))
+        except NolaVisionError as error:
+            return str(error)
+        return "complete"
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lacks, [0, 1, 2, 3]))
+    assert found[0] == "complete"
+    first = next(iter(weights))
+    assert [f"{n} weights of test_vit.r160_in1k, for example {first}" in found[n] for n in (1, 2, 3)] == [True] * 3
+    assert [logging.getLogger(name).level for name in ("timm.models", "huggingface_hub")] == levels
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("file", [None, "pytorch_model.bin", "open_clip_pytorch_model.bin", "x.bin", "x.safetensors"])
+def test_weights_are_looked_for_under_the_names_that_timm_tries(file: str | None) -> None:
+    name = file or timm.models._hub.HF_WEIGHTS_NAME
+    names = [*timm.models._hub._get_safe_alternatives(name), name]
+    assert _hub_files(timm.models.PretrainedCfg(hf_hub_id="a/b", hf_hub_filename=file)) == names

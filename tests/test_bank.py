@@ -1,4 +1,4 @@
-"""The adapter stack: exact start, gradients, the two paths, routing, merging, and what it refuses."""
+"""The adapter bank: exact start, gradients, the two paths, routing, merging, and what it refuses."""
 
 import copy
 
@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nola_vision.adapters.functional import additive_linear, dense_change, merged_linear, merges_exactly
-from nola_vision.adapters.methods.registry import NOLA, PRANC, HashedNet, LinearProbe, LoRA, Method
+from nola_vision.adapters.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, Method
+from nola_vision.adapters.methods.base import Group
 from nola_vision.adapters.random_basis import Basis, basis_key, combine
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import probe_batch
-from nola_vision.models.building import make_stack
+from nola_vision.models.backbones.properties import probe_batch
+from nola_vision.models.building import make_bank
 from nola_vision.models.targets import find_targets
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
@@ -37,16 +38,24 @@ def resnet() -> nn.Module:
 
 
 def attached(backbone: nn.Module, method: Method, **options: object):
-    stack = make_stack(backbone, method, num_classes=5, **options)
-    stack.attach(backbone, probe_batch(backbone) if isinstance(backbone, timm.models.VisionTransformer) else None)
-    return stack
+    bank = make_bank(backbone, method, num_classes=5, **options)
+    bank.attach(backbone, probe_batch(backbone) if isinstance(backbone, timm.models.VisionTransformer) else None)
+    return bank
 
 
-def shake(stack: nn.Module, size: float = 0.3) -> None:
+def shake(bank: nn.Module, size: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in stack.parameters():
+        for parameter in bank.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def factors(bank: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `[n, layers, m, r]` and B `[n, layers, r, o]` of a group."""
+    group = bank.group_settings[name]
+    changes = bank.method.changes(group, dict(bank.groups[name].items()), bank.fixed[name], group.targets)
+    return torch.stack([c.a for c in changes.values()], 1), torch.stack([c.b for c in changes.values()], 1)
 
 
 METHODS = [
@@ -71,10 +80,10 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 def test_step_zero_is_the_pretrained_model_bit_for_bit(method: Method) -> None:
     backbone = vit()
     plain = backbone(IMAGES)
-    stack = attached(backbone, method)
+    bank = attached(backbone, method)
     assert torch.equal(backbone(IMAGES), plain)
-    weight, bias = stack.head()
-    assert torch.equal(stack(IMAGES), nn.functional.linear(plain, weight[0], bias[0]))
+    weight, bias = bank.head()
+    assert torch.equal(bank(IMAGES), nn.functional.linear(plain, weight[0], bias[0]))
 
 
 def test_step_zero_of_a_resnet_is_bit_for_bit() -> None:
@@ -90,12 +99,12 @@ def test_changes_equal_the_weights_they_stand_for(method: Method) -> None:
     """The attached model against a copy whose weights were edited by hand."""
     backbone = vit()
     edited = copy.deepcopy(backbone)
-    stack = attached(backbone, method)
-    shake(stack)
-    for target in stack.targets:
+    bank = attached(backbone, method)
+    shake(bank)
+    for target in bank.targets:
         rows = slice(*target.rows) if target.rows else slice(None)
         with torch.no_grad():
-            edited.get_parameter(target.weight)[rows] += stack.changes()[target.name]
+            edited.get_parameter(target.weight)[rows] += bank.changes()[target.name]
     features, expected = backbone(IMAGES), edited(IMAGES)
     assert (features - vit()(IMAGES)).abs().max() > 1e-2  # the change is no trifle
     assert (features - expected).abs().max() / expected.abs().max() < 1e-5
@@ -104,9 +113,9 @@ def test_changes_equal_the_weights_they_stand_for(method: Method) -> None:
 def test_lora_equals_peft() -> None:
     backbone = vit()
     wrapped = get_peft_model(copy.deepcopy(backbone), LoraConfig(r=4, lora_alpha=6, target_modules=["qkv"]))
-    stack = attached(backbone, LoRA(targets=["qkv"], rank=4, c=6))
-    shake(stack)
-    group = stack.groups["48x144"]
+    bank = attached(backbone, LoRA(targets=["qkv"], rank=4, c=6))
+    shake(bank)
+    group = bank.groups["48x144"]
     with torch.no_grad():
         for layer, block in enumerate(wrapped.base_model.model.blocks):
             block.attn.qkv.lora_A["default"].weight.copy_(group.a[0, layer].T)
@@ -128,18 +137,18 @@ LOW_RANK = [method for method in METHODS if isinstance(method, NOLA | LoRA)]
 @pytest.mark.parametrize("method", LOW_RANK, ids=str)
 def test_additive_and_merged_paths_agree(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = vit()
-    stack = attached(backbone, method)
-    shake(stack)
-    merged = stack(IMAGES)
+    bank = attached(backbone, method)
+    shake(bank)
+    merged = bank(IMAGES)
     merged.square().sum().backward()
-    gradients = [p.grad.clone() for p in stack.parameters()]
-    stack.zero_grad()
-    monkeypatch.setattr("nola_vision.adapters.bank.merges_exactly", lambda *_: False)
-    additive = stack(IMAGES)
+    gradients = [p.grad.clone() for p in bank.parameters()]
+    bank.zero_grad()
+    monkeypatch.setattr("nola_vision.adapters.injection.merges_exactly", lambda *_: False)
+    additive = bank(IMAGES)
     additive.square().sum().backward()
     assert not torch.equal(merged, additive)
     assert (merged - additive).abs().max() / merged.abs().max() < 1e-5
-    for one, parameter in zip(gradients, stack.parameters(), strict=True):
+    for one, parameter in zip(gradients, bank.parameters(), strict=True):
         assert (one - parameter.grad).abs().max() < 1e-4 * one.abs().max()
 
 
@@ -160,11 +169,11 @@ def test_inputs_of_adapted_layers_are_made_again_instead_of_held(targets: list[s
     images = torch.randn(16, 3, 32, 32)
     frozen = held(vit(), images)
     backbone = vit()
-    stack = attached(backbone, NOLA(targets=targets, rank=1, num_basis=4))
-    factors = 4 * sum(t.inputs + t.outputs for t in stack.targets)
-    thin = 4 * 16 * 17 * len(stack.targets)  # x A, of rank 1, where it was made
+    bank = attached(backbone, NOLA(targets=targets, rank=1, num_basis=4))
+    factors = 4 * sum(t.inputs + t.outputs for t in bank.targets)
+    thin = 4 * 16 * 17 * len(bank.targets)  # x A, of rank 1, where it was made
     assert frozen < held(backbone, images) < frozen + 2 * factors + thin + 4096
-    inputs = 16 * 17 * 4 * sum(t.inputs for t in stack.targets)
+    inputs = 16 * 17 * 4 * sum(t.inputs for t in bank.targets)
     assert inputs > 4 * (2 * factors + thin + 4096)  # what the bound would not let pass
 
 
@@ -212,17 +221,17 @@ class Overwritten(nn.Module):
 def test_an_activation_that_was_written_to_is_held_as_it_is() -> None:
     torch.manual_seed(0)
     model = Overwritten().requires_grad_(False)
-    stack = make_stack(model, LoRA(targets=["re:fc."], rank=2), 5)
-    shake(stack)
-    stack.attach(model)
+    bank = make_bank(model, LoRA(targets=["re:fc."], rank=2), 5)
+    shake(bank)
+    bank.attach(model)
     x = torch.randn(4, 5)
     model(x).square().sum().backward()
-    group = stack.groups["7x6"]
-    weight = model.fc2.weight + stack.changes()["fc2.weight"]
-    edited = {"weight": model.fc1.weight + stack.changes()["fc1.weight"], "bias": model.fc1.bias}
+    group = bank.groups["7x6"]
+    weight = model.fc2.weight + bank.changes()["fc2.weight"]
+    edited = {"weight": model.fc1.weight + bank.changes()["fc1.weight"], "bias": model.fc1.bias}
     inside = 3 * nn.functional.gelu(nn.functional.linear(x, **edited))
     dy = 2 * nn.functional.linear(inside, weight, model.fc2.bias)
-    expected = stack._group("7x6").scale * inside.t() @ dy @ group.b[0, 0].t()
+    expected = bank.fixed["7x6"]["scale"] * inside.t() @ dy @ group.b[0, 0].t()
     assert torch.allclose(group.a.grad[0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -246,14 +255,14 @@ def test_an_activation_that_is_not_a_function_of_its_input_is_held(change, late:
     model.forward = lambda x: model.fc2(model.act(model.fc1(x)))
     if not late or change is in_place:
         change(model)
-    stack = make_stack(model, LoRA(targets=["re:fc."], rank=2), 5)
-    shake(stack)
-    stack.attach(model)
+    bank = make_bank(model, LoRA(targets=["re:fc."], rank=2), 5)
+    shake(bank)
+    bank.attach(model)
     if late:
         change(model)
     x = torch.randn(4, 5)
     model(x).square().sum().backward()
-    parameter = stack.groups["7x6"].a
+    parameter = bank.groups["7x6"].a
     exact, direction = parameter.grad.clone(), torch.randn_like(parameter)
     moved = []
     for sign in (1, -1):
@@ -266,41 +275,41 @@ def test_an_activation_that_is_not_a_function_of_its_input_is_held(change, late:
 
 def test_a_head_is_made_of_the_present_numbers() -> None:
     backbone = vit()
-    stack = attached(backbone, METHODS[5])
+    bank = attached(backbone, METHODS[5])
     with torch.no_grad():
         features = backbone(IMAGES)
-    assert stack.logits(features).requires_grad  # on features that were made without gradients
+    assert bank.logits(features).requires_grad  # on features that were made without gradients
     features = backbone(IMAGES)
-    shake(stack)
-    assert torch.equal(stack.logits(features), stack.logits(features))
+    shake(bank)
+    assert torch.equal(bank.logits(features), bank.logits(features))
 
 
 def test_a_merged_stack_routes_nothing() -> None:
     backbone = vit()
-    stack = attached(backbone, LoRA(targets=["qkv"], rank=2), num_adapters=2)
+    bank = attached(backbone, LoRA(targets=["qkv"], rank=2), num_adapters=2)
     with pytest.raises(NolaVisionError, match="no adapter 2 to merge"):
-        stack.merge(2)
-    stack.merge(1)
-    with pytest.raises(NolaVisionError, match="unmerge"), stack.route(torch.tensor([0, 1, 0])):
+        bank.merge(2)
+    bank.merge(1)
+    with pytest.raises(NolaVisionError, match="unmerge"), bank.route(torch.tensor([0, 1, 0])):
         pass
 
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_gradients_agree_with_finite_differences_in_float64(method: Method) -> None:
     backbone = vit().double()
-    stack = attached(backbone, method).double()
-    shake(stack)
+    bank = attached(backbone, method).double()
+    shake(bank)
     images = IMAGES.double()
-    stack(images).square().sum().backward()
+    bank(images).square().sum().backward()
     assert all(parameter.grad is None for parameter in backbone.parameters())
     generator = torch.Generator().manual_seed(2)
-    for parameter in stack.parameters():
+    for parameter in bank.parameters():
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         numeric = 0.0
         for step, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):  # central differences of fourth order
             with torch.no_grad():
                 parameter.add_(step * 1e-4 * direction)
-                numeric += weight * float(stack(images).square().sum()) / 12e-4
+                numeric += weight * float(bank(images).square().sum()) / 12e-4
                 parameter.sub_(step * 1e-4 * direction)
         exact = float((parameter.grad * direction).sum())
         assert abs(numeric - exact) < 1e-6 * max(1.0, abs(exact))
@@ -308,16 +317,16 @@ def test_gradients_agree_with_finite_differences_in_float64(method: Method) -> N
 
 def test_conv_gradients_agree_with_finite_differences_in_float64() -> None:
     backbone = resnet().double()
-    stack = attached(backbone, NOLA(targets=["re:layer[12].*conv1"], rank=2, num_basis=4)).double()
-    shake(stack)
+    bank = attached(backbone, NOLA(targets=["re:layer[12].*conv1"], rank=2, num_basis=4)).double()
+    shake(bank)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    stack(images).square().sum().backward()
-    parameter = stack.groups["192x192/576"].coefficients_b
+    bank(images).square().sum().backward()
+    parameter = bank.groups["192x192/576"].coefficients_b
     with torch.no_grad():
         parameter[0, 0, 1] += 1e-6
-        up = stack(images).square().sum()
+        up = bank(images).square().sum()
         parameter[0, 0, 1] -= 2e-6
-        down = stack(images).square().sum()
+        down = bank(images).square().sum()
     assert abs(float(up - down) / 2e-6 / float(parameter.grad[0, 0, 1]) - 1) < 1e-5
 
 
@@ -348,12 +357,12 @@ class Grouped(nn.Module):
 def test_grouped_and_depthwise_convolutions(method: Method) -> None:
     torch.manual_seed(0)
     backbone = Grouped().requires_grad_(False)
-    stack = make_stack(backbone, method, 5)
-    assert [(t.inputs, t.outputs) for t in stack.targets] == [(12, 18), (9, 12)]
+    bank = make_bank(backbone, method, 5)
+    assert [(t.inputs, t.outputs) for t in bank.targets] == [(12, 18), (9, 12)]
     edited = copy.deepcopy(backbone)
-    stack.attach(backbone)
-    shake(stack)
-    weights = {f"{name}.weight": getattr(edited, name).weight + stack.changes()[f"{name}.weight"]
+    bank.attach(backbone)
+    shake(bank)
+    weights = {f"{name}.weight": getattr(edited, name).weight + bank.changes()[f"{name}.weight"]
                for name in ("grouped", "depthwise")}  # fmt: skip
     for weight in weights.values():
         weight.requires_grad_()
@@ -364,12 +373,12 @@ def test_grouped_and_depthwise_convolutions(method: Method) -> None:
     # the change in the loss along a change of the trained numbers, by the dense gradient and by their own
     dense_gradients = torch.autograd.grad(expected.square().sum(), list(weights.values()))
     out.square().sum().backward()
-    before, gradients = stack.changes(), [p.grad.clone() for p in stack.adapter_parameters()]
+    before, gradients = bank.changes(), [p.grad.clone() for p in bank.adapter_parameters()]
     directions = [1e-3 * torch.randn_like(p) for p in gradients]
     with torch.no_grad():
-        for parameter, direction in zip(stack.adapter_parameters(), directions, strict=True):
+        for parameter, direction in zip(bank.adapter_parameters(), directions, strict=True):
             parameter += direction
-    moved = sum(((stack.changes()[n] - before[n]) * g).sum() for n, g in zip(weights, dense_gradients, strict=True))
+    moved = sum(((bank.changes()[n] - before[n]) * g).sum() for n, g in zip(weights, dense_gradients, strict=True))
     own = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
     assert float(own) == pytest.approx(float(moved), rel=0.02)
 
@@ -388,80 +397,80 @@ def test_a_convolution_with_a_forward_of_its_class_is_adapted(make) -> None:
     model = nn.Sequential(make(), nn.AdaptiveAvgPool2d(2), nn.Flatten()).requires_grad_(False)
     model.num_features = 32
     edited, images = copy.deepcopy(model), torch.randn(2, 6, 9, 9)
-    stack = make_stack(model, NOLA(targets=["conv"], rank=3, num_basis=7), 5)
-    stack.attach(model)
-    shake(stack)
+    bank = make_bank(model, NOLA(targets=["conv"], rank=3, num_basis=7), 5)
+    bank.attach(model)
+    shake(bank)
     with torch.no_grad():
-        edited[0].weight += stack.changes()["0.weight"]
+        edited[0].weight += bank.changes()["0.weight"]
     edited[0].weight.requires_grad_()
     features, expected = model(images), edited(images)
     assert torch.allclose(features, expected, atol=1e-6) and not torch.equal(features, model[2](model[1](images)))
     direction = torch.randn_like(features)
     (expected * direction).sum().backward()
     (features * direction).sum().backward()
-    coefficients = next(stack.groups.parameters())
+    coefficients = next(bank.groups.parameters())
     step = torch.zeros_like(coefficients)
     step[0, 0, 0] = 1e-2  # along one coefficient, the weight's gradient gives the coefficient's
-    before = stack.changes()["0.weight"]
+    before = bank.changes()["0.weight"]
     with torch.no_grad():
         coefficients += step
-    moved = (stack.changes()["0.weight"] - before) / 1e-2
+    moved = (bank.changes()["0.weight"] - before) / 1e-2
     assert float(coefficients.grad[0, 0, 0]) == pytest.approx(float((moved * edited[0].weight.grad).sum()), rel=1e-2)
     with torch.no_grad():
         coefficients -= step
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(model(images).float(), expected, atol=0.05)
     assert torch.allclose(model.bfloat16()(images.bfloat16()).float(), expected, atol=0.05)
-    stack.merge()
+    bank.merge()
     assert torch.allclose(model(images.bfloat16()).float(), expected, atol=0.05)
 
 
 def test_every_convolution_of_a_mobilenet_can_be_adapted() -> None:
     backbone = timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=0).requires_grad_(False)
-    stack = make_stack(backbone, NOLA(targets=["conv"], rank=1, num_basis=2), 5)
-    stack.attach(backbone, torch.randn(2, 3, 64, 64))
+    bank = make_bank(backbone, NOLA(targets=["conv"], rank=1, num_basis=2), 5)
+    bank.attach(backbone, torch.randn(2, 3, 64, 64))
     with pytest.raises(NolaVisionError, match=r"rank 10 is not possible for depthwise.weight, a 9 x 12 matrix"):
-        make_stack(Grouped(), NOLA(targets=["conv"], rank=10, num_basis=2), 5)
+        make_bank(Grouped(), NOLA(targets=["conv"], rank=10, num_basis=2), 5)
 
 
 def test_gradients_reach_the_declared_tensors_only() -> None:
     backbone = resnet()
-    stack = attached(backbone, NOLA(targets=["conv"], rank=2, num_basis=5))
-    stack(torch.randn(2, 3, 64, 64)).sum().backward()
+    bank = attached(backbone, NOLA(targets=["conv"], rank=2, num_basis=5))
+    bank(torch.randn(2, 3, 64, 64)).sum().backward()
     assert all(parameter.grad is None for parameter in backbone.parameters())
-    assert all(parameter.grad is not None for parameter in stack.parameters())
-    assert list(dict(stack.named_parameters())) == [
+    assert all(parameter.grad is not None for parameter in bank.parameters())
+    assert list(dict(bank.named_parameters())) == [
         "head_weight", "head_bias",
-        *[f"groups.{group}.coefficients_{factor}" for group in stack.groups for factor in "ab"],
+        *[f"groups.{group}.coefficients_{factor}" for group in bank.groups for factor in "ab"],
     ]  # fmt: skip
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:
     backbone = vit()
-    stack = attached(backbone, METHODS[1])
-    shake(stack)
-    stack(IMAGES).square().sum().backward()
-    plain = [p.grad.clone() for p in stack.parameters()]
-    stack.zero_grad()
+    bank = attached(backbone, METHODS[1])
+    shake(bank)
+    bank(IMAGES).square().sum().backward()
+    plain = [p.grad.clone() for p in bank.parameters()]
+    bank.zero_grad()
     backbone.set_grad_checkpointing(True)
-    stack(IMAGES.clone().requires_grad_()).square().sum().backward()
-    for one, parameter in zip(plain, stack.parameters(), strict=True):
+    bank(IMAGES.clone().requires_grad_()).square().sum().backward()
+    for one, parameter in zip(plain, bank.parameters(), strict=True):
         assert torch.allclose(one, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_two_passes_before_one_backward_keep_their_own_changes_under_checkpointing() -> None:
     backbone, index = vit(), torch.tensor([[2, 0, 1], [1, 1, 0]])
-    stack = attached(backbone, METHODS[1], num_adapters=3)
-    shake(stack)
+    bank = attached(backbone, METHODS[1], num_adapters=3)
+    shake(bank)
 
     def gradients() -> list[torch.Tensor]:
-        stack.zero_grad()
-        with stack.route(index[0]):
-            first = stack(IMAGES)
-        with stack.using(prefix=0.5), stack.route(index[1]):  # nested training draws a share for each batch
-            second = stack(2 * IMAGES)
+        bank.zero_grad()
+        with bank.route(index[0]):
+            first = bank(IMAGES)
+        with bank.using(prefix=0.5), bank.route(index[1]):  # nested training draws a share for each batch
+            second = bank(2 * IMAGES)
         (first.square().sum() + second.square().sum()).backward()
-        return [p.grad.clone() for p in stack.parameters()]
+        return [p.grad.clone() for p in bank.parameters()]
 
     plain = gradients()
     backbone.set_grad_checkpointing(True)
@@ -471,39 +480,36 @@ def test_two_passes_before_one_backward_keep_their_own_changes_under_checkpointi
 
 def test_a_part_called_by_itself_uses_the_present_coefficients() -> None:
     backbone = vit()
-    stack = attached(backbone, METHODS[0])
+    bank = attached(backbone, METHODS[0])
     backbone(IMAGES)
-    shake(stack)
+    shake(bank)
     alone = backbone.forward_head(backbone.forward_features(IMAGES))
     assert torch.equal(alone, backbone(IMAGES))
     block = checkpoint(backbone.blocks[0], torch.randn(1, 17, 48), use_reentrant=False)
     block.sum().backward()  # no pass before it
-    assert stack.groups["48x192"].coefficients_b.grad.abs().sum() > 0
+    assert bank.groups["48x192"].coefficients_b.grad.abs().sum() > 0
 
 
 def test_scope_and_start() -> None:
     backbone = vit()
-    shared = make_stack(backbone, NOLA(targets=["mlp"], rank=2, num_basis=3, scope="shared"), 5)
-    layered = make_stack(backbone, NOLA(targets=["mlp"], rank=2, num_basis=3, scope="per_layer"), 5)
-    for stack, same in ((shared, True), (layered, False)):
-        group = stack.groups["48x192"]
-        group.coefficients_b.data[:] = 1
-        _, b = group.factors(dict(group.named_parameters()))
+    shared = make_bank(backbone, NOLA(targets=["mlp"], rank=2, num_basis=3, scope="shared"), 5)
+    layered = make_bank(backbone, NOLA(targets=["mlp"], rank=2, num_basis=3, scope="per_layer"), 5)
+    for bank, same in ((shared, True), (layered, False)):
+        bank.groups["48x192"].coefficients_b.data[:] = 1
+        a, b = factors(bank, "48x192")
         assert torch.equal(b[0, 0], b[0, 1]) is same
-        a, _ = group.factors(dict(group.named_parameters()))
         assert not torch.equal(a[0, 0], a[0, 1])  # A0 is keyed by the weight's name in both scopes
-    released = make_stack(backbone, NOLA(targets=["mlp"], rank=2, num_basis=4, start="released"), 5)
-    group = released.groups["48x192"]
-    assert group.coefficients_a.unique().tolist() == [0.25]
-    a, b = group.factors(dict(group.named_parameters()))
+    released = make_bank(backbone, NOLA(targets=["mlp"], rank=2, num_basis=4, start="released"), 5)
+    assert released.groups["48x192"].coefficients_a.unique().tolist() == [0.25]
+    a, b = factors(released, "48x192")
     assert float(a.std()) == pytest.approx((1 / 3 / 4 / 48) ** 0.5, rel=0.2)
     assert float(b.std()) == pytest.approx((1 / 3 / 4 / 192) ** 0.5, rel=0.2)
 
 
 def test_the_basis_is_in_no_state_dict_and_order_does_not_matter() -> None:
     backbone = vit()
-    one = make_stack(backbone, NOLA(targets=["mlp", "qkv"], num_basis=7), 5)
-    other = make_stack(backbone, NOLA(targets=["qkv", "mlp"], num_basis=7), 5)
+    one = make_bank(backbone, NOLA(targets=["mlp", "qkv"], num_basis=7), 5)
+    other = make_bank(backbone, NOLA(targets=["qkv", "mlp"], num_basis=7), 5)
     assert set(one.state_dict()) == set(dict(one.named_parameters()))
     shake(one)
     other.load_state_dict(one.state_dict())
@@ -514,9 +520,9 @@ def test_the_basis_is_in_no_state_dict_and_order_does_not_matter() -> None:
 def test_state_dict_of_the_backbone_stays_timms_own() -> None:
     backbone = vit()
     names = list(backbone.state_dict())
-    stack = attached(backbone, METHODS[0])
+    bank = attached(backbone, METHODS[0])
     assert list(backbone.state_dict()) == names
-    stack.detach()
+    bank.detach()
     assert all("forward" not in module.__dict__ for module in backbone.modules())
 
 
@@ -525,34 +531,34 @@ def test_merge_equals_attached_and_unmerge_restores_the_bits(backbone: nn.Module
     method = METHODS[4] if isinstance(backbone, timm.models.VisionTransformer) else NOLA(targets=["conv"], num_basis=5)
     original = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     images = torch.randn(2, 3, 32, 32)
-    stack = attached(backbone, method)
-    shake(stack, 0.1)
-    expected = stack(images)
-    stack.merge()
-    assert (stack(images) - expected).abs().max() / expected.abs().max() < 1e-5
-    stack.unmerge()
+    bank = attached(backbone, method)
+    shake(bank, 0.1)
+    expected = bank(images)
+    bank.merge()
+    assert (bank(images) - expected).abs().max() / expected.abs().max() < 1e-5
+    bank.unmerge()
     assert all(torch.equal(tensor, original[name]) for name, tensor in backbone.state_dict().items())
-    assert torch.equal(stack(images), expected)
-    stack.merge()
-    stack.detach()
+    assert torch.equal(bank(images), expected)
+    bank.merge()
+    bank.detach()
     assert all(torch.equal(tensor, original[name]) for name, tensor in backbone.state_dict().items())
 
 
 def test_routing_sends_each_sample_to_its_adapter() -> None:
     for backbone, method in ((vit(), METHODS[1]), (resnet(), NOLA(targets=["conv"], rank=2, num_basis=5))):
-        stack = attached(backbone, method, num_adapters=3)
-        shake(stack)
+        bank = attached(backbone, method, num_adapters=3)
+        shake(bank)
         index = torch.tensor([2, 0, 2])
-        with stack.route(index):
-            routed = stack(IMAGES)
+        with bank.route(index):
+            routed = bank(IMAGES)
         for sample, adapter in enumerate(index):
-            stack.merge(int(adapter))
+            bank.merge(int(adapter))
             features = backbone(IMAGES[sample : sample + 1])
-            expected = nn.functional.linear(features, stack.head_weight[adapter], stack.head_bias[adapter])
-            stack.unmerge()
+            expected = nn.functional.linear(features, bank.head_weight[adapter], bank.head_bias[adapter])
+            bank.unmerge()
             assert (routed[sample] - expected[0]).abs().max() / expected.abs().max() < 1e-4
         with pytest.raises(NolaVisionError, match="route"):
-            stack(IMAGES)
+            bank(IMAGES)
 
 
 def test_bfloat16_autocast_does_not_round_the_change_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,28 +598,28 @@ def test_16_bits_do_not_round_a_dense_change_away(make) -> None:
 
 def test_a_moved_backbone_unmerges_to_its_own_dtype() -> None:
     backbone = vit()
-    stack = attached(backbone, METHODS[0])
-    shake(stack)
+    bank = attached(backbone, METHODS[0])
+    shake(bank)
     kept = backbone.blocks[0].mlp.fc1.weight
-    before = stack(IMAGES)
-    stack.merge()
-    stack.double(), backbone.double()
-    stack.unmerge()
+    before = bank(IMAGES)
+    bank.merge()
+    bank.double(), backbone.double()
+    bank.unmerge()
     assert backbone.blocks[0].mlp.fc1.weight is kept and kept.dtype == torch.float64
-    assert (stack(IMAGES.double()) - before).abs().max() / before.abs().max() < 1e-5
+    assert (bank(IMAGES.double()) - before).abs().max() / before.abs().max() < 1e-5
 
 
 def test_a_weight_that_is_unfrozen_while_adapted_is_refused() -> None:
     backbone = vit()
-    stack = attached(backbone, METHODS[0])
+    bank = attached(backbone, METHODS[0])
     backbone.requires_grad_(True)
     with pytest.raises(NolaVisionError, match="is trained itself: freeze the backbone"):
-        stack(IMAGES)
+        bank(IMAGES)
 
 
 WRONG_INDICES = {
-    "negative": (torch.tensor([0, -1, 2]), "names adapter -1, but the stack holds 3: use 0 to 2"),
-    "too large": (torch.tensor([0, 3, 2]), "names adapter 3, but the stack holds 3"),
+    "negative": (torch.tensor([0, -1, 2]), "names adapter -1, but the bank has 3: use 0 to 2"),
+    "too large": (torch.tensor([0, 3, 2]), "names adapter 3, but the bank has 3"),
     "floats": (torch.tensor([0.0, 1.0, 2.0]), "give a vector of integers"),
     "booleans": (torch.tensor([True, False, True]), "give a vector of integers"),
     "a matrix": (torch.tensor([[0, 1, 2]]), "give a vector of integers"),
@@ -624,63 +630,63 @@ WRONG_INDICES = {
 
 @pytest.mark.parametrize(("index", "reason"), WRONG_INDICES.values(), ids=WRONG_INDICES)
 def test_a_wrong_index_is_refused(index: object, reason: str) -> None:
-    stack = attached(vit(), METHODS[0], num_adapters=3)
-    with pytest.raises(NolaVisionError, match=reason), stack.route(index):
+    bank = attached(vit(), METHODS[0], num_adapters=3)
+    with pytest.raises(NolaVisionError, match=reason), bank.route(index):
         pass
 
 
 def test_routing_mistakes_are_refused() -> None:
     backbone = vit()
-    stack = attached(backbone, METHODS[0], num_adapters=3)
-    with pytest.raises(NolaVisionError, match="2 samples, but the batch has 3"), stack.route(torch.tensor([0, 1])):
-        stack(IMAGES)
-    with pytest.raises(NolaVisionError, match="for 1 samples, but the batch has 3"), stack.route(torch.tensor([2])):
+    bank = attached(backbone, METHODS[0], num_adapters=3)
+    with pytest.raises(NolaVisionError, match="2 samples, but the batch has 3"), bank.route(torch.tensor([0, 1])):
+        bank(IMAGES)
+    with pytest.raises(NolaVisionError, match="for 1 samples, but the batch has 3"), bank.route(torch.tensor([2])):
         backbone(IMAGES)
-    with pytest.raises(NolaVisionError, match="for 1 samples, but the batch has 3"), stack.route(torch.tensor([2])):
-        stack.logits(torch.randn(3, 48))
+    with pytest.raises(NolaVisionError, match="for 1 samples, but the batch has 3"), bank.route(torch.tensor([2])):
+        bank.logits(torch.randn(3, 48))
     with pytest.raises(NolaVisionError, match="several adapters"):
         backbone(IMAGES)
     with pytest.raises(NolaVisionError, match="several adapters"):
-        stack.logits(torch.randn(2, 48))
-    with pytest.raises(NolaVisionError, match="prefix is 0: it is a share"), stack.using(prefix=0):
+        bank.logits(torch.randn(2, 48))
+    with pytest.raises(NolaVisionError, match="prefix is 0: it is a share"), bank.using(prefix=0):
         pass
-    shake(stack)
-    with stack.route(torch.tensor([2, 2, 2])):
-        expected = stack(IMAGES)
-    stack.merge(2)
-    assert (stack(IMAGES) - expected).abs().max() / expected.abs().max() < 1e-4  # its own head too
+    shake(bank)
+    with bank.route(torch.tensor([2, 2, 2])):
+        expected = bank(IMAGES)
+    bank.merge(2)
+    assert (bank(IMAGES) - expected).abs().max() / expected.abs().max() < 1e-4  # its own head too
 
 
 def test_routes_nest_and_keep_their_own_index() -> None:
-    stack = attached(vit(), METHODS[1], num_adapters=3)
-    shake(stack)
+    bank = attached(vit(), METHODS[1], num_adapters=3)
+    shake(bank)
     index = torch.tensor([2, 0, 1], dtype=torch.uint8)
-    with stack.route(index):
-        outer = stack(IMAGES)
+    with bank.route(index):
+        outer = bank(IMAGES)
         index.zero_()  # the index was taken as it was
-        with stack.route(torch.tensor([1, 1, 1])), pytest.raises(RuntimeError, match="inside"):
-            inner = stack(IMAGES)
+        with bank.route(torch.tensor([1, 1, 1])), pytest.raises(RuntimeError, match="inside"):
+            inner = bank(IMAGES)
             raise RuntimeError("inside")
-        assert torch.equal(stack(IMAGES), outer)
+        assert torch.equal(bank(IMAGES), outer)
     assert not torch.allclose(inner, outer)
-    with stack.route(torch.tensor([2, 0, 1])):
-        assert torch.equal(stack(IMAGES), outer)
+    with bank.route(torch.tensor([2, 0, 1])):
+        assert torch.equal(bank(IMAGES), outer)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_a_pass_computes_the_adapters_of_its_batch_alone(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 1,000 adapters no more is computed than of the two that the batch names."""
-    stack = attached(vit(), method, num_adapters=1000)
+    bank = attached(vit(), method, num_adapters=1000)
     sizes: list[int] = []
-    for group in stack.groups.values():
-        plain = group.changes
-        monkeypatch.setattr(
-            group,
-            "changes",
-            lambda trained, wanted, plain=plain: (sizes.extend(map(len, trained.values())), plain(trained, wanted))[1],
-        )
-    with stack.route(torch.tensor([998, 3, 998])), torch.no_grad():
-        stack(IMAGES)
+    plain = type(method).changes
+
+    def changes(self: Method, group: Group, trained: dict[str, torch.Tensor], fixed: object, wanted: object) -> object:
+        sizes.extend(map(len, trained.values()))
+        return plain(self, group, trained, fixed, wanted)
+
+    monkeypatch.setattr(type(method), "changes", changes)
+    with bank.route(torch.tensor([998, 3, 998])), torch.no_grad():
+        bank(IMAGES)
     assert sizes and set(sizes) == {2}
 
 
@@ -688,22 +694,22 @@ def test_a_pass_computes_the_adapters_of_its_batch_alone(method: Method, monkeyp
 def test_a_cast_to_16_bits_keeps_what_is_trained_in_float32(cast) -> None:
     """A step of 1e-4 on a coefficient of 1 would be rounded away in bfloat16, and sums of 40s overflow in float16."""
     backbone = vit()
-    stack = attached(backbone, NOLA(targets=["mlp", "head"], rank=4, num_basis=1024, c=1e-4))
+    bank = attached(backbone, NOLA(targets=["mlp", "head"], rank=4, num_basis=1024, c=1e-4))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in stack.parameters():
+        for parameter in bank.parameters():
             parameter.copy_(40.001 * torch.randn(parameter.shape, generator=generator).sign())
-    plain, exact = stack(IMAGES), stack.changes()
-    kept = {name: parameter.clone() for name, parameter in stack.named_parameters()}
-    cast(stack), cast(backbone)
-    for name, parameter in stack.named_parameters():
+    plain, exact = bank(IMAGES), bank.changes()
+    kept = {name: parameter.clone() for name, parameter in bank.named_parameters()}
+    cast(bank), cast(backbone)
+    for name, parameter in bank.named_parameters():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, kept[name])
-    for name, change in stack.changes().items():
+    for name, change in bank.changes().items():
         assert torch.equal(change, exact[name])
-    logits = stack(IMAGES.to(backbone.cls_token.dtype))
+    logits = bank(IMAGES.to(backbone.cls_token.dtype))
     assert logits.dtype == torch.float32 and (logits - plain).abs().max() / plain.abs().max() < 0.05
-    stack.double()
-    assert {parameter.dtype for parameter in stack.parameters()} == {torch.float64}
+    bank.double()
+    assert {parameter.dtype for parameter in bank.parameters()} == {torch.float64}
 
 
 def test_sums_of_16_bit_coefficients_do_not_overflow() -> None:
@@ -718,8 +724,8 @@ def test_tied_weights_are_adapted_and_counted_once() -> None:
     backbone.blocks[1].mlp.fc1.weight = backbone.blocks[0].mlp.fc1.weight
     (target,) = find_targets(backbone, ["re:blocks.*fc1"])
     assert target.modules == ("blocks.0.mlp.fc1", "blocks.1.mlp.fc1")
-    stack = attached(backbone, LoRA(targets=["re:blocks.*fc1"], rank=2))
-    assert sum(p.numel() for p in stack.adapter_parameters()) == 2 * (48 + 192)
+    bank = attached(backbone, LoRA(targets=["re:blocks.*fc1"], rank=2))
+    assert sum(p.numel() for p in bank.adapter_parameters()) == 2 * (48 + 192)
 
 
 class ReadsItsWeight(nn.Module):
@@ -742,14 +748,14 @@ def test_refusals() -> None:
     assert all("forward" not in module.__dict__ for module in backbone.modules())  # refused whole
 
     backbone = vit()
-    stack = attached(backbone, METHODS[0])
+    bank = attached(backbone, METHODS[0])
     with pytest.raises(NolaVisionError, match="attached already"):
-        stack.attach(backbone)
+        bank.attach(backbone)
     with pytest.raises(NolaVisionError, match="adapter attached already"):
         attached(backbone, METHODS[0])
-    stack.detach()
+    bank.detach()
     with pytest.raises(NolaVisionError, match="not attached"):
-        stack(IMAGES)
+        bank(IMAGES)
     with pytest.raises(NolaVisionError, match="freeze"):
         attached(vit().requires_grad_(True), METHODS[0])
     with pytest.raises(NolaVisionError, match="unknown target 'mpl'"):
@@ -761,24 +767,24 @@ def test_refusals() -> None:
     with pytest.raises(NolaVisionError, match="no regular expression"):
         find_targets(backbone, ["re:("])
     with pytest.raises(NolaVisionError, match="rank 49"):
-        make_stack(backbone, LoRA(rank=49), 5)
+        make_bank(backbone, LoRA(rank=49), 5)
     with pytest.raises(NolaVisionError, match="num_basis of NOLA is 0"):
-        make_stack(backbone, NOLA(num_basis=0), 5)
+        make_bank(backbone, NOLA(num_basis=0), 5)
     batch = resnet()
-    stack = attached(batch, NOLA(targets=["conv"], rank=1, num_basis=2), num_adapters=2)
+    bank = attached(batch, NOLA(targets=["conv"], rank=1, num_basis=2), num_adapters=2)
     batch.train()
-    with pytest.raises(NolaVisionError, match="batch statistics"), stack.route(torch.tensor([0, 1])):
+    with pytest.raises(NolaVisionError, match="batch statistics"), bank.route(torch.tensor([0, 1])):
         pass
 
 
 def test_linear_probe_has_a_head_and_nothing_else() -> None:
     backbone = vit()
-    stack = attached(backbone, LinearProbe())
+    bank = attached(backbone, LinearProbe())
     assert not any(
         m._forward_hooks for m in backbone.modules() if m is not backbone
     )  # each costs time, and Ctrl-C may hit it
-    assert stack.adapter_parameters() == []
-    assert sum(p.numel() for p in stack.head_parameters()) == 5 * 48 + 5
+    assert bank.adapter_parameters() == []
+    assert sum(p.numel() for p in bank.head_parameters()) == 5 * 48 + 5
 
 
 B16, L16 = "vit_base_patch16_224.augreg_in21k_ft_in1k", "vit_large_patch16_224.augreg_in21k_ft_in1k"
@@ -802,5 +808,5 @@ B16, L16 = "vit_base_patch16_224.augreg_in21k_ft_in1k", "vit_large_patch16_224.a
 def test_parameter_counts_of_the_paper(tag: str, method: Method, count: int) -> None:
     with torch.device("meta"):
         backbone = timm.create_model(tag, num_classes=0)
-    stack = make_stack(backbone, method, num_classes=100)
-    assert sum(p.numel() for p in stack.adapter_parameters()) == count
+    bank = make_bank(backbone, method, num_classes=100)
+    assert sum(p.numel() for p in bank.adapter_parameters()) == count

@@ -13,7 +13,7 @@ from nola_vision import LinearProbe, adapt, load_adapter
 from nola_vision.adapters.serialization import read_adapter
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.evaluation.calibration import ECE_FROM, cross_fitted, expected_calibration_error, fit_temperature
-from nola_vision.models.adapted_model import set_temperature
+from nola_vision.models.loading import set_temperature
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,12 +15,13 @@ import torch
 
 from nola_vision import load_adapter
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import overlay
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.runs import run_id, runner, store
-from nola_vision.runs.config_files import overlay
+from nola_vision.runs import checkpoints, run_id, runner, store
 from nola_vision.runs.parsing import build, parse
+from nola_vision.training.callbacks import LAST_CHECKPOINT
 from nola_vision.training.classifier import Classifier
-from nola_vision.training.trainer_settings import LAST_CHECKPOINT
+from nola_vision.training.distributed import is_main_process
 from tiny import TINY, tiny
 
 
@@ -56,7 +57,7 @@ def test_the_best_epoch_is_saved_validated_and_tested(tmp_path: Path, capsys: py
     assert "epoch=0" in best.name
     last = torch.load(folder / LAST_CHECKPOINT, weights_only=True)
     assert last["epoch"] == 2 and last["train_loss"] == row.train_loss
-    runner.evaluate(config, tmp_path, "test", "last")
+    checkpoints.evaluate(config, tmp_path, "test", "last")
     printed = re.search(r"test_accuracy\W+([\d.]+)", capsys.readouterr().out)
     assert printed and float(printed[1]) == pytest.approx(row.test_accuracy, abs=1e-6)
     (folder / "row.json").unlink()
@@ -67,7 +68,7 @@ def test_the_best_epoch_is_saved_validated_and_tested(tmp_path: Path, capsys: py
     with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* does not exist: put the file back"):
         runner.run(config, tmp_path, ckpt_path="last")
     with pytest.raises(NolaVisionError, match="best epoch's checkpoint .* does not exist: put the file back"):
-        runner.evaluate(config, tmp_path, "test", None)
+        checkpoints.evaluate(config, tmp_path, "test", None)
 
 
 def test_stop_early_stops_and_keeps_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +89,8 @@ def test_stop_early_stops_and_keeps_the_best_epoch(tmp_path: Path, monkeypatch: 
     folder = run_id.run_folder(tmp_path, config, "final")
     (best,) = (folder / "checkpoints" / "val_loss").glob("*.ckpt")
     kept = torch.load(best, weights_only=True)["state_dict"]
-    saved = load_adapter(folder / runner.ADAPTER_FILE).stack.state_dict()
-    assert kept and all(torch.equal(saved[name.removeprefix("model.stack.")], value) for name, value in kept.items())
+    saved = load_adapter(folder / store.ADAPTER_FILE).bank.state_dict()
+    assert kept and all(torch.equal(saved[name.removeprefix("model.bank.")], value) for name, value in kept.items())
     assert runner.run(tiny("1nn", model={"stop_early": 2}), tmp_path).status == "completed"
 
 
@@ -134,7 +135,7 @@ def test_a_sweep_takes_callbacks(tmp_path: Path) -> None:
     callbacks = (callback("EarlyStopping", monitor="train_loss"), callback("ModelCheckpoint", monitor="val_loss"))
     config = with_callbacks(*callbacks, max_epochs=1, enable_checkpointing=False)  # the sweep's own setting
     sent = json.loads(json.dumps(config))  # as a worker gets it
-    row = runner.run(sent, tmp_path, keep_going=True, beat=lambda: None)
+    row = runner.run(sent, tmp_path, keep_going=True, heartbeat=lambda: None)
     assert row.status == "completed" and row.monitor == "val_loss" and sent == config
     assert not list(tmp_path.rglob("last.ckpt"))
 
@@ -252,11 +253,11 @@ def test_one_device_unless_several_are_asked_for() -> None:
 
 def test_only_the_first_process_of_the_first_node_claims_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_RANK", "1")
-    assert runner.is_main_process(tiny())  # a variable that a cluster sets for jobs of one node
+    assert is_main_process(tiny())  # a variable that a cluster sets for jobs of one node
     several = tiny(trainer={"num_nodes": 2, "devices": 1, "strategy": "ddp"})
-    assert not runner.is_main_process(several)
+    assert not is_main_process(several)
     monkeypatch.setattr(runner, "_run", lambda *_: None)
-    with store.claim(run_id.run_folder(tmp_path, several, "final")):  # by the first node
+    with store.lock_run(run_id.run_folder(tmp_path, several, "final")):  # by the first node
         runner.run(several, tmp_path)
     monkeypatch.setenv("NODE_RANK", "0")
-    assert runner.is_main_process(several)
+    assert is_main_process(several)

@@ -160,7 +160,7 @@ def test_sweep_chooses_rates_runs_everything_once_and_resumes(capsys: pytest.Cap
 def test_a_dry_run_says_what_there_is_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ["sweep", "--config=quickstart.yaml", "--splits=0-1", "--inits=0-1", "--methods=1nn,nola", *QUICK]
     vary = ["--vary=rank=2,4", "--vary=num_basis=8", "--dry-run"]
-    assert main([*sweep, *vary, "--slots=2"]) == 0
+    assert main([*sweep, *vary, "--workers=2"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["1nn", "0", "2", "0", "-"] in lines and ["nola-rank4-num_basis8", "4", "4", "0", "-"] in lines
     assert not Path("runs").exists()
@@ -169,7 +169,7 @@ def test_a_dry_run_says_what_there_is_to_do(capsys: pytest.CaptureFixture[str]) 
     assert printed.count("nola-shots2-max_epochs") == 2 and "1nn-shots1-max_epochs4" in printed
     assert main([*sweep, "--vary=data.split_seed=1,2"]) == 2 and main([*sweep, "--vary=data.shot=1,2"]) == 2
     errors = capsys.readouterr().err
-    assert "--data.split_seed is the sweep's own to set" in errors and "shot" in errors.splitlines()[-1]
+    assert "--data.split_seed is set by the sweep" in errors and "shot" in errors.splitlines()[-1]
     fast = ["--methods=1nn", "--splits=0-2", "--config=quickstart.yaml", *QUICK]
     assert main(["sweep", *fast, "--shard=2/2"]) == 0
     assert [row.split for row in store.read_rows("runs")[0]] == [1]
@@ -246,11 +246,11 @@ MISTAKES = {
     "method class": (["fit", "--config", "quickstart.yaml", "--config", "magic.yaml"], "unknown method 'MAGIC'"),
     "method setting": ([*FIT, "--model.method.rnk=3"], "NOLA has no setting 'rnk': did you mean rank"),
     "no config": (["fit"], "--config"),
-    "sweep shard": (["sweep", *FIT[1:], "--shard=3/2"], "is no shard"),
-    "sweep slots": (["sweep", *FIT[1:], "--slots=0"], "at least 1"),
+    "sweep shard": (["sweep", *FIT[1:], "--shard=3/2"], "is not a shard"),
+    "sweep workers": (["sweep", *FIT[1:], "--workers=0"], "at least 1"),
     "sweep vary": (["sweep", *FIT[1:], "--vary=rank"], "--vary rank=1,4,16"),
     "sweep vary of no method": (["sweep", *FIT[1:], "--vary=rnak=1,2"], "has a setting 'rnak'"),
-    "sweep vary with a tag": (["sweep", *FIT[1:], "--vary=rank=!!python/name:os.system"], "are no YAML: write them"),
+    "sweep vary with a tag": (["sweep", *FIT[1:], "--vary=rank=!!python/name:os.system"], "are not YAML: write them"),
     "a class of another package": ([*FIT, "--trainer.callbacks+=evil.Thing"], "--allow-import evil"),
     "a class of another package in a file": (["fit", "--config=evil.yaml"], "--allow-import evil"),
     "a sweep with a class of another package": (["sweep", "--config=evil.yaml"], "--allow-import evil"),
@@ -369,7 +369,7 @@ def broken(error: BaseException):  # noqa: ANN201
     ("error", "status", "expected"),
     [
         (ValueError("first line\nsecond \x1b[31mline"), 1, r"unexpected ValueError at nola_vision/cli/main.py:"),
-        (OSError(28, "No space left on device"), 2, "No space left on device: make room"),
+        (OSError(28, "No space left on device"), 2, "No space left on device: free disk space"),
         (FileNotFoundError(2, "No such file or directory", "x.csv"), 2, "No such file or directory (x.csv)"),
         (MemoryError(), 1, "out of memory at nola_vision/cli/main.py:"),
         (RecursionError("too deep"), 1, "unexpected RecursionError at"),

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.reports.confusion import class_accuracy, class_differences, confusion_csv, read_confusion
+from nola_vision.evaluation.confusion import confusion_csv
+from nola_vision.reports.confusion import class_accuracy, class_differences, read_confusion
 
 
 def test_the_text_keeps_order_names_and_counts(tmp_path: Path) -> None:

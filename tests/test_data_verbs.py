@@ -18,9 +18,11 @@ from nola_vision.data import check
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.manifest import Manifest, content, write_manifest
 from nola_vision.data.sources import ArraySource
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import store
-from nola_vision.runs.config_files import compose, part_names
+from nola_vision.runs.cells import compose
+from nola_vision.runs.config_files import part_names
 from tiny import trained_rows
 
 QUICK = [
@@ -163,7 +165,7 @@ def test_a_manifest_without_a_test_split_draws_from_all_images(cases: Path, caps
         prefix = "flat/" if dataset == "list" else ""
         assert sorted(name for name, _, _ in images) == [f"{prefix}{n}/{i}.png" for n in "ab" for i in range(6)]
         data = KShotDataModule(
-            BackboneSpec("test_vit"), dataset, str(root), shots=6, manifest=str(Path(f"{dataset}.json"))
+            input_config(BackboneSpec("test_vit")), dataset, str(root), shots=6, manifest=str(Path(f"{dataset}.json"))
         )
         assert sorted(data._train_set[1]) == [*range(12)] and len(data._pool_set[1]) == 0
 
@@ -251,16 +253,16 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
     Path("cut.json").write_text(Path("m.json").read_text()[:99])
     capsys.readouterr()
     for words, expected in (
-        ([*fit, f"--data.root={moved}", "--data.manifest=m.json"], "holds shots 3, but the config asks for 5"),
+        ([*fit, f"--data.root={moved}", "--data.manifest=m.json"], "has shots 3, but the config has 5"),
         ([*here, "--data.manifest=none.json"], "none.json cannot be read"),
-        ([*here, "--data.manifest=bad.json"], "no k-shot manifest"),
+        ([*here, "--data.manifest=bad.json"], "is not a k-shot manifest"),
         ([*here, "--data.manifest=cut.json"], "is not JSON"),
         (["data", "manifest", "folder", "--root", moved], "needs --out FILE"),
         (["data", "manifest", "folder", "--root", moved, "--out", "x", "--shots", 99], "99 shots need"),
         (["data", "manifest", "digits", "--out", "no/x"], "cannot be written"),
         (["data", "check", "folder", "--root", moved, "--shots", 2], "takes no --shots"),
         (["data", "check", "folder", "--root", "gone"], "the data root gone does not exist"),
-        (["data", "manifest", "folder", "--root", moved, "--out", "x", "--split", -1], "no whole number from 0 up"),
+        (["data", "manifest", "folder", "--root", moved, "--out", "x", "--split", -1], "is not a whole number"),
         (["data", "check", "folder", "--root", "m.json"], "the data root m.json is a file"),
         (["data", "check", "cifar10", "--root", "gone"], "there is no such folder"),
         (["data", "check", "cifar1000"], "did you mean cifar100"),
@@ -277,7 +279,7 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
     assert f"{name} is another image" in capsys.readouterr().err
     (moved / name).unlink()
     assert run(*here, "--data.manifest=m.json", "--out=c") == 2
-    assert f"the data set here lacks 1 of the manifest's 9 images, {name} for one" in capsys.readouterr().err
+    assert f"the data set here lacks 1 of the manifest's 9 images, for example {name}" in capsys.readouterr().err
 
 
 CHANGES = {
@@ -332,7 +334,7 @@ def test_a_sweep_of_a_manifest_is_of_its_split(capsys: pytest.CaptureFixture) ->
     assert run("data", "manifest", "digits", "--shots", 2, "--split", 3, "--out", "m.json") == 0
     sweep = ["sweep", "--config=quickstart.yaml", "--methods=1nn,linear", "--inits=0", "--data.shots=2", *QUICK]
     assert run(*sweep, "--data.manifest=m.json", "--splits=0-1") == 2
-    assert "holds split 3 alone" in capsys.readouterr().err
+    assert "has only split 3" in capsys.readouterr().err
     assert run(*sweep, "--data.manifest=m.json") == 0
     rows, _ = store.read_rows("runs")
     assert {row.split for row in rows} == {3} and {row.stage for row in rows} == {"search", "final"}
@@ -353,7 +355,7 @@ def test_a_cell_of_every_data_set_runs_a_step_through_its_reader(
     """On the small ViT that ships: the step of a real backbone costs more, and shows nothing of the data set."""
     root = stand_ins.make(compose("vitb", dataset, 5)["data"]["dataset"], tmp_path / "data", monkeypatch)
     # logistic regression on noise of 397 classes takes a minute, and is the same for all data sets
-    monkeypatch.setattr("nola_vision.cli.fit._frozen_rows", lambda *_: [])
+    monkeypatch.setattr("nola_vision.runs.fit._frozen_rows", lambda *_: [])
     options = ["--model.backbone.tag=vit_glyph_patch4_32.glyphs", f"--data.root={root}", "--data.batch_size=4"]
     options.append("--data.test_limit=400")  # or all 20,000 test images of sun397 are decoded before training
     assert run("fit", f"--config=vitb_{dataset}_5shot.yaml", *options, *QUICK) == 0

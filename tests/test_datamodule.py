@@ -1,5 +1,6 @@
 """The data module and the transforms: what a batch is, and that nothing but the seeds decides it."""
 
+import dataclasses
 import json
 import random
 import time
@@ -19,26 +20,24 @@ from torchvision.transforms import v2
 from nola_vision.common import local_files, process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data import integrity, sources
-from nola_vision.data.datamodule import EpochSampler, KShotDataModule
-from nola_vision.data.datasets.registry import Digits
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.datasets.digits import Digits
 from nola_vision.data.folds import folds
+from nola_vision.data.loaders import EpochSampler
 from nola_vision.data.sampling import draw, validation_pool
 from nola_vision.data.sources import ImageSource
 from nola_vision.images.augment import ColorJitter, GaussianBlur, PlanarFloat
+from nola_vision.images.input_config import InputConfig
 from nola_vision.images.transforms import Reduce, eval_transform, reduced, train_transform
-from nola_vision.models.backbones import BackboneSpec, InputConfig
 from nola_vision.runs.parsing import has_validation_images
 
 CONFIG = InputConfig(size=10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
-SPEC = BackboneSpec(tag="test_vit")
 ORDER_SEED_0 = [5, 7, 2, 8, 9, 6, 3, 4, 1, 0]
 SEEDS_SEED_0 = [3659013950861718008, 8365302289374977613]
 
 
 def module(**options: object) -> KShotDataModule:
-    made = KShotDataModule(SPEC, **{"shots": 2, "batch_size": 8, **options})  # type: ignore[arg-type]
-    made.input_config = CONFIG
-    return made
+    return KShotDataModule(CONFIG, **{"shots": 2, "batch_size": 8, **options})  # type: ignore[arg-type]
 
 
 def epoch_of(data: KShotDataModule, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -446,7 +445,7 @@ def test_settings_that_do_not_fit_the_splits_are_refused(tmp_path: Path) -> None
         (make(fold=5), "data.fold is 5, but there are 5 folds, counted from 0"),
         (make(fold=-1), "data.fold is -1"),
         (make(test_limit=5), "data.test_limit takes a part of the test images, and there are none"),
-        (make(fold=0, manifest="m.json"), "data.fold takes its images from all, and data.manifest names some"),
+        (make(fold=0, manifest="m.json"), "data.fold draws from all images, and data.manifest names some"),
         (module(fold=0), "data.fold is for data without test images"),
         (module(hold_out=True), "data.hold_out is for data without test images"),
     ):
@@ -545,9 +544,9 @@ def test_the_command_line_builds_it() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(KShotDataModule, "data")
     for text, shots in (("all", "all"), ("7", 7)):
-        parsed = parser.parse_args(["--data.backbone.tag", "some_vit", "--data.shots", text])
-        data = parser.instantiate(parsed).data
-        assert (data.shots, data.backbone.tag, data.dataset) == (shots, "some_vit", "digits")
+        image = [f"--data.input={json.dumps(dataclasses.asdict(CONFIG))}"]
+        data = parser.instantiate(parser.parse_args([*image, "--data.shots", text])).data
+        assert (data.shots, data.input, data.dataset) == (shots, CONFIG, "digits")
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])

@@ -18,12 +18,13 @@ from sklearn.datasets import load_digits
 
 import stand_ins
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.data import sources
-from nola_vision.data.datasets import registry
-from nola_vision.data.datasets.registry import DATASETS, DatasetEntry, get_dataset, open_split
+from nola_vision.data.datasets import hugging_face
+from nola_vision.data.datasets.base import ROOT_VARIABLE, DatasetEntry
+from nola_vision.data.datasets.registry import DATASETS, get_dataset, open_split
+from nola_vision.data.datasets.shipped_list import class_of, read_list
 from nola_vision.data.sampling import draw
 from nola_vision.data.sources import FileSource, ImageSource
-from nola_vision.data.splits import class_of, read_list
+from nola_vision.images import decoding
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +37,7 @@ def save(path: Path, image: Image.Image | None = None, **options: object) -> Pat
 
 @pytest.fixture(autouse=True)
 def _no_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(registry.ROOT_VARIABLE, raising=False)
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -407,10 +408,10 @@ def test_image_modes(
 
 def test_pixels_without_a_white_are_refused(tree: Path) -> None:
     save(tree / "train/ant/0.tif", Image.fromarray(np.array([[0.5]], dtype=np.float32)))
-    with pytest.raises(NolaVisionError, match=r"ant/0\.tif .*pixel mode F has no agreed white"):
+    with pytest.raises(NolaVisionError, match=r"ant/0\.tif .*pixel mode F has no defined white"):
         DATASETS["folder"].open(str(tree), "train").image(0)
     save(tree / "train/ant/0.tif", Image.fromarray(np.array([[70000]], dtype=np.int32)))
-    with pytest.raises(NolaVisionError, match="pixel mode I has no agreed white"):
+    with pytest.raises(NolaVisionError, match="pixel mode I has no defined white"):
         DATASETS["folder"].open(str(tree), "train").image(0)
 
 
@@ -442,10 +443,10 @@ def test_few_bits_in_many_are_refused(tree: Path, name: str, values: np.ndarray,
 def no_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if pi-heif were not installed."""
     monkeypatch.setitem(sys.modules, "pi_heif", None)
-    for cached in (sources._formats, sources.image_suffixes):
+    for cached in (decoding._formats, decoding.image_suffixes):
         cached.cache_clear()
     yield
-    for cached in (sources._formats, sources.image_suffixes):
+    for cached in (decoding._formats, decoding.image_suffixes):
         cached.cache_clear()
 
 
@@ -585,7 +586,7 @@ def test_cifar_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("fashion_mnist", 10, "FashionMNIST/raw"),
     ],
 )
-def test_missing_files_are_named_with_both_mends(tmp_path: Path, name: str, classes: int, folder: str) -> None:
+def test_missing_files_are_named_with_both_fixes(tmp_path: Path, name: str, classes: int, folder: str) -> None:
     names = get_dataset(name).class_names(None)  # the names need no files
     assert len(set(names)) == len(names) == classes
     if name != "fashion_mnist":
@@ -593,7 +594,7 @@ def test_missing_files_are_named_with_both_mends(tmp_path: Path, name: str, clas
     with pytest.raises(NolaVisionError) as caught:
         get_dataset(name).open(str(tmp_path), "test")
     message = str(caught.value)
-    assert f"in {tmp_path} (" in message and f" in {folder}/ beneath the root" in message
+    assert f"in {tmp_path} (" in message and f" in {folder}/ under the root" in message
     assert "or pass --data.download true" in message
     assert not list(tmp_path.iterdir())
 
@@ -692,7 +693,7 @@ def test_missing_images_of_a_listed_data_set_are_counted(tmp_path: Path, monkeyp
     base = root / "caltech101/101_ObjectCategories"
     for path in read_list("caltech101_v1")["train"][:2]:
         (base / path).unlink()
-    with pytest.raises(NolaVisionError, match=r"2 of 3030 train images are missing, .*Faces/image_.* for one"):
+    with pytest.raises(NolaVisionError, match=r"2 of 3030 train images are missing, for example .*Faces/image_"):
         get_dataset("caltech101").open(str(root), "train")
     assert len(get_dataset("caltech101").open(str(root), "test")) == 5647
 
@@ -743,7 +744,7 @@ def test_large_files_of_a_local_hugging_face_data_set_are_hashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Parquet file is often larger than an image may be; two that differ are two data sets."""
-    monkeypatch.setattr(registry, "MOST_BYTES", 10)
+    monkeypatch.setattr(hugging_face, "MOST_BYTES", 10)
     found = set()
     for content in (b"a" * 20, b"b" * 20):
         (tmp_path / "train.parquet").write_bytes(content)
@@ -884,8 +885,10 @@ def test_hugging_face_is_asked_over_the_network_only_when_allowed(
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_names_that_stand_in_files_are_fetched_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class names are asked for before anything else, also where the files are still to come."""
+def test_names_that_are_read_from_files_are_downloaded_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class names are needed first, also if the files are not downloaded yet."""
     from torchvision.datasets import OxfordIIITPet
 
     make = stand_ins.make
@@ -916,7 +919,7 @@ def test_lists_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         table = root / "CUB_200_2011" / name
         whole = table.read_text().splitlines(keepends=True)
         table.write_text("".join(whole[:6] + [line] + whole[7:]))
-        with pytest.raises(NolaVisionError, match="do not fit one another, image 7 has no class or split"):
+        with pytest.raises(NolaVisionError, match="do not match, image 7 has no class or split"):
             get_dataset("cub200").open(str(root), "train")
         table.write_text("".join(whole))
 

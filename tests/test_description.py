@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nola_vision.evaluation.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.evaluation.estimates import Estimate, compare
 from nola_vision.reports.cell import Cell, cell_of, report_of
-from nola_vision.reports.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.reports.description import backbone_name, cell_facts, cell_title, grid_text, how_measured
 from nola_vision.reports.entries import subject, summarise
 from nola_vision.reports.html.page import html_page

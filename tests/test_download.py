@@ -17,7 +17,8 @@ import timm
 import torch
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import BackboneSpec, create_backbone
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.spec import BackboneSpec
 
 TAG = "test_vit.r160_in1k"
 
@@ -106,7 +107,7 @@ def test_a_download_is_one_line_and_happens_once(hub: Hub, tmp_path: Path, caplo
 def test_without_a_network_the_wait_is_short_and_the_message_names_the_ways_out(
     hub: Hub, failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("nola_vision.models.backbones._PATIENCE", 0.3)
+    monkeypatch.setattr("nola_vision.models.backbones.weights._TIMEOUT", 0.3)
     if failure == "silent":  # as where a firewall drops packets
         hub.silent.set()
     else:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from nola_vision.common.mappings import overlay
 from nola_vision.runs import run_id, runner
-from nola_vision.runs.config_files import load_configs, overlay
+from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import parse
 
 # the head hardly moves, so that the curve is the adapter's own

@@ -12,7 +12,8 @@ from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, LinearProbe, LoRA, adap
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.backbones import create_backbone, input_config, resolve
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config, resolve
 from nola_vision.models.export import shorten, with_classifier, write_merged
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
@@ -23,7 +24,7 @@ def shaken(method: NOLA | PRANC | LoRA, spec: BackboneSpec = SPEC) -> AdaptedMod
     model = adapt(spec, method, ["a", "b", "c"]).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.stack.parameters():
+        for parameter in model.bank.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -56,7 +57,7 @@ def test_a_cut_file_is_the_prefix(method: NOLA | PRANC, tmp_path: Path) -> None:
         name = next(name for name in kept if name.endswith(("coefficients_a", "coefficients")))
         share = kept[name].shape[-1] / model.trained_tensors()[name].shape[-1]
         if method.bits > 8 and getattr(method, "num_basis_b", None) is None:
-            with model.stack.using(prefix=share):
+            with model.bank.using(prefix=share):
                 assert torch.allclose(cut(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
 
 
@@ -66,7 +67,7 @@ def test_fewer_bits_without_training(tmp_path: Path) -> None:
     for bits in (16, 8, 4, 2):
         sizes[bits] = shorten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=bits)
         loaded = load_adapter(tmp_path / "b.safetensors")
-        assert loaded.card.method.bits == bits
+        assert loaded.metadata.method.bits == bits
         error = (loaded(IMAGES) - model(IMAGES)).abs().max() / model(IMAGES).abs().max()
         assert error < {16: 1e-3, 8: 0.05, 4: 0.5, 2: 10}[bits]
     assert sorted(sizes.values(), reverse=True) == list(sizes.values())
@@ -77,8 +78,8 @@ def test_a_vit_bs_file_of_4_bits_is_a_tenth_of_loras(tmp_path: Path) -> None:
     names = [f"class {number}" for number in range(100)]
     nola = NOLA(targets=["mlp", "head"], rank=4, num_basis=1024, bits=4)
     model = adapt(spec, nola, names)
-    assert [p.numel() for p in model.stack.adapter_parameters()] == [12 * 1024] * 4
-    assert [p.numel() for p in model.stack.head_parameters()] == [1024] * 2
+    assert [p.numel() for p in model.bank.adapter_parameters()] == [12 * 1024] * 4
+    assert [p.numel() for p in model.bank.head_parameters()] == [1024] * 2
     small = model.save(tmp_path / "nola.safetensors")
     large = adapt(spec, LoRA(targets=["qkv"], rank=4, bits=16), names).save(tmp_path / "lora.safetensors")
     assert large > 2 * (147_456 + 76_900) - 200  # the head's bias keeps 32 bits
@@ -90,7 +91,7 @@ def test_bits_of_a_head_alone_and_of_what_keeps_its_bits(tmp_path: Path) -> None
     model.save(tmp_path / "a.safetensors")
     size = shorten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=4)
     loaded = load_adapter(tmp_path / "b.safetensors")
-    assert loaded.card.method.head_bits == 4 and loaded.save(tmp_path / "c.safetensors") == size
+    assert loaded.metadata.method.head_bits == 4 and loaded.save(tmp_path / "c.safetensors") == size
     peft = adapt(SPEC, PEFT(config="VeraConfig", settings={"r": 2, "target_modules": ["qkv"]}), ["a", "b"])
     peft.save(tmp_path / "p.safetensors")
     with pytest.raises(NolaVisionError, match="by PEFT, whose numbers keep 32 bits"):
@@ -98,7 +99,7 @@ def test_bits_of_a_head_alone_and_of_what_keeps_its_bits(tmp_path: Path) -> None
     with pytest.raises(NolaVisionError, match="PEFT merges its own methods"):
         write_merged(peft, tmp_path / "x")
     large = shaken(LoRA(bits=16))
-    large.stack.groups["160x480"].b.data[0, 0, 0, 0] = 1e5
+    large.bank.groups["160x480"].b.data[0, 0, 0, 0] = 1e5
     with pytest.raises(NolaVisionError, match=r"160x480\.b holds a number that 16 bits cannot hold"):
         large.save(tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
@@ -142,7 +143,7 @@ def test_timm_alone_loads_a_merged_model(tmp_path: Path, capsys: pytest.CaptureF
     names = ["crane", "crane", 'Kran "ä"']
     for number, method in enumerate((NOLA(targets=["mlp", "head"], num_basis=30), LoRA(targets=["qkv"]))):
         model = shaken(method)
-        model.card = replace(model.card, class_names=tuple(names), input=image)
+        model.metadata = replace(model.metadata, class_names=tuple(names), input=image)
         model.save(tmp_path / "a.safetensors")
         out = tmp_path / f"merged {number}"
         assert main(["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", str(out)]) == 0
@@ -154,7 +155,7 @@ def test_timm_alone_loads_a_merged_model(tmp_path: Path, capsys: pytest.CaptureF
             assert (tuple(found["input_size"]), found["crop_pct"]) == ((3, 32, 32), 0.8)
             assert (list(found["mean"]), list(found["std"])) == ([0.5, 0.5, 0.25], [0.5] * 3)
             assert (found["interpolation"], found["crop_mode"]) == ("bicubic", "center")
-        assert input_config(BackboneSpec(f"local-dir:{out}")) == model.card.input
+        assert input_config(BackboneSpec(f"local-dir:{out}")) == model.metadata.input
         assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
         assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=9)(IMAGES).shape == (2, 9)
         with pytest.raises(NolaVisionError, match="exists already"):
@@ -182,7 +183,7 @@ def test_an_adapter_on_a_merged_model(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "m").rename(tmp_path / "moved")
     again = load_adapter(tmp_path / "a.safetensors", str(tmp_path / "moved"))
-    assert torch.equal(again(IMAGES), model(IMAGES)) and again.card.input == model.card.input
+    assert torch.equal(again(IMAGES), model(IMAGES)) and again.metadata.input == model.metadata.input
     plain = eval(write_merged(again, tmp_path / "m2").partition("; ")[2], {"timm": timm}).eval()
     assert apart(plain(IMAGES), model(IMAGES)) < 1e-5
 
@@ -194,7 +195,7 @@ def test_a_merged_model_that_timm_would_compute_differently_is_not_left(
     before = model(IMAGES)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(NolaVisionError, match="computes other logits in timm") as caught,
+        pytest.raises(NolaVisionError, match="computes different logits in timm") as caught,
     ):
         patch.setattr("nola_vision.models.export._place_head", lambda *_: None)
         write_merged(model, tmp_path / "m")
@@ -202,7 +203,7 @@ def test_a_merged_model_that_timm_would_compute_differently_is_not_left(
         patch.setattr("nola_vision.models.export._config", lambda *_: {"architecture": "resnet18"})
         write_merged(model, tmp_path / "m")
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
-    assert torch.equal(model(IMAGES), before) and not model.stack.merged
+    assert torch.equal(model(IMAGES), before) and not model.bank.merged
     with pytest.raises(NolaVisionError, match="cannot be written"):
         write_merged(model, tmp_path / "gone" / "m")
 
@@ -246,12 +247,12 @@ def test_every_kind_of_head_is_merged(tag: str, tmp_path: Path) -> None:
     model = adapt(BackboneSpec(tag, base="zero", img_size=HEADS[tag]), LinearProbe(), ["a", "b", "c"])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in [*model.backbone.parameters(), *model.stack.parameters()]:
+        for tensor in [*model.backbone.parameters(), *model.bank.parameters()]:
             if tensor.dim() > 1:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
-    images = torch.randn(2, 3, model.card.input.size, model.card.input.size, generator=generator)
+    images = torch.randn(2, 3, model.metadata.input.size, model.metadata.input.size, generator=generator)
     with torch.no_grad():
-        model.eval().stack.head_weight.div_(model.backbone(images).abs().mean())  # so that not the bias alone counts
+        model.eval().bank.head_weight.div_(model.backbone(images).abs().mean())  # so that not the bias alone counts
         expected = model(images)
         found = eval(write_merged(model, tmp_path / "m").rpartition("; ")[2], {"timm": timm}).eval()(images)
     assert apart(found, expected) < 1e-3

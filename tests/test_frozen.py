@@ -18,7 +18,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from nola_vision import adapt, load_adapter
-from nola_vision.adapters.methods.registry import METHODS, FrozenMethod, NearestNeighbor
+from nola_vision.adapters.methods import FrozenMethod, NearestNeighbor
+from nola_vision.adapters.methods.registry import METHODS
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datamodule import KShotDataModule
@@ -26,7 +27,7 @@ from nola_vision.data.folds import folds
 from nola_vision.evaluation.estimates import Estimate
 from nola_vision.evaluation.predictions import load_predictions
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.runs import run_id, runner
+from nola_vision.runs import run_id, runner, store
 from nola_vision.runs.cells import compose
 from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build
@@ -179,8 +180,8 @@ def test_rows_are_those_of_scikit_learn_on_the_same_features(
             assert rows[name].adapter_file_bytes is None and rows[name].head_parameters == 0
             continue
         assert rows[name].head_parameters == 10 * x.shape[1] + 10
-        assert rows[name].adapter_file_bytes == (folder / runner.ADAPTER_FILE).stat().st_size
-        logits = load_adapter(folder / runner.ADAPTER_FILE).classified(torch.from_numpy(new)).detach()
+        assert rows[name].adapter_file_bytes == (folder / store.ADAPTER_FILE).stat().st_size
+        logits = load_adapter(folder / store.ADAPTER_FILE).classified(torch.from_numpy(new)).detach()
         assert (logits.argmax(1).numpy()[np.argsort(positions)] == found.predicted).all()
 
 
@@ -197,8 +198,8 @@ def test_few_bits_of_the_head_are_what_is_tested(tmp_path: Path) -> None:
     built.model.fit_to(built.datamodule, built.trainer)
     built.model.model.save(tmp_path / "a.safetensors")
     loaded = load_adapter(tmp_path / "a.safetensors")
-    assert torch.equal(loaded.stack.head_weight, built.model.model.stack.head_weight)
-    assert len(loaded.stack.head_weight[0, 0].unique()) <= 8
+    assert torch.equal(loaded.bank.head_weight, built.model.model.bank.head_weight)
+    assert len(loaded.bank.head_weight[0, 0].unique()) <= 8
 
 
 def test_features_are_computed_again_for_other_images_weights_or_settings(
@@ -254,7 +255,7 @@ def trained_probe(folder: Path, foreign: bool, **changes: object) -> tuple[Watch
         watching.__class__ = type("Own", (Watching,), {"__module__": "nola_vision.own"})
     built.trainer.callbacks.append(watching)
     built.trainer.fit(built.model, datamodule=built.datamodule)
-    head = built.model.model.stack.head_weight.detach().clone()
+    head = built.model.model.bank.head_weight.detach().clone()
     metrics = dict(built.trainer.callback_metrics)
     built.trainer.test(built.model, datamodule=built.datamodule, verbose=False)
     return watching, head, {**metrics, **built.trainer.callback_metrics}
@@ -331,12 +332,12 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
     assert found is not None and len(estimate.folds) == 5 * 2 and estimate.std > 0
     assert estimate.untested_classes == untested and len(found.index) == estimate.images == 28
 
-    backbone = build(config, tmp_path / "built").datamodule.backbone
+    image = build(config, tmp_path / "built").datamodule.input
     x, y, order = features_of({**config, "data": {**config["data"], "shots": "all"}}, tmp_path / "all", False)
     assert (order == np.arange(len(y))).all()
     right = []
     for fold in range(5):
-        part = KShotDataModule(backbone, **{**config["data"], "fold": fold})
+        part = KShotDataModule(image, **{**config["data"], "fold": fold})
         train, test = part.train_indices, part.test_indices
         weight, bias, _ = frozen.logistic_regression(x[train].astype(np.float64), y[train], part.groups[train])
         chosen = (x[test] @ weight.T + bias).argmax(1)
@@ -344,10 +345,10 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
         right.append((chosen == y[test]).mean())
     assert estimate.folds[:5] == pytest.approx(right)
 
-    final = KShotDataModule(backbone, **config["data"]).train_indices
+    final = KShotDataModule(image, **config["data"]).train_indices
     weight, _, _ = frozen.logistic_regression(x[final].astype(np.float64), y[final], part.groups[final])
-    saved = load_adapter(folder / runner.ADAPTER_FILE)
-    assert saved.stack.head_weight[0].detach().numpy() == pytest.approx(weight, abs=1e-4 * np.abs(weight).max())
+    saved = load_adapter(folder / store.ADAPTER_FILE)
+    assert saved.bank.head_weight[0].detach().numpy() == pytest.approx(weight, abs=1e-4 * np.abs(weight).max())
 
 
 def test_every_shipped_cell_has_the_methods() -> None:

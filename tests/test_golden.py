@@ -24,7 +24,7 @@ EXPECTED = {
 def test_golden_files_load_to_the_same_logits(name: str) -> None:
     assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == EXPECTED[name]["sha256"]
     model = load_adapter(GOLDEN / name)
-    size = model.card.input.size
+    size = model.metadata.input.size
     with torch.no_grad():
         logits = model(torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size))[0]
     assert logits.tolist() == pytest.approx(EXPECTED[name]["logits"], rel=1e-3, abs=1e-4)
@@ -33,12 +33,12 @@ def test_golden_files_load_to_the_same_logits(name: str) -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_numpy_decoder_reads_golden_files(name: str) -> None:
     model = load_adapter(GOLDEN / name)
-    expected, changes = reference.changes(str(GOLDEN / name)), model.stack.changes()
+    expected, changes = reference.changes(str(GOLDEN / name)), model.bank.changes()
     assert set(changes) == set(expected) - {"head"}
     for target, change in changes.items():
         assert np.abs(change.numpy() - expected[target]).max() < 1e-5 * np.abs(expected[target]).max()
     if "head" in expected:
-        weight, bias = (t[0].detach().numpy() for t in model.stack.head())
+        weight, bias = (t[0].detach().numpy() for t in model.bank.head())
         assert np.abs(np.c_[weight, bias] - expected["head"]).max() < 1e-5 * np.abs(expected["head"]).max()
 
 

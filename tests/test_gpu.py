@@ -17,7 +17,7 @@ def test_the_basis_has_the_same_bits_on_a_gpu() -> None:
 def test_an_adapted_model_moves_to_a_gpu_and_agrees() -> None:
     model = adapt("vit_glyph_patch4_32.glyphs", NOLA(targets=["qkv", "mlp"], num_basis=16), ["a", "b"]).eval()
     with torch.no_grad():
-        for parameter in model.stack.parameters():
+        for parameter in model.bank.parameters():
             parameter.add_(0.1)
     images = torch.randn(4, 3, 32, 32)
     expected = model(images)

@@ -17,8 +17,9 @@ from fuzzing import cheap
 from nola_vision.adapters.methods import registry
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import overlay
 from nola_vision.runs import import_policy, run_id, store
-from nola_vision.runs.config_files import load_configs, overlay
+from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build, parse
 
 QUICK = run_id.resolve(load_configs(["quickstart.yaml"]), "linear")

@@ -14,7 +14,7 @@ from nola_vision.adapters.serialization import read_adapter
 from nola_vision.common import local_files
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models import known_weights
-from nola_vision.models.backbones import create_backbone
+from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.export import write_merged
 
 TAG = "vit_glyph_patch4_32.glyphs"
@@ -57,14 +57,14 @@ def test_an_adapter_file_names_the_weights_and_no_path(trained: tuple[Path, Path
             adapt(TAG, LinearProbe(), ["a", "b"]).save(path)
             assert read_adapter(path)[0]["weights"]["file"] == "vit_glyph_patch4_32.safetensors"
         assert b"private place" not in path.read_bytes() and str(Path.home()).encode() not in path.read_bytes()
-    assert adapt(BackboneSpec(TAG, base="random"), LinearProbe(), ["a", "b"]).metadata()["weights"] is None
+    assert adapt(BackboneSpec(TAG, base="random"), LinearProbe(), ["a", "b"]).file_metadata()["weights"] is None
 
 
 def test_a_weights_file_is_found_again_by_its_digest(
     trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, adapter = trained
-    assert load_adapter(adapter).card.backbone.file == str(file)  # `adapt` has put it into the list
+    assert load_adapter(adapter).metadata.backbone.file == str(file)  # `adapt` has put it into the list
     moved = tmp_path / "elsewhere" / "below" / "renamed.pth.safetensors"
     moved.parent.mkdir(parents=True)
     file.rename(moved)
@@ -89,15 +89,15 @@ def test_a_weights_file_is_found_again_by_its_digest(
         known_weights, "file_digests", lambda base, paths: read.extend(p.name for p in paths) or digests(base, paths)
     )
     (moved.parent / "large.safetensors").write_bytes(b"of another size, so it is not read")
-    assert load_adapter(adapter).card.backbone.file == str(moved)
+    assert load_adapter(adapter).metadata.backbone.file == str(moved)
     assert read[:2] == [other.name, moved.name] and "large.safetensors" not in read  # that of the name comes first
     monkeypatch.delenv("NOLA_VISION_WEIGHTS")
-    assert load_adapter(adapter).card.backbone.file == str(moved)  # it is in the list now
+    assert load_adapter(adapter).metadata.backbone.file == str(moved)  # it is in the list now
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(NolaVisionError, match="not found"):
         load_adapter(adapter)
-    assert load_adapter(adapter, str(moved)).card.backbone.file == str(moved)
-    assert load_adapter(adapter).card.backbone.file == str(moved)
+    assert load_adapter(adapter, str(moved)).metadata.backbone.file == str(moved)
+    assert load_adapter(adapter).metadata.backbone.file == str(moved)
     monkeypatch.setenv("NOLA_VISION_WEIGHTS", str(tmp_path / "nowhere"))
     with pytest.raises(NolaVisionError, match="which is not a folder"):
         load_adapter(adapter)
@@ -111,13 +111,13 @@ def test_a_folder_of_a_merged_model_is_found_again(tmp_path: Path, monkeypatch: 
     adapter = tmp_path / "a.safetensors"
     adapt(f"local-dir:{tmp_path / 'merged'}", LinearProbe(), ["c", "d"]).save(adapter)
     assert read_adapter(adapter)[0]["weights"]["file"] == "model.safetensors"
-    assert load_adapter(adapter).card.backbone.file == str(tmp_path / "merged")
+    assert load_adapter(adapter).metadata.backbone.file == str(tmp_path / "merged")
     (tmp_path / "place").mkdir()
     (tmp_path / "merged").rename(tmp_path / "place" / "new")
     with pytest.raises(NolaVisionError, match=r"only you may name .*--weights FOLDER.*model.safetensors"):
         load_adapter(adapter)
     monkeypatch.setenv("NOLA_VISION_WEIGHTS", str(tmp_path / "place"))
-    assert load_adapter(adapter).card.backbone.file == str(tmp_path / "place" / "new")
+    assert load_adapter(adapter).metadata.backbone.file == str(tmp_path / "place" / "new")
     (tmp_path / "place" / "new" / "config.json").unlink()  # without it nothing states the architecture
     with pytest.raises(NolaVisionError, match="--weights FOLDER"):
         load_adapter(adapter)

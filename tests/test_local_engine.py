@@ -1,4 +1,4 @@
-"""The local engine: slots, deaths, hangs and company change nothing in the rows."""
+"""The local engine: several workers, crashes, hangs and other sweeps change nothing in the rows."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ from nola_vision.sweep import plan
 from nola_vision.sweep.engines import local
 from nola_vision.sweep.plan import RunSpec
 
-pytestmark = pytest.mark.slow  # processes of their own, each of which imports torch
+pytestmark = pytest.mark.slow  # separate processes, each of which imports torch
 
 OPTIONS = ["--threads=1", "--trainer.max_steps=20", "--data.test_limit=50", "--trainer.enable_checkpointing=false"]
 
@@ -52,24 +52,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
     return found
 
 
-def test_slots_change_nothing(undisturbed: dict[object, object], tmp_path: Path) -> None:
-    noted: list[Row] = []
+def test_several_workers_change_nothing(undisturbed: dict[object, object], tmp_path: Path) -> None:
+    finished: list[Row] = []
     wanted = specs()
     wanted[-1].config["data"]["num_workers"] = 1  # no setting of the result; its process starts one of its own
-    elsewhere = store.claim(run_id.run_folder(tmp_path, wanted[0].config, "final"))
+    elsewhere = store.lock_run(run_id.run_folder(tmp_path, wanted[0].config, "final"))
     elsewhere.__enter__()
 
-    def note(spec: RunSpec, row: Row | None) -> None:
+    def callback(spec: RunSpec, row: Row | None) -> None:
         if row is not None:
-            noted.append(row)
-        if len(noted) == 3 and row is not None:  # the first run was waited for meanwhile
+            finished.append(row)
+        if len(finished) == 3 and row is not None:  # the first run was waiting meanwhile
             elsewhere.__exit__(None, None, None)
 
-    rows = local.execute(wanted, tmp_path, note, slots=2)
-    assert noted[-1].run_hash == wanted[0].run_hash
+    rows = local.execute(wanted, tmp_path, callback, workers=2)
+    assert finished[-1].run_hash == wanted[0].run_hash
     assert results(tmp_path) == undisturbed
     assert [row.run_hash for row in rows] == [spec.run_hash for spec in specs()]
-    assert sorted(r.run_hash for r in noted) == sorted(r.run_hash for r in rows)
+    assert sorted(r.run_hash for r in finished) == sorted(r.run_hash for r in rows)
     again = local.execute(specs(), tmp_path, lambda *_: None)
     assert [row.started for row in again] == [row.started for row in rows]  # each has a row: nothing is done
 
@@ -83,23 +83,23 @@ def light(count: int) -> list[RunSpec]:
 
 
 def test_trouble_costs_its_own_run_only(tmp_path: Path) -> None:
-    """One's process dies once, one's twice, one's hangs, one's dies after its row; one is elsewhere, one fails."""
+    """A worker dies once, dies twice, hangs, dies after its row; one run is locked by another process, one fails."""
     scripts = {0: "die quit", 1: "die", 2: "die die", 3: "hang", 4: "busy busy", 5: "fail"}
     for split, script in scripts.items():
         (tmp_path / f"split{split}.txt").write_text(f"{script} ")
-    noted: list[Row] = []
+    finished: list[Row] = []
     rows = local.execute(
-        light(8), tmp_path, lambda _, row: row and noted.append(row), slots=2, gpus=["7", "9"], hang_seconds=3,
+        light(8), tmp_path, lambda _, row: row and finished.append(row), workers=2, gpus=["7", "9"], hang_seconds=3,
         work=light_worker.serve,
     )  # fmt: skip
     assert [row.split for row in rows] == list(range(8))
     assert [row.split for row in rows if row.status == "failed"] == [2, 5]
-    assert rows[2].error == "its process ended (SIGKILL, as when memory runs out), 2 times"
+    assert rows[2].error == "the worker died (SIGKILL, as when memory runs out), 2 times"
     assert {row.run_hash: row for row in store.read_rows(tmp_path)[0]} == {row.run_hash: row for row in rows}
-    assert sorted(row.split for row in noted) == list(range(8))
-    told = [row.device.split() for row in rows if row.device]
-    assert {gpu for _, gpu in told} == {"7", "9"}
-    assert len({process for process, _ in told}) < len(told)  # a process does many runs
+    assert sorted(row.split for row in finished) == list(range(8))
+    devices = [row.device.split() for row in rows if row.device]
+    assert {gpu for _, gpu in devices} == {"7", "9"}
+    assert len({process for process, _ in devices}) < len(devices)  # a process does many runs
     # once more: what failed is tried again, and nothing else
     again = local.execute(light(8), tmp_path, lambda *_: None, work=light_worker.serve)
     assert {row.status for row in again} == {"completed"}
@@ -149,15 +149,15 @@ def test_a_killed_sweep_goes_on_to_the_same_rows_and_two_share_the_work(
         time.sleep(0.02)
     first.kill()
     first.wait()
-    for one in [sweep(out), sweep(out)]:  # the first one's worker may still be at its run
+    for one in [sweep(out), sweep(out)]:  # the first one's worker may still be running
         printed, _ = one.communicate(timeout=300)
         assert one.returncode == 0, printed
     assert results(out) == undisturbed
 
 
-@pytest.mark.parametrize("engine", [["--slots=2"], ["--trainer.devices=2", "--trainer.strategy=ddp"]])
+@pytest.mark.parametrize("engine", [["--workers=2"], ["--trainer.devices=2", "--trainer.strategy=ddp"]])
 def test_ctrl_c_leaves_a_row_and_no_process(engine: list[str], out: Path) -> None:
-    """The terminal tells every process of the sweep at once."""
+    """The terminal sends SIGINT to every process of the sweep at once."""
     going = sweep(out, *engine, "--methods=linear", "--trainer.max_steps=100000", "--trainer.max_epochs=100000")
     while not begun(out) and going.poll() is None:
         time.sleep(0.05)
@@ -187,7 +187,7 @@ def alive(group: int) -> list[str]:
 
 
 def test_two_sweeps_of_runs_on_two_devices_share_the_work(undisturbed: dict[tuple[str, str], dict], out: Path) -> None:
-    """All processes of a run are at the same run, although rank 0 alone sees that another sweep is at it."""
+    """All processes of a run do the same run, although only rank 0 sees that another sweep has locked it."""
     devices = ["--trainer.devices=2", "--trainer.strategy=ddp", "--methods=linear"]
     for one in [sweep(out, *devices), sweep(out, *devices)]:
         printed, _ = one.communicate(timeout=300)

@@ -16,10 +16,11 @@ from torch import nn
 
 import reference
 from nola_vision import NOLA, BackboneSpec, FullFinetune, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.methods.registry import Method
+from nola_vision.adapters.methods import Method
 from nola_vision.adapters.serialization import METADATA_KEY, digest, read_adapter, write_adapter
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import create_backbone, input_config
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.sources import input_config
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
 NAMES = ["ja", "nein", "vielleicht"]
@@ -62,7 +63,7 @@ def test_a_saved_adapter_comes_back_exactly(method: Method, tmp_path: Path) -> N
     torch.manual_seed(123)  # whatever state the process is in
     loaded = load_adapter(tmp_path / "a.safetensors")
     assert torch.equal(loaded(IMAGES), model(IMAGES))
-    assert loaded.card.class_names == tuple(NAMES)
+    assert loaded.metadata.class_names == tuple(NAMES)
     assert not loaded.training
     untrained = adapt(SPEC, method, NAMES, run_seed=3, basis_seed=9)
     assert not torch.equal(untrained.eval()(IMAGES), model(IMAGES))  # so that equality above means something
@@ -84,7 +85,7 @@ def test_the_numpy_decoder_reads_the_same_changes(scope: str, start: str, tmp_pa
     model = trained(NOLA(targets=["qv", "mlp"], rank=3, num_basis=7, scope=scope, start=start, c=2.5))
     model.save(tmp_path / "a.safetensors")
     expected = reference.changes(str(tmp_path / "a.safetensors"))
-    changes = model.stack.changes()
+    changes = model.bank.changes()
     assert list(changes) == list(expected)
     for name, change in changes.items():
         difference = np.abs(change.numpy() - expected[name]).max()
@@ -95,11 +96,11 @@ def test_the_numpy_decoder_reads_a_convolution(tmp_path: Path) -> None:
     spec = random_resnet(tmp_path)
     model = adapt(spec, NOLA(targets=["re:layer1.0.conv."], rank=2, num_basis=3), NAMES)
     with torch.no_grad():
-        for parameter in model.stack.parameters():
+        for parameter in model.bank.parameters():
             parameter.normal_()
     model.save(tmp_path / "a.safetensors")
     expected = reference.changes(str(tmp_path / "a.safetensors"))
-    for name, change in model.stack.changes().items():
+    for name, change in model.bank.changes().items():
         assert change.shape == (64, 64, 3, 3)
         assert np.abs(change.numpy() - expected[name]).max() < 1e-5 * np.abs(expected[name]).max()
 
@@ -108,12 +109,12 @@ def test_merging_leaves_the_logits_and_unmerging_the_weights() -> None:
     model = trained(SMALL)
     before, weights = model(IMAGES), bits(model.backbone)
     assert weights == bits(create_backbone(SPEC))  # training left the frozen weights alone, bit for bit
-    model.stack.merge()
+    model.bank.merge()
     assert bits(model.backbone) != weights
     assert (model(IMAGES) - before).abs().max() / before.abs().max() < 1e-5
     with pytest.raises(NolaVisionError, match="unmerge"):
         model.save("never.safetensors")
-    model.stack.unmerge()
+    model.bank.unmerge()
     assert bits(model.backbone) == weights
 
 
@@ -131,12 +132,12 @@ def test_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
 
 def test_seeds_decide_what_they_should() -> None:
     methods = (SMALL, LoRA(), LinearProbe())
-    heads = [adapt(SPEC, method, NAMES, run_seed=seed).stack.head_weight for method in methods for seed in (0, 1)]
+    heads = [adapt(SPEC, method, NAMES, run_seed=seed).bank.head_weight for method in methods for seed in (0, 1)]
     assert torch.equal(heads[0], heads[2]) and torch.equal(heads[0], heads[4])  # one head start for all methods
     assert not torch.equal(heads[0], heads[1])
     seeds = ((0, 5), (1, 5), (0, 6))
-    stacks = [adapt(SPEC, SMALL, NAMES, run_seed=run, basis_seed=basis).stack for run, basis in seeds]
-    basis = [stack.groups["160x480"].basis_a.cached() for stack in stacks]
+    banks = [adapt(SPEC, SMALL, NAMES, run_seed=run, basis_seed=basis).bank for run, basis in seeds]
+    basis = [bank.fixed["160x480"]["basis_a"].cached() for bank in banks]
     assert torch.equal(basis[0], basis[1]) and not torch.equal(basis[0], basis[2])
 
 
@@ -146,10 +147,10 @@ def test_seeds_decide_what_they_should() -> None:
 def test_class_names_come_from_any_iterable_and_may_be_equal(tmp_path: Path) -> None:
     """ImageNet has "crane" and "maillot" twice."""
     model = adapt(SPEC, SMALL, (name for name in ["crane", "maillot", "crane"]))
-    assert model.card.class_names == ("crane", "maillot", "crane") and model.eval()(IMAGES).shape == (6, 3)
+    assert model.metadata.class_names == ("crane", "maillot", "crane") and model.eval()(IMAGES).shape == (6, 3)
     model.save(tmp_path / "a.safetensors")
-    assert load_adapter(tmp_path / "a.safetensors").card == model.card
-    assert adapt(SPEC, SMALL, np.array(["a", "b"])).card.class_names == ("a", "b")
+    assert load_adapter(tmp_path / "a.safetensors").metadata == model.metadata
+    assert adapt(SPEC, SMALL, np.array(["a", "b"])).metadata.class_names == ("a", "b")
 
 
 def test_numpys_numbers_are_numbers(tmp_path: Path) -> None:
@@ -161,8 +162,8 @@ def test_numpys_numbers_are_numbers(tmp_path: Path) -> None:
     model = adapt(SPEC, method, NAMES, run_seed=np.int64(3), basis_seed=torch.tensor(9))
     model.save(tmp_path / "a.safetensors")
     plain = NOLA(targets=["qkv"], rank=4, num_basis=8, c=2.0, nested=True, start="a0")
-    assert model.card.method == plain and (model.card.run_seed, model.card.basis_seed) == (3, 9)
-    assert load_adapter(tmp_path / "a.safetensors").card == model.card
+    assert model.metadata.method == plain and (model.metadata.run_seed, model.metadata.basis_seed) == (3, 9)
+    assert load_adapter(tmp_path / "a.safetensors").metadata == model.metadata
     assert create_backbone(replace(SPEC, img_size=np.int16(32))).patch_embed.img_size == (32, 32)
     for wrong in (NOLA(rank=True), NOLA(rank=np.bool_(True)), NOLA(rank=np.float64(4)), NOLA(rank="4")):
         with pytest.raises(NolaVisionError, match="rank of NOLA is .*: it must be a whole number"):
@@ -184,7 +185,7 @@ def test_what_a_file_cannot_state_is_refused_before_training() -> None:
     refused(r"the class name 'stra\\udcdfe' is not text", names=["a", "stra\udcdfe"])
     refused("run_seed is -1: it must be a whole number from 0", run_seed=-1)
     refused("basis_seed is 100000", basis_seed=10**30)
-    refused("run_seed of Card is True", run_seed=True)
+    refused("run_seed of AdapterMetadata is True", run_seed=True)
     refused("img_size is 160, but vit_glyph_patch4_32.glyphs takes at most 128", spec=replace(SPEC, img_size=160))
     resnet = BackboneSpec("resnet20_cifar.untrained", base="random", img_size=2048)  # of any size: the cost is linear
     refused("takes at most 1024", spec=resnet, method=NOLA(targets=["conv"]))

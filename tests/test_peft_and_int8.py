@@ -10,8 +10,9 @@ import yaml
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, LoRA, adapt, load_adapter
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import create_backbone
+from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.export import write_merged
+from nola_vision.models.loading import check_saved
 from nola_vision.runs import store
 from tiny import trained_rows
 
@@ -60,13 +61,13 @@ def test_batch_norms_that_peft_trains_come_back_with_their_statistics(settings: 
     assert kept
     model.eval().save(tmp_path / "a.safetensors")
     assert torch.equal(load_adapter(tmp_path / "a.safetensors")(IMAGES), model(IMAGES))
-    model.check_saved(tmp_path / "a.safetensors", IMAGES)
+    check_saved(model, tmp_path / "a.safetensors", IMAGES)
     with torch.no_grad():
         for name, buffer in model.backbone.named_buffers():  # the statistics of a norm that is not trained
             if name.endswith("running_mean"):
                 buffer.add_(0.5)
     with pytest.raises(NolaVisionError, match="does not give the trained model back .*: PEFT changes something"):
-        model.check_saved(tmp_path / "a.safetensors", IMAGES)
+        check_saved(model, tmp_path / "a.safetensors", IMAGES)
 
 
 def test_a_peft_adapter_for_other_fixed_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,11 +118,11 @@ def test_an_int8_base_trains_and_predicts(method: NOLA | LoRA | PRANC, tmp_path:
     assert torch.equal(again(IMAGES), model(IMAGES))
 
     with pytest.raises(NolaVisionError, match="int8.*dequantise"):
-        model.stack.merge()
+        model.bank.merge()
     before = model(IMAGES)
-    model.stack.merge(dequantise=True)
+    model.bank.merge(dequantise=True)
     assert (model(IMAGES) - before).abs().max() / before.abs().max() < 1e-4
-    model.stack.unmerge()
+    model.bank.unmerge()
     assert model.backbone.blocks[0].attn.qkv.weight is kept and torch.equal(model(IMAGES), before)
     with pytest.raises(NolaVisionError, match="--dequantise"):
         write_merged(model, tmp_path / "m")

@@ -85,7 +85,7 @@ def test_another_backbone(tag: str, side: int | None, targets: list[str], tmp_pa
 
 
 def test_a_side_that_a_model_does_not_take_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nola_vision.models.backbones._takes", lambda source, side: side == 384)
+    monkeypatch.setattr("nola_vision.models.backbones.image_size.accepts", lambda source, side: side == 384)
     made = photos.config(str(place(tmp_path / "photos")), backbone="swin_base_patch4_window12_384.ms_in22k_ft_in1k")
     assert "img_size" not in made["model"]["backbone"]
 

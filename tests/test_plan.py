@@ -8,21 +8,13 @@ from typing import Any
 
 import pytest
 
+from nola_vision.cli.options import parse_methods, parse_range
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs.record import Row
-from nola_vision.sweep.plan import (
-    choose_learning_rates,
-    complete,
-    final_specs,
-    outlook,
-    parse_methods,
-    parse_range,
-    part,
-    rename,
-    search_specs,
-    suffix,
-    vary,
-)
+from nola_vision.sweep.plan import complete, final_specs, search_specs, shard_of
+from nola_vision.sweep.progress import entry_progress
+from nola_vision.sweep.search import choose_learning_rates
+from nola_vision.sweep.variations import rename, suffix, vary
 
 RATES = [0.005, 0.001, 0.0005]
 CONFIG: dict[str, Any] = {
@@ -42,7 +34,7 @@ ALL = list(CONFIG["methods"])
 
 
 def searched(method: str, accuracies: list[float | None], losses: list[float] | None = None) -> list[Row]:
-    """Rows of a method's search runs; None stands for a run that failed."""
+    """Rows of a method's search runs; None means a failed run."""
     specs = search_specs(CONFIG, [method])
     return [
         Row.of(
@@ -186,11 +178,11 @@ def test_ranges(text: str, numbers: list[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "3-0", "a", "-1", "1,,2", "1-", "0.5", "0-1-2", "1 2", "٣"])
 def test_bad_ranges(text: str) -> None:
-    with pytest.raises(NolaVisionError, match="no range of numbers"):
+    with pytest.raises(NolaVisionError, match="not a range of numbers"):
         parse_range(text)
 
 
-def test_a_range_that_is_a_slip_takes_no_memory() -> None:
+def test_a_huge_range_takes_no_memory() -> None:
     with pytest.raises(NolaVisionError, match="more than 10,000 numbers"):
         parse_range("0-99999999999")
 
@@ -216,35 +208,35 @@ def test_vary_and_shards() -> None:
     assert config["methods"]["nola-rank4"]["learning_rates"] == CONFIG["methods"]["nola"]["learning_rates"]
     specs = final_specs(config, [0, 1], [0], names, {})
     assert [spec.method for spec in specs[:3]] == ["nn1", "lora-rank1", "lora-rank4"]
-    assert sorted(s.run_hash for i in (1, 2, 3) for s in part(specs, (i, 3))) == sorted(s.run_hash for s in specs)
+    assert sorted(s.run_hash for i in (1, 2, 3) for s in shard_of(specs, (i, 3))) == sorted(s.run_hash for s in specs)
     rates, names = vary(CONFIG, ["nola"], "lr", [0.1, 0.2], lambda *_: True)
     assert not search_specs(rates, names)
     listed, names = vary(CONFIG, ["nola"], "targets", [["qkv", "mlp"]], lambda *_: True)
     assert names == ["nola-targetsqkv+mlp"] and listed["methods"][names[0]]["init_args"]["targets"] == ["qkv", "mlp"]
-    with pytest.raises(NolaVisionError, match="has a method 'nola-c1' already"):
+    with pytest.raises(NolaVisionError, match="already has a method 'nola-c1'"):
         vary(CONFIG, ["nola"], "c", [1, 1], lambda *_: True)
 
 
-def test_the_outlook_counts_what_is_done() -> None:
+def test_progress_counts_completed_runs() -> None:
     rows = searched("nola", [0.5, 0.6, None])
     rows[2] = dataclasses.replace(rows[2], status="failed")
     final = final_specs(CONFIG, [0, 1], [0], ["nola"], {"nola": 0.001})
     rows.append(Row.of(final[0].config, "final", "completed", seconds_total=4.0))
-    (line,) = [line for line in outlook(CONFIG, [0, 1], [0], rows) if line.method == "nola"]
+    (line,) = [line for line in entry_progress(CONFIG, [0, 1], [0], rows) if line.method == "nola"]
     assert (line.search, line.final, line.done, line.seconds) == (3, 2, 3, 4.0)
-    (line,) = [line for line in outlook(CONFIG, [0, 1], [0], rows, (2, 2)) if line.method == "nola"]
+    (line,) = [line for line in entry_progress(CONFIG, [0, 1], [0], rows, (2, 2)) if line.method == "nola"]
     assert line.final == 1
 
 
 def test_fit_and_sweep_with_the_same_settings_are_one_run() -> None:
-    from nola_vision.cli.sweep import OWN_SETTINGS
     from nola_vision.runs import run_id
     from nola_vision.runs.config_files import load_configs
     from nola_vision.runs.parsing import parse
+    from nola_vision.sweep.runner import SWEEP_SETTINGS
 
     raw, options = load_configs(["quickstart.yaml"]), ["--data.shots=3", "--trainer.max_epochs=2"]
     methods = ["1nn", "linear", "nola"]
-    of_sweep = complete(raw, methods, lambda entry: parse(entry, [*OWN_SETTINGS, *options]))
+    of_sweep = complete(raw, methods, lambda entry: parse(entry, [*SWEEP_SETTINGS, *options]))
     for method in methods:
         fitted = parse(run_id.resolve(raw, method), options)
         rate = fitted["model"]["method"]["init_args"].get("lr")

@@ -23,6 +23,7 @@ from scipy.optimize import minimize
 from scipy.stats import binomtest
 
 from nola_vision.cli.main import main
+from nola_vision.evaluation.confusion import confusion_csv
 from nola_vision.reports.cell import Cell, cell_of
 from nola_vision.reports.charts.drawing import Chart, plain_text
 from nola_vision.reports.charts.labels import short_names, spread
@@ -31,7 +32,7 @@ from nola_vision.reports.charts.looks import CSS_COLOURS, DARK_COLOURS, INK, MUT
 from nola_vision.reports.charts.matrices import class_differences_plot, confusion_plot
 from nola_vision.reports.charts.pareto import pareto_chart, pareto_front, size_ticks
 from nola_vision.reports.charts.splits import split_chart
-from nola_vision.reports.confusion import confusion_csv, entry_confusions
+from nola_vision.reports.confusion import entry_confusions
 from nola_vision.reports.entries import entries, summarise
 from nola_vision.reports.formatting import bytes_text
 from nola_vision.reports.plots import cell_charts, cell_plots, write_plots

@@ -18,7 +18,8 @@ from nola_vision import LoRA, adapt
 from nola_vision.cli.main import main
 from nola_vision.cli.predict import column_names
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.adapted_model import AdaptedModel, set_temperature
+from nola_vision.models.adapted_model import AdaptedModel
+from nola_vision.models.loading import set_temperature
 
 NAMES = ["=cmd()", "crane", "crane", "dog\x1b[31m"]
 
@@ -28,7 +29,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptedModel, Pat
     model = adapt("vit_glyph_patch4_32.glyphs", LoRA(targets=["qv"], rank=2), NAMES)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.stack.parameters():
+        for parameter in model.bank.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
     model.save(path)
@@ -98,7 +99,7 @@ def test_what_is_not_an_image_is_refused_with_a_hint(adapter: tuple[AdaptedModel
         (np.zeros((0, 4), np.uint8), "shape"),
         (torch.from_numpy(array), r"shape \[48, 40, 3\]"),
         (torch.from_numpy(array).permute(2, 0, 1).float(), "not between 0 and 1: divide them by 255"),
-        (model.transform(array), r"the model itself, model\(batch\)"),
+        (model.transform(array), r"call model\(batch\)"),
         (torch.full((3, 8, 8), float("nan")), "not between 0 and 1"),
         (torch.zeros(3, 8, 8, dtype=torch.int32), "tensor of torch.int32: give uint8"),
         (b"bytes", "is not an image: give paths"),

@@ -16,7 +16,7 @@ from nola_vision.adapters.quantization import (
     unpack,
 )
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import BackboneSpec
+from nola_vision.models.backbones.spec import BackboneSpec
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ METHODS = [
 def test_a_quantised_file_gives_what_was_rounded(method: NOLA, tmp_path) -> None:
     model = adapt(SPEC, method, ["a", "b", "c", "d"]).eval()
     with torch.no_grad():
-        for parameter in model.stack.parameters():
+        for parameter in model.bank.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
     exact = model(IMAGES)
     model.compute_with_stored_bits()

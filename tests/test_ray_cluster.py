@@ -14,7 +14,8 @@ from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs import run_id, store
 from nola_vision.runs.record import Row
-from nola_vision.sweep.engines import local, ray_cluster
+from nola_vision.sweep.engines import local
+from nola_vision.sweep.engines import ray as ray_engine
 from nola_vision.sweep.plan import RunSpec
 from test_local_engine import light, results, specs
 
@@ -40,17 +41,17 @@ def cluster() -> Iterator[object]:
 
 def test_its_rows_are_the_local_engines(cluster, tmp_path: Path) -> None:
     local.execute(specs(), tmp_path / "here", lambda *_: None)
-    noted: list[tuple[str, bool]] = []
-    rows = ray_cluster.execute(
-        specs(), tmp_path / "ray", lambda spec, row: noted.append((spec.run_hash, row is not None)), cluster.address
+    calls: list[tuple[str, bool]] = []
+    rows = ray_engine.execute(
+        specs(), tmp_path / "ray", lambda spec, row: calls.append((spec.run_hash, row is not None)), cluster.address
     )
     assert results(tmp_path / "ray") == results(tmp_path / "here")
     assert [row.run_hash for row in rows] == [spec.run_hash for spec in specs()]
-    assert sorted(noted) == sorted((row.run_hash, ended) for row in rows for ended in (False, True))
+    assert sorted(calls) == sorted((row.run_hash, ended) for row in rows for ended in (False, True))
     for kept in ("metrics.csv", "adapter.safetensors"):
         folders = [sorted(p.parent.name for p in (tmp_path / out).rglob(kept)) for out in ("here", "ray")]
         assert folders[0] == folders[1] != []
-    again = ray_cluster.execute(specs(), tmp_path / "ray", lambda *_: None, cluster.address)
+    again = ray_engine.execute(specs(), tmp_path / "ray", lambda *_: None, cluster.address)
     assert [row.started for row in again] == [row.started for row in rows]
 
 
@@ -71,22 +72,22 @@ def scripted(config, stage, cwd: str, hang_seconds: float, versions: dict[str, s
 
 
 def test_trouble_costs_its_own_run_only(cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One's process dies once, one's twice, one is elsewhere at first."""
+    """A worker dies once, dies twice; one run is locked by another process at first."""
     monkeypatch.chdir(tmp_path)
     for split, events in {0: "die ", 1: "die die "}.items():
         Path(f"split{split}.txt").write_text(events)
     wanted = light(5)
-    elsewhere = store.claim(run_id.run_folder("runs", wanted[3].config, "final"))
+    elsewhere = store.lock_run(run_id.run_folder("runs", wanted[3].config, "final"))
     elsewhere.__enter__()
 
-    def note(spec: RunSpec, row: Row | None) -> None:
+    def callback(spec: RunSpec, row: Row | None) -> None:
         if spec.split == 4 and row is not None:
             elsewhere.__exit__(None, None, None)
 
-    rows = ray_cluster.execute(wanted, Path("runs"), note, cluster.address, work=scripted)
+    rows = ray_engine.execute(wanted, Path("runs"), callback, cluster.address, work=scripted)
     assert [row.split for row in rows] == list(range(5))
     assert {row.split: row.error for row in rows if row.status == "failed"} == {
-        1: "its process on the cluster died, or ended no batch for long (WorkerCrashedError), 2 times",
+        1: "its worker on the cluster died or hung (WorkerCrashedError), 2 times",
     }
     assert {row.run_hash: row for row in store.read_rows("runs")[0]} == {row.run_hash: row for row in rows}
     assert len(list(Path("runs").rglob("log"))) == 4
@@ -96,21 +97,23 @@ def test_a_node_that_can_do_no_run_ends_the_sweep(cluster, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     Path("split1.txt").write_text("raise ")
     with pytest.raises(NolaVisionError, match=r"cannot do runs \(named 'torch'\)"):
-        ray_cluster.execute(light(3), Path("runs"), lambda *_: None, cluster.address, slots=1, work=scripted)
+        ray_engine.execute(light(3), Path("runs"), lambda *_: None, cluster.address, workers=1, work=scripted)
     assert [row.split for row in store.read_rows("runs")[0]] == [0]
     with pytest.raises(NolaVisionError, match="has torch .* and the driver 1.0"):
-        ray_cluster._work({}, "final", ".", 1.0, {**ray_cluster._versions(), "torch": "1.0"})
+        ray_engine._work({}, "final", ".", 1.0, {**ray_engine._versions(), "torch": "1.0"})
 
 
-def test_a_process_that_hangs_ends_itself(cluster, tmp_path: Path) -> None:
-    (row,) = ray_cluster.execute(specs()[:1], tmp_path, lambda *_: None, cluster.address, hang_seconds=0.01)
-    assert row.status == "failed" and row.error and "ended no batch for long (WorkerCrashedError), 2 times" in row.error
+def test_a_worker_that_hangs_exits(cluster, tmp_path: Path) -> None:
+    (row,) = ray_engine.execute(specs()[:1], tmp_path, lambda *_: None, cluster.address, hang_seconds=0.01)
+    assert (
+        row.status == "failed"
+        and row.error
+        and "its worker on the cluster died or hung (WorkerCrashedError), 2 times" in row.error
+    )
     assert store.read_rows(tmp_path)[0] == [row] and row.started and row.versions
 
 
-def test_an_end_of_the_driver_leaves_rows_of_what_was_going_on(
-    cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_writes_rows_of_running_runs(cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("split1.txt").write_text("wait ")
 
@@ -119,10 +122,10 @@ def test_an_end_of_the_driver_leaves_rows_of_what_was_going_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ray_cluster.execute(light(2), Path("runs"), stop, cluster.address, work=scripted)
+        ray_engine.execute(light(2), Path("runs"), stop, cluster.address, work=scripted)
     assert {row.split: row.status for row in store.read_rows("runs")[0]} == {0: "completed", 1: "interrupted"}
-    with store.claim(run_id.run_folder("runs", light(2)[1].config, "final")):
-        pass  # nobody holds it
+    with store.lock_run(run_id.run_folder("runs", light(2)[1].config, "final")):
+        pass  # it is not locked
 
 
 def test_room() -> None:
@@ -131,10 +134,10 @@ def test_room() -> None:
         {"Alive": True, "Resources": {"CPU": 3.0}},
         {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
     ]
-    assert ray_cluster._room(nodes, {"CPU": 2, "GPU": 0}) == 5
-    assert ray_cluster._room(nodes, {"CPU": 1, "GPU": 0.1}) == 8
-    assert ray_cluster._room(nodes, {"CPU": 0.1, "GPU": 0.1}) == 10
-    assert ray_cluster._room(nodes, {"CPU": 16, "GPU": 0}) == 0
+    assert ray_engine._room(nodes, {"CPU": 2, "GPU": 0}) == 5
+    assert ray_engine._room(nodes, {"CPU": 1, "GPU": 0.1}) == 8
+    assert ray_engine._room(nodes, {"CPU": 0.1, "GPU": 0.1}) == 10
+    assert ray_engine._room(nodes, {"CPU": 16, "GPU": 0}) == 0
 
 
 def test_the_command_line(cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,23 +157,23 @@ def test_the_command_line(cluster, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_no_cluster_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NolaVisionError, match="no Ray cluster answers at 'nowhere:1'"):
-        ray_cluster.execute([], tmp_path, lambda *_: None, "nowhere:1")
+        ray_engine.execute([], tmp_path, lambda *_: None, "nowhere:1")
 
 
-def test_a_lost_node_is_no_fault_of_its_runs(cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_a_node_that_died_are_tried_again(cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for split in range(2):
         Path(f"split{split}.txt").write_text("wait ")
 
-    def lose() -> None:
+    def remove_node() -> None:
         while not all(Path(f"split{split}.txt-waits").exists() for split in range(2)):
             time.sleep(0.1)
         cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
         Path("node-lost").touch()
 
-    losing = threading.Thread(target=lose)
-    losing.start()
-    rows = ray_cluster.execute(light(4), Path("runs"), lambda *_: None, cluster.address, work=scripted)
-    losing.join()
+    removing = threading.Thread(target=remove_node)
+    removing.start()
+    rows = ray_engine.execute(light(4), Path("runs"), lambda *_: None, cluster.address, work=scripted)
+    removing.join()
     assert [row.status for row in rows] == ["completed"] * 4
     cluster.add_node(num_cpus=1)

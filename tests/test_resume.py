@@ -14,10 +14,10 @@ import torch
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.runs import run_id, runner, store
+from nola_vision.runs import checkpoints, run_id, runner, store
 from nola_vision.runs.record import DETERMINISTIC, Row
+from nola_vision.training.callbacks import LAST_CHECKPOINT
 from nola_vision.training.classifier import Classifier
-from nola_vision.training.trainer_settings import LAST_CHECKPOINT
 from tiny import tiny
 
 EARLY = {"class_path": "EarlyStopping", "init_args": {"monitor": "val_accuracy", "mode": "min", "patience": 1}}
@@ -44,7 +44,7 @@ def result(config: run_id.Config, out: Path) -> tuple[dict[str, Any], bytes]:
     folder = run_id.run_folder(out, config, "final")
     row = store.read_row(folder / "row.json")
     assert row.status == "completed" and row.error is None
-    return {name: getattr(row, name) for name in DETERMINISTIC}, (folder / runner.ADAPTER_FILE).read_bytes()
+    return {name: getattr(row, name) for name in DETERMINISTIC}, (folder / store.ADAPTER_FILE).read_bytes()
 
 
 def once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[], object], call: int = 1) -> None:
@@ -92,7 +92,7 @@ def test_a_run_stopped_in_the_test_phase_is_finished(
         once(patch, KShotDataModule, "test_dataloader", corrupt)
         with pytest.raises(NolaVisionError, match="3.png"):
             runner.run(config, tmp_path / "stopped", ckpt_path="last")
-    (run_id.run_folder(tmp_path / "stopped", config, "final") / runner.ADAPTER_FILE).unlink()
+    (run_id.run_folder(tmp_path / "stopped", config, "final") / store.ADAPTER_FILE).unlink()
     runner.run(config, tmp_path / "stopped", ckpt_path="last")
     assert result(config, tmp_path / "stopped") == result(config, tmp_path / "whole")
 
@@ -129,7 +129,7 @@ def test_the_best_epoch_is_found_under_another_path(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for place in (out, tmp_path / "whole"):
-        runner.evaluate(config, place, "test", None)
+        checkpoints.evaluate(config, place, "test", None)
         printed = re.search(r"test_accuracy\W+([\d.]+)", capsys.readouterr().out)
         assert printed and float(printed[1]) == pytest.approx(whole.test_accuracy, abs=1e-6)
 
@@ -231,8 +231,8 @@ DAMAGE = [
     _set("lr_schedulers", None),
     _set("lr_schedulers", [5]),
     _set("state_dict", [1]),
-    _set("state_dict/model.stack.head_weight", "text"),
-    _set("state_dict/model.stack.head_weight", torch.full((1, 10, 64), torch.nan)),
+    _set("state_dict/model.bank.head_weight", "text"),
+    _set("state_dict/model.bank.head_weight", torch.full((1, 10, 64), torch.nan)),
     _set("adapter", None),
     _set("adapter", "text"),
     _set("train_loss", "low"),
@@ -311,7 +311,7 @@ def test_weights_that_are_not_finite_are_named_before_training(tmp_path: Path) -
     torch.save(weights, tmp_path / "w.pth")
     backbone = {"base": "pretrained", "file": str(tmp_path / "w.pth"), "img_size": 160}
     for method in ("linear", "1nn"):
-        with pytest.raises(NolaVisionError, match=r"w\.pth: blocks.2.mlp.fc1.bias holds a number that is not finite"):
+        with pytest.raises(NolaVisionError, match=r"w\.pth: blocks.2.mlp.fc1.bias has a value that is not finite"):
             runner.run(tiny(method, model={"backbone": backbone}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -319,11 +319,12 @@ def test_weights_that_are_not_finite_are_named_before_training(tmp_path: Path) -
 def test_validate_and_test_evaluate_what_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     original = runner.build
-    monkeypatch.setattr(runner, "build", lambda *given: built.append(original(*given)) or built[-1])
+    for module in (runner, checkpoints):
+        monkeypatch.setattr(module, "build", lambda *given: built.append(original(*given)) or built[-1])
     config = tiny("nola4", model={"method": {"init_args": {"bits": 2, "head_bits": 2}}})
     row = runner.run(config, tmp_path)
     for verb, loss in (("validate", "val_loss"), ("test", "test_loss")):
-        runner.evaluate(config, tmp_path, verb, None)
+        checkpoints.evaluate(config, tmp_path, verb, None)
         metrics = built[-1].trainer.callback_metrics
         assert float(metrics[loss]) == float(built[0].trainer.callback_metrics.get(loss, row.val_loss))
     assert float(metrics["test_accuracy"]) == row.test_accuracy

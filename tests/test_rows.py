@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.reports.statistics import count_once
 from nola_vision.runs import store
-from nola_vision.runs.record import DETERMINISTIC, SCHEMA_VERSION, Row, environment, git_state
+from nola_vision.runs.environment import environment, git_state
+from nola_vision.runs.record import DETERMINISTIC, SCHEMA_VERSION, Row, count_once
 
 RUN_CONFIG: dict[str, Any] = {
     "protocol": "quickstart",
     "method": "nola",
     "model": {
         "backbone": {"tag": "tag"},
-        "method": {"class_path": "nola_vision.adapters.methods.registry.NOLA", "init_args": {"lr": 0.005}},
+        "method": {"class_path": "nola_vision.adapters.methods.nola.NOLA", "init_args": {"lr": 0.005}},
         "run_seed": 2,
         "basis_seed": None,
     },
@@ -345,7 +345,7 @@ def test_a_run_to_repeat_counts_until_the_repetition_does(tmp_path: Path) -> Non
     old = row(test_accuracy=0.25, started="2026-01-02T00:00:00+00:00")
     store.write_row(folder, old)
     (folder / "adapter.safetensors").write_text("old")
-    with store.claim(folder), pytest.raises(store.BusyError):
+    with store.lock_run(folder), pytest.raises(store.BusyError):
         store.set_aside(folder)
     store.set_aside(folder)
 
@@ -375,9 +375,9 @@ def test_a_run_to_repeat_counts_until_the_repetition_does(tmp_path: Path) -> Non
     store.write_row(folder, new)
     aside = folder.with_name(f"{folder.name}.before")
     aside.write_text("a person's own file")
-    with pytest.raises(NolaVisionError, match=r"\.before is not a folder, and --again moves .* there: remove it"):
+    with pytest.raises(NolaVisionError, match=r"\.before is not a folder, but --again moves .* there: remove it"):
         store.set_aside(folder)
     assert store.find_completed(folder) == new and aside.is_file()
     aside.unlink(), (folder / "row.json").unlink(), (folder / "row.json").mkdir()
-    with pytest.raises(NolaVisionError, match=r"row\.json is a folder, and the run writes its row there"):
-        store.claim(folder).__enter__()
+    with pytest.raises(NolaVisionError, match=r"row\.json is a folder, but the run writes its row there"):
+        store.lock_run(folder).__enter__()

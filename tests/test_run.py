@@ -22,11 +22,12 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from nola_vision import load_adapter
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import overlay
 from nola_vision.evaluation.calibration import fit_temperature
 from nola_vision.evaluation.predictions import load_predictions
 from nola_vision.reports.confusion import read_confusion
-from nola_vision.runs import run_id, runner, store
-from nola_vision.runs.config_files import load_configs, overlay
+from nola_vision.runs import checkpoints, run_id, runner, store
+from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build, parse
 from nola_vision.runs.record import DETERMINISTIC
 from nola_vision.runs.thumbnails import load_thumbnails
@@ -102,7 +103,7 @@ def test_a_row_has_the_metrics_of_its_confusions(rows: dict) -> None:
 
 def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
     folder = run_id.run_folder(rows["out"], config("nola"), "final")
-    model = load_adapter(folder / runner.ADAPTER_FILE)
+    model = load_adapter(folder / store.ADAPTER_FILE)
     built = build(config("nola"), folder / "again")
     built.datamodule.setup("test")
     right = total = loss = 0
@@ -116,7 +117,7 @@ def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
             total += len(labels)
     assert right / total == pytest.approx(rows["nola"].test_accuracy, abs=1e-6)
     assert loss / total == pytest.approx(rows["nola"].test_nll, rel=1e-5)
-    assert (folder / runner.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
+    assert (folder / store.ADAPTER_FILE).stat().st_size == rows["nola"].adapter_file_bytes
     # the stored probabilities are those that `predict` gives: calibrated
     found = load_predictions(folder)
     assert found is not None and found.logits is None and model.temperature != 1
@@ -126,7 +127,7 @@ def test_the_adapter_file_holds_what_was_tested(rows: dict) -> None:
 
 def test_the_temperature_is_fitted_on_the_validation_pool(rows: dict) -> None:
     row, folder = rows["nola"], run_id.run_folder(rows["out"], config("nola"), "final")
-    model, built = load_adapter(folder / runner.ADAPTER_FILE), build(config("nola"), folder / "again")
+    model, built = load_adapter(folder / store.ADAPTER_FILE), build(config("nola"), folder / "again")
     built.datamodule.setup("fit")
     with torch.inference_mode():
         batches = [(model(images), labels) for images, labels in built.datamodule.val_dataloader()]
@@ -184,7 +185,7 @@ def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("nola_vision.data.datamodule.KShotDataModule.test_dataloader", touched)
     checks: list[int] = []
-    monkeypatch.setattr("nola_vision.models.adapted_model.AdaptedModel.check_saved", lambda *_: checks.append(1))
+    monkeypatch.setattr("nola_vision.models.loading.check_saved", lambda *_: checks.append(1))
     row = runner.run(config("linear"), tmp_path, "search")
     assert row.stage == "search" and row.test_accuracy is None and row.val_accuracy is not None
     assert not checks  # of the saved file
@@ -198,8 +199,8 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
     whole.trainer.fit(whole.model, datamodule=whole.datamodule)
     saved = tmp_path / "whole" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(saved, weights_only=True)
-    assert set(checkpoint["state_dict"]) == {f"model.stack.{n}" for n, _ in whole.model.model.stack.named_parameters()}
-    numbers = sum(p.numel() for p in whole.model.model.stack.parameters())
+    assert set(checkpoint["state_dict"]) == {f"model.bank.{n}" for n, _ in whole.model.model.bank.named_parameters()}
+    numbers = sum(p.numel() for p in whole.model.model.bank.parameters())
     assert saved.stat().st_size < 4 * 3 * numbers + 60_000  # weights and Adam's two moments; the backbone is 7.5 MB
 
     class Stop(Callback):
@@ -213,12 +214,12 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
         half.trainer.fit(half.model, datamodule=half.datamodule)
     rest = build(config(), tmp_path / "rest")
     with torch.no_grad():  # what the checkpoint must bring back
-        for parameter in rest.model.model.stack.parameters():
+        for parameter in rest.model.model.bank.parameters():
             parameter.add_(1)
     rest.trainer.fit(
         rest.model, datamodule=rest.datamodule, ckpt_path=tmp_path / "half/checkpoints/last.ckpt", weights_only=True
     )
-    for one, other in zip(whole.model.model.stack.parameters(), rest.model.model.stack.parameters(), strict=True):
+    for one, other in zip(whole.model.model.bank.parameters(), rest.model.model.bank.parameters(), strict=True):
         assert torch.equal(one, other)
     assert rest.trainer.callback_metrics["train_loss"] == whole.trainer.callback_metrics["train_loss"]
 
@@ -249,16 +250,16 @@ def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
         folder = run_id.run_folder(tmp_path, other, "final")
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text("an old log")
-        with pytest.raises(NolaVisionError, match="resumed with the very settings it was started with"):
+        with pytest.raises(NolaVisionError, match="resume with the settings that it was started with"):
             runner.run(other, tmp_path, ckpt_path=str(saved))
         assert (folder / "metrics.csv").read_text() == "an old log"  # refused before anything is touched
         assert runner.run(other, tmp_path, ckpt_path=str(saved), keep_going=True).status == "failed"
     saved.write_bytes(b"damaged")
     with pytest.raises(NolaVisionError, match="damaged or not a checkpoint"):
-        runner.evaluate(config("linear"), tmp_path, "test", None)
+        checkpoints.evaluate(config("linear"), tmp_path, "test", None)
     torch.save([1], saved)
     with pytest.raises(NolaVisionError, match="last.ckpt is not a Lightning checkpoint"):
-        runner.evaluate(config("linear"), tmp_path, "test", None)
+        checkpoints.evaluate(config("linear"), tmp_path, "test", None)
     with pytest.raises(NolaVisionError, match="1nn trains nothing"):
         runner.run(config("1nn"), tmp_path, ckpt_path=str(saved))
     assert runner.run(config("1nn"), tmp_path, ckpt_path="last").status == "completed"
@@ -267,7 +268,7 @@ def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
     built = build(config("linear"), tmp_path)
     with torch.no_grad():
-        built.model.model.stack.head_bias.fill_(torch.nan)
+        built.model.model.bank.head_bias.fill_(torch.nan)
     built.trainer.validate(built.model, datamodule=built.datamodule, verbose=False)
     assert math.isnan(built.trainer.callback_metrics["val_loss"])
 
@@ -278,8 +279,8 @@ def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path, caplog: pytest
     assert "weights_only" not in caplog.text  # Lightning would log a line for each epoch
     folder = run_id.run_folder(tmp_path, uneven, "final")
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    trained = load_adapter(folder / runner.ADAPTER_FILE)
-    assert torch.equal(checkpoint["model.stack.head_weight"], trained.stack.head_weight)
+    trained = load_adapter(folder / store.ADAPTER_FILE)
+    assert torch.equal(checkpoint["model.bank.head_weight"], trained.bank.head_weight)
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +366,7 @@ def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
     with pytest.raises(NolaVisionError, match=r"after step \d adapter\.\S+ of blocks\.0\.\S+ is not finite"):
         runner.run(blown, tmp_path)
     folder = run_id.run_folder(tmp_path, blown, "final")
-    assert store.read_row(folder / "row.json").status == "failed" and not (folder / runner.ADAPTER_FILE).exists()
+    assert store.read_row(folder / "row.json").status == "failed" and not (folder / store.ADAPTER_FILE).exists()
 
 
 def test_a_damaged_row_is_replaced_and_hides_no_error(

@@ -160,7 +160,7 @@ def test_a_folder_data_set_needs_a_name(root: str) -> None:
         ("trainer.callbacks", [{"class_path": "lightning.pytorch.callbacks.RichProgressBar"}]),
         ("trainer.callbacks", {"class_path": "TQDMProgressBar"}),
         ("trainer.gradient_clip_val", 1),
-        ("model.method.class_path", "nola_vision.adapters.methods.registry.NOLA"),
+        ("model.method.class_path", "nola_vision.adapters.methods.nola.NOLA"),
         ("model.method.init_args.targets", ("qkv", "mlp")),
     ],
 )

@@ -7,8 +7,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.data.datasets.shipped_list import class_of, read_list
 from nola_vision.data.sampling import candidates, classes_without_pool, draw, evenly_spaced, validation_pool
-from nola_vision.data.splits import class_of, read_list
 
 DIGITS = load_digits().target[:898]
 

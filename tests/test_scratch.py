@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from nola_vision import NOLA, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.methods.registry import Method, from_dict
+from nola_vision.adapters.methods import Method
+from nola_vision.adapters.methods.registry import from_dict
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.adapted_model import AdaptedModel, set_temperature
-from nola_vision.models.backbones import create_backbone
+from nola_vision.models.adapted_model import AdaptedModel
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.loading import set_temperature
 from nola_vision.runs import run_id
 from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import parse
@@ -22,10 +24,10 @@ R20 = BackboneSpec("resnet20_cifar.untrained", base="random")
 
 
 def counts(model: AdaptedModel) -> tuple[int, int, int]:
-    """Trained numbers of the stack, of the backbone (batch norms), and batch-norm statistics."""
-    stack = sum(p.numel() for p in model.stack.parameters())
+    """Trained numbers of the bank, of the backbone (batch norms), and batch-norm statistics."""
+    bank = sum(p.numel() for p in model.bank.parameters())
     norms = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
-    return stack, norms, sum(t.numel() for n, t in model.trained_tensors().items() if "running_" in n)
+    return bank, norms, sum(t.numel() for n, t in model.trained_tensors().items() if "running_" in n)
 
 
 def entry(config: str, name: str) -> tuple[BackboneSpec, Method]:
@@ -34,7 +36,7 @@ def entry(config: str, name: str) -> tuple[BackboneSpec, Method]:
 
 
 @pytest.mark.parametrize(
-    ("config", "name", "classes", "stack", "norms", "total"),
+    ("config", "name", "classes", "bank", "norms", "total"),
     [  # PAPER.md, 'Parameter counts that must come out exactly', and Tables 8 and 9
         ("resnet20_cifar10_scratch.yaml", "nola", TEN, 11_500, 1_376, 12_876),
         ("resnet20_cifar10_scratch.yaml", "pranc", TEN, 10_000, 1_376, 12_752),
@@ -42,10 +44,10 @@ def entry(config: str, name: str) -> tuple[BackboneSpec, Method]:
         ("resnet18_imagenet100_scratch.yaml", "pranc", HUNDRED, 100_000, 9_600, 119_200),
     ],
 )
-def test_counts_of_the_paper(config: str, name: str, classes: list[str], stack: int, norms: int, total: int) -> None:
+def test_counts_of_the_paper(config: str, name: str, classes: list[str], bank: int, norms: int, total: int) -> None:
     found = counts(adapt(*entry(config, name), classes))
-    assert found == (stack, norms, norms)
-    assert total == stack + norms + (norms if name == "pranc" else 0)  # the paper counts PRANC's statistics too
+    assert found == (bank, norms, norms)
+    assert total == bank + norms + (norms if name == "pranc" else 0)  # the paper counts PRANC's statistics too
 
 
 def test_counts_of_dense_hashed_and_lora_networks() -> None:
@@ -55,10 +57,10 @@ def test_counts_of_dense_hashed_and_lora_networks() -> None:
     ):
         model = adapt(*entry(config, name), classes)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == total
-    stack, norms, statistics = counts(adapt(*entry("resnet18_imagenet100_scratch.yaml", "hashednet"), HUNDRED))
-    assert 129_200 - 21 <= stack + norms + statistics <= 129_200  # a fraction of a bucket is lost in each weight
-    stack, norms, _ = counts(adapt(*entry("resnet20_cifar10_scratch.yaml", "lora"), TEN))
-    assert abs(stack + norms - 13_295) < 50
+    bank, norms, statistics = counts(adapt(*entry("resnet18_imagenet100_scratch.yaml", "hashednet"), HUNDRED))
+    assert 129_200 - 21 <= bank + norms + statistics <= 129_200  # a fraction of a bucket is lost in each weight
+    bank, norms, _ = counts(adapt(*entry("resnet20_cifar10_scratch.yaml", "lora"), TEN))
+    assert abs(bank + norms - 13_295) < 50
 
 
 @pytest.mark.parametrize("config", ["resnet20_cifar10_scratch.yaml", "resnet18_imagenet100_scratch.yaml",
@@ -84,11 +86,11 @@ METHODS = [
 def test_a_network_from_nothing_starts_with_hes_variance_and_learns(method: Method, base: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = adapt(BackboneSpec("mlp_784_256.untrained", base=base), method, TEN)
-    change = model.stack.changes()["fc1.weight"]
+    change = model.bank.changes()["fc1.weight"]
     assert float(change.var()) == pytest.approx(2 / 784, rel=0.25)
     assert model.backbone.fc1.weight.any() == (base == "random")
     images, labels = torch.randn(40, 3, 28, 28), torch.arange(40) % 10
-    optimizer = torch.optim.Adam(model.stack.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(model.bank.parameters(), lr=0.02)
     losses = []
     for _ in range(30):
         loss = nn.functional.cross_entropy(model(images), labels)
@@ -147,7 +149,7 @@ def test_random_weights_whose_features_explode_or_vanish_are_refused() -> None:
 
 
 def test_a_target_that_does_nothing_is_refused_on_random_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nola_vision.models.adapted_model.open_branches", lambda backbone: None)
+    monkeypatch.setattr("nola_vision.models.assembly.open_branches", lambda backbone: None)
     with pytest.raises(NolaVisionError, match="does not reach the features"):
         adapt(BackboneSpec("resnet10t.c3_in1k", base="random", img_size=64), LoRA(targets=["conv"], rank=1), ["a", "b"])
 
@@ -168,7 +170,7 @@ def test_batch_norms_are_trained_stored_and_restored(tmp_path: Path) -> None:
 
 
 def test_what_would_never_move_is_refused() -> None:
-    with pytest.raises(NolaVisionError, match=r"does not take images of 32 pixels \(img_size\): use 28"):
+    with pytest.raises(NolaVisionError, match=r"does not accept images of 32 pixels \(img_size\): use 28"):
         adapt(BackboneSpec("mlp_784_256.untrained", base="random", img_size=32), LoRA(targets=["all"]), TEN)
     zero = BackboneSpec("resnet20_cifar.untrained", base="zero")
     with pytest.raises(NolaVisionError, match="never move"):
@@ -186,7 +188,7 @@ def test_a_basis_that_no_memory_holds_is_refused() -> None:
 def test_budgets(tmp_path: Path) -> None:
     glyphs = BackboneSpec("vit_glyph_patch4_32.glyphs")
     model = adapt(glyphs, NOLA(targets=["mlp", "head"], max_parameters=1000), TEN)
-    assert sum(p.numel() for p in model.stack.adapter_parameters()) == 24 * (1000 // 24)
+    assert sum(p.numel() for p in model.bank.adapter_parameters()) == 24 * (1000 // 24)
     with pytest.raises(NolaVisionError, match="its targets need 24"):
         adapt(glyphs, NOLA(max_parameters=23), TEN)
     with pytest.raises(NolaVisionError, match="its targets need 12"):
@@ -195,7 +197,7 @@ def test_budgets(tmp_path: Path) -> None:
         model = adapt(glyphs, NOLA(targets=["mlp"], max_bytes=limit, bits=bits), TEN)
         size = model.save(tmp_path / "a.safetensors")
         assert limit - 24 * bits / 8 - 120 <= size <= limit
-        assert load_adapter(tmp_path / "a.safetensors").card.method.max_bytes is None
+        assert load_adapter(tmp_path / "a.safetensors").metadata.method.max_bytes is None
         set_temperature(tmp_path / "a.safetensors", 0.000123456, "validation", 10**6)  # the longest there is
         assert size < (tmp_path / "a.safetensors").stat().st_size <= limit
     with pytest.raises(NolaVisionError, match=r"one coefficient a factor and target takes \d+"):

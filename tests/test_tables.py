@@ -24,19 +24,19 @@ from rich.console import Console, RenderableType
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.text import csv_cell
-from nola_vision.reports.cell import Cell, cell_of, report_of, measured_cells
+from nola_vision.reports.cell import Cell, cell_of, measured_cells, report_of
 from nola_vision.reports.description import cell_facts, how_measured
 from nola_vision.reports.entries import summarise
 from nola_vision.reports.frames import frame, text_frame
 from nola_vision.reports.html.page import html_page
 from nola_vision.reports.markup import latex_table, markdown_table
 from nola_vision.reports.plots import cell_plots
-from nola_vision.reports.statistics import count_once, mean_std, on_the_same_images, paired_difference, variance_parts
+from nola_vision.reports.statistics import mean_std, on_the_same_images, paired_difference, variance_parts
 from nola_vision.reports.terminal import cell_report, cell_table, row_panel
 from nola_vision.runs import run_id, store
 from nola_vision.runs.config_files import load_config
 from nola_vision.runs.published import published_figures
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 
 CELL = "tag-digits-5shot-quickstart"
 
@@ -180,7 +180,8 @@ def test_latex_is_escaped_and_balanced() -> None:
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (apt-get install texlive-latex-base)")
 def test_latex_compiles(tmp_path: Path) -> None:
     body = latex_table(cell_of([*ROWS, *grid("a_b & 50% {é} ~^#$", [[70, 72], [80, 82]])], CELL))
-    (tmp_path / "t.tex").write_text(rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{body}\end{{document}}")
+    head = r"\documentclass{article}\usepackage{booktabs}"
+    (tmp_path / "t.tex").write_text(rf"{head}\begin{{document}}{body}\end{{document}}")
     ended = subprocess.run(
         ["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
@@ -310,8 +311,8 @@ def test_runs_on_other_versions_of_the_images_are_left_out() -> None:
 def test_markdown_table() -> None:
     best, close = "**80.1**", "<u>80.0 (0.5)</u>"
     text = re.sub(" +", " ", markdown_table(cell_of(ROWS, CELL)))  # without the padding of columns
-    lines = text.split("\n\n### Differences")[0].splitlines()
-    assert [re.sub("-+", "-", line) if line.startswith("|:") else line for line in lines if "have no row" not in line] == [
+    lines = re.sub("-+(?=[:|])", "-", text).split("\n\n### Differences")[0].splitlines()
+    assert [line for line in lines if "have no row" not in line] == [
         "## digits: b",
         "",
         "### Results",

@@ -12,10 +12,12 @@ import timm
 import torch
 from torch import nn
 
-from nola_vision.adapters.methods.registry import LoRA
+from nola_vision.adapters.methods import LoRA
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones import BackboneSpec, create_backbone, probe_batch
-from nola_vision.models.building import make_stack
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.properties import probe_batch
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.models.building import make_bank
 from nola_vision.models.targets import TARGETS, find_targets, named_targets
 
 LINES = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
@@ -101,7 +103,7 @@ def test_each_target_at_work(tag: str, name: str, monkeypatch: pytest.MonkeyPatc
     images = torch.randn(probe.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain = backbone(images)
-    stack = make_stack(backbone, LoRA(targets=[name], rank=1), num_classes=3)
+    stack = make_bank(backbone, LoRA(targets=[name], rank=1), num_classes=3)
     stack.attach(backbone, probe)  # refuses a target without effect
     try:
         assert torch.equal(backbone(images), plain)
@@ -111,7 +113,7 @@ def test_each_target_at_work(tag: str, name: str, monkeypatch: pytest.MonkeyPatc
         results = []
         for path in ("merged", "additive"):
             if path == "additive":
-                monkeypatch.setattr("nola_vision.adapters.bank.merges_exactly", lambda *_: False)
+                monkeypatch.setattr("nola_vision.adapters.injection.merges_exactly", lambda *_: False)
             stack.zero_grad()
             features = backbone(images)
             features.square().sum().backward()
@@ -141,15 +143,15 @@ def test_a_raw_weight_is_refused_by_name_without_timms_switch(tag: str) -> None:
             module.qkv_bias_separate = False
     assert (backbone(images) - called).abs().max() < 1e-5 * called.abs().max()
     with pytest.raises(NolaVisionError, match=r"0\.attn\.qkv\.weight.* does not reach the features.*leave it out"):
-        make_stack(backbone, LoRA(targets=["qkv"], rank=1), 3).attach(backbone, images)
-    make_stack(backbone, LoRA(targets=["mlp"], rank=1), 3).attach(backbone, images)
+        make_bank(backbone, LoRA(targets=["qkv"], rank=1), 3).attach(backbone, images)
+    make_bank(backbone, LoRA(targets=["mlp"], rank=1), 3).attach(backbone, images)
 
 
 @pytest.mark.parametrize("tag", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 def test_routing_through_windows(tag: str) -> None:
     backbone = small(tag)
     images = probe_batch(backbone)[[0, 1, 1]]
-    stack = make_stack(backbone, LoRA(targets=["qkv", "mlp"], rank=1), 3, num_adapters=3)
+    stack = make_bank(backbone, LoRA(targets=["qkv", "mlp"], rank=1), 3, num_adapters=3)
     stack.attach(backbone)
     for parameter in stack.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
@@ -167,7 +169,7 @@ def test_routing_through_windows(tag: str) -> None:
 
 def test_routing_through_a_position_bias_is_refused() -> None:
     backbone = small("swinv2_tiny_window8_256")
-    stack = make_stack(backbone, LoRA(targets=["all"], rank=1), 3, num_adapters=2)
+    stack = make_bank(backbone, LoRA(targets=["all"], rank=1), 3, num_adapters=2)
     stack.attach(backbone)
     with pytest.raises(NolaVisionError, match="samples cannot be told apart"), stack.route(torch.tensor([0, 1])):
         stack(probe_batch(backbone))

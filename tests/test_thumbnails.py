@@ -17,8 +17,9 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.data import sources
 from nola_vision.data.datasets.hugging_face import HubSource
 from nola_vision.data.datasets.registry import DATASETS
-from nola_vision.data.sources import ArraySource, FileSource, decoded
+from nola_vision.data.sources import ArraySource, FileSource
 from nola_vision.evaluation.predictions import Predictions
+from nola_vision.images.decoding import decode_image
 from nola_vision.runs.thumbnails import (
     MOST_THUMBNAILS,
     SIDE,
@@ -94,10 +95,10 @@ def test_colours_of_a_profile_become_those_of_srgb(tmp_path: Path) -> None:
 
 def test_a_large_jpeg_is_decoded_at_a_part_of_its_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = jpeg_of((2000, 1100))
-    assert decoded(content).size == (2000, 1100) and decoded(content, SIDE).size == (250, 138)
-    exact = decoded(content).resize((250, 138), Image.Resampling.BOX)
-    assert np.abs(np.asarray(exact, dtype=int) - np.asarray(decoded(content, SIDE), dtype=int)).mean() < 2
-    assert decoded(jpeg_of((200, 100)), SIDE).size == (200, 100)  # never smaller than asked for
+    assert decode_image(content).size == (2000, 1100) and decode_image(content, SIDE).size == (250, 138)
+    exact = decode_image(content).resize((250, 138), Image.Resampling.BOX)
+    assert np.abs(np.asarray(exact, dtype=int) - np.asarray(decode_image(content, SIDE), dtype=int)).mean() < 2
+    assert decode_image(jpeg_of((200, 100)), SIDE).size == (200, 100)  # never smaller than asked for
     (tmp_path / "a.jpg").write_bytes(content)
     monkeypatch.setattr(sources, "to_rgb", lambda image: sizes.append(image.size) or image)
     sizes: list[tuple[int, int]] = []

@@ -18,10 +18,10 @@ import fuzz_adapters
 from fuzz_adapters import MLP, originals, outcome, written
 from fuzzing import cheap
 from nola_vision import NOLA, PEFT, BackboneSpec, LoRA, adapt, load_adapter
+from nola_vision.adapters.methods.peft import CONFIGS
 from nola_vision.adapters.serialization import METADATA_KEY
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models import peft_bridge
 from nola_vision.models.export import shorten
 
 GLYPHS, TINY = "v1-nola.safetensors", "nola"
@@ -86,16 +86,16 @@ def test_a_basis_too_large_for_memory_is_streamed(tmp_path: Path, monkeypatch: p
         model.save(path)
         assert basis(load_adapter(path)) == "cached"
         with monkeypatch.context() as patch:
-            patch.setattr("nola_vision.models.building._MOST_CACHED_ON_LOAD", 1000)
+            patch.setattr("nola_vision.adapters.methods.base.MOST_CACHED_ON_LOAD", 1000)
             loaded = load_adapter(path)
-        assert basis(loaded) == "streamed" and loaded.card == model.card
+        assert basis(loaded) == "streamed" and loaded.metadata == model.metadata
         loaded.save(tmp_path / "b.safetensors")
         assert path.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def basis(model: Any) -> str:
-    group = next(iter(model.stack.groups.values()))
-    return getattr(group, "basis_a", None).storage if hasattr(group, "basis_a") else group.bases[0].storage
+    fixed = next(iter(model.bank.fixed.values()))
+    return next(iter(fixed.values())).storage
 
 
 def test_headers_that_mean_nothing_are_refused(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_headers_that_mean_nothing_are_refused(tmp_path: Path) -> None:
         ({"input__crop_mode": "x"}, "states crop_mode"),
         ({"run_seed": -1}, "run_seed is -1: it must be a whole number from 0"),
         ({"basis_seed": 10**40}, "basis_seed is 1000"),
-        ({"basis_seed": 2.0}, "basis_seed of Card is 2.0: it must be a whole number"),
+        ({"basis_seed": 2.0}, "basis_seed of AdapterMetadata is 2.0: it must be a whole number"),
         ({"class_names": ["a", "b", "c", "d", "\udce4"]}, "damaged"),
         ({"class_names": ["a", "b", "c", "d", deep]}, "class_names has"),
         ({"settings__targets": deep}, "targets of NOLA is"),
@@ -209,7 +209,7 @@ def test_numbers_that_no_training_gives_are_refused(tmp_path: Path) -> None:
     assert "holds" in ending("linear", tmp_path, {"head.weight.scales": torch.full_like(scales, 1e38)})
     model = adapt(MLP, LoRA(targets=["all"]), ["a", "b"])
     with torch.no_grad():
-        model.stack.head_bias.fill_(1e10)
+        model.bank.head_bias.fill_(1e10)
     with pytest.raises(NolaVisionError, match=r"head.bias holds 1e\+10"):  # what is written can be read
         model.save(tmp_path / "big.safetensors")
 
@@ -217,7 +217,7 @@ def test_numbers_that_no_training_gives_are_refused(tmp_path: Path) -> None:
 def test_logits_that_are_not_finite_are_an_error_and_not_a_class(tmp_path: Path) -> None:
     model = adapt(MLP, LoRA(targets=["all"]), ["a", "b"])
     with torch.no_grad():
-        model.stack.head_bias.fill_(float("inf"))
+        model.bank.head_bias.fill_(float("inf"))
     with pytest.raises(NolaVisionError, match="logits are not finite"):
         model.predict([fuzz_adapters.image(tmp_path)])
 
@@ -321,11 +321,11 @@ PEFT_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("config", peft_bridge.CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_each_allowed_config_of_peft_comes_back_from_a_file(config: str, tmp_path: Path) -> None:
     method = PEFT(config=config, settings={"target_modules": "f.1", **PEFT_SETTINGS[config]})
     model = adapt(MLP, method, ["a", "b"])
-    assert model.card.method.settings["target_modules"] == ["fc1"]  # a pattern becomes what it matched
+    assert model.metadata.method.settings["target_modules"] == ["fc1"]  # a pattern becomes what it matched
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nola_vision.common.mappings import overlay
 from nola_vision.runs import run_id, store
-from nola_vision.runs.config_files import overlay
 from nola_vision.runs.parsing import parse
 from nola_vision.runs.record import Row
 

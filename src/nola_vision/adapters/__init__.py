@@ -1,1 +1,1 @@
-"""NOLA, LoRA, PRANC, HashedNet and the stack that holds them beside a backbone. torch only: no Lightning, no timm."""
+"""The engine: methods, and a bank of trained parameters next to a backbone. torch only: no Lightning, no timm."""

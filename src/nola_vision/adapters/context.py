@@ -1,6 +1,6 @@
 """What one forward pass computes with, and how a layer finds the pass that it is part of.
 
-Several threads may use one stack at a time, and passes nest, so nothing of a pass is an attribute of the stack:
+Several threads may use one bank at a time, and passes nest, so nothing of a pass is an attribute of the bank:
 
 - Settings (the adapter of each sample, the share of the coefficients, the stored bits) belong to the thread or task
   that set them: a `ContextVar`.
@@ -54,6 +54,11 @@ class Settings:
     prefix: float = 1.0
     bits: Mapping[str, int] = field(default_factory=dict)
 
+    def check_batch(self, batch: Tensor) -> None:
+        """Refuses a batch of another length than the route's index."""
+        if self.route is not None and len(batch) != (samples := len(self.route.place)):
+            raise NolaVisionError(f"the index names adapters for {samples} samples, but the batch has {len(batch)}")
+
 
 class _Threads(threading.local):
     """An object for each thread: the system gives the number of a thread that has ended to another."""
@@ -82,7 +87,7 @@ class Pass:
     thread: object = field(default_factory=lambda: _threads.token)
 
 
-# pairs of an owner (a stack) and what it set, innermost first: a model may contain another
+# pairs of an owner (a bank) and what it set, innermost first: a model may contain another
 _settings: ContextVar[tuple[tuple[object, Settings], ...]] = ContextVar("settings", default=())
 _running: ContextVar[tuple[tuple[object, Pass], ...]] = ContextVar("running", default=())
 # by (backward call, owner); the graph of a pass keeps it alive

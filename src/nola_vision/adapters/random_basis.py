@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nola_vision.adapters.methods.settings import Storage
+from nola_vision.adapters.methods.base import Storage
 from nola_vision.common.hashing import sha256_integer
 
 BASIS_VERSION = 1  # part of every key: a new adapter format does not change it
@@ -199,10 +199,11 @@ class Basis:
         """Entries of one matrix."""
         return self.rank * self.length
 
-    def to(self, device: torch.device | str) -> None:
-        """Moves it; a basis is the same on every device."""
+    def to(self, device: torch.device | str) -> Basis:
+        """Moves it, in place; a basis is the same on every device."""
         self.device = device
         self._kept = None if self._kept is None else self._kept.to(device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}  # a pickled basis is recomputed from its keys

@@ -18,7 +18,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nola_vision.adapters.methods.settings import FLOAT_BITS
+from nola_vision.adapters.methods.base import FLOAT_BITS
 from nola_vision.adapters.quantization import GROUP, dequantise, pack, quantise, rows_of, unpack
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_adapter_file, write_file

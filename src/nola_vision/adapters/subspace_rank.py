@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
-from nola_vision.adapters.methods.nola import NolaGroup
-from nola_vision.adapters.methods.pranc import PrancGroup
+from nola_vision.adapters.methods.base import Method, Source
+from nola_vision.adapters.methods.nola import NOLA
+from nola_vision.adapters.methods.pranc import PRANC
 from nola_vision.adapters.target import Target, dense
 
 
@@ -28,14 +29,12 @@ def coverage(
         seed: draws the coefficients of the samples, d*d + d of them, normal.
     """
     target = Target("weight", (), "linear", (side, side))
-    draws = torch.Generator().manual_seed(seed)
-    samples = side * side + side
-    group: NolaGroup | PrancGroup
+    source = Source(side * side + side, basis_seed, "random", torch.Generator().manual_seed(seed))
+    settings: Method = PRANC(num_basis=parameters)
     if method == "nola":
-        k = parameters // 2
-        group = NolaGroup([target], samples, rank, (k, k), 1.0, basis_seed, "shared", "random", draws)
-    else:
-        group = PrancGroup([target], samples, parameters, 1.0, basis_seed, draws, from_scratch=True)
-    trained = {name: p.detach().double() for name, p in group.named_parameters()}
-    sampled = dense(target, group.changes(trained, [target])[target.name]).flatten(1)
+        settings = NOLA(rank=rank, num_basis=parameters // 2, c=1.0, start="random")
+    (group,) = settings.groups([target])
+    trained = {name: values.double() for name, values in settings.initial(group, source).items()}
+    change = settings.changes(group, trained, settings.fixed(group, source), [target])[target.name]
+    sampled = dense(target, change).flatten(1)
     return int(torch.linalg.matrix_rank(sampled - sampled.mean(0))) / side**2

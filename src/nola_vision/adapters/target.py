@@ -1,13 +1,17 @@
-"""A target: one weight of the backbone (or some of its output rows), seen as a matrix; and a change of it."""
+"""A target: one weight of the backbone (or some of its output rows), seen as a matrix; and a change of it.
+
+It computes with tensors without importing torch, so that methods can be checked before torch is loaded.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEAD = "head"  # the name of the classifier as a target
 
@@ -99,20 +103,6 @@ Change = LowRank | Dense
 def dense(target: Target, change: Change) -> Tensor:
     """A change in the weight's layout."""
     return target.product(*change) if isinstance(change, LowRank) else change.value
-
-
-class Group(Protocol):
-    """What a method states: how the trainable parameters of some targets, those of an `nn.Module`, become changes.
-
-    Every parameter is `[n, ...]`. `trained` maps their names to the values of some of the n adapters, as they are or as
-    they would be read back from a file (quantised, cut to a prefix).
-    """
-
-    targets: tuple[Target, ...]
-
-    def changes(self, trained: Mapping[str, Tensor], wanted: Container[Target]) -> dict[str, Change]:
-        """The change of each of the group's targets that is wanted, by its name; the adapters come first."""
-        ...
 
 
 def low_rank_changes(

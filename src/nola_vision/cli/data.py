@@ -1,4 +1,4 @@
-"""`nola-vision data check|manifest`: what is there of a data set, and the images of a draw as a file."""
+"""`nola-vision data check|manifest`: checks a data set, or writes the images of a k-shot draw to a file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from nola_vision.common.progress import PlainCount, is_live, say_aside
 from nola_vision.common.text import printable
 
 if TYPE_CHECKING:
-    from nola_vision.data.datasets.registry import DatasetEntry
+    from nola_vision.data.datasets.base import DatasetEntry
     from nola_vision.data.sources import ImageSource
 
-SHOWN = 10  # lines of each kind of trouble
+SHOWN = 10  # lines of each kind of problem
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         action="store_true",
         help="check: fetch what is missing, where that is possible",
     )
-    options.add_argument("--shots", type=whole_number, help="manifest: images a class (default: 5)")
+    options.add_argument("--shots", type=whole_number, help="manifest: images per class (default: 5)")
     options.add_argument("--split", type=whole_number, help="manifest: which draw, data.split_seed (default: 0)")
     options.add_argument("--out", metavar="FILE", help="manifest: the file to write")
     known = options.parse_args(arguments)
@@ -62,9 +62,10 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
 def _check(name: str, root: str | None, download: bool) -> int:
     from nola_vision.data.check import SplitReport, check_split
-    from nola_vision.data.datasets.registry import get_dataset, kinds_of_files, open_split
+    from nola_vision.data.datasets.base import Split
+    from nola_vision.data.datasets.image_folders import suffix_counts
+    from nola_vision.data.datasets.registry import get_dataset, open_split
     from nola_vision.data.duplicates import in_both, repeated, under_two_labels
-    from nola_vision.data.splits import Split
 
     entry, console = get_dataset(name), Console(highlight=False)
     _print(console, f"{name}: {entry.expects}")
@@ -97,7 +98,7 @@ def _check(name: str, root: str | None, download: bool) -> int:
         contradictory |= bool(pairs := under_two_labels(report.source, report.digests))
         _listed(console, f"twice in {split} and the labels differ", pairs)
         if others := report.other_files:
-            _print(console, f"  files that are not read in {split}: {others.total()} ({kinds_of_files(others)})")
+            _print(console, f"  files that are not read in {split}: {others.total()} ({suffix_counts(others)})")
     for split, reason in missing.items():
         _print(console, f"{split}: {reason}")
     for note in entry.notes(root):
@@ -118,7 +119,7 @@ def _check(name: str, root: str | None, download: bool) -> int:
 
 
 def _called(entry: DatasetEntry, root: str | None, split: str) -> str:
-    """A split for a heading, with what else should be known of it."""
+    """The name of a split in a heading."""
     if split == "train" and "test" not in entry.splits(root):
         return "all images"
     return "test (named validation)" if split == "test" and entry.test_name(root) == "validation" else split
@@ -148,7 +149,7 @@ def _listed(console: Console, what: str, lines: Sequence[str]) -> None:
 
 
 def _print(console: Console, line: str, wrap: bool = False) -> None:
-    """Prints one line, whose names may hold anything."""
+    """Prints one line; names in it may contain any character."""
     console.print(printable(line), markup=False, soft_wrap=not wrap)
 
 

@@ -1,11 +1,11 @@
-"""`nola-vision export`: an adapter file made shorter, or merged into a plain timm model."""
+"""`nola-vision export`: a shorter adapter file, or a plain timm model with the adapter merged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from nola_vision.adapters.methods.settings import check_bits
+from nola_vision.adapters.methods.base import check_bits
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_adapter_file, need_folder_of, weights_in
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
     say_start(verb)
     from nola_vision.models import export
-    from nola_vision.models.adapted_model import load_adapter
+    from nola_vision.models.loading import load_adapter
 
     if known.merged is not None:
         model = load_adapter(known.adapter, known.weights)

@@ -1,4 +1,4 @@
-"""`nola-vision init PHOTOS`: the config of `fit PHOTOS` as a commented YAML file."""
+"""`nola-vision init PHOTOS`: writes the config of `fit PHOTOS` as a commented YAML file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nola_vision.runs import photos
 
 def main(arguments: Sequence[str], verb: str) -> int:
     options = Options(verb)
-    options.description = "Writes the config of `nola-vision fit PHOTOS` to a YAML file with comments, to change it."
+    options.description = "Writes the config of `nola-vision fit PHOTOS` to a commented YAML file, to edit."
     options.add_argument("photos", metavar="PHOTOS", help=photos.PHOTOS)
     options.add_argument("--out", metavar="FILE", help="the file to write (default: <name of PHOTOS>.yaml)")
     add_photo_options(options)

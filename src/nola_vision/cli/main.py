@@ -1,4 +1,4 @@
-"""`nola-vision VERB ...`: finds the verb and reports an error in one line; torch waits until a verb needs it."""
+"""`nola-vision VERB ...`: runs a verb and reports its error in one line; only the verb that needs torch imports it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nola_vision.common.suggestions import did_you_mean
 
 VERBS = {
     "fit": "adapt to the images in PHOTOS, or train one run of a config; test it and print the table so far",
-    "init": "write the config of a folder of photos, to go on from",
+    "init": "write the config for a folder of photos, to edit",
     "validate": "a checkpoint's accuracy on the validation pool",
     "test": "a checkpoint's accuracy on the test set",
     "sweep": "every split x init x method of a config, with the learning rates chosen on validation images",
@@ -28,7 +28,7 @@ VERBS = {
     "export": "a shorter adapter file, or a plain timm checkpoint",
     "predict": "use an adapter: images in, labels out",
     "data": "check a data set on disk, or write the images of a draw to a file",
-    "configs": "the configs that ship, and every cell of the paper's tables: list, show, copy",
+    "configs": "the shipped configs, and every cell of the paper's tables: list, show, copy",
 }
 _USAGE = "\n".join(
     [
@@ -49,12 +49,12 @@ _USAGE = "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status.
 
-    0: success. 1: a run of a sweep failed, or an error that the program did not expect. 2: a user error. 130: Ctrl-C.
+    0: success. 1: a run of a sweep failed, or an unexpected error. 2: a user error. 130: Ctrl-C.
     """
     let_idle_threads_sleep()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # a file name may have bytes that the terminal's encoding lacks; a pipe gets each line when it is printed
+            # file names may have characters that the terminal cannot encode; a pipe gets each line at once
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         hint = {
-            "fit": ": the same command goes on with what is not completed; --ckpt_path last resumes its training",
+            "fit": ": the same command continues with what is not completed; --ckpt_path last resumes its training",
             "sweep": ": the same command resumes",
         }
         print(f"nola-vision: interrupted{hint.get(verb, '')}", file=sys.stderr)
@@ -89,18 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nola-vision: {one_line(' '.join(message.split()))}", file=sys.stderr)
         return status
     finally:
-        if arguments is None:  # the process ends: everything is written, and Python's own exit takes a while
+        if arguments is None:  # all output is written, and Python's exit takes a while
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _drop_output() -> None:
-    """What is still to be printed goes nowhere: Python would try again when it ends."""
+    """Discards buffered output, which Python would try to write again at exit."""
     with suppress(OSError, ValueError):  # not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _without_debug(words: Sequence[str]) -> tuple[list[str], bool]:
-    """The words of a command line without `--debug`, which may stand anywhere before `--`, and whether to debug."""
+    """The words of a command line without `--debug`, which may be anywhere before `--`, and whether to debug."""
     end = words.index("--") if "--" in words else len(words)
     kept = [word for word in words[:end] if word != "--debug"]
     asked = len(kept) < end or os.environ.get("NOLA_VISION_DEBUG", "0") not in ("", "0")
@@ -113,11 +113,11 @@ def _report(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
         found = " and ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
-        return 2, f"{found} do not belong together: install both again from one index"
+        return 2, f"{found} are incompatible: reinstall both from one index"
     if isinstance(error, OSError) and error.filename:
         return 2, f"{error.strerror or error} ({os.fsdecode(error.filename)})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return 2, f"{error.strerror}: make room"
+        return 2, f"{error.strerror}: free disk space"
     package = Path(__file__).parents[1]
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if Path(f.filename).is_relative_to(package)), frames[-1])

@@ -1,24 +1,27 @@
-"""A verb's own command-line options, beside those that go on to Lightning's parser."""
+"""Command-line options of the verbs, in addition to those that Lightning's parser handles."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.suggestions import did_you_mean
+from nola_vision.runs import run_id
 
 _MOST_DIGITS = 4300  # that Python reads
+_MOST_NUMBERS = 10_000  # in a range: more are a typo
 CONFIG_DIR = "folder of your own configs and parts (default: $NOLA_VISION_CONFIGS, if that is set)"
 LIGHTNINGS_OWN = ("--protocol", "--method", "--threads", "--seed_everything", "--print_config", "--help")
 
 
 def refuse_strays(rest: Sequence[str], options: argparse.ArgumentParser) -> None:
-    """Catches what can only be a slip among the words that go on to Lightning's parser.
+    """Catches typos among the words that Lightning's parser will handle.
 
     Raises:
-        NolaVisionError: a config given without `--config`, or an option that is nearly one of the verb's own.
+        NolaVisionError: a config given without `--config`, or a misspelt option of the verb.
     """
     own = [name for action in options._actions for name in action.option_strings]
     for option in (word.partition("=")[0] for word in rest if word.startswith("--") and "." not in word):
@@ -29,7 +32,7 @@ def refuse_strays(rest: Sequence[str], options: argparse.ArgumentParser) -> None
 
 
 class Options(argparse.ArgumentParser):
-    """A verb's own options, whose mistakes are one sentence like any other."""
+    """The options of a verb; its errors are a NolaVisionError."""
 
     def __init__(self, verb: str, **settings: Any) -> None:
         super().__init__(f"nola-vision {verb}", allow_abbrev=False, **settings)
@@ -39,30 +42,73 @@ class Options(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """The type of an option that takes a whole number from 0 up."""
+    """The type of an option that takes a whole number, 0 or more."""
     if not text.isdecimal() or len(text) > _MOST_DIGITS:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0 up")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 0 or more")
     return int(text)
 
 
+def parse_range(text: str) -> list[int]:
+    """Parses `0-3`, `0,2,5`, `7` or a mix of them as a list of distinct numbers.
+
+    Raises:
+        NolaVisionError: anything else.
+    """
+    numbers: dict[int, None] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise NolaVisionError(f"{text!r} is not a range of numbers: write it like 0-3, 0,2,5 or 7")
+        if last - first >= _MOST_NUMBERS:
+            raise NolaVisionError(f"{text!r} is more than {_MOST_NUMBERS:,} numbers: give a shorter range")
+        numbers |= dict.fromkeys(range(first, last + 1))
+    return list(numbers)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parses `2/5` as the second of five shards.
+
+    Raises:
+        NolaVisionError: anything else.
+    """
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    number, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise NolaVisionError(f"{text!r} is not a shard: write it like 2/5, from 1/5 to 5/5")
+    return number, count
+
+
+def parse_methods(text: str, config: Mapping[str, Any]) -> list[str]:
+    """Parses `all`, or names separated by commas, as distinct names of the config's entries.
+
+    Raises:
+        NolaVisionError: the config has no entry of such a name.
+    """
+    names = list(run_id.need(config, "methods")) if text.strip() == "all" else [n.strip() for n in text.split(",")]
+    for name in names:
+        run_id.entry(config, name)
+    return list(dict.fromkeys(names))
+
+
 def config_options(verb: str, help: bool = False) -> Options:
-    """A parser of the options that every verb with a config shares; other options are Lightning's."""
+    """A parser for the options of all verbs with a config; Lightning's parser handles the others."""
     parser = Options(verb, add_help=help)
     shipped = "a config, shipped or local"
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help=shipped)
     parser.add_argument("--config-dir", metavar="DIR", help=CONFIG_DIR)
     parser.add_argument("--out", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
-    allowed = "a package whose classes the config may name, such as a callback of your own; may be repeated"
+    allowed = "a package whose classes the config may name, such as a custom callback; may be repeated"
     parser.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE", help=allowed)
     return parser
 
 
 def shots_number(text: str) -> int | str:
-    """The type of `--shots`: a whole number from 0 up, or `all`."""
+    """The type of `--shots`: a whole number, or `all`."""
     return text if text == "all" else whole_number(text)
 
 
-PHOTO_OPTIONS = {  # of `fit PHOTOS` and `init PHOTOS`, and the setting of a config that each is about
+PHOTO_OPTIONS = {  # of `fit PHOTOS` and `init PHOTOS`, and the config setting that each sets
     "backbone": "--model.backbone.tag",
     "shots": "--data.shots",
     "epochs": "--trainer.max_epochs",
@@ -72,7 +118,7 @@ PHOTO_OPTIONS = {  # of `fit PHOTOS` and `init PHOTOS`, and the setting of a con
 
 
 def add_photo_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `photos.config`, the method included."""
+    """The options for `photos.config`, with the method."""
     add = parser.add_argument_group("options for PHOTOS").add_argument
     add("--backbone", metavar="TAG", help="a timm tag, or quickstart: the small one that ships, weak on photos")
     add("--weights", metavar="FILE", help="local file with the backbone's weights: nothing is downloaded")
@@ -83,19 +129,19 @@ def add_photo_options(parser: argparse.ArgumentParser) -> None:
 
 
 def photo_settings(known: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `photos.config` besides the place."""
+    """The arguments of `photos.config`, without PHOTOS itself."""
     return {name: getattr(known, name) for name in (*PHOTO_OPTIONS, "method")}
 
 
 def refuse_without_photos(known: argparse.Namespace) -> None:
-    """Raises NolaVisionError for an option of PHOTOS where a config is given instead."""
+    """Raises NolaVisionError for an option of PHOTOS if a config is given instead."""
     for name, setting in PHOTO_OPTIONS.items():
         if getattr(known, name) is not None:
             raise NolaVisionError(f"--{name} goes with PHOTOS; with a config, give {setting} {getattr(known, name)}")
 
 
 def take_photos(rest: Sequence[str]) -> tuple[str | None, list[str]]:
-    """PHOTOS among the words that the verb's own options leave, and the others, which go on to Lightning's parser.
+    """PHOTOS among the words that are not options of the verb, and the other words, which Lightning's parser takes.
 
     An option of Lightning's parser takes one value, as `--key value` or `--key=value`; argparse alone would mistake the
     value for PHOTOS.
@@ -112,5 +158,5 @@ def take_photos(rest: Sequence[str]) -> tuple[str | None, list[str]]:
         elif photos is None:
             photos = word
         else:
-            raise NolaVisionError(f"'{photos}' and '{word}' are two places: give one folder, CSV or text list")
+            raise NolaVisionError(f"'{photos}' and '{word}' are two sets of images: give one folder, CSV or text list")
     return photos, others

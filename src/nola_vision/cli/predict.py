@@ -81,8 +81,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     say_start(verb)
     import torch
 
-    from nola_vision.models.adapted_model import load_adapter
-    from nola_vision.models.prediction import batches, probabilities, ranked
+    from nola_vision.images.transforms import eval_transform
+    from nola_vision.models.loading import load_adapter
+    from nola_vision.models.prediction import batches, probabilities, top_classes
 
     model = load_adapter(known.adapter, known.weights)
     try:
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         raise NolaVisionError(
             f"the device {known.device} cannot be used here ({reason}): leave --device out"
         ) from error
-    names = model.card.class_names
+    names, transform = model.metadata.class_names, eval_transform(model.metadata.input)
     if known.min_probability is not None and model.calibrated_on is None:
         say_aside("the adapter's probabilities are not calibrated (docs/using.md)")
 
@@ -108,9 +109,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     unreadable: list[NolaVisionError] = []
     count = 0
     progress = PlainCount("predicting", "images", say=say_aside)
-    for kept, batch in batches(model, paths, known.batch_size, unreadable):
-        for path, row in zip(kept, probabilities(model, batch), strict=True):
-            best = ranked(row, names, top_k)
+    for kept, batch in batches(paths, transform, known.batch_size, unreadable):
+        for path, row in zip(kept, probabilities(model, batch, model.temperature), strict=True):
+            best = top_classes(row, names, top_k)
             unsure = known.min_probability is not None and best[0].probability < known.min_probability
             answer = Answer(str(path), UNKNOWN if unsure else best[0].label, best, row.tolist() if known.scores else [])
             put(line(answer) if count else head + line(answer))
@@ -134,7 +135,7 @@ def find_images(places: Sequence[str]) -> list[Path]:
         NolaVisionError: a name is neither file nor folder, or a folder has no images; such a name on standard input is
             kept, and predicted as an image that cannot be read.
     """
-    from nola_vision.data.datasets.registry import image_files
+    from nola_vision.data.datasets.image_folders import image_files
 
     found: list[Path] = []
     for place in places:

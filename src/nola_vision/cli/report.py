@@ -1,4 +1,4 @@
-"""`nola-vision report`: verdicts and tables of folders of runs, and the page, from what the runs left."""
+"""`nola-vision report`: verdicts and tables of folders of runs, and the page, from the files that the runs wrote."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nola_vision.runs import store
 from nola_vision.runs.record import Row
 
 PAGE_FILE = "report.html"
-_BROWSER_SECONDS = 5.0  # for which a browser may hold the command back
+_BROWSER_SECONDS = 5.0  # to wait for the browser
 
 
 def main(arguments: Sequence[str], verb: str) -> int:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
             raise NolaVisionError(f"--html '{page}' is not a page's name: it must end in .html")
         if known.out is not None and page.resolve() == Path(known.out).resolve():
             raise NolaVisionError(f"--out '{known.out}' is the page's file: give it another name")
-    gc.disable()  # what is read stays until the end; collecting takes a sixth of the time of 5,000 runs
+    gc.disable()  # the rows stay in memory; collecting takes a sixth of the time of 5,000 runs
     try:
         return _report(known, page)
     finally:
@@ -96,13 +96,13 @@ def _report(known: argparse.Namespace, page: Path | None) -> int:
 
 
 def _open(page: Path) -> None:
-    """Opens the page in a browser without waiting for one that stays in the foreground."""
+    """Opens the page in a browser; does not wait for a browser in the foreground."""
     opened: list[bool] = []
 
     def ask() -> None:
         try:
             opened.append(webbrowser.open(page.absolute().as_uri()))
-        except (webbrowser.Error, OSError, ValueError):  # a BROWSER that cannot be parsed or run
+        except (webbrowser.Error, OSError, ValueError):  # an invalid BROWSER
             opened.append(False)
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -133,7 +133,7 @@ def _columns(text: str) -> tuple[str, ...]:
 
 
 class _Captured(io.StringIO):
-    """Text whose lines of tables are in the encoding that it will be printed in."""
+    """Text with the encoding of stdout, so that rich draws tables in characters that it has."""
 
     @property
     def encoding(self) -> str:  # type: ignore[override]

@@ -10,13 +10,14 @@ import numpy.typing as npt
 from nola_vision.common.local_files import file_digests
 from nola_vision.data.manifest import content
 from nola_vision.data.sampling import Indices
-from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource
+from nola_vision.data.sources import FileSource, ImageSource
+from nola_vision.images.decoding import MOST_BYTES
 
 
 def digests(source: ImageSource, indices: Indices | None = None) -> list[str]:
     """SHA-256 of each image, over its file, or over its RGB pixels if it is not stored as a file.
 
-    A file that cannot be read equals no other one.
+    A file that cannot be read is not equal to any other.
 
     Args:
         source: of the images.
@@ -30,7 +31,7 @@ def digests(source: ImageSource, indices: Indices | None = None) -> list[str]:
 
 
 def unreadable(source: ImageSource, index: int) -> str:
-    """What stands in for the digest of an image that cannot be read."""
+    """The placeholder for the digest of an image that cannot be read."""
     return f"unreadable: {source.where(index)}"
 
 
@@ -41,7 +42,7 @@ def groups(source: ImageSource, indices: Indices | None = None) -> Indices:
 
 
 def repeated(source: ImageSource, found: Sequence[str]) -> list[str]:
-    """Names images that are copies of an earlier one of the same class, given the digests of all."""
+    """The names of images that are copies of an earlier one of the same class, given the digests of all."""
     return [
         source.where(index)
         for other, index in _copies(found)
@@ -50,7 +51,7 @@ def repeated(source: ImageSource, found: Sequence[str]) -> list[str]:
 
 
 def under_two_labels(source: ImageSource, found: Sequence[str]) -> list[str]:
-    """Names pairs of copies whose labels differ, each with its label, given the digests of all images."""
+    """The names of pairs of copies whose labels differ, each with its label, given the digests of all images."""
     return [
         f"{_labelled(source, other)} and {_labelled(source, index)}"
         for other, index in _copies(found)
@@ -59,7 +60,7 @@ def under_two_labels(source: ImageSource, found: Sequence[str]) -> list[str]:
 
 
 def in_both(one: ImageSource, found_one: Sequence[str], two: ImageSource, found_two: Sequence[str]) -> list[str]:
-    """Names pairs of an image of one source and its copy in another, with their classes if these differ.
+    """The names of pairs of an image of one source and its copy in another, with their classes if these differ.
 
     Args:
         one: a split.

@@ -1,7 +1,7 @@
 """Cross-validation folds over labelled images: a pure function of labels, duplicates and a seed.
 
-The splitter is scikit-learn's `StratifiedKFold` over the distinct images. Copies of an image follow it, so none is on
-both sides. All index arrays are int64 positions in the labels that were given.
+The splitter is scikit-learn's `StratifiedKFold` over the distinct images. Copies of an image are always on the
+same side. All index arrays are int64 positions in the labels that were given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MANY_CLASSES = ".*could represent a regression problem"  # scikit-learn's warnin
 def number_of_folds(labels: npt.ArrayLike, groups: npt.ArrayLike) -> int:
     """How many folds the images allow: the distinct images of the largest class, at most 5.
 
-    A smaller class is tested in as many folds as it has images. If it decided on the number of folds, one class of two
+    A smaller class is tested in as many folds as it has images. If it determined the number of folds, one class of two
     images would leave half of all images to train on, and the estimate would be points too low
     (docs/decisions/0017).
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from nola_vision.common.local_files import read_file, remembered
 from nola_vision.data.sampling import Indices
-from nola_vision.data.sources import MOST_BYTES, FileSource, ImageSource, decoded, decoders, to_rgb
+from nola_vision.data.sources import FileSource, ImageSource
+from nola_vision.images.decoding import MOST_BYTES, decode_image, decoder_versions, to_rgb
 
 
 def refuse_unreadable(source: ImageSource, indices: Indices) -> None:
-    """Decodes image files in full; those that were decoded before and have not changed are not read again.
+    """Decodes image files in full; files that were decoded before and have not changed are not read again.
 
     Images of sources without separate files are not decoded: opening such a source checks what it can.
 
@@ -24,7 +25,7 @@ def refuse_unreadable(source: ImageSource, indices: Indices) -> None:
     if not isinstance(source, FileSource):
         return
     paths = [source.paths[index] for index in indices]
-    readable = remembered(f"decoded by {decoders()}", source.base, paths, _decodes)
+    readable = remembered(f"decoded by {decoder_versions()}", source.base, paths, _decodes)
     for index, found in zip(indices.tolist(), readable, strict=True):
         if found is None:
             source.image(index)
@@ -32,7 +33,7 @@ def refuse_unreadable(source: ImageSource, indices: Indices) -> None:
 
 def _decodes(path: Path) -> str | None:
     try:
-        to_rgb(decoded(read_file(path, MOST_BYTES)))
+        to_rgb(decode_image(read_file(path, MOST_BYTES)))
     except Exception:  # Pillow raises many types
         return None
     return ""

@@ -1,4 +1,4 @@
-"""A manifest: the exact images of a k-shot draw as a small file, so that two labs train on the same ones."""
+"""A manifest: the exact images of a k-shot draw in a small file, so that two labs train on the same images."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Manifest:
 
     Args:
         dataset: its name in the registry.
-        shots: images a class.
+        shots: images per class.
         split_seed: of the draw.
         class_names: by label.
-        images: `(name, label, content)` of each image in the order of the draw; the name is a path beneath the data
-            set's root, or as in `digits[17]`; the content is SHA-256 over the file, or over the RGB pixels where the
-            images have no files of their own.
+        images: `(name, label, content)` of each image in the order of the draw; the name is a path under the data
+            set's root, or as in `digits[17]`; the content is SHA-256 over the file, or over the RGB pixels of images
+            that are not in files.
     """
 
     dataset: str
@@ -67,12 +67,12 @@ def make_manifest(
 
 
 def content(source: ImageSource, index: int) -> str:
-    """SHA-256 over an image's file, or over its RGB pixels where it has none of its own."""
+    """SHA-256 over an image's file, or over its RGB pixels if it is not in a file."""
     return sha256(source.encoded(index) or source.image(index).tobytes())
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Writes a manifest, an image a line.
+    """Writes a manifest, one image per line.
 
     Raises:
         NolaVisionError: the file cannot be written.
@@ -88,17 +88,17 @@ def read_manifest(path: str | Path) -> Manifest:
     """Reads a manifest.
 
     Raises:
-        NolaVisionError: there is no such file, it is no manifest of this version, or not of so many different images
-            of each class as it says.
+        NolaVisionError: the file is missing, is not a manifest of this version, or its number of different images in
+            a class is not its number of shots.
     """
     try:
         loaded: Any = json.loads(read_file(path, MOST_BYTES).decode())
     except OSError as error:
         raise NolaVisionError(f"the manifest {path} cannot be read ({error.strerror}): check its path") from error
     except (ValueError, RecursionError) as error:
-        raise NolaVisionError(f"the manifest {path} is not JSON: copy it again from where it was made") from error
+        raise NolaVisionError(f"the manifest {path} is not JSON: copy it again from its source") from error
     if not isinstance(loaded, dict) or loaded.pop("format", None) != FORMAT:
-        raise NolaVisionError(f"{path} is no k-shot manifest: nola-vision data manifest writes one")
+        raise NolaVisionError(f"{path} is not a k-shot manifest: write one with nola-vision data manifest")
     if (version := loaded.pop("format_version", None)) != FORMAT_VERSION:
         raise NolaVisionError(
             f"the manifest {path} has version {version}, and this nola-vision reads {FORMAT_VERSION}: use the release "
@@ -109,7 +109,7 @@ def read_manifest(path: str | Path) -> Manifest:
         manifest = Manifest(**{**loaded, "class_names": tuple(loaded["class_names"]), "images": images})
         check_types(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, NolaVisionError) as error:
-        raise NolaVisionError(f"the manifest {path} is not what nola-vision writes ({error}): get it anew") from error
+        raise NolaVisionError(f"the manifest {path} is not what nola-vision writes ({error}): get it again") from error
     different = Counter(label for label, _ in {(label, name) for name, label, _ in manifest.images})
     faults = [
         f"{different[label]} different images of {name!r}"
@@ -119,7 +119,7 @@ def read_manifest(path: str | Path) -> Manifest:
     if len(manifest.images) != manifest.shots * len(manifest.class_names):
         faults.append(f"{len(manifest.images)} images of {len(manifest.class_names)} classes")
     if faults:
-        raise NolaVisionError(f"the manifest {path} says {manifest.shots} shots, but has {faults[0]}: get it anew")
+        raise NolaVisionError(f"the manifest {path} is for {manifest.shots} shots, but has {faults[0]}: get it again")
     return manifest
 
 
@@ -127,7 +127,7 @@ def locate(manifest: Manifest, source: ImageSource) -> Indices:
     """Where the images of a manifest are in a data set's training images.
 
     Raises:
-        NolaVisionError: the classes differ, or an image is missing, or is another one here.
+        NolaVisionError: the classes differ, or an image is missing or differs.
     """
     if manifest.class_names != source.class_names:
         only = {
@@ -143,12 +143,12 @@ def locate(manifest: Manifest, source: ImageSource) -> Indices:
     missing = [name for name, _, _ in manifest.images if name not in places]
     if missing:
         raise NolaVisionError(
-            f"the data set here lacks {len(missing)} of the manifest's {len(manifest.images)} images, {missing[0]} for "
-            "one: give the data set that it was made of by --data.root"
+            f"the data set here lacks {len(missing)} of the manifest's {len(manifest.images)} images, for example "
+            f"{missing[0]}: give the data set that it was made of by --data.root"
         )
     for name, label, expected in manifest.images:
         if source.labels[places[name]] != label:
-            raise NolaVisionError(f"{name} has another label here than in the manifest: get the manifest anew")
+            raise NolaVisionError(f"{name} has another label here than in the manifest: get the manifest again")
         if content(source, places[name]) != expected:
             raise NolaVisionError(
                 f"{name} is another image than the manifest's: give the data set that it was made of by --data.root"
@@ -157,13 +157,13 @@ def locate(manifest: Manifest, source: ImageSource) -> Indices:
 
 
 def refuse_other_settings(manifest: Manifest, path: str | Path, **settings: Any) -> None:
-    """Checks that a config asks for the draw that a manifest holds.
+    """Checks that a config has the draw of a manifest.
 
     Raises:
         NolaVisionError: data set, shots or split differ.
     """
     for name, asked in settings.items():
-        if asked != (held := getattr(manifest, name)):
+        if asked != (stored := getattr(manifest, name)):
             raise NolaVisionError(
-                f"the manifest {path} holds {name} {held}, but the config asks for {asked}: give --data.{name} {held}"
+                f"the manifest {path} has {name} {stored}, but the config has {asked}: give --data.{name} {stored}"
             )

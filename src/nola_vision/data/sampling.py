@@ -1,4 +1,4 @@
-"""Which images are for validation, which for training: pure functions of the labels, the shots and a seed.
+"""Draws of training and validation images: pure functions of the labels, the shots and a seed.
 
 NumPy only. Every choice is a rule or a keyed hash, never a random generator, so it is the same on any machine and under
 any library version. All index arrays are int64 positions in the labels that were given.
@@ -23,7 +23,7 @@ POOL_SMALLEST_CLASS = 20
 
 
 def validation_pool(labels: npt.ArrayLike) -> Indices:
-    """The images set aside for choosing settings; no seed and no number of shots enters.
+    """Validation indices. Independent of the seed and of the number of shots.
 
     Within each class, in the order of the data set: every fifth image, at most 50, and none where the class has fewer
     than 20 (`classes_without_pool` names those).
@@ -47,7 +47,7 @@ def candidates(labels: npt.ArrayLike, splits: Sequence[str]) -> Indices:
 
     Args:
         labels: `[n]` class indices of the training split.
-        splits: what the data set has. The validation pool is taken out of the training split only where there is a test
+        splits: what the data set has. The validation pool is taken out of the training split only if there is a test
             split but no validation split.
 
     Returns:
@@ -80,15 +80,14 @@ def draw(
     """Draws the k-shot training set.
 
     The images of a class are ranked by a hash of (split_seed, class index, rank within the class), and the first
-    `shots` are taken. So the 5-shot set is the first five of each class's 10-shot set, and no class has a part in
-    another's draw.
+    `shots` are taken. So the 5-shot set is the first five of each class's 10-shot set, and the draw of a class
+    does not depend on the other classes.
 
     Args:
         labels: `[n]` class indices.
         shots: images per class, or "all".
         split_seed: which draw.
-        class_names: names of all classes, by index: for the error message, and so that a class without images is
-            noticed.
+        class_names: names of all classes, by index: for the error message, and to detect a class without images.
         among: the images that may be drawn; by default those outside the validation pool.
         at_most: take all images of a class that has fewer than `shots`.
 
@@ -96,7 +95,7 @@ def draw(
         `[classes * shots]` indices, class after class, each in the order of its ranking; for "all", sorted indices.
 
     Raises:
-        NolaVisionError: `shots` is no positive number, or a class has too few images.
+        NolaVisionError: `shots` is not a positive number, or a class has too few images.
     """
     check_shots(shots)
     by_class = _by_class(labels)
@@ -118,12 +117,12 @@ def draw(
 
 
 def evenly_spaced(labels: npt.ArrayLike, limit: int) -> Indices:
-    """A balanced subset by a fixed rule: `limit` images shared out over the classes, evenly spaced within each.
+    """A balanced subset by a fixed rule: `limit` images distributed over the classes, evenly spaced within each.
 
     Args:
         labels: `[n]` class indices.
-        limit: how many images in all; the first classes get one more where it does not divide evenly, and a class
-            with fewer images than its share gives all it has.
+        limit: how many images in all; the first classes get one more if it does not divide evenly, and all images of
+            a class with fewer than its share are taken.
 
     Returns:
         Sorted indices, at most `limit`.
@@ -133,7 +132,9 @@ def evenly_spaced(labels: npt.ArrayLike, limit: int) -> Indices:
     """
     by_class = _by_class(labels)
     if limit < len(by_class):
-        raise NolaVisionError(f"a limit of {limit} images is too small for {len(by_class)} classes: give one for each")
+        raise NolaVisionError(
+            f"a limit of {limit} images is too small for {len(by_class)} classes: use at least one image per class"
+        )
     share, rest = divmod(limit, len(by_class))
     chosen = []
     for position, members in enumerate(by_class.values()):
@@ -151,15 +152,15 @@ def _by_class(labels: npt.ArrayLike) -> dict[int, Indices]:
 
 
 def _check_counts(counts: Sequence[tuple[str, int]], needed: int, where: str) -> None:
-    """Refuses a draw that some class, of (name, images), is too small for."""
+    """Refuses a draw if a class, given as (name, images), is too small for it."""
     short = [f"{name!r} has {count}" for name, count in counts if count < needed]
     if not short:
         return
     listed = ", ".join(short[:5]) + (f" and {len(short) - 5} more classes have too few" if len(short) > 5 else "")
     most = min(count for _, count in counts)
-    mend = (
+    fix = (
         f"use {most} {'shots or fewer' if most > 1 else 'shot'}, or add images"
         if most
         else "add images, or remove the class"
     )
-    raise NolaVisionError(f"{needed} shots need that many images in every class{where}, but {listed}: {mend}")
+    raise NolaVisionError(f"{needed} shots need that many images in every class{where}, but {listed}: {fix}")

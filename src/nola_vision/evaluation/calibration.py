@@ -1,7 +1,7 @@
-"""Temperature scaling: one number that makes probabilities honest, fitted on images that training has not seen.
+"""Temperature scaling: one number that calibrates probabilities, fitted on images that were not trained on.
 
 Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017. The class probabilities are
-softmax(logits / T); the order of the classes, and so the accuracy, stays as it is.
+softmax(logits / T); the order of the classes, and so the accuracy, does not change.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one temperature does to held-out predictions.
+    """A temperature and its effect on held-out predictions.
 
     Args:
         temperature: fitted on all of them; 1 if the temperatures of `nll_after` did not lower the NLL, and `nll_after`
             and `ece_after` are then as before.
         nll_before: mean negative log-likelihood in nats, uncalibrated.
-        nll_after: the same where each image's temperature was fitted on other images; None where no two groups of
-            images exist.
+        nll_after: the same with each image's temperature fitted on other images; None if all images are one group.
         ece_before: expected calibration error of the predicted class, in 15 bins of equal width; None under 500 images.
         ece_after: the same with the temperatures of `nll_after`.
         images: how many predictions.
@@ -78,24 +77,24 @@ def check_temperature(temperature: Any) -> float:
 def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """The temperature T > 0 with the lowest negative log-likelihood of softmax(logits / T), to 6 digits.
 
-    n right answers are no evidence of an error rate under 1 / (n + 2) (Laplace's rule of succession), so T is not taken
-    below the one at which the mean probability of the predicted classes is (n + 1) / (n + 2). This decides where all
-    images are right, or nearly so: there the likelihood alone would take T to 0. The upper bound, where all classes are
-    about equally probable, decides where logits are no better than chance. Logits that are all equal give 1. Where 1 is
-    not below the first bound, the likelihood on these images is never lower than at 1.
+    n correct predictions are not evidence of an error rate under 1 / (n + 2) (Laplace's rule of succession), so T is
+    not taken below the one at which the mean probability of the predicted classes is (n + 1) / (n + 2). This decides if
+    (nearly) all images are correct: the likelihood alone would take T to 0. The upper bound, where all classes are
+    about equally probable, decides if logits are not better than chance. Equal logits give 1. If 1 is not below the
+    first bound, the likelihood on these images is never lower than at 1.
 
     Args:
         logits: `[n, classes]`, finite, of images that were not trained on.
         labels: `[n]` class indices.
 
     Raises:
-        ValueError: no images, or logits and labels that do not belong together.
+        ValueError: there are no images, or logits and labels differ in length.
     """
     scores, true = _checked(logits, labels)
     spreads = scores.max(axis=1) - scores.mean(axis=1)
     if not spreads.any():
         return 1.0
-    spread = float(np.median(spreads[spreads > 0]))  # a mean would follow one absurd logit
+    spread = float(np.median(spreads[spreads > 0]))  # robust to one extreme logit
     low, high = np.log(np.clip(spread * np.array([1e-3, 1e2]), MIN_TEMPERATURE, MAX_TEMPERATURE))
     highest = (len(true) + 1) / (len(true) + 2)
 
@@ -108,7 +107,7 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     if too_sure(low) > 0:
         low = brentq(too_sure, low, high) if too_sure(high) < 0 else high  # type: ignore[no-untyped-call]
     best = low
-    if low < high:  # they are equal for logits of a size that no training gives
+    if low < high:  # they are equal for logits of extreme size
         options = {"xatol": 1e-7}
         best = minimize_scalar(loss, bounds=(low, high), method="bounded", options=options).x  # type: ignore[no-untyped-call]
     found = float(np.clip(float(f"{np.exp(best):.{_DIGITS}g}"), MIN_TEMPERATURE, MAX_TEMPERATURE))
@@ -116,16 +115,16 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
 
 def cross_fitted(logits: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Calibration:
-    """Fits a temperature, and measures it on predictions that it was not fitted on; 1 if that does not lower the NLL.
+    """Fits a temperature and measures it on predictions that it was not fitted on; 1 if that does not lower the NLL.
 
-    Few images may give a temperature that is worse than none, and so do models that choose the scale of their logits
-    themselves, such as nearest class mean: it differs from fold to fold.
+    With few images a temperature may be worse than none; likewise for methods that fit the scale of their logits, such
+    as nearest class mean, since the scale differs between folds.
 
     Args:
         logits: `[n, classes]`, of images that were not trained on.
         labels: `[n]` class indices.
-        groups: `[n]`, images that stay together, such as the fold whose model predicted them; each image for itself if
-            not given. Up to five parts are left out in turn.
+        groups: `[n]`, images that stay together, such as the fold whose model predicted them; by default each
+            image is a group. Up to five parts are left out in turn.
 
     Raises:
         ValueError: as `fit_temperature`.

@@ -38,7 +38,7 @@ def wilson(correct: int, images: int, confidence: float = 0.95) -> tuple[float, 
     return 0.0 if correct == 0 else middle - half, 1.0 if correct == images else middle + half
 
 
-# Errors of cross-validation come together, so n images tell less than n independent ones. With this share of them the
+# The errors of cross-validation are correlated, so n images count as fewer independent ones. With this share the
 # interval covered the truth in 88 % of the draws or more in each cell of `docs/estimates.md`, with all of them in 83 %.
 INDEPENDENT_SHARE = 0.8
 
@@ -90,7 +90,7 @@ class Estimate:
     def of(
         cls, fold_results: Sequence[tuple[int, int]], repeats: int = 1, untested_classes: Sequence[str] = ()
     ) -> Estimate:
-        """The estimate that folds give.
+        """Computes the estimate from the results of folds.
 
         Args:
             fold_results: (correct, images) of every fold, repeat after repeat.
@@ -178,7 +178,7 @@ def _is_fraction(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class CrossValidated:
-    """What cross-validation found.
+    """The result of cross-validation.
 
     Args:
         estimate: of all repeats.
@@ -192,7 +192,7 @@ class CrossValidated:
 
     @classmethod
     def of(cls, folds: Sequence[Predictions], repeats: int = 1, untested_classes: Sequence[str] = ()) -> CrossValidated:
-        """What the predictions of folds give.
+        """Pools the predictions of folds.
 
         Args:
             folds: of every fold for its held-out images, repeat after repeat.

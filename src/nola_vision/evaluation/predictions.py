@@ -1,4 +1,4 @@
-"""What a run predicted for each image that it tested: the file next to its row, so that two runs can be paired."""
+"""The predictions of a run for each tested image, in a file next to its row, so that two runs can be paired."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def load_predictions(
 
     Args:
         folder: of the run.
-        classes: how many the run's data have, where that is known: no class index is larger.
-        images: how many the run's row says were tested, where that is known.
+        classes: the number of classes of the run's data, if known.
+        images: the number of tested images by the run's row, if known.
         most_bytes: a larger file is refused.
 
     Raises:

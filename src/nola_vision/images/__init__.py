@@ -1,1 +1,1 @@
-"""Image formats: what a backbone takes, how files are decoded and transformed."""
+"""Images: the format a backbone expects, decoding of files, transforms."""

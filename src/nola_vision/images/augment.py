@@ -1,8 +1,8 @@
-"""The dear steps of torchvision's colour jitter and blur made cheap, on float32 images whose planes are contiguous.
+"""Faster colour jitter and blur than torchvision's, on float32 images with contiguous planes.
 
-Only the arithmetic is new: the parameters are drawn by torchvision's own classes, from the same random numbers in the
-same order, and the results are torchvision's own on float images to rounding. On uint8 images torchvision does more
-work, since it goes to float and back, and rounds, at every step.
+Only the arithmetic differs: torchvision's own classes draw the parameters, from the same random numbers in the same
+order, and the results equal torchvision's on float images up to rounding. On uint8 images torchvision converts to float
+and back, and rounds, at every step.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torchvision.transforms.v2 import functional
 
 
 class PlanarFloat(nn.Module):
-    """From a uint8 image to float32 in [0, 1], each channel contiguous: a decoded image lies pixel by pixel, and what
-    follows is several times as fast on planes."""
+    """From a uint8 image to float32 in [0, 1] with contiguous channels. A decoded image is stored pixel by pixel; the
+    later steps are several times as fast on planes."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         planes = image.as_subclass(torch.Tensor).contiguous()
@@ -26,7 +26,7 @@ class PlanarFloat(nn.Module):
 
 
 class ColorJitter(v2.ColorJitter):
-    """torchvision's, with `adjust_hue` below. Takes a float image and all four ranges."""
+    """torchvision's, with `adjust_hue` below. Requires a float image and all four ranges."""
 
     def transform(self, image: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
         adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation, adjust_hue)
@@ -37,19 +37,19 @@ class ColorJitter(v2.ColorJitter):
 
 
 class GaussianBlur(v2.GaussianBlur):
-    """torchvision's, with `gaussian_blur` below. Takes a float image, a square kernel and one sigma for both sides."""
+    """torchvision's, with `gaussian_blur` below. Requires a float image, a square kernel and one sigma."""
 
     def transform(self, image: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
         return gaussian_blur(image, self.kernel_size[0], params["sigma"][0])
 
 
 def adjust_hue(image: torch.Tensor, hue_factor: float) -> torch.Tensor:
-    """Turns the hue of a float image `[3, h, w]` by a part of the circle, of -1/6 to 1/6.
+    """Rotates the hue of a float image `[3, h, w]` by a fraction of the circle, from -1/6 to 1/6.
 
-    HSV without its divisions. On a circle of length 6 red lies at 0, green at 2, blue at 4. With V the largest channel,
-    C the largest less the smallest and d a hue's distance from a channel's place, the channel is
-    V - C clamp(d - 1, 0, 1). All is multiplied by C: the hue is then a sum of channels, and grey pixels (C = 0) need no
-    care.
+    HSV without divisions. On a circle of length 6, red is at 0, green at 2, blue at 4. With V the largest channel,
+    C the difference of the largest and the smallest, and d the distance of the hue from a channel's position, the
+    channel is V - C clamp(d - 1, 0, 1). Everything is multiplied by C: the hue is then a sum of channels, and grey
+    pixels (C = 0) need no special case.
     """
     red, green, blue = image.unbind(-3)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -67,10 +67,10 @@ def adjust_hue(image: torch.Tensor, hue_factor: float) -> torch.Tensor:
 
 
 def gaussian_blur(image: torch.Tensor, kernel_size: int, sigma: float) -> torch.Tensor:
-    """Blurs a float image `[3, h, w]`, reflected at its edges: first down, then across.
+    """Blurs a float image `[3, h, w]`, reflected at its edges: first along columns, then along rows.
 
-    The two passes have 2 x 13 taps where torchvision's one has 13 x 13, and a sum of shifted images is faster here than
-    torch's convolution with one channel in a group.
+    Two passes have 2 x 13 taps, torchvision's single pass has 13 x 13; a sum of shifted images is faster here than
+    torch's depthwise convolution.
     """
     reach = kernel_size // 2
     weights = torch.arange(reach + 1).div(sigma).square().mul(-0.5).exp()

@@ -1,4 +1,4 @@
-"""From a decoded image to what a backbone takes: the evaluation transform and three ways to augment."""
+"""From a decoded image to a backbone's input: the evaluation transform and three augmentations."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.images.augment import ColorJitter, GaussianBlur, PlanarFloat
-from nola_vision.models.backbones import InputConfig
+from nola_vision.images.input_config import InputConfig
 
 Augmentation = Literal["none", "light", "released"]
 Transform = Callable[[Any], torch.Tensor]
 
 
-_REDUCED = 4  # times the backbone's side: what a reduced image keeps at least, so that a crop still has more pixels
+_REDUCED = 4  # least shorter side of a reduced image in backbone sides, so that a crop still has more pixels
 
 
 def reduced(image: Any, size: int) -> Any:
-    """An image whose shorter side is 8 times the backbone's or more, at a fraction of its resolution.
+    """Reduces the resolution of an image whose shorter side is at least 8 times the backbone's.
 
     With k = floor(shorter side / (4 x size)), each pixel is the exact mean of k x k pixels (Pillow's `Image.reduce`).
-    With k < 2 the image is returned as it is, and so is one that was reduced before. All transforms start with this,
-    and images are kept in memory like this: 12 megapixels are slow to crop and take 36 MB.
+    With k < 2, as after a first reduction, the image is returned unchanged. All transforms start with this, and images
+    are kept in memory like this: 12 megapixels are slow to crop and take 36 MB.
 
     Args:
         image: a PIL image or a uint8 tensor `[3, h, w]`.
-        size: the side of what the backbone takes.
+        size: the backbone's image side.
     """
     sides = image.size if isinstance(image, Image.Image) else image.shape[-2:]
     if (factor := min(sides) // (_REDUCED * size)) < 2:
@@ -43,20 +43,20 @@ def reduced(image: Any, size: int) -> Any:
 def eval_transform(config: InputConfig) -> Transform:
     """timm's evaluation transform: resize to `floor(size / crop_pct)`, crop the centre, normalise.
 
-    Resizing keeps the ratio of the sides, or makes a square of the image where the backbone's `crop_mode` is squash.
+    Resizing keeps the aspect ratio, or squashes the image to a square if the backbone's `crop_mode` is squash.
 
     Args:
-        config: what the backbone takes.
+        config: the backbone's image format.
 
     Returns:
         A function from a PIL image or a uint8 tensor `[3, h, w]` to a normalised float32 tensor `[3, size, size]`.
 
     Raises:
-        NolaVisionError: the interpolation is one that tensors cannot be resized with, or the crop mode is not known.
+        NolaVisionError: tensors cannot be resized with the interpolation, or the crop mode is unknown.
     """
     if config.crop_mode not in ("center", "squash"):
         raise NolaVisionError(
-            f"the backbone asks for crop mode {config.crop_mode!r}, which cannot be had here: choose another tag of it"
+            f"the backbone needs crop mode {config.crop_mode!r}, which is not supported: choose another tag of it"
         )
     side = math.floor(config.size / config.crop_pct)
     resize = v2.Resize(side if config.crop_mode == "center" else (side, side), _interpolation(config), antialias=True)
@@ -67,11 +67,11 @@ def check_augmentation(augmentation: str, flip: bool) -> None:
     """Refuses an unknown augmentation, and a flip that would have no effect.
 
     Raises:
-        NolaVisionError: one of them.
+        NolaVisionError: in either case.
     """
     if augmentation not in get_args(Augmentation):
         names = ", ".join(get_args(Augmentation))
-        raise NolaVisionError(f"there is no augmentation {augmentation!r}: choose one of {names}")
+        raise NolaVisionError(f"unknown augmentation {augmentation!r}: use one of {names}")
     if flip and augmentation != "light":
         what = "flips nothing" if augmentation == "none" else "always flips"
         raise NolaVisionError(
@@ -83,17 +83,17 @@ def train_transform(config: InputConfig, augmentation: str, flip: bool = False) 
     """The transform of training images. All randomness comes from torch's CPU generator.
 
     - "none": the evaluation transform.
-    - "light": a random crop of 60 to 100 % of the area, and with `flip` a horizontal flip of every second image.
-    - "released": what the authors' released code does: a crop of 20 to 100 %, colour jitter, grey, blur and a flip.
+    - "light": a random crop of 60 to 100 % of the area, and with `flip` a horizontal flip with probability 1/2.
+    - "released": that of the authors' released code: a crop of 20 to 100 %, colour jitter, grey, blur and a flip.
       Their code rounds to 8 bits after each step; here nothing is rounded after the crop.
 
     Args:
-        config: what the backbone takes.
+        config: the backbone's image format.
         augmentation: one of the names above.
-        flip: add the flip to "light"; leave it off where left and right carry meaning, as in digits.
+        flip: add the flip to "light"; leave it off if left and right matter, as in digits.
 
     Returns:
-        A function as of `eval_transform`.
+        A function like that of `eval_transform`.
     """
     if augmentation == "none":
         return eval_transform(config)
@@ -112,7 +112,7 @@ def train_transform(config: InputConfig, augmentation: str, flip: bool = False) 
 
 
 def _compose(config: InputConfig, on_bytes: list[nn.Module], on_floats: Sequence[nn.Module] = ()) -> Transform:
-    """Puts the common beginning (to a tensor), middle (to float32) and end (normalising) around the steps."""
+    """Adds the common first (to a tensor), middle (to float32) and last (normalise) steps."""
     end = v2.Normalize(config.mean, config.std)
     transform: Transform = v2.Compose([Reduce(config.size), v2.ToImage(), *on_bytes, PlanarFloat(), *on_floats, end])
     return transform
@@ -130,10 +130,10 @@ class Reduce(nn.Module):
 
 
 def _interpolation(config: InputConfig) -> v2.InterpolationMode:
-    """timm's name of an interpolation as torchvision's."""
+    """torchvision's name for timm's interpolation."""
     if config.interpolation not in ("nearest", "bilinear", "bicubic"):
         raise NolaVisionError(
-            f"the backbone asks for interpolation {config.interpolation!r}, which cannot be had here: "
+            f"the backbone needs interpolation {config.interpolation!r}, which is not supported: "
             "choose a backbone with nearest, bilinear or bicubic"
         )
     return v2.InterpolationMode(config.interpolation)

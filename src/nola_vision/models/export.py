@@ -1,4 +1,4 @@
-"""What an adapter file can be made into: a shorter adapter file, or a plain timm model."""
+"""Exports an adapter file: to a smaller adapter file, or merged into a plain timm model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 import textwrap
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,93 +20,74 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nola_vision.adapters.bank import is_nested, prefix_length
+from nola_vision.adapters.bank import prefix_length
 from nola_vision.adapters.functional import is_quantised
-from nola_vision.adapters.methods.registry import PEFT, from_dict, stored_bits
-from nola_vision.adapters.methods.settings import check_bits
+from nola_vision.adapters.methods.base import check_bits
+from nola_vision.adapters.methods.registry import from_dict, to_dict
 from nola_vision.adapters.serialization import adapter_bytes, open_adapter
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
-from nola_vision.models.adapted_model import AdaptedModel, file_bits, largest
-from nola_vision.models.backbones import Source, resolve
+from nola_vision.models.adapted_model import AdaptedModel, file_bits
+from nola_vision.models.backbones.sources import Source, resolve
+from nola_vision.models.budgets import largest
 from nola_vision.models.metadata import parse_header
-from nola_vision.models.prediction import computed
+from nola_vision.models.prediction import run_in_eval_mode
 
-_STEPS = 4096  # shares of the coefficients that a cut chooses from
+_STEPS = 4096  # a cut keeps a multiple of 1/4096 of the coefficients
 
 
 def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, bits: int | None = None) -> int:
-    """Writes an adapter file with fewer bits a number, with the first coefficients only, or both, without training.
+    """Writes an adapter file with fewer bits per value, with the first coefficients only, or both, without training.
 
     Args:
         adapter: an adapter file; to cut it, its method must have been trained with `nested: true`.
         out: the new file.
-        max_bytes: its largest size; as many coefficients stay as fit.
-        bits: 2 to 8 or 16, for the coefficients and the head's matrix; as they were if not given.
+        max_bytes: its largest size; as many coefficients are kept as fit.
+        bits: 2 to 8 or 16, for the coefficients and the head's matrix. Default: unchanged.
 
     Returns:
         The new file's size in bytes.
 
     Raises:
-        NolaVisionError: the file was not trained for cutting, no cut is small enough, its numbers have no more bits
-            than are asked for, or it would be written over.
+        NolaVisionError: the file was not trained for cutting, no cut is small enough, its values have no more bits
+            than requested, or it would be overwritten.
     """
     file = open_adapter(adapter)
     parse_header(file.metadata, file.path)
     metadata, tensors = file.metadata, file.tensors()
     described = {key: value for key, value in metadata.items() if key not in ("packed", "digest")}
     if Path(out).exists() and Path(out).samefile(adapter):
-        raise NolaVisionError(f"{out} is the adapter itself, and what is cut off cannot be had back: give another file")
-    settings = metadata["method"]["init_args"]
+        raise NolaVisionError(f"{out} is the adapter itself, and a cut cannot be undone: give another file")
+    method = from_dict(metadata["method"])
     if bits is not None:
         check_bits("bits", bits)
-        if bits >= max(stored_bits(from_dict(metadata["method"]))):
-            raise NolaVisionError(f"the numbers of {adapter} have no more than {bits} bits: give fewer bits")
-        if "head_bits" not in settings:
-            name = metadata["method"]["class_path"]
-            raise NolaVisionError(f"{adapter} was trained by {name}, whose numbers keep 32 bits: leave --bits out")
-        new = {"bits": bits, "head_bits": None} if "bits" in settings else {"head_bits": bits}
-        described["method"] = _with(metadata["method"], **new)
-    widths = file_bits(tensors, from_dict(described["method"]))
+        if bits >= max(method.stored_bits):
+            raise NolaVisionError(f"the values of {adapter} have no more than {bits} bits: give fewer bits")
+        method = method.with_bits(bits)
+    widths = file_bits(tensors, method)
     if max_bytes is None:
-        content = adapter_bytes(described, tensors, widths)
+        content = adapter_bytes({**described, "method": to_dict(method)}, tensors, widths)
     else:
-        if not metadata["method"]["init_args"].get("nested"):
+        if not method.nested:
             raise NolaVisionError(f"{adapter} was not trained to be cut: train it with `nested: true`")
 
         def cut(step: int) -> bytes:
-            share = step / _STEPS
-            kept = {n: t[..., : prefix_length(t.shape[-1], share)] if is_nested(n) else t for n, t in tensors.items()}
-            method = _with(described["method"], **_counts(kept))
-            return adapter_bytes({**described, "method": method}, kept, widths)
+            kept, counts = dict(tensors), {}
+            for name, tensor in tensors.items():
+                group, _, own = name.removeprefix("adapter.").rpartition(".")
+                if name.startswith("adapter.") and own in method.cuttable:
+                    counts[group, own] = prefix_length(tensor.shape[-1], step / _STEPS)
+                    kept[name] = tensor[..., : counts[group, own]]
+            return adapter_bytes({**described, "method": to_dict(method.cut(counts))}, kept, widths)
 
         if len(cut(1)) > max_bytes:
             raise NolaVisionError(
-                f"max_bytes is {max_bytes}, but the head and one coefficient a factor alone take {len(cut(1))}: give "
+                f"max_bytes is {max_bytes}, but the head and one coefficient per factor alone take {len(cut(1))}: give "
                 "more, or fewer bits"
             )
         content = cut(largest(lambda step: len(cut(step)) <= max_bytes, _STEPS))
     write_file(out, content)
     return len(content)
-
-
-def _with(method: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    known = {name: value for name, value in changes.items() if name in method["init_args"]}
-    return {**method, "init_args": {**method["init_args"], **known}}
-
-
-def _counts(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
-    """The numbers of basis matrices that tensors of coefficients have left."""
-    counts: dict[str, int | None] = {"max_parameters": None}
-    for name, tensor in tensors.items():
-        head, factor = name.startswith("adapter.head."), name.rpartition(".")[2]
-        if head and factor != "coefficients":
-            counts["head_num_basis"] = tensor.shape[-1]
-        elif factor in ("coefficients", "coefficients_a"):
-            counts["num_basis"] = tensor.shape[-1]
-        elif factor == "coefficients_b":
-            counts["num_basis_b"] = tensor.shape[-1]
-    return counts
 
 
 _NOT_LINEAR = ("use_mlp_head", "use_aux_head")  # timm's options (MetaFormer, VOLO) for a head that is not linear
@@ -116,42 +97,42 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
     """Writes the backbone with the adapter merged, and the head as its classifier: a folder that timm alone loads.
 
     The folder has `model.safetensors` and `config.json`: architecture, number and names of the classes, image size,
-    mean, std, interpolation and crop, and `temperature` where the adapter is calibrated: the probabilities are
-    softmax(logits / temperature). What was written is loaded by timm, and its logits are compared with the adapted
-    model's, before it gets its name.
+    mean, std, interpolation and crop, and `temperature` if the adapter is calibrated: the probabilities are
+    softmax(logits / temperature). Before the folder gets its name, timm loads it, and its logits are compared with the
+    adapted model's.
 
     Args:
-        model: an adapted model; it is left as it was.
+        model: an adapted model; it is unchanged.
         out: a new folder.
-        dequantise: write floats where the backbone holds integers.
+        dequantise: write floats where the backbone stores integers.
 
     Returns:
-        The Python code that loads it; a model that timm does not have itself needs this package.
+        The Python code that loads it; a model that is not in timm needs this package.
 
     Raises:
         NolaVisionError: timm's model has no linear classifier on its features, the folder exists or cannot be written,
-            or timm computes other logits; nothing is left behind.
+            or timm computes different logits; no file is left behind.
     """
-    out, spec, stack = Path(out), model.card.backbone, model.stack
-    if isinstance(model.card.method, PEFT):
+    out, spec, bank = Path(out), model.metadata.backbone, model.bank
+    if model.metadata.method.edits_backbone:
         raise NolaVisionError("PEFT merges its own methods: in Python, model.backbone.merge_and_unload() does it")
     if spec.int8 and not dequantise:
-        raise NolaVisionError(f"the weights of {spec.tag} are held in int8: ask for floats (--dequantise)")
+        raise NolaVisionError(f"the weights of {spec.tag} are stored in int8: request floats (--dequantise)")
     if out.suffix in (".safetensors", ".pth", ".bin"):
-        raise NolaVisionError(f"{out} has a file's name, and a merged model is a folder: name it without {out.suffix}")
+        raise NolaVisionError(f"{out} looks like a file, and a merged model is a folder: name it without {out.suffix}")
     if out.exists():
         raise NolaVisionError(f"{out} exists already: name a new folder for the merged model")
     source, plain, classifiers = with_classifier(
-        resolve(spec), model.backbone, len(model.card.class_names), spec.img_size
+        resolve(spec), model.backbone, len(model.metadata.class_names), spec.img_size
     )
     probe, expected = _probe(model)
-    stack.merge(dequantise=dequantise)
+    bank.merge(dequantise=dequantise)
     try:
         state = {name: _float32(tensor) for name, tensor in model.backbone.state_dict().items()}
     finally:
-        stack.unmerge()
+        bank.unmerge()
     plain.load_state_dict(state, strict=False)  # all but the head
-    weight, bias = (_float32(tensor[0]) for tensor in stack.head())
+    weight, bias = (_float32(tensor[0]) for tensor in bank.head())
     _place_head(plain, classifiers, weight, bias, probe)
 
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
@@ -182,10 +163,10 @@ def with_classifier(
 ) -> tuple[Source, nn.Module, list[str]]:
     """timm's model with new weights and a classifier.
 
-    Batch norms between the features and the classifier are made to do nothing.
+    Batch norms between the features and the classifier become the identity.
 
     Returns:
-        What makes the model, the model, and the names of its layers that compute the classes.
+        The model's source, the model, and the names of its layers that compute the classes.
 
     Raises:
         NolaVisionError: it has no linear classifier, or differs from the backbone in more than that.
@@ -210,23 +191,26 @@ def with_classifier(
             classifiers.append(name)
         else:
             raise NolaVisionError(
-                f"timm's classifier of {tag} is not linear in its features (it has {name}), so no timm model can hold "
+                f"timm's classifier of {tag} is not linear in its features (it has {name}), so it cannot store "
                 "the head: use the adapter file"
             )
     if not classifiers:
-        raise NolaVisionError(f"timm's {tag} has no classifier, so no timm model can hold the head")
+        raise NolaVisionError(f"timm's {tag} has no classifier, so it cannot store the head: use the adapter file")
     if there.keys() - own or any(there[name].shape != own[name].shape for name in there):
-        raise NolaVisionError(f"timm makes {tag} with other weights where it has a classifier, so it cannot hold them")
+        raise NolaVisionError(
+            f"timm's {tag} with a classifier has other weights than without, so it cannot be merged: use "
+            "the adapter file"
+        )
     return source, plain, classifiers
 
 
 @torch.no_grad()
 def _place_head(plain: nn.Module, classifiers: Sequence[str], weight: Tensor, bias: Tensor, probe: Tensor) -> None:
-    """Makes the classifiers compute `weight @ features + bias` together.
+    """Sets the classifiers so that together they compute `weight @ features + bias`.
 
-    One classifier takes all. Several take the features one after the other (the stages of a network: CrossViT,
-    EfficientViM), or each takes all of them (those for distillation: DeiT, LeViT); timm then adds up shares of them,
-    which are measured here.
+    A single classifier gets all weights. Several each get a slice of the features (the stages of a network: CrossViT,
+    EfficientViM), or each gets all of them (those for distillation: DeiT, LeViT); timm then adds their outputs with
+    factors, which are measured here.
     """
     layers = [cast("nn.Linear | nn.Conv2d", plain.get_submodule(name)) for name in classifiers]
     shares = [1.0] if len(layers) == 1 else _shares(plain, layers, probe)
@@ -253,23 +237,23 @@ def _shares(plain: nn.Module, layers: Sequence[nn.Linear | nn.Conv2d], probe: Te
 
 
 def _config(model: AdaptedModel, source: Source, classifiers: Sequence[str]) -> dict[str, Any]:
-    """timm's `config.json`: how to make the model, what images it takes, and what its classes are called."""
-    card = model.card
-    image = {**dataclasses.asdict(card.input), "input_size": [3, card.input.size, card.input.size]}
+    """timm's `config.json`: architecture and arguments, image format, class names."""
+    metadata = model.metadata
+    image = {**dataclasses.asdict(metadata.input), "input_size": [3, metadata.input.size, metadata.input.size]}
     del image["size"]
     cfg = source.cfg.to_dict(remove_source=True)
     for key in ("architecture", "state_dict", "label_offset", "label_names", "label_descriptions", "test_input_size",
                 "test_crop_pct", "test_pool_size"):  # fmt: skip
         cfg.pop(key, None)
-    cfg |= {"num_classes": len(card.class_names), "pool_size": None, "custom_load": False}
+    cfg |= {"num_classes": len(metadata.class_names), "pool_size": None, "custom_load": False}
     cfg["classifier"] = classifiers[0] if len(classifiers) == 1 else classifiers
-    # timm does not read it: its logits are those of the adapted model
+    # timm ignores it: its logits are those of the adapted model
     scale = {} if model.calibrated_on is None else {"temperature": model.temperature}
     return {
         "architecture": source.architecture,
-        "num_classes": len(card.class_names),
-        "label_names": list(card.class_names),
-        "model_args": source.options(card.backbone.img_size),
+        "num_classes": len(metadata.class_names),
+        "label_names": list(metadata.class_names),
+        "model_args": source.options(metadata.backbone.img_size),
         "pretrained_cfg": cfg | image,
         **scale,
     }
@@ -277,25 +261,25 @@ def _config(model: AdaptedModel, source: Source, classifiers: Sequence[str]) -> 
 
 def _probe(model: AdaptedModel) -> tuple[Tensor, Tensor]:
     """Two images of noise, and the model's logits for them."""
-    size, parameter = model.card.input.size, next(model.backbone.parameters())
+    size, parameter = model.metadata.input.size, next(model.backbone.parameters())
     probe = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return probe, computed(model, model, probe.to(parameter.dtype)).float().cpu()
+    return probe, run_in_eval_mode(model, model, probe.to(parameter.dtype)).float().cpu()
 
 
 @torch.no_grad()
 def _compare(folder: Path, probe: Tensor, expected: Tensor, model: AdaptedModel) -> None:
     """Loads a folder with timm and compares its logits with those of the adapted model."""
-    tag = model.card.backbone.tag
+    tag = model.metadata.backbone.tag
     try:
         with torch.random.fork_rng(devices=[]):
             logits = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(probe)
-    except Exception as error:  # timm refuses what it cannot load in any way
+    except Exception as error:  # timm raises many types
         reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
         raise NolaVisionError(f"timm cannot load the merged {tag}, so nothing is written ({reason})") from error
     exact = next(model.backbone.parameters()).dtype == torch.float32
     difference = float((logits - expected).abs().max() / expected.abs().max())
     if not difference < (1e-3 if exact else 0.1):
         raise NolaVisionError(
-            f"the merged {tag} computes other logits in timm (they differ by {difference:.2g} of the largest), so "
+            f"the merged {tag} computes different logits in timm (they differ by {difference:.2g} of the largest), so "
             "nothing is written: use the adapter file"
         )

@@ -1,7 +1,7 @@
-"""Weights files on this machine: where a backbone came from, and the same file found again by its digest.
+"""Weights files on this machine: the origin of a backbone's weights, and finding the same file by its digest.
 
-An adapter file names the file that its backbone was read from by name, size and SHA-256, never by a path. The file is
-looked for in the folder that the environment variable NOLA_VISION_WEIGHTS names, then in a list of the local files that
+An adapter file identifies the file that its backbone was read from by name, size and SHA-256, never by a path. The
+search looks in the folder of the environment variable NOLA_VISION_WEIGHTS, then in a list of the local files that
 backbones were read from before. The list is `weights.json` in the user's cache folder; it can be deleted at any time.
 """
 
@@ -20,12 +20,13 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import WEIGHTS_SUFFIXES
 from nola_vision.common.local_files import cache_folder, file_digest, file_digests, read_cache, write_cache
 from nola_vision.common.progress import PlainLines, say_aside
-from nola_vision.models.backbones import BackboneSpec, repository, weights_file
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.models.backbones.weights import repository, weights_file
 
 FOLDER_VARIABLE = "NOLA_VISION_WEIGHTS"
 _MOST_NAME = 255  # characters
 _MOST_KNOWN = 1000  # files in the list; the oldest are dropped
-_MOST_ENTRIES = 10_000  # files and folders that a search looks at
+_MOST_ENTRIES = 10_000  # files and folders that a search reads
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class WeightsOrigin:
     """The file that a backbone's pretrained weights were read from.
 
     Args:
-        repository: the hub repository that it came from; None for a local file and for what the package ships.
+        repository: the hub repository that it came from; None for a local file and for weights in the package.
         file: its name, without folders.
         bytes: its size.
         sha256: its digest in hexadecimal digits.
@@ -46,7 +47,7 @@ class WeightsOrigin:
 
 
 def origin(spec: BackboneSpec) -> WeightsOrigin | None:
-    """Where the weights of a backbone that was made on this machine came from; None if no file is behind them."""
+    """The origin of a backbone's weights on this machine; None if they were not read from a file."""
     if spec.base != "pretrained" or (path := weights_file(spec)) is None:
         return None
     digest = file_digest(path)
@@ -61,13 +62,13 @@ def is_file_name(name: str) -> bool:
 
 
 def _name(path: Path) -> str:
-    """A file's name as `is_file_name` allows it; it then serves people, the digest finds the file."""
+    """A file's name, changed to what `is_file_name` allows; it is for people, and the digest finds the file."""
     name = "".join(one if is_file_name(f"_{one}") else "_" for one in path.name)
     return name if is_file_name(name) else "weights"
 
 
 def remember(spec: BackboneSpec) -> None:
-    """Adds the file of a backbone that timm alone would not find to the list of known files."""
+    """Adds a backbone's file to the list of known files, unless timm finds it by the tag."""
     if spec.base != "pretrained" or (spec.file is None and ":" not in spec.tag):
         return
     place, path = _list_file(), weights_file(spec)
@@ -80,7 +81,7 @@ def remember(spec: BackboneSpec) -> None:
 
 
 def find(wanted: WeightsOrigin, spec: BackboneSpec) -> str | None:
-    """A local file with the weights of a digest, as `BackboneSpec.file`; nothing is downloaded.
+    """A local file with the wanted digest, as `BackboneSpec.file`; nothing is downloaded.
 
     Files of another size are not read. For a `local-dir:` or `hf-hub:` tag the result is the file's folder, which must
     have a `config.json`.
@@ -90,7 +91,7 @@ def find(wanted: WeightsOrigin, spec: BackboneSpec) -> str | None:
         spec: the backbone, without a file.
 
     Returns:
-        The path, or None where timm finds such a file by the tag itself, or where there is no such file.
+        The path, or None if timm finds the file by the tag, or if there is no such file.
 
     Raises:
         NolaVisionError: NOLA_VISION_WEIGHTS does not name a folder.
@@ -109,16 +110,16 @@ def find(wanted: WeightsOrigin, spec: BackboneSpec) -> str | None:
 
 
 def how_to_find(wanted: WeightsOrigin) -> str:
-    """What an error says where `find` finds nothing: the file, and the ways to name it."""
+    """The part of an error message for a file that `find` does not find: its name, and how to give it."""
     return (
-        f"it was trained on the weights file '{wanted.file}' (SHA-256 {wanted.sha256[:12]}...), which is not found: "
+        f"it was trained on the weights file '{wanted.file}' (SHA-256 {wanted.sha256[:12]}...), which was not found: "
         f"give it by `weights` (--weights FILE), set {FOLDER_VARIABLE} to a folder that has it, or run `fit` with it "
         "once"
     )
 
 
 def _candidates(wanted: WeightsOrigin) -> Iterator[list[Path]]:
-    """Files that may be the wanted one, the likeliest first, in lists of files of one folder."""
+    """Candidates for the wanted file, the likeliest first, one list per folder."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         if not os.path.isdir(folder):
             raise NolaVisionError(f"{FOLDER_VARIABLE} is {folder!r}, which is not a folder: set it to one, or unset it")
@@ -133,14 +134,14 @@ def _candidates(wanted: WeightsOrigin) -> Iterator[list[Path]]:
 
 
 def _weights_under(folder: str) -> Iterator[Path]:
-    """Files named like weights in a folder and the folders in it, those nearest to it first; no link leads out of it.
+    """Weights files in a folder and its subfolders, by depth; links out of it are not followed.
 
-    The search ends after `_MOST_ENTRIES` names, and says so: the folder may be a whole disk.
+    The search stops after `_MOST_ENTRIES` names, with a message: the folder may be a whole disk.
     """
     inside, pending, seen = Path(os.path.realpath(folder)), deque([folder]), 0
     lines = PlainLines(say=say_aside)
     while pending:
-        with suppress(OSError), os.scandir(pending.popleft()) as entries:  # a folder that cannot be read is left out
+        with suppress(OSError), os.scandir(pending.popleft()) as entries:  # a folder that cannot be read is skipped
             for entry in entries:
                 if seen == _MOST_ENTRIES:
                     say_aside(
@@ -159,7 +160,7 @@ def _weights_under(folder: str) -> Iterator[Path]:
 
 
 def _has_size(path: Path, size: int) -> bool:
-    """Whether there is a regular file of a size at a path, which may be any text."""
+    """Whether a path, which may be any text, is a regular file of this size."""
     try:
         status = path.stat()
     except (OSError, ValueError):

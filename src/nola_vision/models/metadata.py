@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nola_vision.adapters.methods import registry
-from nola_vision.adapters.methods.registry import NOLA, PEFT, Adapter, FullFinetune, Method, check
+from nola_vision.adapters.methods.base import Method
+from nola_vision.adapters.methods.registry import check
 from nola_vision.adapters.target import HEAD
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.validation import check_types, quoted
 from nola_vision.evaluation.calibration import check_temperature
-from nola_vision.models import peft_bridge
-from nola_vision.models.backbones import BackboneSpec, InputConfig, own_side
+from nola_vision.images.input_config import InputConfig
+from nola_vision.models.backbones.image_size import own_side
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.known_weights import WeightsOrigin, is_file_name
 
 MAX_CLASSES = 2**16  # three times ImageNet-21k's
@@ -39,7 +41,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Card:
+class AdapterMetadata:
     """What an adapter file states in addition to its tensors.
 
     Args:
@@ -79,14 +81,14 @@ class Header:
     """A file's header.
 
     Args:
-        card: what it states for `adapt`.
+        metadata: what it states for `adapt`.
         fingerprint: of the backbone's weights; None for a fully fine-tuned model.
-        targets: name, shape and group of each adapted weight, in the order of the stack.
+        targets: name, shape and group of each adapted weight, in the order of the bank.
         weights: the file that the backbone's weights were read from, if it is known.
         calibrated: of the logits; None if they are not calibrated.
     """
 
-    card: Card
+    metadata: AdapterMetadata
     fingerprint: str | None
     targets: list[tuple[str, tuple[int, ...], str]]
     weights: WeightsOrigin | None = None
@@ -113,14 +115,14 @@ def check_calibrated(calibrated: Calibrated) -> Calibrated:
     return dataclasses.replace(calibrated, temperature=float(f"{calibrated.temperature:.6g}"))
 
 
-def check_card(card: Card) -> Card:
-    """The card with Python's own numbers, if a file can state it.
+def check_metadata(metadata: AdapterMetadata) -> AdapterMetadata:
+    """The metadata with Python's own numbers, if a file can state it.
 
     Raises:
         NolaVisionError: a value of another type, a seed, a number of classes or an image side out of range, or a class
             name that is not text.
     """
-    names = card.class_names
+    names = metadata.class_names
     if not 2 <= len(names) <= MAX_CLASSES:
         raise NolaVisionError(
             f"class_names has {len(names):,} names: give those of 2 to {MAX_CLASSES:,} classes, in the logits' order"
@@ -128,7 +130,7 @@ def check_card(card: Card) -> Card:
     if not all(isinstance(name, str) for name in names):
         wrong = next(name for name in names if not isinstance(name, str))
         raise NolaVisionError(f"class_names has {quoted(wrong)}: each name must be text")
-    card = check_types(card)
+    metadata = check_types(metadata)
     try:
         length = len("".join(names).encode())
     except UnicodeEncodeError as error:
@@ -137,9 +139,9 @@ def check_card(card: Card) -> Card:
     if length > MAX_CLASS_TEXT:
         raise NolaVisionError(f"the class names take {length:,} bytes: give shorter ones, of {MAX_CLASS_TEXT:,} in all")
     for name in ("run_seed", "basis_seed"):
-        if not 0 <= (seed := getattr(card, name)) <= MAX_SEED:
+        if not 0 <= (seed := getattr(metadata, name)) <= MAX_SEED:
             raise NolaVisionError(f"{name} is {quoted(seed)}: it must be a whole number from 0 to 2**63 - 1")
-    spec, method = check_types(card.backbone), check(card.method)
+    spec, method = check_types(metadata.backbone), check(metadata.method)
     if long := [text for text in _texts(registry.to_dict(method)) if not _is_setting(text)]:
         raise NolaVisionError(f"{quoted(long[0])} is not a setting of {type(method).__name__}: give a shorter text")
     own, fixed = _own_side(spec)
@@ -149,7 +151,7 @@ def check_card(card: Card) -> Card:
             f"img_size is {spec.img_size}, but {spec.tag} takes at most {most} pixels: give less, or a tag for larger "
             "images"
         )
-    return dataclasses.replace(card, backbone=spec, method=method, input=check_types(card.input))
+    return dataclasses.replace(metadata, backbone=spec, method=method, input=check_types(metadata.input))
 
 
 def _own_side(spec: BackboneSpec) -> tuple[int | None, bool]:
@@ -184,11 +186,10 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
         spec = BackboneSpec(file=weights, **backbone)
         fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in image.items()}
         config = InputConfig(**fields)
-        method = check(registry.from_dict(metadata["method"]))
-        if isinstance(method, NOLA):  # a budget is for training: the coefficients are counted
-            method = dataclasses.replace(method, max_bytes=None)
+        method = check(registry.from_dict(metadata["method"])).from_file(path)
         names = tuple(metadata["class_names"])
-        card = check_card(Card(spec, method, names, metadata["run_seed"], metadata["basis_seed"], config))
+        seeds = metadata["run_seed"], metadata["basis_seed"]
+        stated = check_metadata(AdapterMetadata(spec, method, names, *seeds, config))
         targets = [
             (_checked(t["name"], str), tuple(_checked(side, int) for side in _checked(t["shape"], list)), _group(t))
             for t in metadata["targets"]
@@ -200,17 +201,12 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error!r}") from error
-    if (fingerprint is None) != isinstance(method, FullFinetune) or not isinstance(fingerprint, str | None):
+    if (fingerprint is None) != method.trains_backbone or not isinstance(fingerprint, str | None):
         raise NolaVisionError(f"the metadata of {path} does not state which weights it was made for: get another file")
-    if len({name for name, _, _ in targets}) < len(targets) or bool(targets) != isinstance(method, Adapter):
+    if len({name for name, _, _ in targets}) < len(targets) or bool(targets) != (method.target_names is not None):
         raise NolaVisionError(f"the targets of {path} are not those of {type(method).__name__}: get another file")
     if HEAD in [name for name, _, _ in targets[:-1]]:
         raise NolaVisionError(f"the targets of {path} name the head before other weights: get another file")
-    if isinstance(method, PEFT) and peft_bridge.has_pattern(method.settings):
-        raise NolaVisionError(
-            f"{path} gives PEFT's target_modules as a pattern, and a file's patterns are not run: train again with "
-            "this release, which stores a list of module names"
-        )
     if origin is not None and not (
         is_file_name(origin.file) and re.fullmatch("[0-9a-f]{64}", origin.sha256) and 0 < origin.bytes < 2**63
     ):
@@ -218,14 +214,14 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
             f"{path} names a weights file {quoted(origin.file)} of {quoted(origin.bytes)} bytes with the digest "
             f"{quoted(origin.sha256)}, which cannot be one: get another file"
         )
-    _check_input(card, path)
-    return Header(card, fingerprint, targets, origin, calibrated)
+    _check_input(stated, path)
+    return Header(stated, fingerprint, targets, origin, calibrated)
 
 
-def _check_input(card: Card, path: Path) -> None:
+def _check_input(metadata: AdapterMetadata, path: Path) -> None:
     """Refuses an input config that no backbone of timm has: images would be nonsense, or take all memory."""
-    image, (own, _) = card.input, _own_side(card.backbone)
-    side = card.backbone.img_size or own
+    image, (own, _) = metadata.input, _own_side(metadata.backbone)
+    side = metadata.backbone.img_size or own
     fits = {
         "size": image.size == side if side is not None else 0 < image.size <= MAX_SIDE,
         "mean": all(0 <= mean <= 1 for mean in image.mean),
@@ -236,8 +232,8 @@ def _check_input(card: Card, path: Path) -> None:
     }
     if wrong := [name for name, fit in fits.items() if not fit]:
         raise NolaVisionError(
-            f"{path} states {wrong[0]} {getattr(image, wrong[0])} of the images, and {card.backbone.tag} does not take "
-            "such: get another file"
+            f"{path} states {wrong[0]} {getattr(image, wrong[0])} of the images, and {metadata.backbone.tag} does not "
+            "take such: get another file"
         )
 
 

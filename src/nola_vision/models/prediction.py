@@ -1,4 +1,4 @@
-"""From images in any form to probabilities: what `AdaptedModel.predict` and `nola-vision predict` do."""
+"""Prediction: images in any form to probabilities, for `AdaptedModel.predict` and `nola-vision predict`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,51 +20,48 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import read_file
 from nola_vision.common.text import printable
 from nola_vision.common.validation import quoted
-from nola_vision.data.sources import MOST_BYTES, ImageSource, decoded
 from nola_vision.evaluation.calibration import check_temperature
-from nola_vision.images.transforms import eval_transform
-
-if TYPE_CHECKING:
-    from nola_vision.models.adapted_model import AdaptedModel
+from nola_vision.images.decoding import MOST_BYTES, decode_image, decoding_error, to_rgb
+from nola_vision.images.transforms import Transform
 
 
 class Prediction(NamedTuple):
-    """A class that an image may have, and its probability from 0 to 1."""
+    """A class and its probability from 0 to 1."""
 
     label: str
     probability: float
 
 
-class Images(ImageSource):
-    """Images as `AdaptedModel.predict` takes them.
+def load_image(image: Any, position: int) -> Image.Image:
+    """An image as `AdaptedModel.predict` takes it, as an upright PIL image in mode RGB.
 
     Args:
-        images: paths, PIL images, arrays or tensors.
-        first: the position of the first one among all images, for messages.
+        image: a path, PIL image, array or tensor.
+        position: its position among all images, which names it in messages if it has no path.
+
+    Raises:
+        NolaVisionError: it is none of these, or cannot be read.
     """
+    try:
+        return to_rgb(_decode(image))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
+        is_path = isinstance(image, str | os.PathLike)
+        raise decoding_error(printable(str(image)) if is_path else f"number {position}", error) from error
 
-    def __init__(self, images: Sequence[Any], first: int = 0) -> None:
-        super().__init__([0] * len(images), ())
-        self._images, self._first = images, first
 
-    def where(self, index: int) -> str:
-        image = self._images[index]
-        return printable(str(image)) if isinstance(image, str | os.PathLike) else f"number {self._first + index}"
-
-    def _decode(self, index: int) -> Image.Image:
-        image = self._images[index]
-        if isinstance(image, str | os.PathLike):
-            path = Path(image)
-            if os.path.isdir(path):  # false, not an error, of a name that no file can have
-                raise NolaVisionError("it is a folder: give its files, such as list(Path(folder).glob('*.jpg'))")
-            return decoded(read_file(path, MOST_BYTES))
-        if isinstance(image, Image.Image):
-            return ImageOps.exif_transpose(image)
-        if isinstance(image, Tensor):
-            image = _array(image)
-        if isinstance(image, np.ndarray):
-            return _from_array(image)
-        raise NolaVisionError(f"{quoted(image)} is not a path, a PIL image, an array or a tensor")
+def _decode(image: Any) -> Image.Image:
+    if isinstance(image, str | os.PathLike):
+        path = Path(image)
+        if os.path.isdir(path):  # false, not an error, for a name that no file can have
+            raise NolaVisionError("it is a folder: give its files, such as list(Path(folder).glob('*.jpg'))")
+        return decode_image(read_file(path, MOST_BYTES))
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image)
+    if isinstance(image, Tensor):
+        image = _array(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    raise NolaVisionError(f"{quoted(image)} is not a path, a PIL image, an array or a tensor")
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -78,8 +75,8 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
         tensor = tensor.float()
         if not bool(((tensor >= 0) & (tensor <= 1)).all()):  # not a number fails too
             raise NolaVisionError(
-                "its floats are not between 0 and 1: divide them by 255, or give uint8; what `transform` gave is for "
-                "the model itself, model(batch)"
+                "its floats are not between 0 and 1: divide them by 255, or give uint8; for the output of `transform`, "
+                "call model(batch)"
             )
         tensor = (tensor * 255).round().to(torch.uint8)
     if tensor.dtype != torch.uint8:
@@ -120,25 +117,25 @@ def one_or_several(images: Any) -> tuple[bool, Iterable[Any]]:
 
 
 def batches(
-    model: AdaptedModel, images: Iterable[Any], batch_size: int, unreadable: list[NolaVisionError] | None = None
+    images: Iterable[Any], transform: Transform, batch_size: int, unreadable: list[NolaVisionError] | None = None
 ) -> Iterator[tuple[list[Any], Tensor]]:
-    """Yields images and what the model takes of them, `[batch, 3, size, size]` on the CPU.
+    """Yields images and their transformed tensors, `[batch, 3, size, size]` on the CPU.
 
     Args:
-        model: an adapted model.
-        images: one after the other.
-        batch_size: images at a time.
-        unreadable: collects the errors of images that cannot be read; they are left out.
+        images: the images, see `load_image`.
+        transform: the model's evaluation transform.
+        batch_size: images per batch.
+        unreadable: collects the errors of images that cannot be read; these images are skipped.
 
     Raises:
         NolaVisionError: an image cannot be read, and `unreadable` is not given.
     """
-    transform, remaining, first = eval_transform(model.card.input), iter(images), 0
+    remaining, first = iter(images), 0
     while chunk := list(islice(remaining, batch_size)):
-        source, kept, tensors = Images(chunk, first), [], []
-        for place, image in enumerate(chunk):
+        kept, tensors = [], []
+        for position, image in enumerate(chunk, first):
             try:
-                tensors.append(transform(source.image(place)))
+                tensors.append(transform(load_image(image, position)))
                 kept.append(image)
             except NolaVisionError as error:
                 if unreadable is None:
@@ -150,20 +147,23 @@ def batches(
 
 
 @torch.no_grad()
-def computed(model: AdaptedModel, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """What a function of the model gives for a batch in eval mode, without gradients, on the model's device."""
+def run_in_eval_mode(model: nn.Module, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """Applies a function of the model, such as the model or its `features`, to a batch on the model's device.
+
+    The model is in eval mode meanwhile, and no gradients are recorded. Several threads may do so at once.
+    """
     with _evaluation(model):
-        return function(batch.to(next(model.stack.parameters()).device))
+        return function(batch.to(next(model.parameters()).device))
 
 
-def probabilities(model: AdaptedModel, batch: Tensor) -> Tensor:
+def probabilities(model: nn.Module, batch: Tensor, temperature: float) -> Tensor:
     """The calibrated probabilities `[batch, classes]` of a batch, float32 on the CPU: softmax(logits / temperature).
 
     Raises:
-        NolaVisionError: a logit is not finite, or the model's temperature is not one that a file can state.
+        NolaVisionError: a logit is not finite, or the temperature is outside the range that a file can state.
     """
-    temperature = check_temperature(model.temperature)
-    found = (computed(model, model, batch).float() / temperature).softmax(dim=1).cpu()
+    temperature = check_temperature(temperature)
+    found = (run_in_eval_mode(model, model, batch).float() / temperature).softmax(dim=1).cpu()
     if not found.isfinite().all():
         raise NolaVisionError(
             "the adapter's logits are not finite: train it again with a smaller learning rate or scale"
@@ -171,8 +171,8 @@ def probabilities(model: AdaptedModel, batch: Tensor) -> Tensor:
     return found
 
 
-def ranked(probabilities: Tensor, class_names: Sequence[str], top_k: int) -> list[Prediction]:
-    """The most probable of `[classes]`; of equals the first."""
+def top_classes(probabilities: Tensor, class_names: Sequence[str], top_k: int) -> list[Prediction]:
+    """The `top_k` most probable classes, given `[classes]` probabilities; ties keep the order of the classes."""
     values, places = probabilities.sort(descending=True, stable=True)
     best = zip(values[:top_k].tolist(), places[:top_k].tolist(), strict=True)
     return [Prediction(class_names[place], value) for value, place in best]
@@ -184,7 +184,7 @@ _evaluating: WeakKeyDictionary[nn.Module, tuple[list[None], list[nn.Module]]] = 
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode; the last of several threads that leaves puts the modules back into training that were in it."""
+    """Eval mode; the last of several threads to leave restores training mode where it was on."""
     with _lock:
         if model not in _evaluating:
             _evaluating[model] = ([], [module for module in model.modules() if module.training])

@@ -1,4 +1,4 @@
-"""Targets by name: which weights of a backbone `mlp`, `qkv` and the others stand for, told from its structure."""
+"""Targets by name: the weights that `mlp`, `qkv` and the others select, found from the backbone's structure."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _FUSED, _SPLIT = "qkv", ("q_proj", "k_proj", "v_proj")
 
 
 def find_targets(backbone: nn.Module, names: Sequence[str] | str) -> list[Target]:
-    """The weights that target names stand for, in the backbone's own order; `docs/backbones.md` lists them by family.
+    """The weights that target names select, in the backbone's own order; `docs/backbones.md` lists them by family.
 
     Args:
         backbone: a timm model.
         names: one or several of
-            `mlp`: the linear layers and 1 x 1 convolutions of every block's MLP, a gated one's three too;
+            `mlp`: the linear layers and 1 x 1 convolutions of every block's MLP, including the three of a gated MLP;
             `qkv`: query, key and value of every attention: the fused weight as one matrix, or the three layers;
-            `qv`: query and value alone: two thirds of the fused weight's rows as two matrices, or the two layers;
-            `conv`: every convolution but a patch embedding, its weight reshaped near to square;
+            `qv`: query and value only: two thirds of the fused weight's rows as two matrices, or the two layers;
+            `conv`: every convolution except the patch embedding, its weight reshaped to be nearly square;
             `all`: every linear layer and convolution;
             `re:PATTERN`: every linear layer or convolution whose whole module name matches the regular expression.
-            Only `re:` reaches into the pooling and the head.
+            Only `re:` selects layers of the pooling and the head.
 
     Raises:
-        NolaVisionError: an unknown name, one that matches no weight of this backbone, or a fused weight that is no
-            three thirds.
+        NolaVisionError: an unknown name, one that matches no weight of this backbone, or a fused weight that
+            does not have three equal parts.
     """
     layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     roles = {name: _roles(backbone, name) for name in layers}
@@ -63,15 +63,15 @@ def find_targets(backbone: nn.Module, names: Sequence[str] | str) -> list[Target
 
 
 def named_targets(backbone: nn.Module, names: Sequence[str]) -> list[Target]:
-    """The targets that an adapter file lists, by exact name and in its order. No pattern is read.
+    """The targets that an adapter file lists, by exact name and in its order. Patterns are not interpreted.
 
     Args:
         backbone: a timm model, possibly on the meta device.
         names: as `Target.name` gives them: a weight's name, with `[first:last]` where only those rows are adapted.
 
     Raises:
-        NolaVisionError: a weight that this backbone does not have or that is not one of a linear layer or convolution,
-            rows that it does not have, or rows that occur twice.
+        NolaVisionError: a weight that this backbone does not have or that is not of a linear layer or convolution,
+            rows that do not exist, or rows that occur twice.
     """
     uses: dict[int, list[str]] = {}
     for name, layer in backbone.named_modules():
@@ -110,7 +110,7 @@ def _matches(wanted: str, name: str, roles: set[str]) -> bool:
         try:
             return re.fullmatch(wanted[3:], name) is not None
         except re.error as error:
-            raise NolaVisionError(f"target '{wanted}' is no regular expression ({error}): mend its syntax") from error
+            raise NolaVisionError(f"target '{wanted}' is not a regular expression ({error}): fix its syntax") from error
     if wanted not in TARGETS:
         raise NolaVisionError(
             f"unknown target '{wanted}': use {', '.join(TARGETS)}, or re:PATTERN to match module names"
@@ -119,7 +119,7 @@ def _matches(wanted: str, name: str, roles: set[str]) -> bool:
 
 
 def _roles(backbone: nn.Module, name: str) -> set[str]:
-    """The target names that stand for a layer, among others."""
+    """The target names that select a layer."""
     if _AFTER_BLOCKS.match(name):
         return set()
     roles, layer = {"all"}, backbone.get_submodule(name)
@@ -129,7 +129,7 @@ def _roles(backbone: nn.Module, name: str) -> set[str]:
     around = [backbone.get_submodule(outer) for outer in accumulate(path.split("."), "{}.{}".format)]
     if isinstance(layer, nn.Linear) and _is_attention(around[-1]) and own in (_FUSED, *_SPLIT):
         roles |= {"qkv"} if own == "k_proj" else {"qkv", "qv"}
-    # an MLP inside an attention makes its position bias
+    # an MLP inside an attention computes its position bias
     mlp = path.rpartition(".")[2].startswith("mlp") and not any(_is_attention(module) for module in around)
     if mlp and (isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)):
         roles.add("mlp")

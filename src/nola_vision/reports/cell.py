@@ -9,10 +9,9 @@ from functools import cached_property
 from nola_vision.common.text import excerpt, printable
 from nola_vision.reports.description import cell_title
 from nola_vision.reports.entries import Entry, Kind, Summary, entries, rivals, subject
-from nola_vision.reports.statistics import count_once
 from nola_vision.reports.tables import Table, cell_tables
 from nola_vision.reports.verdict import cell_verdict
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Which classes runs took for which: the file `confusion.csv`, and what the counts of many runs show of an entry."""
+"""Confusion matrices of runs, read from `confusion.csv`, and what the sums over an entry's runs show."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -15,14 +15,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.text import csv_cell
+from nola_vision.evaluation.confusion import CONFUSION_FILE, csv_names
 from nola_vision.evaluation.predictions import Predictions
 from nola_vision.reports.entries import Entry
 from nola_vision.reports.statistics import run_accuracy
 from nola_vision.runs.record import Row
 from nola_vision.runs.store import read_run_file
 
-CONFUSION_FILE = "confusion.csv"
 MOST_RUNS = 48  # of an entry, whose counts are summed: the first
 _HEADER = "true,predicted,count"
 # A run writes a file for up to 1,000 classes: one line per pair of classes with an image
@@ -30,30 +29,6 @@ _MOST_BYTES, MOST_CLASSES = 2**26, 2000
 _NUMBER = re.compile("[0-9]{1,12}")
 _FIX = "delete it (plots then leave its run out)"
 _Classes = TypeVar("_Classes", bound=Hashable)
-
-
-def confusion_csv(counts: NDArray[np.int64], class_names: Sequence[str]) -> str:
-    """Test images by true and predicted class as text: a line a pair that has any, and one for each class with itself.
-
-    Args:
-        counts: `[true, predicted]`.
-        class_names: in the order of the labels, which the text keeps. A name that a spreadsheet would compute is
-            escaped, and a duplicate gets its label.
-    """
-    true, predicted = np.nonzero(counts + np.eye(len(class_names), dtype=np.int64))
-    names = np.array(_cells(class_names), dtype=object)
-    lines = {"true": names[true], "predicted": names[predicted], "count": counts[true, predicted]}
-    return pd.DataFrame(lines).to_csv(index=False)
-
-
-def _cells(class_names: Sequence[str]) -> list[str]:
-    """The names of classes as they are in the file, each once."""
-    cells = [csv_cell(name) for name in class_names]
-    twice = {name for name, count in Counter(cells).items() if count > 1}
-    unique = [f"{name} ({i})" if name in twice else name for i, name in enumerate(cells)]
-    if len(set(unique)) < len(unique):  # "crane" twice and "crane (0)"
-        unique = [f"{name} ({i})" for i, name in enumerate(cells)]
-    return unique
 
 
 def read_confusion(path: Path) -> pd.DataFrame:
@@ -144,7 +119,7 @@ def run_confusions(runs: Iterable[Row]) -> tuple[list[tuple[Row, pd.DataFrame]],
 def _of_its_row(run: Row, path: Path) -> pd.DataFrame:
     """The counts of a run's file; a NolaVisionError where the row has other classes or another number of images."""
     counts, names, accuracy = read_confusion(path), run.data.get("class_names"), run_accuracy(run)
-    if names and set(_cells(names)) != set(counts.index):
+    if names and set(csv_names(names)) != set(counts.index):
         raise NolaVisionError(f"{path} has other classes than its run's row: {_FIX}")
     images = int(counts.to_numpy().sum())
     if accuracy is not None and accuracy.images != images:

@@ -10,13 +10,8 @@ from typing import Any
 from nola_vision.common.tags import HUB_PREFIX, short_dataset, short_tag, split_tag
 from nola_vision.common.text import last_part, printable
 from nola_vision.reports.formatting import plural, short_printable
-from nola_vision.reports.statistics import (
-    LEAST_SPLITS,
-    count_once,
-    cross_validated,
-    is_measured,
-)
-from nola_vision.runs.record import Row
+from nola_vision.reports.statistics import LEAST_SPLITS, cross_validated, is_measured
+from nola_vision.runs.record import Row, count_once
 from nola_vision.runs.run_id import FROZEN_METHODS, OWN_IMAGES
 
 _DATASETS = {

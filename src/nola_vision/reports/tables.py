@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from nola_vision.common.text import excerpt, printable
-from nola_vision.reports.formatting import NOT_MEASURED, count_text, interval_text, points, signed
 from nola_vision.reports.entries import Entry, Summary
+from nola_vision.reports.formatting import NOT_MEASURED, count_text, interval_text, points, signed
 from nola_vision.reports.published import published_result
 from nola_vision.reports.statistics import LEAST_SPLITS, paired_difference
 from nola_vision.runs.record import Row

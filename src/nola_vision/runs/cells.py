@@ -53,13 +53,14 @@ def part_files(kind: str, folder: Path | None = None) -> dict[str, Path]:
         NolaVisionError: a part of the user has the name of a shipped one. It may not replace that one: a cell's name
             would mean other settings on another machine, while the tables still print the paper's figures for it.
     """
-    shipped, own = _yaml_files(PARTS / kind), {} if folder is None else _yaml_files(folder / kind)
+    shipped, own = yaml_files(PARTS / kind), {} if folder is None else yaml_files(folder / kind)
     for name in shipped.keys() & own.keys():
         raise NolaVisionError(f"{own[name]} has the name of a part that ships with the package: rename the file")
     return {**shipped, **own}
 
 
-def _yaml_files(folder: Path) -> dict[str, Path]:
+def yaml_files(folder: Path) -> dict[str, Path]:
+    """The YAML files of a folder by name, without hidden ones."""
     return {path.stem: path for path in sorted(folder.glob("*.yaml")) if not path.name.startswith(".")}
 
 
@@ -103,12 +104,15 @@ def assemble(parts: Sequence[Mapping[str, object]]) -> Config:
     config: Config = {}
     for part in parts:
         config = overlay(config, part)
-    defaults, entries = config.pop("method_defaults", {}), config.get("methods", {})
-    config["methods"] = {
-        name: {"class_path": entry["class_path"], **overlay(defaults.get(entry["class_path"], {}), entry)}
-        for name, entry in entries.items()
-    }
+    defaults = config.pop("method_defaults", {})
+    config["methods"] = {name: _with_defaults(entry, defaults) for name, entry in config.get("methods", {}).items()}
     return config
+
+
+def _with_defaults(entry: Config, defaults: Config) -> Config:
+    if "class_path" not in entry:  # `run_id.entry` reports it
+        return entry
+    return {"class_path": entry["class_path"], **overlay(defaults.get(entry["class_path"], {}), entry)}
 
 
 def read_part(kind: str, name: str, folder: Path | None = None) -> Config:

@@ -83,7 +83,7 @@ def shipped_files() -> list[Path]:
 
 def own_files(folder: Path | None) -> dict[str, Path]:
     """The configs of the user's folder by name."""
-    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.is_file()}
+    return {} if folder is None else cells.yaml_files(folder)
 
 
 def _hint(bare: str, folder: Path | None) -> str:

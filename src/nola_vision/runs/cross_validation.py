@@ -1,7 +1,7 @@
 """Runs on a data set without a test split: one training per fold, whose held-out predictions the final run pools.
 
-A fold's training is a separate run (`stage="fold"`): it leaves a row, resumes, and is not repeated. The final run
-trains on every image; its row holds the estimate.
+A fold's training is a separate run (`stage="fold"`): it writes a row, can resume, and is not repeated. The final run
+trains on every image; its row has the estimate.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from typing import Any
 
 import torch
 
-from nola_vision.runs import runner
-from nola_vision.runs.parsing import build, open_data, quiet
-from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.runs import run_id
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.runs import run_id, runner
+from nola_vision.runs.completed import completed_row
+from nola_vision.runs.parsing import build, open_data, quiet
+from nola_vision.runs.record import Row, search_rank
 from nola_vision.runs.run_id import Config
-from nola_vision.runs.record import Row
-from nola_vision.reports.statistics import search_rank
 
 
 def number_of_folds(run_config: Config, data: KShotDataModule | None = None) -> int:
-    """How many folds the estimate of a run needs; 0 if the run is tested directly.
+    """How many folds the estimate of a run needs; 0 if it needs none.
 
-    That is a run on a data set with a test split, one of a method on frozen features, which computes its own estimate,
-    and one on several devices, whose processes Lightning starts again for each training.
+    A run needs none on a data set with a test split, with a method on frozen features, which computes its own estimate,
+    and on several devices, since Lightning starts its processes again for each training.
 
     Args:
         run_config: as of `runner.run`.
-        data: its datamodule, if that is open already.
+        data: its datamodule, if it is already open.
 
     Raises:
         NolaVisionError: as `KShotDataModule.setup`.
@@ -50,23 +49,23 @@ def run_with_estimate(
     stage: run_id.Stage = "final",
     *,
     learning_rates: Sequence[float] = (),
-    note: Callable[[int, Row], None] | None = None,
+    on_fold: Callable[[int, Row], None] | None = None,
     folds: int | None = None,
     again: bool = False,
     **options: Any,
 ) -> Row:
-    """`runner.run`, with the folds before it where the data set has no test split.
+    """`runner.run`, after one run per fold if the data set has no test split.
 
     Args:
         run_config: as of `runner.run`.
         out: as of `runner.run`.
         stage: as of `runner.run`; only a final run has an estimate.
-        learning_rates: to choose from by a validation pool; in a data set without a test split it is held out of each
-            fold's training part, and of all images for the final run.
-        note: called with the number and the row of each fold that has ended.
-        folds: how many to run, 0 for none; as many as `number_of_folds` says if not given.
-        again: repeat what is completed.
-        options: others of `runner.run`.
+        learning_rates: candidates; the best one on a validation pool is used. Without a test split the pool is held out
+            of each fold's training part, and of all images for the final run.
+        on_fold: called with the number and the row of each finished fold.
+        folds: how many to run, 0 for none; `number_of_folds` if not given.
+        again: repeat completed runs.
+        options: other arguments of `runner.run`.
 
     Raises:
         NolaVisionError: as `runner.run`.
@@ -80,24 +79,24 @@ def run_with_estimate(
         except NolaVisionError:
             if not options.get("keep_going"):
                 raise
-            folds = 0  # the final run meets the same fault, and leaves a row that states it
-    # a checkpoint is that of one run; `last` is each run's own
+            folds = 0  # the final run fails with the same error, and its row states it
+    # a checkpoint belongs to one run; `last` is the latest of each run
     before = {**options, "ckpt_path": "last" if options.get("ckpt_path") == "last" else None}
     held_out = []
     for fold in range(folds):
         fold_config = _with_best_rate(_of_fold(run_config, fold), out, learning_rates, True, before)
         held_out.append(runner.run(fold_config, out, "fold", **before))
-        if note is not None:
-            note(fold, held_out[-1])
+        if on_fold is not None:
+            on_fold(fold, held_out[-1])
     without_test = learning_rates and not open_data(run_config).has_test
     run_config = _with_best_rate(run_config, out, learning_rates, bool(without_test), before)
     return runner.run(run_config, out, held_out=held_out, **options)
 
 
 def pending_folds(run_config: Config, out: str | Path, folds: int) -> list[int]:
-    """The folds that have no row of a completed run yet."""
+    """The folds that are not completed yet."""
     folders = [run_id.run_folder(out, _of_fold(run_config, fold), "fold") for fold in range(folds)]
-    return [fold for fold, folder in enumerate(folders) if runner.completed_row(folder) is None]
+    return [fold for fold, folder in enumerate(folders) if completed_row(folder) is None]
 
 
 def _of_fold(run_config: Config, fold: int) -> Config:
@@ -111,19 +110,20 @@ def _with(run_config: Config, group: str, **settings: Any) -> Config:
 def _with_best_rate(
     run_config: Config, out: str | Path, rates: Sequence[float], hold_out: bool, options: dict[str, Any]
 ) -> Config:
-    """The run config with the learning rate that has the best validation accuracy, one search run for each."""
+    """The run config with the learning rate of the best validation accuracy, after one search run per rate."""
     if len(rates) < 2:
         return run_config
     rows: list[Row] = []
     for rate in rates:
         tried = copy.deepcopy(_with(run_config, "data", hold_out=hold_out))
         tried["model"]["method"]["init_args"]["lr"] = rate
-        rows.append(runner.run(tried, out, "search", **{**options, "keep_going": True}))  # one that diverges is not chosen
+        # a rate that diverges is not chosen
+        rows.append(runner.run(tried, out, "search", **{**options, "keep_going": True}))
     completed = [
         (search_rank(row), rate) for row, rate in zip(rows, rates, strict=True) if row.val_accuracy is not None
     ]
     if not completed:
-        reason = rows[-1].error or "there is no image to spare"
+        reason = rows[-1].error or "no image can be held out"
         raise NolaVisionError(f"no learning rate of {run_config['method']} can be chosen: {reason}")
     chosen = copy.deepcopy(run_config)
     chosen["model"]["method"]["init_args"]["lr"] = min(completed)[1]
@@ -131,7 +131,7 @@ def _with_best_rate(
 
 
 def training_seconds(run_config: Config) -> float:
-    """About how long one training of a run config takes on its device: setting it up, and one timed step many times."""
+    """Estimates how long one training takes: the time of the setup, and that of one step times the number of steps."""
     began = time.perf_counter()
     with TemporaryDirectory() as scratch, quiet():
         built = build(run_config, Path(scratch))

@@ -13,15 +13,16 @@ from typing import Any
 import yaml
 
 from nola_vision.adapters.methods import registry
-from nola_vision.runs.config_errors import TOP_KEYS, no_option, no_setting
-from nola_vision.runs.yaml_files import Config, load_yaml
-from nola_vision.data.datasets.registry import check_root, get_dataset
-from nola_vision.data.sampling import check_shots
-from nola_vision.data.manifest import read_manifest
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.files import need_checkpoint_file, weights_in
 from nola_vision.common.mappings import overlay
 from nola_vision.common.validation import check_types
-from nola_vision.common.files import need_checkpoint_file, weights_in
+from nola_vision.data.datasets.base import check_root
+from nola_vision.data.datasets.registry import get_dataset
+from nola_vision.data.manifest import read_manifest
+from nola_vision.data.sampling import check_shots
+from nola_vision.runs.config_errors import TOP_KEYS, no_option, no_setting
+from nola_vision.runs.yaml_files import Config, load_yaml
 
 _ELSEWHERE = ("seed_everything", "print_config", "config", "allow_import")  # `config.parse` knows what to do with these
 

@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nola_vision.adapters.methods import registry
-from nola_vision.runs.config_errors import PACKAGES, refusal
+from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
-from nola_vision.adapters.methods.registry import Method
+from nola_vision.runs.config_errors import PACKAGES, refusal
 
-PLUGINS = "nola_vision.adapters.methods.registry"  # the entry-point group of methods from other packages
+PLUGINS = "nola_vision.methods"  # the entry-point group of methods from other packages
 # fmt: off
 _BASES = (
     Method, Optimizer, LRScheduler, Callback, Logger, Profiler, Strategy, Accelerator, Precision, CheckpointIO,
@@ -101,7 +101,7 @@ def register_method(class_path: Any, packages: Sequence[str]) -> list[str]:
         raise NolaVisionError(f"the method: {refusal(class_path)}")
     if not isinstance(found, type) or not issubclass(found, Method):
         raise NolaVisionError(
-            f"{class_path} is not a subclass of nola_vision.adapters.methods.registry.Method: a method must be one"
+            f"{class_path} is not a subclass of nola_vision.adapters.methods.Method: a method must be one"
         )
     if registry.METHODS.setdefault(found.__name__, found) is not found:
         raise NolaVisionError(f"{class_path} has the name of another method, {found.__name__}: rename the class")

@@ -25,40 +25,33 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nola_vision.models import backbones
-from nola_vision.runs import import_policy
-from nola_vision.adapters.methods import registry
+from nola_vision.adapters.methods import Method, registry
 from nola_vision.common import progress
-from nola_vision.models.backbones import BackboneSpec
-from nola_vision.runs.config_errors import TOP_KEYS, explain
-from nola_vision.runs.yaml_files import plain
-from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.data.datasets.registry import get_dataset, given_root
-from nola_vision.data.manifest import MOST_BYTES
-from nola_vision.runs.early_checks import load_value, option_pairs
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import sha256
 from nola_vision.common.imports import resolve
 from nola_vision.common.local_files import file_digest
 from nola_vision.common.mappings import value_at
-from nola_vision.training.progress import LiveProgress, PlainProgress
-from nola_vision.runs import run_id
-from nola_vision.training.task import make_task
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.datasets.base import given_root
+from nola_vision.data.datasets.registry import get_dataset
+from nola_vision.data.manifest import MOST_BYTES
+from nola_vision.models.backbones.sources import input_config, local_files
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.runs import import_policy, run_id
+from nola_vision.runs.config_errors import TOP_KEYS, explain
+from nola_vision.runs.early_checks import load_value, option_pairs
+from nola_vision.runs.yaml_files import plain
+from nola_vision.training.callbacks import LAST_CHECKPOINT, LastCheckpoint, checkpoint_folder, early_stopping
 from nola_vision.training.classifier import Classifier
-from nola_vision.training.trainer_settings import (
-    LAST_CHECKPOINT,
-    LastCheckpoint,
-    check_precision,
-    check_stop_early,
-    check_trainer,
-    checkpoint_folder,
-    early_stopping,
-)
+from nola_vision.training.progress import LiveProgress, PlainProgress
+from nola_vision.training.task import make_task
+from nola_vision.training.trainer_settings import check_precision, check_stop_early, check_trainer
 
 _MOST_THREADS = 1024  # more crash torch
 _RATE = "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
 
-set_parsing_settings(subclasses_enabled=[registry.Method])
+set_parsing_settings(subclasses_enabled=[Method])
 set_loader("yaml", load_value, exceptions=(yaml.YAMLError,))
 
 
@@ -67,6 +60,16 @@ class _Parser(LightningArgumentParser):
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+
+
+def make_data(backbone: BackboneSpec, **settings: Any) -> KShotDataModule:
+    """The datamodule with the image format of a backbone.
+
+    Args:
+        backbone: that of the model.
+        settings: those of `KShotDataModule`.
+    """
+    return KShotDataModule(input_config(backbone), **settings)
 
 
 class RunCLI(LightningCLI):
@@ -93,7 +96,7 @@ class RunCLI(LightningCLI):
         with import_policy.allowing(self.packages):
             super().__init__(
                 make_task,
-                KShotDataModule,
+                make_data,
                 args=settings,
                 run=False,
                 save_config_callback=None,  # the row holds the config
@@ -203,7 +206,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         ) from error
     # the parser takes null for anything
     required = [key for key, one in inspect.signature(KShotDataModule).parameters.items() if one.default is not None]
-    linked = ("backbone", "run_seed")
+    linked = ("input", "backbone", "run_seed")
     for path in (
         ("protocol",),
         ("trainer",),
@@ -272,7 +275,7 @@ def _content(run_config: run_id.Config) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     backbone, files = run_config["model"]["backbone"], {}
-    files = backbones.local_files(backbone["tag"], backbone["file"])
+    files = local_files(backbone["tag"], backbone["file"])
     named = [(name, path, None) for name, path in files.items()]
     for name, path, most in (*named, ("manifest", run_config["data"]["manifest"], MOST_BYTES)):
         if path is not None and (digest := file_digest(path, most)) is not None:
@@ -311,7 +314,7 @@ def open_data(run_config: run_id.Config) -> KShotDataModule:
     Raises:
         NolaVisionError: as `KShotDataModule.setup`.
     """
-    module = KShotDataModule(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
+    module = make_data(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
     module.prepare_data()
     return module
 

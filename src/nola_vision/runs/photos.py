@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 import yaml
 
-from nola_vision.runs import cells, yaml_files
-from nola_vision.runs.yaml_files import Config
-from nola_vision.data.datasets.registry import get_dataset, open_split
-from nola_vision.data.sources import ImageSource, image_suffixes
 from nola_vision.common.devices import parse_device
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.files import why_not_a_file
 from nola_vision.common.progress import say_start
-from nola_vision.runs import run_id
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import split_tag
+from nola_vision.data.datasets.registry import get_dataset, open_split
+from nola_vision.data.sources import ImageSource
+from nola_vision.images.decoding import image_suffixes
+from nola_vision.runs import cells, run_id, yaml_files
+from nola_vision.runs.yaml_files import Config
 
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"  # docs/decisions/0016
 QUICKSTART = "vit_glyph_patch4_32.glyphs"  # ships with the package; its own side is 32 pixels
@@ -202,7 +202,9 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
         NolaVisionError: timm has no such model.
     """
     say_start(f"the check of {backbone['tag']}")
-    from nola_vision.models.backbones import BackboneSpec, largest_side, skeleton
+    from nola_vision.models.backbones.creation import skeleton
+    from nola_vision.models.backbones.image_size import largest_side
+    from nola_vision.models.backbones.spec import BackboneSpec
     from nola_vision.models.targets import find_targets
 
     spec = BackboneSpec(**backbone)

@@ -1,4 +1,4 @@
-"""Rows on disk: one `row.json` in each run's folder, written whole or not at all, by one process at a time."""
+"""Rows on disk: one `row.json` per run folder, written atomically, by one process at a time."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ from filelock import FileLock, Timeout
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import why_not_a_file, write_whole
 from nola_vision.common.local_files import read_file
-from nola_vision.runs.record import Row
 from nola_vision.common.text import printable
+from nola_vision.runs.record import Row
 
 ROW_FILE = "row.json"
+ADAPTER_FILE = "adapter.safetensors"
 LOCK_FILE = ".lock"
-_MOST_BYTES = 2**25  # a row holds the indices of its training images: of two million 32 MB
+_MOST_BYTES = 2**25  # a row lists the indices of its training images: two million take 32 MB
 
 
 class BusyError(NolaVisionError):
-    """Another process is at the same run."""
+    """Another process is running the same run."""
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Keeps other processes from the run of a folder; the system lets go of it where this one dies.
+def lock_run(folder: Path) -> Iterator[None]:
+    """Locks the folder of a run against other processes; the system releases the lock if this process dies.
 
     Raises:
-        BusyError: another process has it.
-        NolaVisionError: the folder cannot be made, written to or locked, or as `refuse_other_things`.
+        BusyError: another process holds the lock.
+        NolaVisionError: the folder cannot be created, written to or locked, or as `refuse_other_things`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise NolaVisionError(f"no folder {folder} can be made ({error.strerror}): give another by --out") from error
+        raise NolaVisionError(
+            f"the folder {folder} cannot be created ({error.strerror}): give another --out"
+        ) from error
     if not os.access(folder, os.W_OK):
-        raise NolaVisionError(f"the folder {folder} cannot be written to: give another by --out")
+        raise NolaVisionError(f"the folder {folder} cannot be written to: give another --out")
     refuse_other_things(folder)
-    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # one that outlived its process would stay for ever
+    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # a soft lock would outlive its process
     try:
         lock.acquire(blocking=False)
     except Timeout:  # an OSError too
-        raise BusyError(f"another process is at the run in {folder}: wait for it, or end it") from None
+        raise BusyError(f"another process is running {folder}: wait for it, or end it") from None
     except OSError as error:
         raise NolaVisionError(
-            f"{folder} cannot be locked ({error.strerror or error}): give an --out on a file system that has locks"
+            f"{folder} cannot be locked ({error.strerror or error}): give an --out on a file system with file locks"
         ) from error
     try:
         yield
@@ -56,23 +59,23 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def refuse_other_things(folder: Path) -> None:
-    """Refuses to run where something else has the name of what the run will write.
+    """Refuses a folder in which the run could not write.
 
     Raises:
-        NolaVisionError: `row.json` is not a file, or the place for a run to repeat is not a folder.
+        NolaVisionError: `row.json` is not a file, or the folder for a completed run to be repeated is not a folder.
     """
     path, aside = folder / ROW_FILE, _aside(folder)
     if os.path.lexists(path) and not path.is_file():
-        raise NolaVisionError(f"{path} {why_not_a_file(path)}, and the run writes its row there: remove it")
+        raise NolaVisionError(f"{path} {why_not_a_file(path)}, but the run writes its row there: remove it")
     if os.path.lexists(aside) and (aside.is_symlink() or not aside.is_dir()):
-        raise NolaVisionError(f"{aside} is not a folder, and --again moves the completed run there: remove it")
+        raise NolaVisionError(f"{aside} is not a folder, but --again moves the completed run there: remove it")
 
 
 def set_aside(folder: Path) -> None:
-    """Moves a completed run out of the way of its repetition, in one step, to a folder next to its own.
+    """Moves a completed run that is to be repeated to a folder next to its own, atomically.
 
     `read_rows` finds its row there, and a table counts it until the repetition is completed (`count_once`); then
-    `drop_aside` removes it. A run that is not completed stays where it is.
+    `drop_aside` removes it. A run that is not completed is not moved.
 
     Raises:
         BusyError: another process is running it.
@@ -80,14 +83,14 @@ def set_aside(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    with claim(folder):
+    with lock_run(folder):
         try:
             if find_completed(folder) is None:
                 return
         except NolaVisionError:  # a row that cannot be read is replaced
             return
         try:
-            drop_aside(folder)  # of a repetition that was completed, and whose process died before it removed this
+            drop_aside(folder)  # left by a completed repetition whose process died before it removed this
             os.rename(folder, _aside(folder))
         except OSError as error:
             raise NolaVisionError(
@@ -96,7 +99,7 @@ def set_aside(folder: Path) -> None:
 
 
 def drop_aside(folder: Path) -> None:
-    """Removes what `set_aside` kept of a run that is completed again."""
+    """Removes the folder that `set_aside` moved, once the repetition is completed."""
     if _aside(folder).is_dir():
         shutil.rmtree(_aside(folder))
 
@@ -108,8 +111,7 @@ def _aside(folder: Path) -> Path:
 def write_row(folder: str | Path, row: Row) -> Path:
     """Write `row` as the `row.json` of a run's folder and return its path.
 
-    The row goes to a temporary file first, which then takes the old one's place: a reader, or a crash at any moment,
-    meets the old row or the new one.
+    The file is replaced atomically: a reader, or a crash at any moment, finds the old row or the new one.
 
     Raises:
         NolaVisionError: the folder is missing or cannot be written to.
@@ -119,7 +121,7 @@ def write_row(folder: str | Path, row: Row) -> Path:
         write_whole(path, row.to_json().encode())
     except OSError as error:
         raise NolaVisionError(
-            f"the row cannot be written to {folder} ({error.strerror}): make room, or give a folder one can write to"
+            f"the row cannot be written to {folder} ({error.strerror}): free disk space, or give a writable folder"
         ) from error
     return path
 
@@ -128,7 +130,7 @@ def read_row(path: str | Path) -> Row:
     """Read one `row.json`.
 
     Raises:
-        NolaVisionError: it cannot be read, or holds no row.
+        NolaVisionError: it cannot be read, or is not a row.
     """
     path = Path(path)
     try:
@@ -147,16 +149,16 @@ def read_run_file(path: Path, most_bytes: int) -> bytes:
     try:
         return read_file(path, most_bytes)
     except OSError as error:
-        fix = "check its permissions, or delete it" if error.errno else "it is left out"  # 0: of `read_file`, too large
+        fix = "check its permissions, or delete it" if error.errno else "it is left out"  # 0: `read_file`, too large
         raise NolaVisionError(f"{path} cannot be read ({error.strerror}): {fix}") from error
 
 
 def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
-    """Read every `row.json` below some folders, in the order of their paths.
+    """Read every `row.json` in some folders and their subfolders, in the order of their paths.
 
     Returns:
-        The rows, each with its `folder`, and the problems: each path that could not be read, and the reason in one line
-        that names the path.
+        The rows, each with its `folder`, and the problems: each unreadable path, and one line with the path
+        and the reason.
 
     Raises:
         NolaVisionError: one of the folders does not exist.
@@ -171,12 +173,12 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
     for folder in folders:
         if not Path(folder).is_dir():
             raise NolaVisionError(
-                f"there is no folder {folder}: go to where fit ran, or give the folder that it wrote to"
+                f"there is no folder {folder}: change to the folder where fit ran, or give the folder that it wrote to"
             )
-        # no link under it is followed, so the folder alone is resolved
-        for place, inner, files in os.walk(Path(folder).resolve(), onerror=unreadable):
+        # links under it are not followed, so only the folder itself is resolved
+        for found, inner, files in os.walk(Path(folder).resolve(), onerror=unreadable):
             if ROW_FILE in files or ROW_FILE in inner:
-                paths.add(Path(place) / ROW_FILE)
+                paths.add(Path(found) / ROW_FILE)
 
     rows = []
     for path in sorted(paths):
@@ -194,7 +196,11 @@ def find_completed(folder: str | Path) -> Row | None:
 
 
 def find_row(folder: str | Path) -> Row | None:
-    """Return the row of a run's folder, or None where the run has left none; an unreadable one is a NolaVisionError."""
+    """Return the row of a run's folder, or None if there is none.
+
+    Raises:
+        NolaVisionError: it cannot be read.
+    """
     try:
         return read_row(Path(folder) / ROW_FILE)
     except NolaVisionError as error:

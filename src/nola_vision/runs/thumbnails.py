@@ -1,6 +1,6 @@
-"""Small copies of the images that a run misclassified most confidently: a file next to its predictions.
+"""Thumbnails of the images that a run misclassified with the highest probability, stored next to its predictions.
 
-A report shows them without opening an image of the data set, on any machine that has the run's folder.
+A report shows them on any machine that has the run's folder, without opening the data set.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import safetensors.numpy
 from PIL import Image, ImageCms
 
 from nola_vision.common import process_cache
-from nola_vision.data.sources import ImageSource
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_whole
-from nola_vision.evaluation.predictions import Predictions
-from nola_vision.runs.store import read_run_file
 from nola_vision.common.tags import HUB_PREFIX
 from nola_vision.common.text import printable, shortened
+from nola_vision.data.sources import ImageSource
+from nola_vision.evaluation.predictions import Predictions
+from nola_vision.runs.store import read_run_file
 
 THUMBNAILS_FILE = "thumbnails.safetensors"
 MOST_THUMBNAILS = 24
 SIDE = 128  # pixels of the longer side
 _QUALITY = 80  # of JPEG
-_MOST_SIDE = 512  # of what is read: the file may be someone else's
+_MOST_SIDE = 512  # when read: the file may come from anyone
 _MOST_BYTES = 2**21
-_MOST_JPEG_BYTES = 2**16  # about four times what is written
+_MOST_JPEG_BYTES = 2**16  # about four times what a run writes
 _SCAN = b"\xff\xda"
 _KEPT_BYTES = 2**24  # of thumbnails, in memory
 _KEY = re.compile(r"(0|[1-9][0-9]{0,17}) (.+)")
@@ -72,10 +72,10 @@ def most_confident_mistakes(predictions: Predictions, most: int = MOST_THUMBNAIL
 
 
 def write_thumbnails(folder: Path, predictions: Predictions, source: ImageSource) -> None:
-    """Writes the file into a run's folder: one uint8 tensor per image, the content of a JPEG file.
+    """Writes the thumbnails into a run's folder: one uint8 tensor per image, the content of a JPEG file.
 
-    A tensor's name is the image's index, a space and the image's name. Without a mistake the file has no tensor. What
-    goes wrong costs a warning, not the run.
+    A tensor's name is the image's index, a space and the image's name. The file has no tensors if no image was
+    misclassified. An error is logged as a warning; the run continues.
 
     Args:
         folder: of the run.
@@ -101,18 +101,18 @@ def _warn(sentence: str) -> None:
 
 
 def _name(source: ImageSource, index: int) -> str:
-    """An image's name as text; of an absolute path, which may name a person, only the last part."""
+    """An image's name as text; of an absolute path, which may contain a person's name, only the last part."""
     name = source.name(index)
     path = PurePath(name.removeprefix(HUB_PREFIX))
     return printable(path.name if path.is_absolute() else name)
 
 
 def _jpeg(source: ImageSource, index: int) -> bytes:
-    """A thumbnail's content; where this process keeps things, of many runs that misclassify the same images."""
+    """A thumbnail as JPEG, cached in the process: many runs misclassify the same images."""
 
     def make() -> bytes:
         image = source.image(index, source.encoded(index), SIDE)
-        image.thumbnail((SIDE, SIDE))  # never enlarges
+        image.thumbnail((SIDE, SIDE))  # does not enlarge
         image = _in_srgb(image)
         image.info = {}  # Pillow would copy the comment and the profile
         buffer = io.BytesIO()
@@ -123,7 +123,7 @@ def _jpeg(source: ImageSource, index: int) -> bytes:
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
-    """The image in the colours that a browser assumes; as it is where its profile is damaged or of another mode."""
+    """The image converted to sRGB, which browsers assume; unchanged if its profile is damaged or of another mode."""
     if profile := image.info.get("icc_profile"):
         with suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
             own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -156,7 +156,7 @@ def load_thumbnails(folder: Path) -> dict[int, Thumbnail]:
 
 
 def _thumbnail(key: str, array: npt.NDArray[np.uint8]) -> Thumbnail:
-    """Checks one tensor of a file; any exception means that it is damaged."""
+    """Validates one tensor of the file; any exception means that it is damaged."""
     named = _KEY.fullmatch(key)
     if named is None or printable(key) != key:
         raise ValueError(f"a tensor is named {key!r}")
@@ -165,11 +165,11 @@ def _thumbnail(key: str, array: npt.NDArray[np.uint8]) -> Thumbnail:
     if array.size > _MOST_JPEG_BYTES:
         raise ValueError(f"{key} is larger than {_MOST_JPEG_BYTES // 1024} KiB")
     jpeg = array.tobytes()
-    # a scan of ten bytes costs a pass over the whole image; the marker is in no other part of what Pillow writes
+    # a scan of ten bytes costs a pass over the whole image; Pillow writes the marker nowhere else
     if (scans := jpeg.count(_SCAN)) > 1:
         raise ValueError(f"{key} has {scans:,} scans, as a progressive JPEG does")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of sizes that are refused here
+        warnings.simplefilter("ignore")  # Pillow's, about sizes that are refused below
         with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
             if max(image.size) > _MOST_SIDE:
                 raise ValueError(f"{key} is {image.width} x {image.height} pixels")

@@ -1,4 +1,4 @@
-"""Strict reading and writing of YAML: plain values only, within limits of size and depth. A file may be a stranger's."""
+"""Strict YAML: plain values only, within limits of size and depth, since a file may come from a stranger."""
 
 from __future__ import annotations
 

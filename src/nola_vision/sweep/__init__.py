@@ -1,1 +1,1 @@
-"""A grid of runs: planning it (pure) and the engines that carry it out."""
+"""A grid of runs: its plan, the queue of pending runs, and the engines that run them."""

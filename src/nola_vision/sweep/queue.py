@@ -1,4 +1,4 @@
-"""What an engine has yet to do: the runs without a completed row, those that another process is at, those lost once."""
+"""Queue of pending runs: not yet completed, locked by another process, or waiting for a retry."""
 
 from __future__ import annotations
 
@@ -9,108 +9,109 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nola_vision.runs import record, run_id
-from nola_vision.runs.record import Row
-from nola_vision.runs.store import ROW_FILE, BusyError, claim, find_row, write_row
+from nola_vision.runs import run_id
+from nola_vision.runs.environment import environment
+from nola_vision.runs.record import Row, Status
+from nola_vision.runs.store import ROW_FILE, BusyError, find_row, lock_run, write_row
 from nola_vision.sweep.plan import RunSpec
 
 TRIES = 2
 HANG_SECONDS = 1800.0
-FIRST_BATCH = 4  # times that, before the first batch
+FIRST_BATCH = 4  # before the first batch a run may take so many times longer
 POLL_SECONDS = 0.5  # of an engine's loop
-_ELSEWHERE_SECONDS = 2.0  # between two looks at a run that another process is at
+_LOCKED_SECONDS = 2.0  # until a run that another process has locked is tried again
 
-Note = Callable[[RunSpec, Row | None], None]
+RunCallback = Callable[[RunSpec, Row | None], None]
 
 _log = logging.getLogger(__name__)
 
 
 class RunQueue:
-    """The runs of some specs, until each has its row.
+    """The runs of some specs, until each has a row.
 
-    An engine takes a run, and then says how it went: `settle`, `postpone` or `lose`.
+    An engine takes a run, and then reports how it ended: `finish`, `postpone` or `crash`.
 
     Args:
         specs: the runs.
         out: the folder of all runs.
-        note: called with a spec when its run is taken, and with its row, an old one or a new one, when it has one.
+        callback: called with a spec and None when its run starts, and with its row, old or new, when it has ended.
     """
 
-    def __init__(self, specs: Sequence[RunSpec], out: Path, note: Note) -> None:
-        self._specs, self._out, self._note = specs, out, note
+    def __init__(self, specs: Sequence[RunSpec], out: Path, callback: RunCallback) -> None:
+        self._specs, self._out, self._callback = specs, out, callback
         self._began = time.time()
         self._waiting = deque(specs)
-        self._later: list[tuple[float, RunSpec]] = []  # when to look again
+        self._later: list[tuple[float, RunSpec]] = []  # when to try again
         self._tries: Counter[tuple[tuple[str, str], int]] = Counter()
         self._rows: dict[tuple[str, str], Row] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     @property
     def ended(self) -> bool:
-        """Whether every run has its row."""
+        """Whether every run has a row."""
         return len(self._rows) == len({spec.key for spec in self._specs})
 
     def rows(self) -> list[Row]:
-        """One row a spec, in their order."""
+        """One row per spec, in their order."""
         return [self._rows[spec.key] for spec in self._specs]
 
     def folder(self, spec: RunSpec) -> Path:
-        """Of a run."""
+        """The folder of a run."""
         return run_id.run_folder(self._out, spec.config, spec.stage)
 
     def take(self) -> RunSpec | None:
-        """The next run to start, None where there is none now; one that has its row is settled by the way."""
+        """The next run to start, or None if none is waiting; those that are already done are finished on the way."""
         now = time.monotonic()
         self._waiting.extend(spec for due, spec in self._later if due <= now)
         self._later = [(due, spec) for due, spec in self._later if due > now]
         while self._waiting:
             spec = self._waiting.popleft()
-            if not self.settled(spec):
-                self._note(spec, None)
+            if not self.finish_if_done(spec):
+                self._callback(spec, None)
                 return spec
         return None
 
-    def settle(self, spec: RunSpec, ended: Row) -> None:
-        """A run has ended, and its row is in its folder."""
-        self._rows[spec.key] = ended
-        self._note(spec, ended)
+    def finish(self, spec: RunSpec, row: Row) -> None:
+        """Reports that a run has ended, with the row in its folder."""
+        self._rows[spec.key] = row
+        self._callback(spec, row)
 
     def postpone(self, spec: RunSpec) -> None:
-        """Another process is at a run: it is looked at again later."""
-        if spec.key not in self._told:
-            self._told.add(spec.key)
-            _log.warning("another process is at the run in %s: its row is waited for", self.folder(spec))
-        self._later.append((time.monotonic() + _ELSEWHERE_SECONDS, spec))
+        """Puts back a run that another process has locked, to try it again later."""
+        if spec.key not in self._warned:
+            self._warned.add(spec.key)
+            _log.warning("another process is running %s: waiting for its row", self.folder(spec))
+        self._later.append((time.monotonic() + _LOCKED_SECONDS, spec))
 
-    def lose(self, spec: RunSpec, why: str, tries: int = TRIES) -> None:
-        """What was doing a run is gone. It is tried again, and fails after so many tries of this kind."""
+    def crash(self, spec: RunSpec, reason: str, tries: int = TRIES) -> None:
+        """Reports that the worker of a run died. The run is tried again; after `tries` such crashes it has failed."""
         self._tries[spec.key, tries] += 1
         if self._tries[spec.key, tries] < tries:
             self._waiting.appendleft(spec)
             return
         try:
-            with claim(self.folder(spec)):
-                if not self.settled(spec):  # lost after its row, or another sweep was at it too
-                    lost = row_of_a_lost_run(spec, "failed", f"{why}, {tries} times")
-                    write_row(self.folder(spec), lost)
-                    self.settle(spec, lost)
+            with lock_run(self.folder(spec)):
+                if not self.finish_if_done(spec):  # the worker may have died after the row, or another sweep ran it
+                    row = crashed_row(spec, "failed", f"{reason}, {tries} times")
+                    write_row(self.folder(spec), row)
+                    self.finish(spec, row)
         except BusyError:
             self.postpone(spec)
 
-    def settled(self, spec: RunSpec) -> bool:
-        """Whether a run has a row to stay: a completed one, or one of a failure since this queue began."""
-        left = find_row(self.folder(spec))
-        if left is None:
+    def finish_if_done(self, spec: RunSpec) -> bool:
+        """Finishes a run with a final row: completed, or failed since this queue began. Returns whether it has one."""
+        row = find_row(self.folder(spec))
+        if row is None:
             return False
-        if left.status == "completed" or (
-            left.status == "failed" and (self.folder(spec) / ROW_FILE).stat().st_mtime > self._began
+        if row.status == "completed" or (
+            row.status == "failed" and (self.folder(spec) / ROW_FILE).stat().st_mtime > self._began
         ):
-            self.settle(spec, left)
+            self.finish(spec, row)
             return True
         return False
 
 
-def row_of_a_lost_run(spec: RunSpec, status: record.Status, error: str) -> Row:
-    """The row of a run whose process cannot write it."""
+def crashed_row(spec: RunSpec, status: Status, error: str) -> Row:
+    """The row of a run whose worker can no longer write it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Row.of(spec.config, spec.stage, status, error=error, started=now, versions=record.environment())
+    return Row.of(spec.config, spec.stage, status, error=error, started=now, versions=environment())

@@ -1,4 +1,4 @@
-"""A process of the local engine: does runs as they are asked for, and tells that it is alive."""
+"""A worker process of the local engine: does the runs that it is sent, and sends heartbeats."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nola_vision.runs.store import BusyError
 
 READY, ALIVE, BUSY = "ready", "alive", "busy"
 Answer = Row | str | NolaVisionError
-_BEAT_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 1.0
 
 
-def heed_one_interrupt() -> None:
-    """From now on the first SIGINT interrupts this process, and no other: the terminal and the engine send one each."""
+def handle_first_interrupt() -> None:
+    """Raise KeyboardInterrupt on the first SIGINT and ignore later ones: the terminal and the engine both send one."""
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -27,15 +27,15 @@ def heed_one_interrupt() -> None:
 
 
 def serve(connection: Connection, gpu: str | None) -> None:
-    """Does each run that comes as (run config, folder, stage) and answers with its row, until the connection ends.
+    """Does each run that it receives as (run config, folder, stage) and sends its row, until the connection closes.
 
-    It says `READY` once it has imported what it needs, `ALIVE` about once a second of progress, and answers `BUSY`
-    where another process is at the run, or with the error where a run cannot leave a row (no room on the disk). Its
-    run is interrupted where the process that it answers to has died.
+    It sends `READY` once its imports are done, and `ALIVE` about once per second while batches end. Instead of a row it
+    sends `BUSY` if another process is running the run, or the error if the row cannot be written (disk full). Its run
+    is interrupted if the engine's process has died.
 
     Args:
         connection: to the engine.
-        gpu: which GPU it shall see; None for all there are.
+        gpu: the only GPU that it sees; None for all.
     """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -43,16 +43,16 @@ def serve(connection: Connection, gpu: str | None) -> None:
     from nola_vision.runs.cross_validation import run_with_estimate
 
     process_cache.keep()
-    heed_one_interrupt()
+    handle_first_interrupt()
     try:
         connection.send(READY)
     except OSError:
         return
     last = 0.0
 
-    def beat() -> None:
+    def heartbeat() -> None:
         nonlocal last
-        if time.monotonic() - last > _BEAT_SECONDS:
+        if time.monotonic() - last > _HEARTBEAT_SECONDS:
             last = time.monotonic()
             try:
                 connection.send(ALIVE)
@@ -65,11 +65,11 @@ def serve(connection: Connection, gpu: str | None) -> None:
         except (EOFError, OSError, KeyboardInterrupt):
             return
         try:
-            answer: Answer = run_with_estimate(config, out, stage, keep_going=True, beat=beat)
+            answer: Answer = run_with_estimate(config, out, stage, keep_going=True, heartbeat=heartbeat)
         except BusyError:
             answer = BUSY
         except NolaVisionError as error:
-            answer = NolaVisionError(str(error))  # alone: its cause may not travel
+            answer = NolaVisionError(str(error))  # without its cause, which may not be picklable
         except KeyboardInterrupt:
             return
         try:

@@ -14,27 +14,30 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from nola_vision.adapters.methods.registry import PEFT, FullFinetune, LinearProbe, Method
+from nola_vision.adapters.layers import batch_norms
+from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import keyed_hash
 from nola_vision.common.mappings import flattened
 from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.models.adapted_model import adapt, backbone_tensors, first_not_finite
-from nola_vision.models.backbones import BackboneSpec, batch_norms
-from nola_vision.training.evaluation import EvaluatedModule
-from nola_vision.training.features import drops_nothing, use_features
-from nola_vision.training.trainer_settings import check_monitors, monitoring, update_paths
+from nola_vision.models.adapted_model import first_not_finite
+from nola_vision.models.assembly import adapt
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.training.base import ClassificationTask
+from nola_vision.training.callbacks import monitoring, update_paths
+from nola_vision.training.features import drops_nothing
+from nola_vision.training.schedule import warmup_cosine
+from nola_vision.training.trainer_settings import check_monitors
 
 ClassWeights = Literal["none", "balanced"]
 _LOOK_EVERY = 50  # steps on a GPU
 _OWN_CALLBACKS = ("lightning.", "nola_vision.")
 
 
-class Classifier(EvaluatedModule):
-    """Cross-entropy on the labels; linear warm-up, then a cosine to `min_lr`, step by step. See `make_task`."""
+class Classifier(ClassificationTask):
+    """Trains by cross-entropy, with a learning rate that follows `warmup_cosine`. See `make_task`."""
 
     def __init__(
         self,
@@ -62,12 +65,11 @@ class Classifier(EvaluatedModule):
             if not hasattr(self.model.backbone, "set_grad_checkpointing"):
                 raise NolaVisionError(f"{backbone.tag} has no gradient checkpointing: leave grad_checkpointing out")
             self.model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
-        # in a list: the compiled model is no second submodule
+        # in a list, so that the compiled model is not a second submodule
         self._computed: list[Callable[[Tensor], Tensor]] = [torch.compile(self.model) if compile else self.model]
         self._compiled = compile
-        self._on_features = False  # the batches hold features instead of images
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
-        self.method, self.optimizer, self.run_seed = self.model.card.method, optimizer, run_seed
+        self.method, self.optimizer, self.run_seed = self.model.metadata.method, optimizer, run_seed
         self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
         self.began = False  # a step was taken since `fit` was called
         self.train_loss: Tensor | None = None  # of the last epoch
@@ -80,27 +82,18 @@ class Classifier(EvaluatedModule):
         self.label_smoothing, self.warmup_epochs, self.min_lr = label_smoothing, warmup_epochs, min_lr
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of images; while the trainer runs a linear probe on features, of these (see `setup`)."""
-        logits: Tensor = self.model.classified(images) if self._on_features else self._computed[0](images)
+        """Logits of images, or of features (`needs_only_features`)."""
+        logits: Tensor = self.model.classified(images) if self.on_features else self._computed[0](images)
         return logits
 
-    def setup(self, stage: str) -> None:
-        self._on_features = self._needs_only_features()
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        use_features(data, self.model if self._on_features else None, self.trainer)
+    def needs_only_features(self) -> bool:
+        """Whether every epoch has the same features, and all of them are needed.
 
-    def teardown(self, stage: str) -> None:
-        self._on_features = False
-        use_features(self.trainer.datamodule, None, self.trainer)  # type: ignore[attr-defined]
-
-    def _needs_only_features(self) -> bool:
-        """Whether every pass over the images gives the same features, and all of them are needed.
-
-        That is a linear probe without augmentation and dropout, on one device. Callbacks of other packages may look at
-        the images, and a part of the batches may cost less than the features of all.
+        True for a linear probe without augmentation and dropout, on one device. Callbacks of other packages may use the
+        images, and with a limited number of batches the features of all images may cost more.
         """
         data, trainer = self.trainer.datamodule, self.trainer  # type: ignore[attr-defined]
-        if not isinstance(self.method, LinearProbe) or not isinstance(data, KShotDataModule):
+        if not self.method.trains_only_head or not isinstance(data, KShotDataModule):
             return False
         count = data.describe()["counts"]["train"]
         limits = trainer.limit_train_batches, trainer.limit_val_batches, trainer.limit_test_batches
@@ -110,29 +103,29 @@ class Classifier(EvaluatedModule):
             and not self._compiled
             and all(isinstance(limit, float) and limit == 1 for limit in limits)  # 1 is one batch, 1.0 all
             and all(type(c).__module__.startswith(_OWN_CALLBACKS) for c in trainer.callbacks)  # type: ignore[attr-defined]
-            and count * self.model.stack.num_features * 4 <= data.memory_limit_mib * 2**20
+            and count * self.model.bank.num_features * 4 <= data.memory_limit_mib * 2**20
             and drops_nothing(self.model)
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Quantisation-aware training begins once its share of the steps is over."""
-        bits_from = getattr(self.method, "quantise_from", 1.0)
+        """Starts quantisation-aware training at the step that `quantise_from` sets."""
+        bits_from = self.method.quantise_from
         begun = self.global_step >= bits_from * self.trainer.estimated_stepping_batches
         self.model.compute_with_stored_bits(bits_from < 1 and begun)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        nested = getattr(self.method, "nested", False)
-        with self.model.stack.using(prefix=_prefix(self.run_seed, self.global_step) if nested else None):
+        prefix = _prefix(self.run_seed, self.global_step) if self.method.nested else None
+        with self.model.bank.using(prefix=prefix):
             loss = self._loss(self(images), labels)
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the batch of the weighted cross-entropy, which divides by images and not by their weights.
+        """The weighted cross-entropy, divided by the number of images rather than by the sum of their weights.
 
-        So the mean over processes is the mean over their images, and balanced weights do not change a loss's scale.
+        The mean over processes is then that over their images, and balanced weights do not change the loss's scale.
         """
         if self.weights is None:
             return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -140,16 +133,16 @@ class Classifier(EvaluatedModule):
         return (losses * self.weights[labels]).mean()
 
     def on_train_epoch_start(self) -> None:
-        """What a layer draws (dropout) depends on the seed and the epoch alone, so that a resumed run repeats it."""
+        """Seeds dropout by run seed and epoch, so that a resumed run draws the same."""
         torch.manual_seed(keyed_hash("layers", self.run_seed, self.current_epoch) >> 1)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Looks at the loss; the trained tensors are searched only after one that is not finite."""
+        """Checks the loss; only if it is not finite are the trained tensors searched."""
         self.began = True
         loss = outputs["loss"].detach()
         step = torch.where(loss.isfinite(), -1, self.global_step)
         self._bad_step = step if self._bad_step is None else torch.where(self._bad_step < 0, step, self._bad_step)
-        # reading a value waits for a GPU
+        # reading a value synchronises a GPU
         if loss.device.type == "cpu" or self.global_step % _LOOK_EVERY == 0 or self.trainer.is_last_batch:
             bad, self._bad_step = int(self._bad_step), None
             if bad >= 0 and (broken := self.model.not_finite()):
@@ -159,7 +152,7 @@ class Classifier(EvaluatedModule):
         self.train_loss, self.epoch = self.trainer.callback_metrics["train_loss"], self.current_epoch
 
     def on_fit_end(self) -> None:
-        """Takes the best epoch's weights, if a ModelCheckpoint kept them, and rounds to what the file will hold."""
+        """Loads the best epoch's weights, if a ModelCheckpoint kept them, and rounds to the values that are stored."""
         best = monitoring(self.trainer.callbacks)  # type: ignore[attr-defined]
         if best is not None and (path := self.trainer.strategy.broadcast(best.best_model_path)):
             self.epoch, self.monitor = self.load_best(path), best.monitor
@@ -167,7 +160,7 @@ class Classifier(EvaluatedModule):
         self.model.round_to_stored_bits()
 
     def load_best(self, path: str) -> int:
-        """Loads the weights that a ModelCheckpoint kept in this run and returns their epoch.
+        """Loads the weights that a ModelCheckpoint of this run kept, and returns their epoch.
 
         Raises:
             NolaVisionError: the file does not exist, is damaged, or fails `refuse_other_checkpoint`.
@@ -180,7 +173,7 @@ class Classifier(EvaluatedModule):
                 f"the best epoch's checkpoint {path} does not exist: put the file back, or train again without "
                 "--ckpt_path"
             ) from error
-        except Exception as error:  # a damaged file fails in any way
+        except Exception as error:  # a damaged file raises any exception
             raise NolaVisionError(
                 f"the best epoch's checkpoint {path} is damaged: train again without --ckpt_path"
             ) from error
@@ -188,12 +181,12 @@ class Classifier(EvaluatedModule):
         return epoch
 
     def load_weights(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the trained values of a checkpoint, after `refuse_other_checkpoint`."""
+        """Loads the trained values of a checkpoint, after `refuse_other_checkpoint`."""
         self.refuse_other_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
     def on_validation_start(self) -> None:
-        """Every evaluation sees the values as a file holds them; during training they stay as they are."""
+        """Evaluates with the values as they are stored in a file; during training the parameters are not rounded."""
         super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.model.compute_with_stored_bits()
@@ -205,15 +198,13 @@ class Classifier(EvaluatedModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
-        method, stack = self.method, self.model.stack
-        lr: float = method.lr  # type: ignore[attr-defined]
-        inside = isinstance(method, FullFinetune | PEFT)
+        bank, (lr, head_lr) = self.model.bank, self.method.learning_rates
+        inside = self.method.trains_backbone or self.method.edits_backbone
         backbone = [parameter for parameter in self.model.backbone.parameters() if parameter.requires_grad]
-        head_lr = getattr(method, "head_lr", None)
         groups: list[dict[str, Any]] = [
-            {"params": backbone if inside else stack.adapter_parameters(), "lr": lr, "name": "adapter"},
+            {"params": backbone if inside else bank.adapter_parameters(), "lr": lr, "name": "adapter"},
             {"params": [] if inside else backbone, "lr": lr, "name": "norms"},
-            {"params": stack.head_parameters(), "lr": lr if head_lr is None else head_lr, "name": "head"},
+            {"params": bank.head_parameters(), "lr": head_lr, "name": "head"},
         ]
         return [group for group in groups if group["params"]]
 
@@ -221,29 +212,25 @@ class Classifier(EvaluatedModule):
         optimizer = self.optimizer(self.parameter_groups())
         try:
             self.trainer.fit_loop.setup_data()  # with max_steps alone, Lightning has not counted the batches yet
-        except ValueError as error:  # limits that do not fit the number of batches
+        except ValueError as error:  # batch limits larger than the number of batches
             raise NolaVisionError(f"Lightning cannot train with these settings: {excerpt(error, 80)}") from error
         steps, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
         if not math.isfinite(steps) or not math.isfinite(batches):
             raise NolaVisionError("the cosine schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
-        steps_an_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
-        warmup = min(self.warmup_epochs * steps_an_epoch, int(steps) - 1)
-        schedule: LRScheduler = CosineAnnealingLR(optimizer, max(1, int(steps) - warmup), eta_min=self.min_lr)
-        if warmup > 0:
-            rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-            schedule = SequentialLR(optimizer, [rise, schedule], milestones=[warmup])
+        steps_per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
+        schedule = warmup_cosine(optimizer, int(steps), self.warmup_epochs * steps_per_epoch, self.min_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # --- checkpoints hold what is trained; the backbone comes back from its tag, the basis from its seed -----------
+    # --- checkpoints hold trained values only: the backbone is restored from its tag, the basis from its seed --------
 
     def _kept(self, names: Sequence[str]) -> set[str]:
-        trained = {f"model.backbone.{name}" for name in backbone_tensors(self.model.backbone, self.method)}
+        trained = {f"model.backbone.{name}" for name in self.method.trained_in_backbone(self.model.backbone)}
         return {name for name in names if name in trained or not name.startswith("model.backbone.")}
 
     def _identity(self) -> dict[str, Any]:
-        """What the stored numbers mean something for; learning rates may differ."""
-        metadata = self.model.metadata()
-        del metadata["weights"], metadata["calibration"]  # the fingerprint is of the weights themselves
+        """Settings that must match for a checkpoint to load. Learning rates may differ."""
+        metadata = self.model.file_metadata()
+        del metadata["weights"], metadata["calibration"]  # the fingerprint covers the weights
         settings = metadata["method"]["init_args"]
         metadata["method"] = {"class": metadata["method"]["class_path"], **settings, "lr": None, "head_lr": None}
         return metadata
@@ -254,7 +241,7 @@ class Classifier(EvaluatedModule):
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in kept}
         checkpoint["adapter"] = self._identity()
         checkpoint["run_hash"] = self.run_hash
-        # for a run that is interrupted after its last epoch
+        # for a run that resumes after its last epoch
         loss = self.trainer.callback_metrics.get("train_loss")
         checkpoint["train_loss"] = None if loss is None else float(loss)
         checkpoint["stopped"] = self.trainer.should_stop
@@ -263,10 +250,10 @@ class Classifier(EvaluatedModule):
         norms = batch_norms(self.model.backbone).values()
         if self.trainer.world_size > 1 and any(m.training and not isinstance(m, nn.SyncBatchNorm) for m in norms):
             raise NolaVisionError(
-                "this method trains batch norms, whose statistics each device would take of its own images: use one "
+                "this method trains batch norms, whose statistics each device would compute from its images: use one "
                 "device, or GPUs with --trainer.sync_batchnorm true"
             )
-        # `run` has not done it where several processes train: it opens no images before `fit`
+        # `runner.run` does not check it for several processes, which open no images before `fit`
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.class_weights == "balanced":
             self.weights = balanced_weights(data.train_labels, data.num_classes).to(self.device)
@@ -285,10 +272,10 @@ class Classifier(EvaluatedModule):
                     update_paths(state, str(callback.dirpath))  # before Lightning restores the callback
 
     def refuse_other_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the numbers of a checkpoint mean here what they meant where it was written.
+        """Refuses a checkpoint of another backbone, method, seed or set of classes.
 
         Raises:
-            NolaVisionError: it was written with another backbone, method, seed or set of classes, or is damaged.
+            NolaVisionError: as above, or the checkpoint is damaged.
         """
         here, there = flattened(self._identity()), flattened(_mapping(checkpoint.get("adapter")))
         differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))

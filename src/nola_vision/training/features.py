@@ -1,4 +1,4 @@
-"""Features of a frozen backbone: computed once per process for the same images, and shared by all its runs.
+"""Features of a frozen backbone: computed once per process for the same images, and shared by its runs.
 
 Methods that only need features (1-NN, nearest mean, logistic regression, a linear probe without augmentation) run on
 them instead of on images: their task calls `use_features` at the start of a stage, and the datamodule's loaders then
@@ -18,16 +18,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from nola_vision.common import process_cache
 from nola_vision.common.local_files import file_digest
-from nola_vision.data.datamodule import ImageSubset, KShotDataModule
+from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.data.loaders import ImageSubset
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.backbones import local_files, probe_batch
+from nola_vision.models.backbones.properties import probe_batch
+from nola_vision.models.backbones.sources import local_files
 
 _MOST_KEPT = 512 * 2**20  # bytes: 10,000 images with 1,024 features take 40 MB
-_RANDOM = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # what modules call the share of what they drop
+_RANDOM = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # attributes of modules that drop values at random
 
 
 class FeatureSet(Dataset[tuple[Tensor, Tensor]]):
-    """Features in place of images: the items of an `ImageSubset`, asked for in the same way.
+    """Features instead of images, with the interface of `ImageSubset`.
 
     Args:
         features: `[n, width]`.
@@ -61,8 +63,8 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     """The features of a loader's images in its order: `[n, width]`, on the CPU, in the dtype that the backbone gives.
 
     They are those of the model's forward pass on the same batches in eval mode, with the trainer's device and
-    precision. A process that keeps things (`process_cache`) computes them once, as long as backbone, images, device,
-    precision, batch size and number of threads are the same, and stores up to 512 MB.
+    precision. With a `process_cache` they are computed once per process for the same backbone, images, device,
+    precision, batch size and number of threads; it stores up to 512 MB.
 
     Args:
         model: its backbone must be frozen and on the trainer's device.
@@ -73,11 +75,12 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     """
     images = loader.dataset
     assert isinstance(images, ImageSubset)
-    spec = model.card.backbone
+    spec = model.metadata.backbone
     weights = tuple(file_digest(path) for path in local_files(spec.tag, spec.file).values())
-    backbone = (spec, model.card.basis_seed, model.fingerprint, weights)  # the fingerprint leaves position tables out
+    # the fingerprint leaves position tables out
+    backbone = (spec, model.metadata.basis_seed, model.fingerprint, weights)
     machine = (str(trainer.strategy.root_device), trainer.precision, torch.get_num_threads())
-    key = (backbone, machine, model.card.input, images.key, loader.batch_size)
+    key = (backbone, machine, model.metadata.input, images.key, loader.batch_size)
     make = partial(_computed, model, trainer, loader)
     return process_cache.latest("features", key, make, lambda tensor: tensor.nbytes, _MOST_KEPT)
 
@@ -89,7 +92,7 @@ def _computed(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) 
     model.eval()
     _notify(trainer, "on_features_start", total)
     try:
-        # Lightning tests in inference mode, whose tensors no later run could train on
+        # Lightning tests in inference mode, and a later run cannot train on tensors made in it
         with torch.inference_mode(False), torch.no_grad():
             for images, _ in loader:
                 with precision.forward_context():

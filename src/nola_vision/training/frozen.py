@@ -1,6 +1,6 @@
-"""What frozen features can do: 1-NN, nearest class mean and logistic regression. Nothing is trained by steps.
+"""Methods on frozen features: 1-NN, nearest class mean and logistic regression, fitted without an optimizer.
 
-`docs/frozen-features.md` has the formulas and how they were chosen.
+`docs/frozen-features.md` has the formulas and the reasons for them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nola_vision.adapters.methods.registry import FrozenMethod, LogisticRegression, Method, NearestMean, NearestNeighbor
+from nola_vision.adapters.methods.base import Method
 from nola_vision.common.hashing import keyed_hash
 from nola_vision.common.progress import count_aside
-from nola_vision.data.datamodule import ImageSubset, KShotDataModule
+from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.folds import MANY_CLASSES, folds
+from nola_vision.data.loaders import ImageSubset
 from nola_vision.data.sampling import Indices
 from nola_vision.evaluation.calibration import fit_temperature, nll
 from nola_vision.evaluation.estimates import CrossValidated
 from nola_vision.evaluation.predictions import Predictions
-from nola_vision.models.adapted_model import adapt
-from nola_vision.models.backbones import BackboneSpec
-from nola_vision.training.evaluation import EvaluatedModule
+from nola_vision.models.assembly import adapt
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.training.base import ClassificationTask
 from nola_vision.training.features import features, use_features
 
 Array = npt.NDArray[np.float64]
@@ -44,7 +45,7 @@ _REPEATED_WORK = 4 * 10**6  # images x features x classes of all repeats of a cr
 _INNER_SEED = 0  # of the folds in which C is chosen
 
 
-class FrozenClassifier(EvaluatedModule):
+class FrozenClassifier(ClassificationTask):
     """1-NN, nearest class mean or logistic regression on the features of a frozen backbone.
 
     While the trainer runs it, the datamodule's batches hold features instead of images (`features.use_features`). It
@@ -56,10 +57,10 @@ class FrozenClassifier(EvaluatedModule):
         class_names: the classes, in the order of the labels.
     """
 
-    def __init__(self, backbone: BackboneSpec, method: FrozenMethod, class_names: Sequence[str]) -> None:
+    def __init__(self, backbone: BackboneSpec, method: Method, class_names: Sequence[str]) -> None:
         super().__init__(len(class_names))
         self.model = adapt(backbone, method, class_names).eval()
-        self.method = self.model.card.method
+        self.method = self.model.metadata.method
         self.has_probabilities = self.savable  # cosines with single images only rank the classes
         self.chosen_c: float | None = None  # of logistic regression
         self._known: tuple[Tensor, Tensor] | None = None  # what 1-NN compares with: unit features and labels
@@ -68,7 +69,7 @@ class FrozenClassifier(EvaluatedModule):
     @property
     def savable(self) -> bool:
         """Whether the method is a plain head, which an adapter file can hold; 1-NN keeps every training image."""
-        return not isinstance(self.method, NearestNeighbor)
+        return self.method.savable
 
     def forward(self, features: Tensor) -> Tensor:
         """Features `[batch, features]` to logits `[batch, classes]`."""
@@ -76,7 +77,7 @@ class FrozenClassifier(EvaluatedModule):
             return self.model.classified(features)
         known, labels = (tensor.to(features.device) for tensor in self._known)
         cosines = F.normalize(features.float(), dim=1) @ known.t()
-        best = cosines.new_full((len(features), len(self.model.card.class_names)), -2.0)
+        best = cosines.new_full((len(features), len(self.model.metadata.class_names)), -2.0)
         return DEFAULT_SCALE * best.scatter_reduce(1, labels.expand_as(cosines), cosines, "amax")
 
     def fit(self, features: Tensor, labels: Tensor, groups: Indices | None = None) -> None:
@@ -88,32 +89,32 @@ class FrozenClassifier(EvaluatedModule):
             groups: `[n]` numbers; images of equal ones are copies, and share a fold in the choice of C.
         """
         self._fitted = True
-        if isinstance(self.method, NearestNeighbor):
+        if not self.method.savable:
             self._known = F.normalize(features.float(), dim=1), labels
             return
-        x, y, num_classes = features.double().numpy(), labels.numpy(), self.model.stack.num_classes
-        # several threads cost more than they save on few images, and wait for each other on busy cores
+        x, y, num_classes = features.double().numpy(), labels.numpy(), self.model.bank.num_classes
+        # on few images several threads are slower than one, especially on busy cores
         with threadpool_limits(torch.get_num_threads() if x.size * num_classes > _MOST_WORK else 1):
-            if isinstance(self.method, NearestMean):
-                weight, bias = nearest_mean(x, y, num_classes)
-            else:
+            if self.method.regularised:
                 copies = np.arange(len(y)) if groups is None else groups
                 weight, bias, self.chosen_c = logistic_regression(x, y, copies)
-        stack = self.model.stack
+            else:
+                weight, bias = nearest_mean(x, y, num_classes)
+        bank = self.model.bank
         with torch.no_grad():
-            stack.head_weight.copy_(torch.from_numpy(weight))
-            stack.head_bias.copy_(torch.from_numpy(bias))
+            bank.head_weight.copy_(torch.from_numpy(weight))
+            bank.head_bias.copy_(torch.from_numpy(bias))
         self.model.round_to_stored_bits()
 
     def fit_to(self, data: KShotDataModule, trainer: L.Trainer) -> None:
         """Fits the method to the training images of a datamodule, if that has not been done."""
         if not self._fitted:
             self.prepare(trainer)
-            use_features(data, None, trainer)  # a stage has its loaders by now
+            use_features(data, None, trainer)  # the stage has its loaders already
             loader = data.reference_dataloader()
             images = loader.dataset
             assert isinstance(images, ImageSubset)
-            groups = data.train_groups if isinstance(self.method, LogisticRegression) else None
+            groups = data.train_groups if self.method.regularised else None
             self.fit(features(self.model, trainer, loader), torch.from_numpy(images.labels), groups)
 
     def prepare(self, trainer: L.Trainer) -> None:
@@ -123,11 +124,8 @@ class FrozenClassifier(EvaluatedModule):
 
     # --- evaluation by Lightning ---------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        use_features(self.trainer.datamodule, self.model, self.trainer)  # type: ignore[attr-defined]
-
-    def teardown(self, stage: str) -> None:
-        use_features(self.trainer.datamodule, None, self.trainer)  # type: ignore[attr-defined]
+    def needs_only_features(self) -> bool:
+        return True
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -169,8 +167,8 @@ def nearest_mean(x: Array, y: Indices, num_classes: int) -> tuple[Array, Array]:
 def logistic_regression(x: Array, y: Indices, groups: Indices) -> tuple[Array, Array, float]:
     """The head of multinomial logistic regression with an L2 penalty, and the C of it (scikit-learn's).
 
-    The features are centred and divided by one number, the root of their mean variance, so that C means the same for
-    every backbone; the head that is returned takes features as they are. C is the one of `CS` with the least
+    The features are centred and divided by the root of their mean variance, so that C has the same meaning for every
+    backbone; the returned head takes unscaled features. C is the one of `CS` with the least
     cross-entropy over stratified folds of the training images, the smallest such; `DEFAULT_C` where no class has two
     distinct images.
     """
@@ -206,7 +204,7 @@ def _fitted(x: Array, y: Indices, c: float) -> tuple[Any, Array, float]:
     middle = x.mean(axis=0)
     scale = float(np.sqrt(np.square(x - middle).mean())) or 1.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # after 1,000 steps it is as good as it gets
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 1,000 steps are enough
         warnings.filterwarnings("ignore", MANY_CLASSES, UserWarning)
         model = linear_model.LogisticRegression(C=c, max_iter=_MOST_ITERATIONS).fit((x - middle) / scale, y)
     return model, middle, scale
@@ -293,5 +291,5 @@ def number_of_repeats(features: Tensor, labels: Indices, method: Method) -> int:
     are many: all repeats together take seconds.
     """
     work = features.numel() * len(np.unique(labels))
-    most = MOST_LOGISTIC_REPEATS if isinstance(method, LogisticRegression) else MOST_REPEATS
+    most = MOST_LOGISTIC_REPEATS if method.regularised else MOST_REPEATS
     return int(np.clip(_REPEATED_WORK // work, 1, most))

@@ -1,4 +1,4 @@
-"""Metrics of a stage, over all its images and of all processes, and the predictions for the tested images."""
+"""Metrics of a stage over the images of all processes, and the predictions for the tested images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from nola_vision.evaluation.predictions import Predictions
 
-# Columns of a row by the names that the test stage logs; what a task does not log is None
+# Names that the test stage logs, by column of a row; a column without a logged value is None
 LOGGED = {
     "test_accuracy": "test_accuracy",
     "balanced_accuracy": "test_balanced_accuracy",
@@ -27,14 +27,14 @@ LOGGED = {
     "top5_accuracy": "test_top5_accuracy",
     "test_nll": "test_loss",
 }
-TOP5_CLASSES = 10  # with fewer, top-5 says little
-_MOST_CLASSES = 1000  # whose confusion matrix, of 8 MB, is kept
+TOP5_CLASSES = 10  # with fewer, top-5 is not informative
+_MOST_CLASSES = 1000  # of a confusion matrix; it takes 8 MB
 
 
 class BalancedAccuracy(MulticlassStatScores):
     """Mean recall over the classes that have images, as scikit-learn's `balanced_accuracy_score`.
 
-    torchmetrics' macro accuracy counts a class without images as 0 if an image was taken for it.
+    torchmetrics' macro accuracy counts a class without images as 0 if it was predicted.
     """
 
     higher_is_better = True
@@ -49,9 +49,9 @@ class BalancedAccuracy(MulticlassStatScores):
 
 
 class MacroF1(MulticlassStatScores):
-    """Mean F1 over the classes that have images or that an image was taken for, as scikit-learn's `f1_score`.
+    """Mean F1 over the classes that have images or were predicted, as scikit-learn's `f1_score`.
 
-    torchmetrics' weights add up to more than 1 in float32: all right would be 1.0000001 of ten classes.
+    torchmetrics' weights add up to more than 1 in float32: ten classes without errors would have 1.0000001.
     """
 
     higher_is_better = True
@@ -89,11 +89,11 @@ class TestedImages(Metric):
 
 
 def accuracies(num_classes: int) -> nn.ModuleDict:
-    """The metrics of the stages that evaluate, by stage and, of the test stage, by the names that they are logged as.
+    """The metrics of validation and test, by stage; those of the test stage also by the names that they are logged as.
 
     `val` and `test` are top-1 accuracy over all images (torchmetrics' default averages over classes). Averages over
     classes leave out those that have no images: `test_balanced_accuracy` the classes without test images,
-    `test_macro_f1` those that have none and that no image was taken for; both as scikit-learn.
+    `test_macro_f1` those that have none and were not predicted; both as scikit-learn.
     """
     metrics = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("val", "test")})
     metrics["test_balanced_accuracy"] = BalancedAccuracy(num_classes)
@@ -123,7 +123,7 @@ def log_accuracy(task: L.LightningModule, metrics: nn.ModuleDict, stage: str, lo
         tested = cast(Metric, metrics["tested"])
         first = sum(map(len, cast("list[Tensor]", tested.labels)))
         own = torch.arange(first, first + len(labels), device=labels.device)
-        # the processes take turns along the loader's order
+        # the loader's images go to the processes in turn
         tested.update(task.trainer.global_rank + task.trainer.world_size * own, labels, logits)
         names = ["test_balanced_accuracy", "test_macro_f1"]
         names += ["test_top5_accuracy"] if "test_top5_accuracy" in metrics else []
@@ -136,22 +136,22 @@ def log_accuracy(task: L.LightningModule, metrics: nn.ModuleDict, stage: str, lo
 
 
 def count_confusions(metrics: nn.ModuleDict) -> Tensor | None:
-    """Tested images `[true, predicted]` of all processes, at a test's end, while these can still talk to each other.
+    """Tested images `[true, predicted]` of all processes, computed at the end of a test while they can communicate.
 
-    None where the classes are too many to keep it.
+    None if there are too many classes.
     """
     return cast(Metric, metrics["confusion"]).compute().cpu() if "confusion" in metrics else None
 
 
 def pooled_metrics(predictions: Predictions, num_classes: int) -> tuple[dict[str, float], Tensor | None]:
-    """The metrics of what several folds predicted, which no test stage logs.
+    """The metrics of the pooled predictions of folds, which no test stage logs.
 
     Args:
         predictions: of all folds, with logits.
         num_classes: number of classes.
 
     Returns:
-        The columns of a row by name, `test_accuracy` left out: the estimate has its own; and the confusions.
+        The columns of a row by name, without `test_accuracy`, which is in the estimate; and the confusion matrix.
     """
     logits, labels = torch.from_numpy(predictions.logits), torch.from_numpy(predictions.label)
     metrics = accuracies(num_classes)

@@ -14,7 +14,7 @@ from nola_vision.common.progress import PlainCount, PlainLines, duration, say, t
 
 
 class LiveProgress(RichProgressBar):
-    """Lightning's bar, and one for the features that methods on a frozen backbone are computed from."""
+    """Lightning's bar, and one for the features that methods on a frozen backbone use."""
 
     def on_features_start(self, trainer: L.Trainer, total: int) -> None:
         self._init_progress(trainer)
@@ -28,12 +28,11 @@ class LiveProgress(RichProgressBar):
 
 
 class PlainProgress(ProgressBar):
-    """A line at the start of the training, at most one every ten seconds, and one at its end; and those of testing.
-
-    Features of a frozen backbone have lines too.
+    """A line when training starts, at most one every ten seconds, and one when it ends; also for validation, testing
+    and the features of a frozen backbone.
 
     Args:
-        clock: seconds that never go back.
+        clock: monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

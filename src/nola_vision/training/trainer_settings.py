@@ -1,27 +1,21 @@
-"""What a run allows of Lightning's trainer: callbacks, strategies and limits; and the run's own checkpoint."""
+"""Checks of the trainer settings of a run: which callbacks, strategies, precisions and limits are supported."""
 
 from __future__ import annotations
 
-import os
-import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
 
-CHECKPOINTS = "checkpoints"
-LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
 METRICS = ("train_loss", "val_loss", "val_accuracy")
 
-# Callbacks that cannot work here, subclasses included, with what to use instead.
+# Callbacks that are not supported, subclasses included, and what to use instead.
 _REFUSED = {
     "BatchSizeFinder": "the batch size is part of what a run is: set data.batch_size",
     "LearningRateFinder": "the learning rate is the method's: set its lr, or let `nola-vision sweep` choose it",
@@ -34,52 +28,11 @@ _REFUSED = {
 _DDP = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 
 
-class LastCheckpoint(Checkpoint):
-    """Saves the run at each epoch's end, whenever validation comes, to one file that is never half written.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        part = self.path.with_suffix(".part")
-        # Lightning copies the file from the system's temporary folder, which takes a while on another disk
-        try:
-            trainer.save_checkpoint(part, weights_only=False)
-            if trainer.is_global_zero:
-                os.replace(part, self.path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            part.unlink(missing_ok=True)
-            raise NolaVisionError(
-                f"the checkpoint {self.path} cannot be written ({textwrap.shorten(str(error), 150)}): make room, or "
-                "give another folder by --out"
-            ) from error
-
-
-def monitoring(callbacks: Sequence[L.Callback]) -> ModelCheckpoint | None:
-    """The first ModelCheckpoint that keeps the best epoch of a metric: that epoch is the run's result."""
-    kept = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None and c.save_top_k != 0)
-    return next(kept, None)
-
-
-def early_stopping(patience: int) -> list[L.Callback]:
-    """The callbacks of `model.stop_early`: they stop the training and keep the best epoch's weights.
-
-    They watch the validation loss: a small pool has one accuracy for many epochs.
-    """
-    return [EarlyStopping("val_loss", patience=patience), ModelCheckpoint(monitor="val_loss")]
-
-
 def check_stop_early(patience: int | None, callbacks: Any) -> None:
-    """Refuses a `model.stop_early` that has no effect or a rival.
+    """Refuses a `model.stop_early` below 1, or next to a callback that chooses the epoch too.
 
     Raises:
-        NolaVisionError: it is below 1, or `trainer.callbacks` decide the same.
+        NolaVisionError: as above.
     """
     if patience is None:
         return
@@ -94,50 +47,8 @@ def check_stop_early(patience: int | None, callbacks: Any) -> None:
             )
 
 
-def close_loggers(trainer: L.Trainer) -> None:
-    """Ends what a logger keeps open in this process: W&B would log the next run of the process into this one."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            logger.experiment.finish()
-
-
-def checkpoint_folder(folder: Path, callback: ModelCheckpoint) -> Path:
-    """Where the run in `folder` stores the files of a ModelCheckpoint without a `dirpath`."""
-    return folder / CHECKPOINTS / (callback.monitor or "unmonitored")
-
-
-def current_path(stored: str, stored_folder: Any, folder: str | Path) -> str:
-    """The path of a ModelCheckpoint's file after its folder was moved, or is spelled differently.
-
-    Args:
-        stored: the path that the checkpoint holds.
-        stored_folder: the ModelCheckpoint's `dirpath` that the checkpoint holds.
-        folder: its `dirpath` now.
-
-    Returns:
-        The same file name in `folder`; `stored` if the file exists only there.
-    """
-    try:
-        inner = Path(stored).relative_to(stored_folder)
-    except (TypeError, ValueError):
-        inner = Path(Path(stored).name)
-    here = Path(folder) / inner
-    return stored if not here.exists() and Path(stored).exists() else str(here)
-
-
-def update_paths(state: dict[str, Any], folder: str) -> None:
-    """Updates the paths in a ModelCheckpoint's state; Lightning drops the best score if `dirpath` is another string."""
-    stored_folder, state["dirpath"] = state.get("dirpath"), folder
-    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-        if state.get(key):
-            state[key] = current_path(state[key], stored_folder, folder)
-    state["best_k_models"] = {
-        current_path(path, stored_folder, folder): score for path, score in state.get("best_k_models", {}).items()
-    }
-
-
 def check_trainer(settings: Mapping[str, Any]) -> None:
-    """Refuses trainer settings that cannot give a result, before anything is loaded or trained.
+    """Refuses trainer settings that cannot lead to a result, before anything is loaded or trained.
 
     Args:
         settings: the full config's `trainer`, as plain values.
@@ -201,7 +112,7 @@ def _check_callbacks(callbacks: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_precision(precision: Any, method: str, train_norms: bool) -> None:
-    """Refuses 16-bit weights where weights of the backbone itself are trained: most steps would be rounded away.
+    """Refuses 16-bit weights for methods that train weights of the backbone: most updates would be rounded away.
 
     Args:
         precision: the config's `trainer.precision`.
@@ -220,7 +131,7 @@ def check_precision(precision: Any, method: str, train_norms: bool) -> None:
 
 
 def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
-    """Refuses to monitor a validation metric in a run that never validates.
+    """Refuses callbacks that monitor a validation metric in a run without validation.
 
     Args:
         trainer: of the run.
@@ -247,7 +158,7 @@ def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
 
 
 def _check_strategy(strategy: str | Mapping[str, Any]) -> None:
-    """One device, or DDP with a process for each: the adapter and the checkpoint are whole in every process."""
+    """Accepts one device, or DDP with one process per device: every process then has the whole adapter."""
     if isinstance(strategy, str):
         name, known = strategy, strategy == "auto" or strategy in _DDP
     else:

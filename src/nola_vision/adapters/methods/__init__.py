@@ -1,1 +1,27 @@
-"""The methods: one file each, with the settings, the equation and the start."""
+"""The methods, one file each: settings, equation, initial values, changes. Importing them loads no torch."""
+
+from nola_vision.adapters.methods.base import Adapter, FrozenMethod, Method
+from nola_vision.adapters.methods.frozen import LogisticRegression, NearestMean, NearestNeighbor
+from nola_vision.adapters.methods.full import FullFinetune
+from nola_vision.adapters.methods.hashednet import HashedNet
+from nola_vision.adapters.methods.linear import LinearProbe
+from nola_vision.adapters.methods.lora import LoRA
+from nola_vision.adapters.methods.nola import NOLA
+from nola_vision.adapters.methods.peft import PEFT
+from nola_vision.adapters.methods.pranc import PRANC
+
+__all__ = [
+    "NOLA",
+    "PEFT",
+    "PRANC",
+    "Adapter",
+    "FrozenMethod",
+    "FullFinetune",
+    "HashedNet",
+    "LinearProbe",
+    "LoRA",
+    "LogisticRegression",
+    "Method",
+    "NearestMean",
+    "NearestNeighbor",
+]

@@ -1,61 +1,67 @@
-"""HashedNet (Chen et al., ICML 2015): weights share trained numbers, the buckets, that a hash assigns."""
+"""HashedNet (Chen et al., ICML 2015): weights share trained values, the buckets, that a hash assigns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from nola_vision.adapters.random_basis import basis_key, buckets
+from nola_vision.adapters.methods.base import Adapter, Group, Source, check_budget, check_positive, one_by_one
+from nola_vision.adapters.methods.registry import register
 from nola_vision.adapters.target import Change, Dense, Target
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class HashedGroup(nn.Module):
-    """The change of one target whose weights share k numbers.
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class HashedNet(Adapter):
+    """HashedNet (Chen et al., ICML 2015): weights, or changes of them, share trained values that a hash assigns.
 
         change_p = c sqrt(2 / fan_in) s(p) w[h(p)]
 
-    Bucket h(p) and sign s(p) of weight p come from the counter-based generator (`basis.buckets`), keyed by the
-    weight's name; w, k numbers, is all that is trained. w starts at zero; from scratch it starts normal with variance
-    1, so that with c = 1 a change starts with He's variance 2 / fan_in.
+    Bucket h(p) and sign s(p) of weight p come from the counter-based generator (`random_basis.buckets`), keyed by the
+    weight's name; w, `buckets [k]` per target, is all that is trained. w starts at zero; from scratch it starts normal
+    with variance 1, so that with c = 1 a change starts with He's variance 2 / fan_in.
 
     Args:
-        target: the target.
-        num_adapters: n.
-        num_buckets: k.
+        max_parameters: trained values of all targets together, spread in proportion to their sizes.
         c: the scale.
-        basis_seed: the seed of the hash.
-        generator: draws w from scratch.
-        from_scratch: the weights start from nothing.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        num_adapters: int,
-        num_buckets: int,
-        c: float,
-        basis_seed: int,
-        generator: torch.Generator,
-        from_scratch: bool = False,
-    ) -> None:
-        super().__init__()
-        self.targets = (target,)
-        self.scale = c * math.sqrt(2 / target.fan_in)
-        shape = num_adapters, num_buckets
-        first = torch.randn(shape, generator=generator) if from_scratch else torch.zeros(shape)
-        self.buckets = nn.Parameter(first)
-        key = basis_key(basis_seed, f"weight {target.name}", "hash")
-        self._bucket, sign = buckets(key, target.size, num_buckets)
-        self._sign = sign * self.scale
+    max_parameters: int = 10_000
+    c: float = 1.0
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._bucket, self._sign = self._bucket.to(self.buckets.device), self._sign.to(self.buckets.device)
-        return self
+    def check(self) -> None:
+        super().check()
+        check_positive(self, "c")
 
-    def changes(self, trained: Mapping[str, Tensor], wanted: Container[Target]) -> dict[str, Change]:
-        (target,) = self.targets
-        return {target.name: Dense(target.layout(trained["buckets"][:, self._bucket] * self._sign))}
+    def groups(self, targets: Sequence[Target]) -> list[Group]:
+        check_budget(self.max_parameters, len(targets), "HashedNet")
+        total = sum(target.size for target in targets)
+        return [
+            Group(name, members, {"buckets": (max(1, self.max_parameters * members[0].size // total),)})
+            for name, members in one_by_one(targets).items()
+        ]
+
+    def initial(self, group: Group, source: Source) -> dict[str, Tensor]:
+        import torch
+
+        shape = source.num_adapters, *group.shapes["buckets"]
+        first = torch.randn(shape, generator=source.draws) if source.from_scratch else torch.zeros(shape)
+        return {"buckets": first}
+
+    def fixed(self, group: Group, source: Source) -> dict[str, Any]:
+        from nola_vision.adapters.random_basis import basis_key, buckets
+
+        (target,), (count,) = group.targets, group.shapes["buckets"]
+        bucket, sign = buckets(basis_key(source.basis_seed, f"weight {target.name}", "hash"), target.size, count)
+        return {"bucket": bucket, "signed_scale": sign * (self.c * math.sqrt(2 / target.fan_in))}
+
+    def changes(
+        self, group: Group, trained: Mapping[str, Tensor], fixed: Mapping[str, Any], wanted: Container[Target]
+    ) -> dict[str, Change]:
+        (target,) = group.targets
+        return {target.name: Dense(target.layout(trained["buckets"][:, fixed["bucket"]] * fixed["signed_scale"]))}

@@ -4,98 +4,194 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
-from torch import Tensor, nn
+from nola_vision.adapters.methods.base import (
+    Adapter,
+    Base,
+    Group,
+    Source,
+    Storage,
+    by_shape,
+    check_budget,
+    check_num_basis,
+    check_positive,
+    check_rank,
+    he_scale,
+    loading_storage,
+)
+from nola_vision.adapters.methods.registry import register
+from nola_vision.adapters.target import HEAD, Change, Target, low_rank_changes
+from nola_vision.common.errors import NolaVisionError
 
-from nola_vision.adapters.methods.settings import Scope, Start, Storage
-from nola_vision.adapters.random_basis import Basis, basis_bytes, basis_key, combine, decode
-from nola_vision.adapters.target import Change, Target, low_rank_changes
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+Scope = Literal["shared", "per_layer"]
+Start = Literal["a0", "released", "random"]
 
 
-class NolaGroup(nn.Module):
-    """The changes of all targets of one shape.
+@register
+@dataclass(frozen=True, kw_only=True)
+class NOLA(Adapter):
+    """NOLA (ICLR 2024, equation 1): W + (c / rank) A B, with A and B linear combinations of fixed random matrices.
 
         A = (A0 + sum_i alpha_i A_i) / sqrt(m)      [m, r]
         B = (sum_j beta_j B_j) / sqrt(o)            [r, o]
 
-    The A_i, B_j and A0 come from the counter-based generator (`basis.py`); alpha and beta, k and l numbers a target,
-    are all that is trained. The normalisers depend on neither, so the first k' matrices of a k-basis are the k'-basis.
+    The A_i, B_j and A0 come from the counter-based generator (`random_basis.py`); alpha and beta, k and l values per
+    target, are all that is trained: `coefficients_a [layers, k]` and `coefficients_b [layers, l]` for the targets of
+    one shape. The normalisers depend on neither, so the first k' matrices of a k-basis are the k'-basis.
 
-    Start: `a0` draws the fixed A0, keyed by the weight's name, and sets every coefficient to zero, so that B = 0 and a
-    run starts at the pretrained model exactly. `released` is the authors' code: no A0 and every coefficient 1/k.
-    `random` is for weights that start from nothing: no A0, normal coefficients of variance 3/k and 3/l, and a scale of
-    `c sqrt(2 m o / (r fan_in))`, so that with c = 1 a change starts with He's variance 2 / fan_in.
+    With the start `random` a change has the scale `c sqrt(2 m o / (r fan_in))` and coefficients of variance 3/k and
+    3/l, so that with c = 1 it starts with He's variance 2 / fan_in.
 
     Args:
-        targets: targets of equal `inputs` (m) and `outputs` (o).
-        num_adapters: n.
-        rank: r.
-        num_basis: k and l, the matrices that A and B are made of.
-        c: the scale's numerator: `scale = c / r`.
-        basis_seed: the seed of the basis; a bank of n adapters shares one.
-        scope: `shared`: one basis for the shape; `per_layer`: each target has its own, keyed by its name.
-        start: `a0`, `released` or `random`.
-        generator: draws the coefficients of a random start.
-        storage: `cached` keeps the basis as bytes, `streamed` makes it in chunks in forward and again in backward.
-        memory_mib: working memory of a streamed chunk.
+        rank: r, the width of the factors; it does not change the number of trained coefficients.
+        num_basis: k, the number of random matrices, and so of coefficients, for each of A and B.
+        num_basis_b: l, that of B where it differs.
+        head_num_basis: that of the head (A and B), if `head` is a target; `num_basis` if not given.
+        head_rank: r of the head; 64 if not given, at most the number of features + 1. A head starts from almost
+            nothing: of a low rank, it would see a few random directions of the features only.
+        max_parameters: instead of `num_basis`, a budget of trained coefficients (without the head's) that is spread
+            evenly over the targets.
+        max_bytes: instead of `num_basis`, a budget for the adapter file.
+        c: the scale's numerator (PEFT's `lora_alpha`); the scale is c / rank.
+        scope: `shared`, one basis for all weights of a shape, or `per_layer`.
+        start: `a0`, a fixed random A0 (keyed by the weight's name) and zero coefficients, so that B = 0 and training
+            starts at the pretrained model exactly; `released`, the authors' code, no A0 and every coefficient 1/k;
+            `random`, for weights that start from nothing, no A0; by default `random` without pretrained weights, else
+            `a0`.
+        nested: train so that the first coefficients alone are a good adapter too, and a file can be cut.
+        storage: `cached` keeps the basis in memory (one byte per entry), `streamed` computes it in chunks in the
+            forward and again in the backward pass.
+        memory_mib: working memory of one streamed chunk.
     """
 
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        num_adapters: int,
-        rank: int,
-        num_basis: tuple[int, int],
-        c: float,
-        basis_seed: int,
-        scope: Scope,
-        start: Start,
-        generator: torch.Generator,
-        storage: Storage = "cached",
-        memory_mib: float = 16.0,
-    ) -> None:
-        super().__init__()
-        self.targets = tuple(targets)
-        m, o = targets[0].inputs, targets[0].outputs
-        self.rank, self.inputs, self.outputs = rank, m, o
-        he = math.sqrt(2 * m * o / (rank * targets[0].fan_in))
-        self.scale = c * he if start == "random" else c / rank
-        for factor, count in zip("ab", num_basis, strict=True):
-            shape = (num_adapters, len(targets), count)
-            first = torch.full(shape, 1 / count if start == "released" else 0.0)
-            if start == "random":
-                first = torch.randn(shape, generator=generator) * math.sqrt(3 / count)
-            self.register_parameter(f"coefficients_{factor}", nn.Parameter(first))
+    rank: int = 4
+    num_basis: int = 1024
+    num_basis_b: int | None = None
+    head_num_basis: int | None = None
+    head_rank: int | None = None
+    max_parameters: int | None = None
+    max_bytes: int | None = None
+    c: float = 2.0
+    scope: Scope = "shared"
+    start: Start | None = None
+    nested: bool = False
+    storage: Storage = "cached"
+    memory_mib: float = 16.0
 
-        names = [f"shape {m}x{o}"] if scope == "shared" else [f"weight {t.name}" for t in targets]
-        # plain attributes: buffers would enter state dicts and be broadcast by DDP
-        self.basis_a, self.basis_b = (
-            Basis([basis_key(basis_seed, name, f) for name in names], count, rank, length, storage, memory_mib)
-            for f, count, length in (("A", num_basis[0], m), ("B", num_basis[1], o))
-        )
-        self._a0: Tensor | None = None
-        if start == "a0":
-            drawn = [basis_bytes(basis_key(basis_seed, f"weight {t.name}", "A0"), 0, 1, rank, m) for t in targets]
-            self._a0 = torch.cat(drawn).flatten(1)
+    cuttable = frozenset({"coefficients_a", "coefficients_b"})
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Moves the basis along with the parameters; its bytes keep their dtype."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = next(self.parameters()).device
-        self.basis_a.to(device)
-        self.basis_b.to(device)
-        self._a0 = None if self._a0 is None else self._a0.to(device)
-        return self
+    def check(self) -> None:
+        super().check()
+        check_num_basis(self, "num_basis", "num_basis_b", "head_num_basis")
+        check_positive(self, "c", "head_rank", "memory_mib")
+        if self.max_parameters is not None and self.max_bytes is not None:
+            raise NolaVisionError("NOLA has both max_parameters and max_bytes: give one budget")
+        if (self.max_parameters or self.max_bytes) and self.num_basis_b is not None:
+            raise NolaVisionError("NOLA has a budget and num_basis_b: a budget is spread evenly over A and B")
 
-    def factors(self, trained: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """A `[n, layers, m, r]` and B `[n, layers, r, o]`: one matrix product each for all layers and adapters."""
-        a = combine(trained["coefficients_a"], self.basis_a)
-        if self._a0 is not None:
-            a = a + decode(self._a0, a.dtype)
-        b = combine(trained["coefficients_b"], self.basis_b)
-        a = a.view(*a.shape[:-1], self.rank, self.inputs).transpose(-1, -2) / math.sqrt(self.inputs)
-        return a, b.view(*b.shape[:-1], self.rank, self.outputs) / math.sqrt(self.outputs)
+    @property
+    def byte_budget(self) -> int | None:
+        return self.max_bytes
 
-    def changes(self, trained: Mapping[str, Tensor], wanted: Container[Target]) -> dict[str, Change]:
-        return low_rank_changes(self.targets, *self.factors(trained), self.scale, wanted)
+    def with_count(self, count: int) -> Self:
+        return replace(self, num_basis=count, max_bytes=None)
+
+    def cut(self, counts: Mapping[tuple[str, str], int]) -> Self:
+        named = {"coefficients_a": "num_basis", "coefficients_b": "num_basis_b"}
+        left = {"head_num_basis" if group == HEAD else named[name]: count for (group, name), count in counts.items()}
+        return replace(self, max_parameters=None, **left)  # type: ignore[arg-type]
+
+    def for_base(self, base: Base) -> Self:
+        return self if self.start is not None else replace(self, start="a0" if base == "pretrained" else "random")
+
+    def from_file(self, path: Path) -> Self:
+        return replace(self, max_bytes=None)  # a budget is for training: the coefficients are counted
+
+    def for_loading(self, targets: Sequence[Target]) -> Self:
+        each = {t.name if self.scope == "per_layer" else t.group: t for t in targets}.values()
+        counts = [(t, *self._num_basis(t.group, targets)) for t in each]
+        size = sum(self._rank(t) * (k * t.inputs + k_b * t.outputs) for t, k, k_b in counts)
+        return replace(self, **loading_storage(size, self.memory_mib))
+
+    def groups(self, targets: Sequence[Target]) -> list[Group]:
+        check_rank(self.rank, targets)
+        return [
+            Group(
+                name,
+                members,
+                {
+                    f"coefficients_{factor}": (len(members), count)
+                    for factor, count in zip("ab", self._num_basis(name, targets), strict=True)
+                },
+            )
+            for name, members in by_shape(targets).items()
+        ]
+
+    def _rank(self, target: Target) -> int:
+        return self.rank if target.name != HEAD else min(self.head_rank or 64, target.inputs)
+
+    def _num_basis(self, group: str, targets: Sequence[Target]) -> tuple[int, int]:
+        """k and l of a group."""
+        if group == HEAD:
+            k = self.num_basis if self.head_num_basis is None else self.head_num_basis
+            return k, k
+        k = self.num_basis
+        if self.max_parameters is not None:
+            adapted = sum(target.name != HEAD for target in targets)
+            check_budget(self.max_parameters, 2 * adapted, "NOLA")
+            k = self.max_parameters // (2 * max(1, adapted))
+        return k, k if self.num_basis_b is None else self.num_basis_b
+
+    def initial(self, group: Group, source: Source) -> dict[str, Tensor]:
+        import torch
+
+        if source.base == "zero" and self.start == "a0":
+            raise NolaVisionError("NOLA's start a0 on base zero would never move: use start random")
+        values = {}
+        for name, (layers, count) in group.shapes.items():
+            shape = source.num_adapters, layers, count
+            values[name] = torch.full(shape, 1 / count if self.start == "released" else 0.0)
+            if self.start == "random":
+                values[name] = torch.randn(shape, generator=source.draws) * math.sqrt(3 / count)
+        return values
+
+    def fixed(self, group: Group, source: Source) -> dict[str, Any]:
+        import torch
+
+        from nola_vision.adapters.random_basis import Basis, basis_bytes, basis_key
+
+        first, seed = group.targets[0], source.basis_seed
+        rank, m, o = self._rank(first), first.inputs, first.outputs
+        names = [f"shape {m}x{o}"] if self.scope == "shared" else [f"weight {t.name}" for t in group.targets]
+        made: dict[str, Any] = {
+            f"basis_{f.lower()}": Basis(
+                [basis_key(seed, name, f) for name in names], count, rank, length, self.storage, self.memory_mib
+            )
+            for f, (_, count), length in zip("AB", group.shapes.values(), (m, o), strict=True)
+        }
+        if self.start in (None, "a0"):
+            drawn = [basis_bytes(basis_key(seed, f"weight {t.name}", "A0"), 0, 1, rank, m) for t in group.targets]
+            made["a0"] = torch.cat(drawn).flatten(1)
+        return made | {"scale": he_scale(self.c, rank, first) if self.start == "random" else self.c / rank}
+
+    def changes(
+        self, group: Group, trained: Mapping[str, Tensor], fixed: Mapping[str, Any], wanted: Container[Target]
+    ) -> dict[str, Change]:
+        from nola_vision.adapters.random_basis import combine, decode
+
+        first = group.targets[0]
+        rank, m, o = self._rank(first), first.inputs, first.outputs
+        a = combine(trained["coefficients_a"], fixed["basis_a"])  # one matrix product for all layers and adapters
+        if "a0" in fixed:
+            a = a + decode(fixed["a0"], a.dtype)
+        b = combine(trained["coefficients_b"], fixed["basis_b"])
+        a = a.view(*a.shape[:-1], rank, m).transpose(-1, -2) / math.sqrt(m)
+        b = b.view(*b.shape[:-1], rank, o) / math.sqrt(o)
+        return low_rank_changes(group.targets, a, b, fixed["scale"], wanted)

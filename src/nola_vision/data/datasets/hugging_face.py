@@ -14,12 +14,12 @@ from PIL import Image
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import read_file
 from nola_vision.common.tags import HUB_PREFIX
-from nola_vision.data.datasets.registry import DatasetEntry, content_list, given_root
-from nola_vision.data.sources import MOST_BYTES, ImageSource, decoded
-from nola_vision.data.splits import Split
+from nola_vision.data.datasets.base import DatasetEntry, Split, content_list, given_root
+from nola_vision.data.sources import ImageSource
+from nola_vision.images.decoding import MOST_BYTES, decode_image
 
 TEST_NAMES = ("test", "validation", "valid", "val")
-IMAGE_COLUMNS = ("image", "img")  # which of several columns of images is taken
+IMAGE_COLUMNS = ("image", "img")  # which of several columns of images is used
 
 
 class HubSource(ImageSource):
@@ -52,20 +52,20 @@ class HubSource(ImageSource):
         return content
 
     def _decode(self, index: int) -> Image.Image:
-        return decoded(self.encoded(index))
+        return decode_image(self.encoded(index))
 
 
 @dataclass(frozen=True)
 class HuggingFace(DatasetEntry):
     """A data set of the Hugging Face Hub, or of a local path that its library reads.
 
-    The test split is the first there is of test, validation, valid and val. Classes are numbered as the data set's
-    ClassLabel column numbers them; without one, by the sorted values of the training split.
+    The test split is the first one that exists of test, validation, valid and val. Classes are numbered as the data
+    set's ClassLabel column numbers them; without one, by the sorted values of the training split.
 
     Args:
         name: on the Hub, or a local path.
-        label: the label's column; by default the one called label, or the only ClassLabel.
-        image: the images' column; by default the only one of images, or the one of them called image or img.
+        label: the label's column; by default `label`, or the only ClassLabel.
+        image: the images' column; by default the only column of images, or the one named image or img.
     """
 
     name: str
@@ -109,7 +109,7 @@ class HuggingFace(DatasetEntry):
         return content_list(place, sorted(files))
 
     def _load(self, root: str | None, split: Split, download: bool) -> Any:
-        """A split as the library loads it."""
+        """A split, loaded by the library."""
         library, root = _library(), given_root(root)
         with _network(download):
             for name in ("train",) if split == "train" else TEST_NAMES:
@@ -158,7 +158,7 @@ class HuggingFace(DatasetEntry):
 
     def _refusal(self, cause: str, fix: str = "") -> NolaVisionError:
         fix = fix or (
-            "name a data set of the Hugging Face Hub, and pass --data.download true where there is a network, or a "
+            "name a data set of the Hugging Face Hub, and pass --data.download true with a network connection, or a "
             "local path that its library reads"
         )
         return NolaVisionError(f"cannot read {HUB_PREFIX}{self.name} ({cause}): {fix}")

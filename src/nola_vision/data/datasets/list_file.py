@@ -8,10 +8,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.local_files import read_file
 from nola_vision.common.text import name_text
-from nola_vision.data.splits import Split
+from nola_vision.data.datasets.base import MOST_LIST_BYTES, ROOT_VARIABLE, DatasetEntry, Split, content_list, given_root
+from nola_vision.data.sources import FileSource, ImageSource
+from nola_vision.images.decoding import MOST_BYTES
 
 SPLIT_NAMES: dict[str, Split] = {
     "train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"
@@ -19,6 +23,91 @@ SPLIT_NAMES: dict[str, Split] = {
 _COLUMNS = ("path", "label", "split")
 _DELIMITERS = ",;\t"  # a spreadsheet writes the second where a comma is the decimal mark
 _LONGEST = 2**16  # characters of a line
+
+
+class ListFile(DatasetEntry):
+    """The image files of a user's list, whose path is the root; `parse_list` has the format.
+
+    Relative paths are relative to the folder of the list. Class indices follow the sorted labels, images the lines. The
+    splits are as in `Folder`: without test, val has the test images.
+    """
+
+    expects = (
+        "a CSV file with the columns path, label and perhaps split (train, val, test), or a text file with "
+        "a path and a label per line, as the root"
+    )
+    own_images = True
+
+    def place(self, root: str | None) -> Path:
+        chosen = given_root(root)
+        if not chosen:
+            raise NolaVisionError(f"this data set needs a list of images: pass --data.root FILE or set {ROOT_VARIABLE}")
+        return Path(chosen)
+
+    def splits(self, root: str | None) -> tuple[Split, ...]:
+        return tuple(self._splits(root))
+
+    def test_name(self, root: str | None) -> str:
+        splits = self._splits(root)
+        return splits["test"] if "test" in splits else "test"
+
+    def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
+        return tuple(sorted({row.label for row in self._rows(root)}))
+
+    def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
+        file, rows, names = self.place(root), self._rows(root), self.class_names(root)
+        if gone := [row for row in rows if not os.path.exists(file.parent / row.path)]:
+            raise NolaVisionError(
+                f"{len(gone)} of the {len(rows)} images of the list {file} do not exist, the first is {gone[0].path!r} "
+                f"in line {gone[0].line}: correct the paths, which are relative to {file.parent.absolute()}"
+            )
+        wanted = self._splits(root).get(split)
+        rows = tuple(row for row in rows if row.split == wanted)
+        index = {name: label for label, name in enumerate(names)}
+        return FileSource(
+            [file.parent / row.path for row in rows], [index[row.label] for row in rows], names, file.parent
+        )
+
+    def own_content(self, root: str | None) -> bytes:
+        """The list, and the name and the SHA-256 of every image in it."""
+        base = self.place(root).parent
+        images = [base / row.path for row in self._rows(root)]
+        return self._content(root) + b"\0" + content_list(base, images, MOST_BYTES)
+
+    def _splits(self, root: str | None) -> dict[Split, Split]:
+        """The splits, each with its name in the list."""
+        labels: dict[Split, set[str]] = {}
+        for row in self._rows(root):
+            labels.setdefault(row.split, set()).add(row.label)
+        for split, listed in labels.items():
+            if odd := sorted(labels["train"] ^ listed):
+                where = ", ".join(
+                    f"{name!r} is only in {'train' if name in labels['train'] else split}" for name in odd[:5]
+                )
+                raise NolaVisionError(
+                    f"train and {split} of the list {self.place(root)} must have the same classes, but {where}: "
+                    "correct the labels, or move images"
+                )
+        found: dict[Split, Split] = {"train": "train"}
+        if "test" in labels:
+            found |= {"validation": "validation"} if "validation" in labels else {}
+            found["test"] = "test"
+        elif "validation" in labels:
+            found["test"] = "validation"
+        return found
+
+    def _rows(self, root: str | None) -> tuple[Listed, ...]:
+        return parse_list(self._content(root), str(self.place(root)))
+
+    def _content(self, root: str | None) -> bytes:
+        file = self.place(root)
+        try:
+            return read_file(file, MOST_LIST_BYTES)
+        except OSError as error:
+            raise NolaVisionError(
+                f"cannot read the list {file} ({error.strerror}): give a CSV or text file of paths and labels by "
+                "--data.root"
+            ) from error
 
 
 @dataclass(frozen=True)

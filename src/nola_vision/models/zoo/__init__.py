@@ -1,1 +1,1 @@
-"""Backbones that come with the package."""
+"""Backbones that are part of this package."""

@@ -1,6 +1,6 @@
-"""The two networks of the paper's from-scratch experiments that timm lacks, registered with timm; no weights exist.
+"""The two networks of the paper's from-scratch experiments that timm lacks, registered with timm, without weights.
 
-With `num_classes` of 0, as adapters use them, they give features; otherwise they end in the linear classifier `head`.
+With `num_classes=0`, as adapters use them, they return features; otherwise they end in the linear classifier `head`.
 
 `resnet20_cifar`: He et al. 2016, section 4.2: a 3x3 convolution, then three stages of three blocks with 16, 32 and 64
 channels; shortcuts have no parameters (strided identity, new channels zero). 19 convolutions, 688 batch-norm channels.
@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
-from timm.models._builder import build_model_with_cfg
-from timm.models._registry import generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 
@@ -64,8 +62,8 @@ class Mlp(nn.Module):
 
     def __init__(self, num_classes: int = 0, in_chans: int = 3, img_size: int | Sequence[int] = 28) -> None:
         super().__init__()
-        if img_size not in (28, (28, 28), [28, 28]):  # timm gives both sides
-            raise ValueError("it takes images of 28 pixels")
+        if img_size not in (28, (28, 28), [28, 28]):  # timm passes both sides
+            raise ValueError("it accepts images of 28 pixels only")
         self.num_classes, self.num_features = num_classes, 256
         self.fc1 = nn.Linear(784, 256)
         self.head = _head(256, num_classes)

@@ -25,8 +25,8 @@ from nola_vision.reports.charts.drawing import (
 )
 from nola_vision.reports.charts.labels import along, place_at_points
 from nola_vision.reports.charts.looks import MUTED, PAPER, Look
-from nola_vision.reports.formatting import bytes_text
 from nola_vision.reports.entries import Entry, Summary, any_frozen, kind
+from nola_vision.reports.formatting import bytes_text
 from nola_vision.reports.published import published_result
 
 _TICK = 56  # points between two ticks

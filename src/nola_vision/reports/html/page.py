@@ -23,8 +23,7 @@ from nola_vision.reports.charts.looks import CSS_COLOURS, DARK_COLOURS
 from nola_vision.reports.formatting import plural
 from nola_vision.reports.html.gallery import MOST_IMAGE_BYTES
 from nola_vision.reports.html.section import CellView, cell_view
-from nola_vision.reports.statistics import count_once
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 
 _LETTERS = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]+"
 _RIGHT_TO_LEFT = re.compile(f"{_LETTERS}(?:[ _-]+{_LETTERS})*")

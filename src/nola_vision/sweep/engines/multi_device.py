@@ -1,7 +1,7 @@
-"""Runs on several devices, each a process of its own that Lightning starts again for every device.
+"""Runs on several devices, each in a separate process whose command line Lightning starts again for every device.
 
-The process is `python -m nola_vision.sweep.engines.multi_device CONFIG.json DIR STAGE`: Lightning starts the command
-line again, and all processes of a run must meet the same run there.
+The command line is `python -m nola_vision.sweep.engines.multi_device CONFIG.json DIR STAGE`, so that all processes of a
+run do the same run.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs.record import Row
 from nola_vision.runs.store import ROW_FILE, BusyError, read_row
 from nola_vision.sweep.plan import RunSpec
-from nola_vision.sweep.queue import POLL_SECONDS, Note, RunQueue
-from nola_vision.sweep.worker import heed_one_interrupt
+from nola_vision.sweep.queue import POLL_SECONDS, RunCallback, RunQueue
+from nola_vision.sweep.worker import handle_first_interrupt
 
 _BUSY, _NO_ROW = 75, 2  # exit statuses
-_END_SECONDS = 60.0  # for a run that is interrupted to leave its row
+_END_SECONDS = 60.0  # for an interrupted run to write its row
 
 
-def execute(specs: Sequence[RunSpec], out: Path, note: Note) -> list[Row]:
-    """Does every run that has no row of a completed run yet, one after another, each with all devices it asks for.
+def execute(specs: Sequence[RunSpec], out: Path, callback: RunCallback) -> list[Row]:
+    """Does every run that is not completed yet, one after another, each on the devices of its config.
 
     Args:
         specs: the runs.
         out: the folder of all runs.
-        note: as in `RunQueue`.
+        callback: as in `RunQueue`.
 
     Raises:
         NolaVisionError: a row cannot be written.
     """
-    queue = RunQueue(specs, out, note)
+    queue = RunQueue(specs, out, callback)
     with TemporaryDirectory() as scratch:
         config = Path(scratch) / "run.json"
         while not queue.ended:
@@ -56,20 +56,20 @@ def execute(specs: Sequence[RunSpec], out: Path, note: Note) -> list[Row]:
                 process.kill()
                 raise
             if status == 0:
-                queue.settle(spec, read_row(queue.folder(spec) / ROW_FILE))
+                queue.finish(spec, read_row(queue.folder(spec) / ROW_FILE))
             elif status == _BUSY:
                 queue.postpone(spec)
             elif status == _NO_ROW:
-                raise NolaVisionError(f"the run in {queue.folder(spec)} could not leave its row: see above")
+                raise NolaVisionError(f"the row of {queue.folder(spec)} cannot be written: see above")
             else:
-                queue.lose(spec, f"its process ended (exit status {status})")
+                queue.crash(spec, f"the worker died (exit status {status})")
     return queue.rows()
 
 
 def main() -> int:
     from nola_vision.runs.runner import run
 
-    heed_one_interrupt()
+    handle_first_interrupt()
     config, out, stage = sys.argv[1:]
     try:
         run(json.loads(Path(config).read_text(encoding="utf-8")), out, stage, keep_going=True)  # type: ignore[arg-type]

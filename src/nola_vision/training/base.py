@@ -1,4 +1,4 @@
-"""What both tasks do with the images that they evaluate: loss, metrics, predictions."""
+"""The base class of the LightningModules: validation and test with their loss, metrics and predictions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
 
 from nola_vision.evaluation.predictions import Predictions
+from nola_vision.models.adapted_model import AdaptedModel
+from nola_vision.training.features import use_features
 from nola_vision.training.metrics import accuracies, collect_predictions, count_confusions, log_accuracy
 
 
-class EvaluatedModule(L.LightningModule):
-    """A LightningModule that gives logits `[batch, classes]` for a batch's first part, and is evaluated by them.
+class ClassificationTask(L.LightningModule):
+    """A LightningModule whose forward pass gives logits `[batch, classes]`; subclasses set `model`.
 
     Args:
         num_classes: number of classes.
@@ -24,19 +26,35 @@ class EvaluatedModule(L.LightningModule):
         confusions: tested images `[true, predicted]`, after a test; None where the classes are too many.
         predictions: for the tested images, after a test.
         validated: logits and labels of the validation pool, of all processes, after `validate`.
+        on_features: whether the batches hold features of the backbone instead of images.
     """
 
-    has_probabilities = True  # softmax of the logits; where they only rank the classes there is no loss
+    has_probabilities = True  # as the softmax of the logits; without probabilities there is no loss
+    model: AdaptedModel
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.accuracy = accuracies(num_classes)
+        self.on_features = False
         self.confusions: Tensor | None = None
         self.predictions: Predictions | None = None
         self.validated: tuple[Tensor, Tensor] | None = None
         self.held_out = nn.ModuleDict({name: CatMetric(nan_strategy="disable") for name in ("logits", "labels")})
-        # a metric weights each process by its images, where `sync_dist` would average the processes
+        # a metric weights each process by its images; `sync_dist` would average over processes
         self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
+
+    def needs_only_features(self) -> bool:
+        """Whether the batches of a stage should hold features of the backbone instead of images."""
+        return False
+
+    def setup(self, stage: str) -> None:
+        self.on_features = self.needs_only_features()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        use_features(data, self.model if self.on_features else None, self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        self.on_features = False
+        use_features(self.trainer.datamodule, None, self.trainer)  # type: ignore[attr-defined]
 
     def on_validation_start(self) -> None:
         for metric in self.held_out.values():

@@ -1,0 +1,42 @@
+"""Properties of a created backbone: its batch norms, a probe batch of its image size, its fingerprint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from nola_vision.common.hashing import sha256_of_tensors
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def batch_norms(backbone: nn.Module) -> dict[str, nn.Module]:
+    """A backbone's batch-norm layers by name."""
+    return {name: module for name, module in backbone.named_modules() if isinstance(module, _BATCH_NORMS)}
+
+
+def probe_batch(backbone: nn.Module) -> torch.Tensor:
+    """Two images of noise of the backbone's image size, for `injection.attach`; the same ones every time."""
+    patch_embed = getattr(backbone, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None) or backbone.pretrained_cfg["input_size"][1:]  # type: ignore[index]
+    parameter = next(backbone.parameters())
+    noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(parameter.device, parameter.dtype)
+
+
+def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
+    """SHA-256 over a backbone's state dict: names, dtypes, shapes and bytes, in the order of the names.
+
+    Position embeddings and relative-position tables are left out: timm resamples them to the image size, and
+    resampling rounds differently on different machines.
+
+    Args:
+        backbone: a model.
+        without: further names to leave out.
+    """
+    state = backbone.state_dict()
+    resampled = [name for name in state if re.search(r"pos_embed|relative_position", name)]
+    return sha256_of_tensors({name: state[name] for name in state.keys() - set(without) - set(resampled)})

@@ -1,0 +1,58 @@
+"""Budgets: the most coefficients whose adapter file is within a number of bytes."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from nola_vision.adapters.methods.base import Method
+from nola_vision.adapters.methods.registry import check
+from nola_vision.adapters.serialization import adapter_bytes
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.adapted_model import backbone_tensors, file_bits, file_metadata
+from nola_vision.models.building import feature_width, file_shapes, method_targets
+from nola_vision.models.known_weights import WeightsOrigin
+from nola_vision.models.metadata import AdapterMetadata, Calibrated
+
+_LONGEST_CALIBRATED = Calibrated(temperature=0.000123456, calibrated_on="validation", images=10**9)
+
+
+def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata, weights: WeightsOrigin | None, budget: int) -> Method:
+    """The method with the most coefficients per target whose adapter file, calibrated, is within a budget of bytes."""
+    method, classes, width = metadata.method, len(metadata.class_names), feature_width(backbone)
+    targets = method_targets(backbone, method, classes)
+    fixed = backbone_tensors(backbone, method)
+
+    def size(count: int) -> int:
+        counted = check(method.with_count(count))
+        groups = counted.groups(targets)
+        tensors = {name: torch.zeros(shape) for name, shape in file_shapes(groups, classes, width).items()} | fixed
+        group_of = {target.name: group.name for group in groups for target in group.targets}
+        described = file_metadata(
+            dataclasses.replace(metadata, method=counted),
+            [(target.name, target.shape, group_of[target.name]) for target in targets],
+            "0" * 64,
+            weights,
+            _LONGEST_CALIBRATED,
+        )
+        return len(adapter_bytes(described, tensors, file_bits(tensors, counted)))
+
+    if size(1) > budget:
+        raise NolaVisionError(
+            f"max_bytes is {budget}, but a file with one coefficient per factor and target takes {size(1)}: give more, "
+            "fewer bits, or fewer targets"
+        )
+    return method.with_count(largest(lambda count: size(count) <= budget, budget))
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number from 1 to `limit` that fits, where 1 does and no number after a misfit does."""
+    high = 2
+    while high <= limit and fits(high):  # trying a number may cost memory in proportion to it
+        high *= 2
+    between = range(high // 2 + 1, min(high, limit + 1))
+    return high // 2 + bisect.bisect_left(between, True, key=lambda number: not fits(number))

@@ -1,0 +1,205 @@
+"""An adapter file to an adapted model: parse the header, find the weights, check that all fits, assemble, fill."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nola_vision.adapters.serialization import AdapterFile, open_adapter
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.files import write_file
+from nola_vision.models import known_weights
+from nola_vision.models.adapted_model import AdaptedModel, backbone_tensors
+from nola_vision.models.assembly import assemble
+from nola_vision.models.backbones.creation import skeleton
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.models.backbones.weights import weights_file
+from nola_vision.models.building import edited, feature_width, file_shapes, method_targets
+from nola_vision.models.known_weights import WeightsOrigin
+from nola_vision.models.metadata import AdapterMetadata, Calibrated, Header, check_calibrated, parse_header
+from nola_vision.models.prediction import run_in_eval_mode
+
+_SKETCH_TOLERANCE = 1e-3  # of the largest number: LAPACKs differ by less, other weights by more
+
+
+def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
+    """The adapted model of an adapter file, in eval mode.
+
+    The file is data: nothing that it names is run, and it takes no more memory than its tensors and the backbone do.
+    `docs/security.md` has the details. Each step below is checked before the next one costs anything.
+
+    Args:
+        path: the adapter file.
+        weights: a local file with the backbone's weights. Without it the file that the adapter was trained with is
+            found by its digest (see `known_weights`); else the weights that timm names are taken.
+
+    Raises:
+        NolaVisionError: the file is damaged, states what an adapter cannot have, or was made for other weights, shapes
+            or methods than are here.
+    """
+    file = open_adapter(path)
+    header, missing = _with_weights(parse_header(file.metadata, file.path, weights), path)
+    _check_agreement(file, header)
+    tensors = file.tensors()
+    model = _assemble(header, missing, path)
+    _fill(model, tensors, path)
+    if header.calibrated is not None:
+        model.temperature, model.calibrated_on = header.calibrated.temperature, header.calibrated.calibrated_on
+        model.calibration_images = header.calibrated.images
+    known_weights.remember(header.metadata.backbone)
+    return model.eval()
+
+
+def _with_weights(header: Header, path: str | Path) -> tuple[Header, WeightsOrigin | None]:
+    """The header with the local file of the backbone's weights, and that file's description if it was not found."""
+    spec, wanted = header.metadata.backbone, header.weights
+    if spec.base != "pretrained" or (header.metadata.method.trains_backbone and ":" not in spec.tag):
+        wanted = None  # there is no such file, or the adapter file contains every weight
+    if spec.file is None and wanted is not None and (found := known_weights.find(wanted, spec)) is not None:
+        spec = dataclasses.replace(spec, file=found)
+        header = dataclasses.replace(header, metadata=dataclasses.replace(header.metadata, backbone=spec))
+    missing = wanted if spec.file is None else None
+    if ":" in spec.tag and not (spec.file is not None and Path(spec.file).is_dir()):
+        raise NolaVisionError(
+            f"{path} names the backbone {spec.tag}, and only you may name what is fetched from a hub or read from a "
+            "folder: give the folder with its config.json and weights by `weights` (--weights FOLDER)"
+            + (f"; {known_weights.how_to_find(missing)}" if missing else "")
+        )
+    return header, missing
+
+
+def _check_agreement(file: AdapterFile, header: Header) -> None:
+    """Compares the header with the stored tensors and with the backbone's shapes, before anything of that size is made.
+
+    Raises:
+        NolaVisionError: a target, a count or a tensor that the backbone, the method or the file does not have.
+    """
+    metadata, path = header.metadata, file.path
+    method, classes = metadata.method, len(metadata.class_names)
+    backbone = skeleton(metadata.backbone)
+    targets = method_targets(backbone, method, classes, [name for name, _, _ in header.targets])
+    groups = method.groups(targets)
+    group_of = {target.name: group.name for group in groups for target in group.targets}
+    for target, (name, shape, group) in zip(targets, header.targets, strict=True):
+        if target.shape != shape or group != group_of[name]:
+            raise NolaVisionError(
+                f"{path} was made for other weight shapes: {name} is {list(shape)} (group {group}) there and "
+                f"{list(target.shape)} ({group_of[name]}) in {metadata.backbone.tag} here"
+            )
+    shapes = file_shapes(groups, classes, feature_width(backbone))
+    with torch.device("meta"):
+        _, backbone = edited(backbone, method, metadata.run_seed)
+    inside = backbone_tensors(backbone, method)
+    shapes |= {name: tuple(tensor.shape) for name, tensor in inside.items()}
+    for name in sorted(shapes.keys() | file.shapes.keys()):
+        wanted, stored = shapes.get(name), file.shapes.get(name)
+        if wanted != stored:
+            if wanted is None or stored is None:
+                fault = "does not belong there" if wanted is None else "is missing"
+            else:
+                fault = f"has the shape {list(stored)} and not {list(wanted)}"
+            raise NolaVisionError(
+                f"{path} does not fit its method and backbone: the tensor {name} {fault}, train again"
+            )
+    for name, tensor in inside.items():
+        if tensor.is_floating_point() != file.floats(name):
+            raise NolaVisionError(f"the tensor {name} of {path} has another type of numbers than the backbone's")
+
+
+def _assemble(header: Header, missing: WeightsOrigin | None, path: str | Path) -> AdaptedModel:
+    """The model that the header describes, with the weights that it was made for."""
+    metadata, spec = header.metadata, header.metadata.backbone
+    names = [name for name, _, _ in header.targets]
+    try:
+        model = assemble(_to_fill(metadata), metadata, names, header.weights)
+    except NolaVisionError as error:
+        if missing is None or weights_file(spec) is not None:
+            raise
+        raise NolaVisionError(f"{path}: {known_weights.how_to_find(missing)} ({error})") from error
+    if header.fingerprint != model.fingerprint:
+        raise NolaVisionError(
+            f"{path} was made for other weights of {spec.tag} than the ones here: "
+            + (known_weights.how_to_find(missing) if missing else "give the file it was trained with by `weights` ")
+            + ("" if missing else "(--weights FILE)")
+        )
+    return model
+
+
+def _to_fill(metadata: AdapterMetadata) -> BackboneSpec:
+    """The backbone that a file's tensors are copied into: a Full-FT file contains every weight."""
+    if not metadata.method.trains_backbone:
+        return metadata.backbone
+    return dataclasses.replace(metadata.backbone, base="zero", file=None)
+
+
+@torch.no_grad()
+def _fill(model: AdaptedModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copies the tensors of an adapter file into a model, and compares the sketches."""
+    own, trained = model.file_tensors(), model.trained_tensors().keys()
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        method = type(model.metadata.method).__name__
+        raise NolaVisionError(f"the tensors of {path} are not those of {method}: train again")
+    for name, tensor in own.items():
+        if name in trained:
+            tensor.copy_(tensors[name])
+        elif not float((tensor - tensors[name]).abs().max()) <= _SKETCH_TOLERANCE * float(tensor.abs().max()):
+            raise NolaVisionError(
+                f"{path} was trained with another {name.removeprefix('sketch.')} than this machine computes from the "
+                "backbone's weights: use the weights and the release that it was trained with"
+            )
+
+
+@torch.no_grad()
+def check_saved(model: AdaptedModel, path: str | Path, images: Tensor) -> None:
+    """Checks that an adapter file gives a model back: a new model with the file's tensors, on some images.
+
+    Args:
+        model: what was trained.
+        path: a file that its `save` wrote.
+        images: `[batch, 3, size, size]`, on the model's device.
+
+    Raises:
+        NolaVisionError: the logits differ, so something that training changed is not in the file.
+    """
+    restored = assemble(_to_fill(model.metadata), model.metadata, verify=False)
+    _fill(restored, open_adapter(path).tensors(), path)
+    restored.to(images.device, model.dtype(images.dtype))
+    expected = run_in_eval_mode(model, model, images).float()
+    found = restored.eval()(images).float()
+    exact = model.dtype(images.dtype) in (torch.float32, torch.float64)
+    tolerance = (1e-3 if exact else 5e-2) * max(1.0, float(expected.abs().max()))
+    if not bool(((found - expected).abs() <= tolerance).all()):
+        raise NolaVisionError(
+            f"{path} does not give the trained model back (logits differ by up to "
+            f"{float((found - expected).abs().max()):.3g}): {type(model.metadata.method).__name__} changes something "
+            "that an adapter file does not contain; use other settings for it"
+        )
+
+
+def set_temperature(path: str | Path, temperature: float, calibrated_on: str | None, images: int | None = None) -> None:
+    """Writes a temperature into an adapter file; what was trained stays as it is.
+
+    Args:
+        path: the adapter file. It is replaced, whole or not at all, and gets the newest format version.
+        temperature: as `calibration.fit_temperature` gives it.
+        calibrated_on: the images that it was fitted on, `folds`, `validation` or another short text; None marks the
+            file as uncalibrated, and the temperature must be 1.
+        images: how many images these were.
+
+    Raises:
+        NolaVisionError: the file is damaged, or cannot state these values.
+    """
+    file = open_adapter(path)
+    parse_header(file.metadata, file.path)
+    if calibrated_on is None and temperature != 1:
+        raise NolaVisionError(f"the temperature is {temperature} and calibrated_on None: state what it was fitted on")
+    calibrated = (
+        None
+        if calibrated_on is None
+        else dataclasses.asdict(check_calibrated(Calibrated(temperature, calibrated_on, images)))
+    )
+    write_file(path, file.rewritten({"calibration": calibrated}))

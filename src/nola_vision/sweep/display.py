@@ -1,0 +1,111 @@
+"""What a sweep prints: its plan as a table, a line per finished run, and the progress as a bar or as plain lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nola_vision.common.progress import PlainLines, is_live, say, time_left
+from nola_vision.common.text import printable
+from nola_vision.runs.record import Row
+from nola_vision.sweep.plan import RunSpec
+from nola_vision.sweep.progress import EntryProgress, planned_seconds, remaining_seconds
+
+
+def plan_table(entries: Sequence[EntryProgress], workers: int | None, shard: tuple[int, int]) -> Table:
+    """The plan as a table: runs of each method, those that are done, and the time that the others take.
+
+    Args:
+        entries: of the sweep.
+        workers: runs at a time; None if a cluster decides.
+        shard: which part of the final runs this is.
+    """
+    table = Table("method", "search runs", "final runs", "done", "seconds per run", box=None)
+    for entry in entries:
+        seconds = "-" if entry.seconds is None else f"{entry.seconds:.1f}"
+        table.add_row(entry.method, str(entry.search), str(entry.final), str(entry.done), seconds)
+    runs, done = sum(entry.search + entry.final for entry in entries), sum(entry.done for entry in entries)
+    caption = f"{runs} runs, {done} done"
+    if (seconds_left := planned_seconds(entries, workers or 1)) is not None:
+        caption += f"; {time_left(seconds_left)} {f'with {workers} at a time' if workers else 'one after another'}"
+    table.caption = caption + (f"; shard {shard[0]} of {shard[1]} of the final runs" if shard[1] > 1 else "")
+    return table
+
+
+class SweepDisplay:
+    """Prints the progress of a sweep while it is open as a context manager; `update` is the callback of an engine.
+
+    Args:
+        planned: all runs of the sweep.
+        workers: runs at a time; None if a cluster decides: then the number of running ones.
+        console: to print to.
+        accuracy: the text for the accuracy of a run.
+        best: the text for the best entry so far; empty before the first accuracy.
+    """
+
+    def __init__(
+        self,
+        planned: Sequence[RunSpec],
+        workers: int | None,
+        console: Console,
+        accuracy: Callable[[Row], str],
+        best: Callable[[Sequence[Row]], str],
+    ) -> None:
+        self._workers, self._accuracy, self._best = workers, accuracy, best
+        self._left, self._count = Counter(spec.method for spec in planned), len(planned)
+        self._ended: list[Row] = []
+        self._running: set[tuple[str, str]] = set()
+        self._live, self._lines = is_live(), PlainLines()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, disable=not self._live)
+        self._task = self._bar.add_task("", total=self._count)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        if not self._live:
+            say(f"{self._count} runs start")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, spec: RunSpec, row: Row | None) -> None:
+        """Counts a run that has started (None) or has ended with a row."""
+        if row is None:
+            self._running.add(spec.key)
+        else:
+            self._running.discard(spec.key)
+            self._ended.append(row)
+            self._left[spec.method] -= 1
+            line = self._line(spec, row)
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=not self._live)
+        state = self._state()
+        self._bar.update(self._task, completed=len(self._ended), description=state)
+        if not self._live:
+            self._lines.say(lambda: f"{len(self._ended)} of {self._count} runs ended, {state}")
+
+    def _state(self) -> str:
+        """Running and failed runs, the best mean so far, and how long the remaining runs take."""
+        parts = [f"{len(self._running)} running"]
+        if failed := sum(row.status != "completed" for row in self._ended):
+            parts.append(f"{failed} failed")
+        if best := self._best(self._ended):
+            parts.append(best)
+        seconds = remaining_seconds(self._ended, self._left, self._workers or len(self._running))
+        return ", ".join([*parts, *([] if seconds is None else [time_left(seconds)])])
+
+    def _line(self, spec: RunSpec, row: Row) -> str:
+        run = f"{spec.method} split {spec.split}" + (f" init {spec.init}" if spec.init is not None else "")
+        if row.status != "completed":
+            return printable(f"{run}: {row.status}, {row.error}")
+        if spec.stage == "search":
+            return f"{run}: learning rate {spec.learning_rate:g}, validation {100 * (row.val_accuracy or 0):.1f} %"
+        return f"{run}: {self._accuracy(row)}, {row.seconds_total:.1f} s"

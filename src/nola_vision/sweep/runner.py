@@ -1,0 +1,183 @@
+"""One sweep: from a config to the rows of all its runs, on one of the engines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs import run_id, store
+from nola_vision.runs.record import Row
+from nola_vision.sweep import plan, search
+from nola_vision.sweep.engines import local, multi_device
+from nola_vision.sweep.plan import RunSpec
+from nola_vision.sweep.progress import EntryProgress, entry_progress
+from nola_vision.sweep.queue import RunCallback
+
+# A sweep has a progress bar, and starts an interrupted run again instead of resuming it
+SWEEP_SETTINGS = ("--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a sweep.
+
+    Args:
+        config: a full config with `methods`, what `plan.complete` returns.
+        splits: the values of `data.split_seed`.
+        inits: the values of `model.run_seed`.
+        shard: (i, n) for part i of n of the final runs. All shards search; in one folder they share that work.
+        searches: whether learning rates are chosen; otherwise there is no validation pool.
+    """
+
+    config: run_id.Config
+    splits: Sequence[int]
+    inits: Sequence[int]
+    shard: tuple[int, int]
+    searches: bool = True
+
+    @property
+    def cell(self) -> str:
+        """The name of its cell."""
+        return run_id.cell_name(run_id.resolve(self.config, next(iter(self.config["methods"]))))
+
+    def planned(self) -> list[RunSpec]:
+        """All runs; the final ones with the learning rates of the config."""
+        methods = list(self.config["methods"])
+        final = plan.final_specs(self.config, self.splits, self.inits, methods, {})
+        return [*plan.search_specs(self.config, methods), *plan.shard_of(final, self.shard)]
+
+    def progress(self, out: Path) -> list[EntryProgress]:
+        """The progress of each entry, from the rows in the folder of all runs.
+
+        Raises:
+            NolaVisionError: a row cannot be read; reported before the first run, not when its run is reached.
+        """
+        folder = out / self.cell
+        rows, problems = store.read_rows(folder) if folder.is_dir() else ([], [])
+        if problems:
+            raise NolaVisionError("; ".join(problem for _, problem in problems[:5]))
+        return entry_progress(self.config, self.splits, self.inits, rows, self.shard)
+
+    def run(self, execute: Callable[[Sequence[RunSpec]], list[Row]]) -> list[Row]:
+        """Chooses the learning rate of each entry on validation images, then does the final runs.
+
+        Args:
+            execute: an engine: it does every run that is not completed yet, and returns a row for each.
+
+        Returns:
+            The rows of the final runs, and the search runs of each entry whose search runs all failed, since it has no
+            final run.
+        """
+        methods = list(self.config["methods"])
+        found = execute(plan.search_specs(self.config, methods))
+        failed = [method for method in methods if search.search_failed(self.config, found, method)]
+        kept = [method for method in methods if method not in failed]
+        rates = search.choose_learning_rates(self.config, found, kept)
+        final = plan.final_specs(self.config, self.splits, self.inits, kept, rates)
+        rows = execute(plan.shard_of(final, self.shard))
+        return [*(row for row in found if row.method in failed), *rows]
+
+
+def prepare(
+    raw: run_id.Config,
+    methods: Sequence[str],
+    options: Sequence[str],
+    allow_import: Sequence[str],
+    splits: Sequence[int] | None,
+    inits: Sequence[int],
+    shard: tuple[int, int],
+) -> Sweep:
+    """The sweep of a config.
+
+    Args:
+        raw: a config with `methods`, as the user wrote it.
+        methods: names of entries.
+        options: command-line options that override the config.
+        allow_import: packages whose classes the config may name.
+        splits: the default is 0 to 3, or the split of the config's manifest.
+        inits: as in `Sweep`.
+        shard: as in `Sweep`.
+
+    Raises:
+        NolaVisionError: the config is invalid, or its manifest is of another split.
+    """
+    # Lightning takes seconds to import; a user error before this is reported at once
+    from nola_vision.data.manifest import read_manifest
+    from nola_vision.runs.parsing import has_validation_images, parse
+
+    config = plan.complete(raw, methods, lambda entry: parse(entry, [*SWEEP_SETTINGS, *options], allow_import))
+    if (path := config["data"]["manifest"]) is not None:
+        drawn = read_manifest(path).split_seed
+        if splits not in (None, [drawn]):
+            raise NolaVisionError(f"the manifest {path} has only split {drawn}: leave --splits out")
+        splits, config["data"]["split_seed"] = [drawn], drawn
+    searches = has_validation_images(run_id.resolve(config, methods[0]))  # missing images are reported here
+    if not searches:
+        config = plan.without_search(config)
+    if config["trainer"]["num_nodes"] != 1:
+        raise NolaVisionError("a run of a sweep takes one machine: use --trainer.num_nodes with `nola-vision fit`")
+    return Sweep(config, range(4) if splits is None else splits, inits, shard, searches)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the runs of a sweep are done.
+
+    Args:
+        name: `local`, `multi_device` or `ray`.
+        workers: runs at a time; None if the Ray cluster decides.
+        gpus: those of the local workers, as CUDA_VISIBLE_DEVICES names them.
+        address: of the Ray cluster.
+        gpus_per_run: on Ray.
+    """
+
+    name: str
+    workers: int | None = 1
+    gpus: Sequence[str] = ()
+    address: str = "auto"
+    gpus_per_run: float | None = None
+
+    def execute(self, specs: Sequence[RunSpec], out: Path, callback: RunCallback) -> list[Row]:
+        """Does every run that is not completed yet, and returns a row for each."""
+        if self.name == "ray":
+            from nola_vision.sweep.engines import ray
+
+            return ray.execute(specs, out, callback, self.address, self.workers, self.gpus_per_run)
+        if self.name == "multi_device":
+            return multi_device.execute(specs, out, callback)
+        return local.execute(specs, out, callback, self.workers or 1, self.gpus)
+
+
+def local_engine(trainer: Mapping[str, Any], workers: int | None) -> Engine:
+    """The engine for this machine: one worker per GPU unless `workers` is given, and one worker on the CPU.
+
+    Runs that use several devices are done one after another, since Lightning starts their processes from this one.
+    """
+    import torch
+
+    if not _uses_one_device(trainer):
+        return Engine("multi_device")
+    if trainer["accelerator"] not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return Engine("local", workers or 1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return Engine("local", workers or len(gpus), gpus)
+
+
+def ray_engine(trainer: Mapping[str, Any], workers: int | None, address: str, gpus_per_run: float | None) -> Engine:
+    """The engine for a Ray cluster.
+
+    Raises:
+        NolaVisionError: a run uses several devices.
+    """
+    if not _uses_one_device(trainer):
+        raise NolaVisionError("on Ray each run has one device: leave --trainer.devices out")
+    return Engine("ray", workers, address=address, gpus_per_run=gpus_per_run)
+
+
+def _uses_one_device(trainer: Mapping[str, Any]) -> bool:
+    return trainer["devices"] in ("auto", "1", 1)

@@ -1,0 +1,64 @@
+"""Entries of a config with other settings, under other names: the option --vary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.runs import run_id
+
+
+def vary(
+    config: Mapping[str, Any],
+    methods: Sequence[str],
+    key: str,
+    values: Sequence[Any],
+    has_setting: Callable[[str, str], bool],
+) -> tuple[run_id.Config, list[str]]:
+    """A config in which each entry with a setting is replaced by one entry per value, named such as `nola-rank4`.
+
+    Args:
+        config: a config with `methods`.
+        methods: the entries to vary.
+        key: the setting of a method.
+        values: of the setting.
+        has_setting: whether a class, by its short name, has a setting.
+
+    Returns:
+        The config, and the names that replace `methods`; an entry without the setting is unchanged.
+
+    Raises:
+        NolaVisionError: none of the entries has the setting.
+    """
+    entries, names = dict(run_id.need(config, "methods")), []
+    for name in methods:
+        settings = run_id.entry(config, name)
+        if not has_setting(settings["class_path"].rpartition(".")[2], key):
+            names.append(name)
+            continue
+        for value in values:
+            if (varied := name + suffix(key, value)) in entries:
+                raise NolaVisionError(
+                    f"the config already has a method {varied!r}: give each value once, and each setting once"
+                )
+            entries[varied] = {**settings, "init_args": {**(settings.get("init_args") or {}), key: value}}
+            if key == "lr":  # the search would choose it
+                entries[varied]["learning_rates"] = None
+            names.append(varied)
+    if names == list(methods):
+        raise NolaVisionError(f"none of {', '.join(methods)} has a setting {key!r}: vary one of a method's settings")
+    return {**config, "methods": entries}, names
+
+
+def suffix(key: str, value: Any) -> str:
+    """The suffix of a varied entry's name: `-rank4`, or `-shots10` for data.shots."""
+    shown = "+".join(map(str, value)) if isinstance(value, list) else value
+    return f"-{key.rpartition('.')[2]}{shown}"
+
+
+def rename(config: Mapping[str, Any], methods: Sequence[str], suffix: str) -> tuple[run_id.Config, list[str]]:
+    """A config with copies of some entries under names with a suffix, and these names."""
+    names = [name + suffix for name in methods]
+    entries = {name + suffix: run_id.entry(config, name) for name in methods}
+    return {**config, "methods": {**run_id.need(config, "methods"), **entries}}, names
