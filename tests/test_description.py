@@ -11,13 +11,12 @@ import pytest
 
 from nola_vision.evaluation.confusion import CONFUSION_FILE, confusion_csv
 from nola_vision.evaluation.estimates import Estimate, compare
-from nola_vision.reports.cell import report_of
+from nola_vision.reports.cell import Cell, cell_of, report_of
 from nola_vision.reports.description import backbone_name, cell_facts, cell_title, grid_text, how_measured
-from nola_vision.reports.entries import entries, subject, summarise
+from nola_vision.reports.entries import subject, summarise
 from nola_vision.reports.html.page import html_page
-from nola_vision.reports.tables import cell_runs
 from nola_vision.reports.terminal import cell_report
-from nola_vision.reports.verdict import cell_verdict, run_verdict
+from nola_vision.reports.verdict import run_verdict
 from nola_vision.runs.record import Row
 from test_estimates import predictions
 from test_tables import CELL, CONFIG, grid, row, text_of
@@ -137,7 +136,7 @@ def test_what_rows_do_not_say_is_left_out() -> None:
     assert cell_title(bare) == "digits: b" and cell_title([]) == "" and cell_facts([]) == []
     assert dict(cell_facts(bare))["data"] == "digits" and how_measured(bare) and how_measured([])
     odd = row(config=CONFIG | {"protocol": [1]}, data={"counts": {"train": "x"}, "transform": 3, "test_name": ["\x1b"]})
-    assert "\x1b" not in str([cell_title([odd]), cell_facts([odd]), how_measured([odd]), cell_verdict(entries([odd]))])
+    assert "\x1b" not in str([cell_title([odd]), cell_facts([odd]), how_measured([odd]), Cell("cell", [odd]).verdict])
 
 
 def test_the_subject_is_nola_then_what_trains_then_frozen_features() -> None:
@@ -179,10 +178,10 @@ def test_a_verdict_on_several_runs(tmp_path: Path) -> None:
     worse = [row("1nn", 0.1, init=None, method_class="NearestNeighbor", data=data)]
     lost = [row("lora", None, split=9, status="failed", error="no room", **LORA)]
     # nola - lora by split: -4, -2, -4; nola - logistic 11, 11, -4; t(0.975, 2) = 4.3027
-    lines, problems = cell_runs([*nola, *lora, *frozen, *worse, *lost, row(cell="another")], CELL).verdict
+    lines, problems = cell_of([*nola, *lora, *frozen, *worse, *lost, row(cell="another")], CELL).verdict
     assert not problems and lines == [
         "nola: top-1 accuracy 76.0 % (std 4.2; 6 runs: 3 splits x 2 inits).",
-        "Chance: always answering the largest class is right for 40.0 %.",
+        "Chance: always predicting the largest class is right for 40.0 %.",
         "Best of 2 frozen-feature methods (an optimistic choice): logistic, 70.0 % (std 8.2; 3 splits).",
         "nola against logistic, split by split: no difference shown (+6.0 points, -15.5 to +27.5, 3 splits).",
         "The other method that trains: lora, 79.3 % (std 3.4; 6 runs: 3 splits x 2 inits).",
@@ -193,18 +192,18 @@ def test_a_verdict_on_several_runs(tmp_path: Path) -> None:
         "Not completed: 1 run (lora 1).",
     ]
     other = [dataclasses.replace(one, method="nola-big", test_accuracy=0.2) for one in nola]
-    first = cell_verdict(entries([*nola, *other]))[0][0]
+    first = Cell("cell", [*nola, *other]).verdict[0][0]
     assert first.startswith("nola, the best of 2 NOLA entries (an optimistic choice): top-1 accuracy 76.0 %")
-    assert cell_verdict(entries([*nola, *other[:2]]))[0][0].startswith("nola: top-1 accuracy 76.0 %")
-    one_split, _ = cell_verdict(entries([*nola[:2], frozen[0]]))
+    assert Cell("cell", [*nola, *other[:2]]).verdict[0][0].startswith("nola: top-1 accuracy 76.0 %")
+    one_split, _ = Cell("cell", [*nola[:2], frozen[0]]).verdict
     assert "nola against logistic: +11.0 points on 1 split, too few splits for an interval." in one_split
     alike = [row("logistic", 0.5, split=split, init=None, data=data, **FROZEN) for split in range(3)]
-    first = cell_verdict(entries([*frozen, *(dataclasses.replace(one, method="1nn") for one in alike)]))[0][0]
+    first = Cell("cell", [*frozen, *(dataclasses.replace(one, method="1nn") for one in alike)]).verdict[0][0]
     assert first.startswith(
         "logistic, the best of 2 frozen-feature methods (an optimistic choice): top-1 accuracy 70.0"
     )
     (nola[0].folder or tmp_path).joinpath(CONFUSION_FILE).write_text("x")
-    lines, problems = cell_verdict(entries(nola))
+    lines, problems = Cell("cell", nola).verdict
     assert "(10 times in 5 runs)" in lines[-1] and problems[0].endswith("delete it (plots then leave its run out)")
     # files of other runs are named, not those of the others, and so is the run whose row has other classes than most
     other = confusion_csv(np.diag([5, 10, 5]), ["cat", "dog", "fox"])
@@ -212,14 +211,14 @@ def test_a_verdict_on_several_runs(tmp_path: Path) -> None:
     (nola[1].folder or tmp_path).joinpath(CONFUSION_FILE).write_text(confusion_csv(np.diag([5, 5, 5]), names))
     (nola[2].folder or tmp_path).joinpath(CONFUSION_FILE).write_text(other)
     nola[2] = dataclasses.replace(nola[2], data=data | {"class_names": ["cat", "dog", "fox"]})
-    lines, problems = cell_verdict(entries(nola))
+    lines, problems = Cell("cell", nola).verdict
     assert "'cat' as 'owl' (6 times in 3 runs)" in lines[-1]
     assert [problem.partition("/confusion.csv ")[::2] for problem in problems] == [
         (str(nola[0].folder), "has other classes than its run's row: delete it (plots then leave its run out)"),
         (str(nola[1].folder), "counts 15 images, and its run's row 20: delete it (plots then leave its run out)"),
         (str(nola[2].folder), "has other classes than most runs of nola: it is left out"),
     ]
-    lines, _ = cell_verdict(entries(lost))
+    lines, _ = Cell("cell", lost).verdict
     assert lines == ["No run of this cell has an accuracy yet.", "Not completed: 1 run (lora 1)."]
 
 
@@ -235,13 +234,13 @@ def test_cross_validated_splits_are_compared_image_by_image(tmp_path: Path) -> N
             estimate = Estimate.of([(correct // 2, 10), (correct - correct // 2, 10)]).to_dict()
             made = row(method, None, split=split, estimate=estimate, data={"class_names": ["cat", "dog"]}, **columns)
             rows.append(dataclasses.replace(made, folder=folder))
-    lines, problems = cell_verdict(entries([*rows[1:], row("logistic", None, status="failed", split=0, **FROZEN)]))
+    lines, problems = Cell("cell", [*rows[1:], row("logistic", None, status="failed", split=0, **FROZEN)]).verdict
     against = compare(predictions([0] * 18 + [1] * 2, [0] * 20), predictions([0] * 10 + [1] * 10, [0] * 20))
     between = f"+{against.low:.1f} to +{against.high:.1f}"
     assert not problems and lines[0] == "nola: top-1 accuracy 90.0 % (std 0.0; 4 folds of 2 runs: 2 splits x 1 init)."
     assert lines[2] == f"nola against logistic, image by image (split 1, init 0): 40.0 points better ({between})."
     (tmp_path / "nola1" / "predictions.safetensors").write_bytes(b"x")
-    lines, problems = cell_verdict(entries(rows[1:]))
+    lines, problems = Cell("cell", rows[1:]).verdict
     assert not any("against" in line for line in lines) and len(problems) == 1 and "is damaged" in problems[0]
     page = html_page(report_of(rows[1:]))
     assert page.text.count("nola1/predictions.safetensors is damaged") == 1
@@ -252,8 +251,8 @@ def test_the_page_and_the_verdict_name_the_same_frozen_method() -> None:
     rows = [row("nola", 0.9, data=facts())]
     for method, accuracies in {"logistic": (0.7, 0.1), "1nn": (0.6, 0.8)}.items():
         rows += [row(method, one, split=s, init=None, data=facts(), **FROZEN) for s, one in enumerate(accuracies)]
-    assert cell_verdict(entries(rows))[0][1].startswith(
-        "Best of 2 frozen-feature methods (an optimistic choice): logistic"
+    assert (
+        Cell("cell", rows).verdict[0][1].startswith("Best of 2 frozen-feature methods (an optimistic choice): logistic")
     )
     text = html_page(report_of(rows)).text
     assert "logistic, best on frozen features" in text and "1nn, best on frozen features" not in text
@@ -281,9 +280,9 @@ def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
             folder=folder,
         )
     lines, problems = run_verdict(rows["nola"], [rows["logistic"]], [rows["full"]])
-    assert cell_verdict(entries(rows.values())) == (lines, []) and not problems
+    assert Cell("cell", [*rows.values()]).verdict == (lines, []) and not problems
     elsewhere = row("logistic", 0.1, split=5, init=None, **FROZEN)  # on another split, so it is not compared
-    assert cell_verdict(entries([elsewhere, *rows.values()]))[0] == lines
+    assert Cell("cell", [elsewhere, *rows.values()]).verdict[0] == lines
     assert [line.partition(" (")[0] for line in lines] == [
         "nola: top-1 accuracy 90.0 %",
         "Frozen features: logistic, 50.0 %",
@@ -293,14 +292,14 @@ def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
         "The adapter file of full is 1,235 times as large as that of nola.",
         "Most often misclassified: 'cat' as 'dog'",
     ]
-    assert cell_verdict(entries([rows["logistic"], row("nola", None)]))[0][0] == (
+    assert Cell("cell", [rows["logistic"], row("nola", None)]).verdict[0][0] == (
         "nola has no estimate of its accuracy: it was not tested."
     )
     (tmp_path / "logistic" / "predictions.safetensors").write_bytes(b"x")
-    lines, problems = cell_verdict(entries(rows.values()))
+    lines, problems = Cell("cell", [*rows.values()]).verdict
     assert "logistic/predictions.safetensors is damaged" in problems[0]
     predictions([0] * 9, [0] * 9).save(tmp_path / "logistic")  # of another run
-    lines, problems = cell_verdict(entries(rows.values()))
+    lines, problems = Cell("cell", [*rows.values()]).verdict
     assert len(problems) == 1 and "logistic/predictions.safetensors is damaged: it is of 9 images, and" in problems[0]
     assert lines[0].startswith("nola: top-1 accuracy 90.0 %") and any("nola against full" in line for line in lines)
     assert not any("against logistic" in line for line in lines)
@@ -311,7 +310,7 @@ def test_the_terminal_shows_title_verdict_and_tables_in_this_order() -> None:
         *grid("nola", [[70, 72], [80, 82]], data=facts()),
         *grid("lora", [[71, 71], [78, 78]], data=facts(), **LORA),
     ]
-    text = text_of(cell_report(cell_runs(rows, CELL)), width=80)
+    text = text_of(cell_report(cell_of(rows, CELL)), width=80)
     places = [
         text.index(part) for part in ("digits: 10 classes", "nola: top-1 accuracy 76.0 %", "Results", "Differences")
     ]

@@ -245,9 +245,9 @@ def test_a_verdict_on_a_test_set(adapter: int, frozen: int, sentence: str) -> No
 @pytest.mark.parametrize(
     ("correct", "share", "sentence"),
     [
-        (1, 0.7, ["nola is under chance: always answering the largest class is right for 70.0 %."]),
-        (2, 0.5, ["nola is not shown to be above chance: always answering the largest class is right for 50.0 %."]),
-        (6, 0.5, ["nola is not shown to be above chance: always answering the largest class is right for 50.0 %."]),
+        (1, 0.7, ["nola is under chance: always predicting the largest class is right for 70.0 %."]),
+        (2, 0.5, ["nola is not shown to be above chance: always predicting the largest class is right for 50.0 %."]),
+        (6, 0.5, ["nola is not shown to be above chance: always predicting the largest class is right for 50.0 %."]),
         (10, 0.5, []),
         (2, None, []),
     ],

@@ -19,18 +19,17 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import safetensors.numpy
-from nola_vision.reports.tested import read_tested
 from sklearn.metrics import confusion_matrix, recall_score
 
 from fake_runs import METHODS, write_runs
 from nola_vision.cli import report
 from nola_vision.cli.main import main
 from nola_vision.evaluation.predictions import PREDICTIONS_FILE, Predictions, load_predictions
-from nola_vision.reports import html
-from nola_vision.reports.cell import report_of
-from nola_vision.reports.entries import entries
-from nola_vision.reports.html.page import html_page
-from nola_vision.reports.tables import cell_runs
+from nola_vision.reports.cell import Cell, cell_of, report_of
+from nola_vision.reports.entries import Entry
+from nola_vision.reports.entry_predictions import read_entry_predictions
+from nola_vision.reports.html import confusions, gallery, section
+from nola_vision.reports.html.page import html_page, isolated
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 from nola_vision.runs.thumbnails import THUMBNAILS_FILE, load_thumbnails
@@ -109,9 +108,9 @@ def test_rows_alone_make_a_page(rows: list[Row]) -> None:
     assert "Without a completed final run" in page.text and "out of &lt;memory&gt;" in page.text
 
 
-def view(rows: list[Row], problems: list[str] | None = None) -> html.CellView:
-    return html._cell(
-        cell_runs(rows, rows[0].cell), "title", "cell1", html.MOST_IMAGE_BYTES, [] if problems is None else problems
+def view(rows: list[Row], problems: list[str] | None = None) -> section.CellView:
+    return section.cell_view(
+        cell_of(rows, rows[0].cell), "title", "cell1", gallery.MOST_IMAGE_BYTES, [] if problems is None else problems
     )
 
 
@@ -163,17 +162,14 @@ def test_the_gallery_shows_each_image_once_most_confident_first(rows: list[Row])
     ]
     assert "not calibrated" in cell.gallery.note and f"of the {len(wrong)} images" in cell.gallery.note
     size = sum(len(photo.source) for photo in cell.gallery.photos[:3])
-    small = html._gallery(read_tested(*_nola(rows), []), size, [])
+    small = gallery.gallery_view(read_entry_predictions(*_nola(rows), []), size, [])
     assert 0 < sum(len(photo.source) for photo in small.photos) <= size and len(small.photos) <= 4
 
 
-def _nola(rows: list[Row]) -> tuple[html.Summary, list[Row]]:
-    (found,) = [
-        (summary, runs)
-        for summary, runs in entries(row for row in rows if "photos" in row.cell)
-        if summary.method == "nola"
-    ]
-    return found
+def _nola(rows: list[Row]) -> Entry:
+    cell = Cell("cell", [row for row in rows if "photos" in row.cell])
+    assert cell.subject is not None and cell.subject.summary.method == "nola"
+    return cell.subject
 
 
 def test_probabilities_are_calibrated_where_every_run_has_a_temperature(rows: list[Row]) -> None:
@@ -196,9 +192,9 @@ def test_classes_are_compared_on_shared_splits(rows: list[Row]) -> None:
 
 
 def test_a_share_under_half_a_per_cent_is_not_none(rows: list[Row]) -> None:
-    tested = read_tested(*_nola(rows), [])
+    tested = read_entry_predictions(*_nola(rows), [])
     tested.__dict__["counts"] = np.array([[996, 4], [0, 5]])
-    assert html._heat(tested, 0, 1) == html.Heat("<1", 1, False) and html._heat(tested, 1, 0).text == ""
+    assert confusions.heat(tested, 0, 1) == confusions.Heat("<1", 1, False) and confusions.heat(tested, 1, 0).text == ""
 
 
 def test_what_a_row_may_not_cost(tmp_path: Path) -> None:
@@ -253,7 +249,7 @@ def test_names_of_other_scripts_and_long_ones(tmp_path: Path) -> None:
     assert f'title="{names[2]}"' in page and f"<bdi>{lines[2].label}</bdi>" in page
     outside = re.sub("<bdi>.*?</bdi>|<title.*?</title>|<svg.*?</svg>|<[^>]*>", "", page, flags=re.DOTALL)
     assert "خيل" in page and not re.search("[\u0590-\u06ff]", outside)
-    assert html._isolated("'خيل' <2>, שלום עולם, 3") == "&#39;<bdi>خيل</bdi>&#39; &lt;2&gt;, <bdi>שלום עולם</bdi>, 3"
+    assert isolated("'خيل' <2>, שלום עולם, 3") == "&#39;<bdi>خيل</bdi>&#39; &lt;2&gt;, <bdi>שלום עולם</bdi>, 3"
 
 
 def test_the_command(rows: list[Row], tmp_path: Path, monkeypatch, capsys) -> None:

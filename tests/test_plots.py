@@ -24,18 +24,18 @@ from scipy.stats import binomtest
 
 from nola_vision.cli.main import main
 from nola_vision.evaluation.confusion import confusion_csv
-from nola_vision.reports.charts.drawing import Chart
+from nola_vision.reports.cell import Cell, cell_of
+from nola_vision.reports.charts.drawing import Chart, plain_text
 from nola_vision.reports.charts.labels import short_names, spread
 from nola_vision.reports.charts.learning_curves import entry_curves
 from nola_vision.reports.charts.looks import CSS_COLOURS, DARK_COLOURS, INK, MUTED, PALETTE, PAPER, entry_looks
 from nola_vision.reports.charts.matrices import class_differences_plot, confusion_plot
-from nola_vision.reports.charts.pareto import pareto_chart, pareto_front
+from nola_vision.reports.charts.pareto import pareto_chart, pareto_front, size_ticks
 from nola_vision.reports.charts.splits import split_chart
 from nola_vision.reports.confusion import entry_confusions
 from nola_vision.reports.entries import entries, summarise
 from nola_vision.reports.formatting import bytes_text
-from nola_vision.reports.plots import _drawing, _size_ticks, cell_charts, cell_plots, write_plots
-from nola_vision.reports.tables import cell_runs
+from nola_vision.reports.plots import cell_charts, cell_plots, write_plots
 from nola_vision.runs import run_id, store
 from nola_vision.runs.config_files import load_config
 from nola_vision.runs.published import published_figures
@@ -59,7 +59,7 @@ def placed(folder: Path) -> list[Row]:
 
 
 def charts_of(rows: list[Row]) -> dict[str, Chart]:
-    return {chart.name: chart for chart in cell_charts(cell_runs(rows, CELL).found)[0]}
+    return {chart.name: chart for chart in cell_charts(cell_of(rows, CELL))[0]}
 
 
 def drawn_lines(figure: Figure) -> list[Line2D]:
@@ -209,7 +209,7 @@ def test_confusions_by_class(tmp_path: Path) -> None:
         for one, matrix in zip((r for r in rows if r.method == method and r.cell == CELL), matrices, strict=False):
             text = confusion_csv(np.array(matrix), ["cat, tabby", "dog"])
             (one.folder / "confusion.csv").write_text(text)
-    found = cell_runs(rows, CELL).found
+    found = cell_of(rows, CELL).entries
     confusions, problems = entry_confusions(found)
     assert problems == [] and entry_confusions([]) == ({}, [])
     figure = class_differences_plot(confusions, found, CELL)
@@ -288,7 +288,7 @@ def test_no_label_hides_another_or_a_marker(tmp_path: Path, count: int, name: st
     assert set(charts) == ({"pareto", "by-split", "learning-curves"} if count > 3 else {"by-split"})
     for chart in charts.values():
         figure = chart.figure
-        with _drawing():
+        with plain_text():
             renderer = FigureCanvasAgg(figure).get_renderer()
             figure.draw_without_rendering()
             boxes = [text.get_window_extent(renderer) for text in figure.texts]
@@ -329,8 +329,8 @@ def test_sizes_are_round_numbers() -> None:
     assert [bytes_text(size) for size in sizes] == [
         "900 B", "999 B", "1 KB", "37.2 KB", "1 MB", "1.5 MB", "300 MB", "4e+03 GB",
     ]  # fmt: skip
-    assert _size_ticks(20_000, 80_000, 350) == [20_000, 50_000] and _size_ticks(5_000, 2e6, 300) == [1e4, 1e5, 1e6]
-    assert _size_ticks(5_000, 2e5, 250) == [1e4, 3e4, 1e5] and len(_size_ticks(1, 1e18, 350)) <= 7
+    assert size_ticks(20_000, 80_000, 350) == [20_000, 50_000] and size_ticks(5_000, 2e6, 300) == [1e4, 1e5, 1e6]
+    assert size_ticks(5_000, 2e5, 250) == [1e4, 3e4, 1e5] and len(size_ticks(1, 1e18, 350)) <= 7
 
 
 def test_svg_has_real_text_and_follows_the_theme() -> None:
@@ -395,9 +395,9 @@ def test_names_are_plain_text_whatever_they_contain() -> None:
         warnings.simplefilter("error")
         charts = charts_of(rows)
         pages = {name: chart.svg("a") for name, chart in charts.items()}
-        plots = cell_plots(entries(rows), CELL)[0]
+        plots = cell_plots(Cell(CELL, rows))[0]
         matrices = confusion_plot({"$x^$": {0: square}}, CELL)
-        with _drawing():
+        with plain_text():
             matrices.savefig(os.devnull, format="png")
             differences = class_differences_plot({"$_$": {0: square}, "_": {0: square}}, entries(rows), CELL)
             differences.savefig(os.devnull, format="png")
@@ -458,7 +458,7 @@ def test_unusable_files_are_named_and_the_others_drawn(tmp_path: Path) -> None:
     assert curves["nola"] == [{0: 2, 1: 1}] * 4
     assert {(counts.loc["a", "a"], counts.loc["b", "b"]) for counts in confusions["nola"].values()} == {(3, 4)}
     assert len(confusions["nola"]) == len(rows) - 4
-    plots, problems = cell_plots(entries(rows), CELL)
+    plots, problems = cell_plots(Cell(CELL, rows))
     assert problems == [*bad_logs, *bad_matrices] and {"learning-curves", "confusions"} < set(plots)
 
 

@@ -24,21 +24,19 @@ from rich.console import Console, RenderableType
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.text import csv_cell
-from nola_vision.reports import tables
-from nola_vision.reports.cell import report_of
+from nola_vision.reports.cell import Cell, cell_of, measured_cells, report_of
 from nola_vision.reports.description import cell_facts, how_measured
-from nola_vision.reports.entries import entries, summarise
+from nola_vision.reports.entries import summarise
 from nola_vision.reports.frames import frame, text_frame
 from nola_vision.reports.html.page import html_page
 from nola_vision.reports.markup import latex_table, markdown_table
 from nola_vision.reports.plots import cell_plots
-from nola_vision.reports.statistics import count_once, mean_std, on_the_same_images, paired_difference, variance_parts
-from nola_vision.reports.tables import cell_runs
+from nola_vision.reports.statistics import mean_std, on_the_same_images, paired_difference, variance_parts
 from nola_vision.reports.terminal import cell_report, cell_table, row_panel
 from nola_vision.runs import run_id, store
 from nola_vision.runs.config_files import load_config
 from nola_vision.runs.published import published_figures
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 
 CELL = "tag-digits-5shot-quickstart"
 
@@ -69,8 +67,8 @@ def text_of(thing: RenderableType, width: int = 140) -> str:
 def test_runs_that_differ_in_more_than_their_method_are_named() -> None:
     short, longer = ({**CONFIG, "trainer": {"max_epochs": epochs}} for epochs in (3, 9))
     other_method = {**CONFIG, "model": {**CONFIG["model"], "run_seed": 1, "method": {"class_path": "LoRA"}}}
-    assert "compare with care" not in text_of(cell_table(cell_runs([row(), row("lora", config=other_method)], CELL)))
-    table = text_of(cell_table(cell_runs([row(config=short), row("lora", config=longer)], CELL)))
+    assert "compare with care" not in text_of(cell_table(cell_of([row(), row("lora", config=other_method)], CELL)))
+    table = text_of(cell_table(cell_of([row(config=short), row("lora", config=longer)], CELL)))
     assert "compare with care: trainer.max_epochs" in " ".join(table.split())
 
 
@@ -140,7 +138,7 @@ def test_the_second_table_says_where_the_spread_comes_from() -> None:
         *grid("nola-big", [[71], [79]]),
         row("nola-small", 0.69),
     ]
-    results, comparison = cell_runs(rows, CELL).sheets
+    results, comparison = cell_of(rows, CELL).tables
     assert [[cell.text for cell in line] for line in comparison.lines] == [
         ["lora", "-0.7 [-5.8, +4.5]", "3", "3.1", "0.0"],
         ["nola", "-", "-", "4.1", "1.0"],
@@ -148,10 +146,10 @@ def test_the_second_table_says_where_the_spread_comes_from() -> None:
         ["nola-small", "-1.0", "1", "-", "-"],
     ]
     assert comparison.columns[1] == "difference to nola (95 % CI)" and len(comparison.notes) == 1
-    assert cell_runs([*rows[:4], *grid("nola-big", [[70], [80]])], CELL).sheets[1].columns[1] == "difference to nola"
-    for sheet in (results, comparison):
-        assert len(sheet.column_help) == len(sheet.columns) and all(sheet.column_help)
-    assert len(cell_runs([row()], CELL).sheets) == 1
+    assert cell_of([*rows[:4], *grid("nola-big", [[70], [80]])], CELL).tables[1].columns[1] == "difference to nola"
+    for table in (results, comparison):
+        assert len(table.column_help) == len(table.columns) and all(table.column_help)
+    assert len(cell_of([row()], CELL).tables) == 1
 
 
 def test_the_papers_figure_stands_beside_with_its_doubts() -> None:
@@ -162,26 +160,28 @@ def test_the_papers_figure_stands_beside_with_its_doubts() -> None:
         config["model"]["backbone"] |= {"base": "pretrained", **changes}
         return grid(called or name, [[70, 72]], config=config, method_class=run_id.method_class(config))
 
-    comparison = cell_runs([*rows("nola-qv"), *rows("nola-mlp"), *rows("lora-r4", "mine")], CELL).sheets[1]
+    comparison = cell_of([*rows("nola-qv"), *rows("nola-mlp"), *rows("lora-r4", "mine")], CELL).tables[1]
     printed = {line[0].text: line[-1].text for line in comparison.lines}
     assert printed["nola-qv"] == "87.0 (0.9)" and printed["mine"] == "-"
     assert any(note.startswith("published nola-qv: ") and "read as ViT-B" in note for note in comparison.notes)
     for others in (rows("nola-mlp", base="random"), rows("lora-r4", "nola-mlp"), rows("nola-mlp", tag="vit_tiny")):
-        assert "paper" not in cell_runs(others, CELL).sheets[1].columns[-1]
+        assert "paper" not in cell_of(others, CELL).tables[1].columns[-1]
 
 
 def test_latex_is_escaped_and_balanced() -> None:
-    text = latex_table(cell_runs([row("a_b & 50%", 0.801), row("c", 0.795), row("c", 0.795, split=1)], CELL))
+    text = latex_table(cell_of([row("a_b & 50%", 0.801), row("c", 0.795), row("c", 0.795, split=1)], CELL))
     assert r"a\_b \& 50\%" in text and r"\textbf{80.1}" in text and r"\underline{79.5 (0.0)}" in text
     assert text.count(r"\begin{") == text.count(r"\end{") == 4
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count(" & ") + 1 for line in lines} == {6, 5}
+    assert text.count(r"\begin{tabular}{lrrrrr}") == text.count(r"\begin{tabular}{lrrrr}") == 1
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (apt-get install texlive-latex-base)")
 def test_latex_compiles(tmp_path: Path) -> None:
-    body = latex_table(cell_runs([*ROWS, *grid("a_b & 50% {é} ~^#$", [[70, 72], [80, 82]])], CELL))
-    (tmp_path / "t.tex").write_text(rf"\documentclass{{article}}\begin{{document}}{body}\end{{document}}")
+    body = latex_table(cell_of([*ROWS, *grid("a_b & 50% {é} ~^#$", [[70, 72], [80, 82]])], CELL))
+    head = r"\documentclass{article}\usepackage{booktabs}"
+    (tmp_path / "t.tex").write_text(rf"{head}\begin{{document}}{body}\end{{document}}")
     ended = subprocess.run(
         ["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
@@ -310,14 +310,15 @@ def test_runs_on_other_versions_of_the_images_are_left_out() -> None:
 
 def test_markdown_table() -> None:
     best, close = "**80.1**", "<u>80.0 (0.5)</u>"
-    lines = markdown_table(cell_runs(ROWS, CELL)).split("\n\n### Differences")[0].splitlines()
+    text = re.sub(" +", " ", markdown_table(cell_of(ROWS, CELL)))  # without the padding of columns
+    lines = re.sub("-+(?=[:|])", "-", text).split("\n\n### Differences")[0].splitlines()
     assert [line for line in lines if "have no row" not in line] == [
         "## digits: b",
         "",
         "### Results",
         "",
         "| method | trainable | file, bytes | top-1 % | n | lr |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "|:-|-:|-:|-:|-:|-:|",
         "| nn1 | - | - | 70.0 | 1 | - |",
         "| linear | 0 | 800 | 75.0 | 1 | - |",
         "| full | - | - | 78.9 | 1 | - |",
@@ -343,7 +344,7 @@ def test_what_is_not_in_a_mean_is_said_beneath() -> None:
         row("late", split=1, init=0, error="no room", **failed),
         row("late", split=1, init=0, entry_hash="f" * 10, accuracy=None, status="interrupted"),
     ]
-    assert list(cell_runs(rows, CELL).sheets[0].notes[1:]) == [
+    assert list(cell_of(rows, CELL).tables[0].notes[1:]) == [
         "b: 2 failed, not in its mean; the last failure: the loss is" + " no number" * 18 + " no [...]",
         "late: none of its runs (1) was completed; the last failure: no room",
         "late: none of its runs (1) was completed",
@@ -363,7 +364,7 @@ def test_folds_count_where_there_is_no_test_set() -> None:
     assert (item.completed, item.n, item.untested, item.cross_validated) == (1, 3, 0, True)
     assert item.mean == pytest.approx(71) and item.std == pytest.approx(np.std([60, 75, 78]))
     assert item.interval is None and item.split_std is None
-    (results,) = cell_runs([folded, nearest], CELL).sheets
+    (results,) = cell_of([folded, nearest], CELL).tables
     assert [[cell.text for cell in line] for line in results.lines] == [
         ["1nn", "-", "-", "46.7 (4.7)", "3", "-"],
         ["nola", "-", "-", "71.0 (7.9)", "3", "-"],
@@ -378,12 +379,12 @@ def test_folds_count_where_there_is_no_test_set() -> None:
             for one in (folded, nearest) for split in range(4)]  # fmt: skip
     several = paired_difference(rows[:4], rows[4:])
     assert several is not None and (several.low, several.high, several.splits, several.shown) == (None, None, 4, False)
-    comparison = cell_runs(rows, CELL).sheets[1]
+    comparison = cell_of(rows, CELL).tables[1]
     assert comparison.columns[1] == "difference to 1nn" and "divide the same images" in comparison.notes[0]
     skipped = row("nola", None, data={"folds": 5})
-    assert "nola: 1 whose folds were not run, not in its mean" in cell_runs([skipped, nearest], CELL).sheets[0].notes
+    assert "nola: 1 whose folds were not run, not in its mean" in cell_of([skipped, nearest], CELL).tables[0].notes
     assert "71.0 % (7.9), mean and std of 3 folds" in text_of(row_panel(folded))
-    mixed = cell_runs([folded, row("lora", 0.8), row("lora", 0.8, split=1)], CELL).sheets[0]
+    mixed = cell_of([folded, row("lora", 0.8), row("lora", 0.8, split=1)], CELL).tables[0]
     assert mixed.notes[0].startswith("mean (std) over n runs or folds; folds: nola; chance 50.0 %; best")
 
 
@@ -391,7 +392,7 @@ def test_one_test_set_has_wilsons_interval() -> None:
     data = {"counts": {"train": 50, "test": 81}, "majority_share": 0.1}
     rows = [row("nola", 65 / 81, data=data), row("lora", 0.7, data=data), row("lora", 0.8, split=1, data=data)]
     expected = scipy.stats.binomtest(65, 81).proportion_ci(method="wilson")
-    accuracies = {line[0].text: line[3].text for line in cell_runs(rows, CELL).sheets[0].lines}
+    accuracies = {line[0].text: line[3].text for line in cell_of(rows, CELL).tables[0].lines}
     assert accuracies == {
         "nola": f"80.2 [{100 * expected.low:.1f}, {100 * expected.high:.1f}]",
         "lora": "75.0 (5.0)",
@@ -399,7 +400,7 @@ def test_one_test_set_has_wilsons_interval() -> None:
     note = (
         "mean (std) over n runs; one run with its 95 % interval; chance 10.0 %; best in bold, within 1 point underlined"
     )
-    assert cell_runs(rows, CELL).sheets[0].notes[0] == note
+    assert cell_of(rows, CELL).tables[0].notes[0] == note
     assert f"80.25 %, 95 % interval [{100 * expected.low:.1f}" in text_of(row_panel(rows[0]))
     part = row("nola", 0.8, data=data, config={**CONFIG, "trainer": {"limit_test_batches": 2}})
     assert summarise([part])[0].interval is None
@@ -408,7 +409,7 @@ def test_one_test_set_has_wilsons_interval() -> None:
 def test_a_result_under_chance_is_not_marked() -> None:
     def marks(best: float, other: float, share: float) -> list[str]:
         rows = [row("a", best, data={"majority_share": share}), row("b", other, data={"majority_share": share})]
-        return [line[3].mark for line in cell_runs(rows, CELL).sheets[0].lines]
+        return [line[3].mark for line in cell_of(rows, CELL).tables[0].lines]
 
     assert marks(0.42, 0.415, 0.40) == ["best", "close"]
     assert marks(0.42, 0.415, 0.418) == ["best", "plain"]
@@ -423,16 +424,16 @@ def test_heads_are_what_linear_methods_train() -> None:
         row("1nn", method_class="NearestNeighbor", init=None, head_parameters=0, **counts),
         row("nola", adapter_parameters=24, other_parameters=0, head_parameters=1610),
     ]
-    assert [line[1].text for line in cell_runs(rows, CELL).sheets[0].lines] == ["0", "1,610", "24"]
+    assert [line[1].text for line in cell_of(rows, CELL).tables[0].lines] == ["0", "1,610", "24"]
 
 
 def test_further_metrics_by_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured = {"balanced_accuracy": 0.7, "macro_f1": 0.65, "top5_accuracy": 0.95, "test_nll": 1.23456}
     rows = [row("nola", 0.8, **measured), row("lora", 0.7, macro_f1=0.5), row("lora", 0.7, split=1, macro_f1=0.7)]
-    (sheet, _) = cell_runs(rows, CELL, ("balanced", "f1", "top5", "nll")).sheets
-    assert sheet.columns == ("method", "trainable", "file, bytes", "top-1 %", "n",
+    (table, _) = cell_of(rows, CELL, ("balanced", "f1", "top5", "nll")).tables
+    assert table.columns == ("method", "trainable", "file, bytes", "top-1 %", "n",
                              "balanced %", "macro F1 %", "top-5 %", "NLL", "lr")  # fmt: skip
-    assert {line[0].text: [cell.text for cell in line[5:9]] for line in sheet.lines} == {
+    assert {line[0].text: [cell.text for cell in line[5:9]] for line in table.lines} == {
         "nola": ["70.0", "65.0", "95.0", "1.235"],
         "lora": ["-", "60.0 (10.0)", "-", "-"],
     }
@@ -453,20 +454,20 @@ def test_a_table_of_a_cell_is_readable_at_80_columns() -> None:
     rows = [row("logistic", 0.7, init=None, data=data), row("nola", 0.8123, data=data, adapter_parameters=24_552,
             adapter_file_bytes=98_612, learning_rate=0.0005)]  # fmt: skip
     rows += [row("full-ft", 0.7, data=data, adapter_parameters=303_301_632, adapter_file_bytes=1_213_206_528)]
-    text = text_of(cell_table(cell_runs(rows, CELL)), width=80)
+    text = text_of(cell_table(cell_of(rows, CELL)), width=80)
     for part in ("81.2 [78.7, 83.5]", "303,301,632", "1,213,206,528", "0.0005", "logistic"):
         assert part in text
 
 
 def test_exactly_one_point_is_close() -> None:
-    table = markdown_table(cell_runs([row("a", 0.801), row("b", 0.791), row("c", 0.790), row("d", 0.801)], CELL))
+    table = markdown_table(cell_of([row("a", 0.801), row("b", 0.791), row("c", 0.790), row("d", 0.801)], CELL))
     for marked in ("**80.1**", "<u>79.1</u>", " 79.0 "):
         assert marked in table
     assert table.count("**80.1") == 2
 
 
 def test_terminal_table_says_the_same() -> None:
-    text = text_of(cell_table(cell_runs(ROWS, CELL)))
+    text = text_of(cell_table(cell_of(ROWS, CELL)))
     places = [text.index(name) for name in ("digits: b", "nn1", "linear", "full", "lora", "nola ", "nola-big", "other")]
     assert places == sorted(places)
     for part in ("24,552", "98,612", "80.0 (0.5)", "0.005", "mean (std) over n runs", "1 failed, 1 interrupted"):
@@ -475,23 +476,23 @@ def test_terminal_table_says_the_same() -> None:
 
 
 def test_terminal_table_marks_the_best_and_the_close() -> None:
-    marks = [line[3].mark for line in cell_runs(ROWS, CELL).sheets[0].lines]
+    marks = [line[3].mark for line in cell_of(ROWS, CELL).tables[0].lines]
     assert marks == ["plain", "plain", "plain", "plain", "close", "best", "plain"]
     console = Console(width=140, color_system="standard", force_terminal=True)
     with console.capture() as capture:
-        console.print(cell_table(cell_runs(ROWS, CELL)))
+        console.print(cell_table(cell_of(ROWS, CELL)))
     for style, text in ((1, "80.1"), (4, "80.0")):
         assert re.search(rf"\x1b\[{style}m *{text}\b", capture.get())
 
 
 def test_a_narrow_terminal_loses_no_digit() -> None:
-    text = text_of(cell_table(cell_runs(ROWS, CELL)), width=60)
+    text = text_of(cell_table(cell_of(ROWS, CELL)), width=60)
     assert "…" not in text
 
 
 def test_names_are_no_markup() -> None:
-    assert "[bold]x" in text_of(cell_table(cell_runs([row("[bold]x")], CELL)))
-    assert "a\\|b" in markdown_table(cell_runs([row("a|b")], CELL))
+    assert "[bold]x" in text_of(cell_table(cell_of([row("[bold]x")], CELL)))
+    assert "a\\|b" in markdown_table(cell_of([row("a|b")], CELL))
 
 
 # what a terminal, a spreadsheet, Markdown, HTML, LaTeX and rich would each act on
@@ -543,7 +544,7 @@ def test_no_format_acts_on_a_name(harmed: Path, capsys: pytest.CaptureFixture[st
     assert all(line.startswith("% ") for line in footer.strip().splitlines()) and "input" in footer
     assert not re.search(r"\\input|(?<!\\)[$#]|(?m:^\s*[\[*])", inside) and r"\textbackslash{}input\{/etc" in inside
     assert out.count(r"\begin{") == out.count(r"\end{") == 4
-    assert "  {[}x{]} & " in latex_table(cell_runs([row("[x]")], CELL))  # else an argument of the line break before it
+    assert "\n{[}x{]} & " in latex_table(cell_of([row("[x]")], CELL))  # else an argument of the line break before it
 
     out, _ = report(harmed, "--format", "markdown", capsys=capsys)
     lines = [line for line in out.splitlines() if line.startswith("| ")]
@@ -621,10 +622,10 @@ def test_any_row_is_refused_in_one_line_or_shown_by_everything() -> None:
             return
         accepted.append(read)
         rows = [row("other", 0.6, cell=read.cell), read, row("nola", 0.4, cell=read.cell, split=1)]
-        tested, _ = tables.tested_cells(rows)
+        tested, _ = measured_cells(rows)
         for cell in tested:
-            assert text_of(cell_report(cell_runs(rows, cell))) and how_measured(rows) and cell_facts(rows)
-            assert markdown_table(cell_runs(rows, cell)) and latex_table(cell_runs(rows, cell))
+            assert text_of(cell_report(cell_of(rows, cell))) and how_measured(rows) and cell_facts(rows)
+            assert markdown_table(cell_of(rows, cell)) and latex_table(cell_of(rows, cell))
         assert text_of(row_panel(read)) and Row.from_json(read.to_json(), Path("row.json")) == read
 
     check()
@@ -633,12 +634,12 @@ def test_any_row_is_refused_in_one_line_or_shown_by_everything() -> None:
     text_frame(together, csv_cell).to_csv(index=False).encode()
     frame(together).to_parquet(index=False)
     html_page(report_of(together)).text.encode()
-    cell_plots(entries(together), CELL)
+    cell_plots(Cell(CELL, together))
 
 
 def test_a_cell_without_final_runs_says_so() -> None:
-    assert "no final run has left a row yet" in markdown_table(cell_runs([row(stage="search")], CELL))
-    assert "no final run has left a row yet" in text_of(cell_table(cell_runs([], CELL)))
+    assert "no final run has finished yet" in markdown_table(cell_of([row(stage="search")], CELL))
+    assert "no final run has finished yet" in text_of(cell_table(cell_of([], CELL)))
 
 
 def test_row_panel() -> None:

@@ -112,9 +112,10 @@ def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespac
     """Does the runs of `fit` and prints the result, the table, the verdict and the next commands."""
     from rich.console import Console
 
-    from nola_vision.reports import tables
+    from nola_vision.reports.cell import cell_of
     from nola_vision.reports.formatting import accuracy_text
     from nola_vision.reports.statistics import on_the_same_images
+    from nola_vision.reports.terminal import cell_table, row_panel
     from nola_vision.reports.verdict import run_verdict
     from nola_vision.runs import store
     from nola_vision.runs.fit import fit
@@ -136,8 +137,8 @@ def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespac
     row = fitted.row
     rows, problems = store.read_rows(out / row.cell)
     rows, left_out = on_the_same_images(rows, row)
-    console.print(tables.row_panel(row))
-    console.print(tables.cell_table(tables.cell_runs(rows, row.cell)))
+    console.print(row_panel(row))
+    console.print(cell_table(cell_of(rows, row.cell)))
     lines, unusable = run_verdict(row, fitted.frozen)
     for line in lines:
         print(textwrap.fill(line, console.width))

@@ -17,9 +17,12 @@ from nola_vision.cli.options import Options
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
 from nola_vision.common.text import csv_cell
-from nola_vision.reports import tables
-from nola_vision.reports.cell import Report
+from nola_vision.reports.cell import Report, report_of
+from nola_vision.reports.frames import frame, text_frame
+from nola_vision.reports.markup import latex_table, markdown_table, markdown_text
 from nola_vision.reports.statistics import on_the_same_images
+from nola_vision.reports.tables import COLUMNS
+from nola_vision.reports.terminal import cell_report
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options = Options(verb, description="Prints a verdict and tables for each cell of the runs in some folders.")
     options.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="folders of runs (default: runs)")
     options.add_argument("--format", choices=["table", "markdown", "latex", "csv", "parquet"], default="table")
-    chosen = f"further metrics in the tables: {', '.join(tables.COLUMNS)}"
+    chosen = f"additional metrics in the tables: {', '.join(COLUMNS)}"
     options.add_argument("--columns", type=_columns, default=(), metavar="NAME,...", help=chosen)
     options.add_argument("--out", metavar="FILE", help="write there instead of printing; parquet needs it")
     options.add_argument("--plots", metavar="DIR", help="write the charts there as PNG files too")
@@ -63,13 +66,13 @@ def _report(known: argparse.Namespace, page: Path | None) -> int:
         raise NolaVisionError("; ".join([none, *problems[:5]]))
     rows, left_out = on_the_same_images(everything)
     problems += left_out
-    report = tables.report_of(rows, known.columns)
+    report = report_of(rows, known.columns)
     if known.plots is not None:
         from nola_vision.reports.plots import cell_plots, write_plots  # matplotlib takes a while to import
 
         plots = {}
         for cell in report.cells:
-            plots[cell.name], unusable = cell_plots(cell.found, cell.name)
+            plots[cell.name], unusable = cell_plots(cell)
             problems += unusable
         for path in write_plots(plots, Path(known.plots)):
             print(path, file=sys.stderr)
@@ -124,8 +127,8 @@ def _write_page(path: Path, report: Report, problems: list[str], images: bool, f
 
 def _columns(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    if unknown := [name for name in names if name not in tables.COLUMNS]:
-        raise NolaVisionError(f"--columns '{unknown[0]}' is not a column: use some of {', '.join(tables.COLUMNS)}")
+    if unknown := [name for name in names if name not in COLUMNS]:
+        raise NolaVisionError(f"--columns '{unknown[0]}' is not a column: use some of {', '.join(COLUMNS)}")
     return names
 
 
@@ -142,9 +145,9 @@ def _every_row(rows: list[Row], format: str, problems: list[str]) -> bytes:
     for problem in problems:
         print(problem, file=sys.stderr)
     if format == "csv":
-        return bytes(tables.text_frame(rows, csv_cell).to_csv(index=False).encode())
+        return bytes(text_frame(rows, csv_cell).to_csv(index=False).encode())
     try:
-        return tables.frame(rows).to_parquet(index=False)
+        return frame(rows).to_parquet(index=False)
     except ImportError as error:
         raise NolaVisionError("Parquet needs pyarrow: pip install 'nola-vision[parquet]'") from error
 
@@ -155,11 +158,11 @@ def _tables(report: Report, format: str, problems: list[str], coloured: bool) ->
     for cell in report.cells:
         match format:
             case "markdown":
-                console.file.write(tables.markdown_table(cell) + "\n")
+                console.file.write(markdown_table(cell) + "\n")
             case "latex":
-                console.file.write(tables.latex_table(cell) + "\n")
+                console.file.write(latex_table(cell) + "\n")
             case _:
-                console.print(tables.cell_report(cell))
+                console.print(cell_report(cell))
                 problems = [*problems, *cell.verdict[1]]
     for name, reason in report.untested.items():
         note = f"{name}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
@@ -167,7 +170,7 @@ def _tables(report: Report, format: str, problems: list[str], coloured: bool) ->
     for problem in dict.fromkeys(problems):
         match format:
             case "markdown":
-                console.file.write(f"- {tables.markdown_text(problem)}\n")
+                console.file.write(f"- {markdown_text(problem)}\n")
             case "latex":
                 console.file.write(f"% {problem}\n")
             case _:

@@ -108,13 +108,14 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace) -> int:
         return 0
     with SweepDisplay(sweep.planned(), engine.workers, console, accuracy_text, _best) as display:
         rows = sweep.run(lambda specs: engine.execute(specs, out, display.update))
-    from nola_vision.reports import tables  # pandas takes a while to import
+    from nola_vision.reports.cell import cell_of  # scipy takes a while to import
+    from nola_vision.reports.terminal import cell_report
 
     everything, problems = store.read_rows(out / sweep.cell)
     same, left_out = on_the_same_images(everything, rows[0] if rows else None)
-    runs = tables.cell_runs(same, sweep.cell)
-    console.print(tables.cell_report(runs))
-    for problem in (*(problem for _, problem in problems), *runs.verdict[1], *left_out):
+    cell = cell_of(same, sweep.cell)
+    console.print(cell_report(cell))
+    for problem in (*(problem for _, problem in problems), *cell.verdict[1], *left_out):
         print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
 

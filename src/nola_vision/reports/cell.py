@@ -9,10 +9,9 @@ from functools import cached_property
 from nola_vision.common.text import excerpt, printable
 from nola_vision.reports.description import cell_title
 from nola_vision.reports.entries import Entry, Kind, Summary, entries, rivals, subject
-from nola_vision.reports.statistics import count_once
 from nola_vision.reports.tables import Table, cell_tables
 from nola_vision.reports.verdict import cell_verdict
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def cell_of(rows: Iterable[Row], name: str, columns: Sequence[str] = ()) -> Cell
 
 def report_of(rows: Sequence[Row], columns: Sequence[str] = ()) -> Report:
     """A report on all rows; `columns` are names of `tables.COLUMNS`."""
-    tested, others = tested_cells(rows)
+    tested, others = measured_cells(rows)
     by_cell: dict[str, list[Row]] = {name: [] for name in tested}
     for row in rows:
         if row.cell in by_cell:
@@ -97,7 +96,7 @@ def report_of(rows: Sequence[Row], columns: Sequence[str] = ()) -> Report:
     return Report(rows, [cell_of(of_cell, name, columns) for name, of_cell in by_cell.items()], others)
 
 
-def tested_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]:
+def measured_cells(rows: Sequence[Row]) -> tuple[list[str], dict[str, str | None]]:
     """The cells with a completed final run, and the other cells, each with the error of its last failed run."""
     tested = sorted({row.cell for row in rows if row.stage == "final" and row.status == "completed"})
     others: dict[str, str | None] = {}

@@ -17,7 +17,6 @@ from nola_vision.common.text import shortened
 from nola_vision.reports.statistics import (
     ROUNDING,
     accuracies_by_split,
-    count_once,
     cross_validated,
     is_measured,
     mean_std,
@@ -25,7 +24,7 @@ from nola_vision.reports.statistics import (
     run_accuracy,
     variance_parts,
 )
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 from nola_vision.runs.run_id import FROZEN_METHODS, entry_settings
 
 METRICS = ("balanced_accuracy", "macro_f1", "top5_accuracy", "test_nll")  # columns of a row, next to its accuracy

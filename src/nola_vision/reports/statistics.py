@@ -12,7 +12,7 @@ from statistics import fmean, pstdev, pvariance, stdev
 from typing import Any
 
 from nola_vision.evaluation.estimates import Estimate, wilson
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 
 LEAST_SPLITS = 3  # for an interval of a difference: that of two splits is too wide to be useful
 ROUNDING = 1e-4  # points; rounding error of an accuracy in float32
@@ -190,24 +190,6 @@ def accuracies_by_split(rows: Iterable[Row]) -> dict[int, dict[int | None, float
         if row.stage == "final" and is_measured(row):
             places[row.split][row.init] = fmean(first_accuracies(row))
     return places
-
-
-def search_rank(row: Row) -> tuple[float, float]:
-    """What search runs are sorted by, the best first: validation accuracy, then loss; a failed one comes last."""
-    accuracy = _or(row.val_accuracy, -math.inf) if row.status == "completed" else -math.inf
-    return -accuracy, _or(row.val_loss, math.inf)
-
-
-def _or(value: float | None, otherwise: float) -> float:
-    return value if value is not None and math.isfinite(value) else otherwise
-
-
-def count_once(rows: Iterable[Row]) -> list[Row]:
-    """Keep one row of each run, the newest completed one: the same run in two folders counts once."""
-    kept: dict[tuple[str, str, str], Row] = {}
-    for row in sorted(rows, key=lambda row: row.precedence):
-        kept[row.cell, row.method, row.run_hash] = row
-    return list(kept.values())
 
 
 def on_the_same_images(rows: Sequence[Row], like: Row | None = None) -> tuple[list[Row], list[str]]:

@@ -175,7 +175,7 @@ def read_rows(*folders: str | Path) -> tuple[list[Row], list[tuple[Path, str]]]:
             raise NolaVisionError(
                 f"there is no folder {folder}: change to the folder where fit ran, or give the folder that it wrote to"
             )
-        # no link under it is followed, so only the folder itself is resolved
+        # links under it are not followed, so only the folder itself is resolved
         for found, inner, files in os.walk(Path(folder).resolve(), onerror=unreadable):
             if ROW_FILE in files or ROW_FILE in inner:
                 paths.add(Path(found) / ROW_FILE)

@@ -86,14 +86,14 @@ def confusion_view(own: EntryPredictions) -> ConfusionView | None:
         upright=max(map(len, labels.values())) <= _UPRIGHT,
         lines=[
             MatrixLine(
-                labels[own.class_names[i]], excerpt(printable(own.class_names[i])), [_heat(own, i, j) for j in kept]
+                labels[own.class_names[i]], excerpt(printable(own.class_names[i])), [heat(own, i, j) for j in kept]
             )
             for i in kept
         ],
     )
 
 
-def _heat(own: EntryPredictions, true: int, predicted: int) -> Heat:
+def heat(own: EntryPredictions, true: int, predicted: int) -> Heat:
     count, share = int(own.counts[true, predicted]), float(own.shares[true, predicted])
     if not count:
         return Heat("", 0, true == predicted)

@@ -23,8 +23,7 @@ from nola_vision.reports.charts.looks import CSS_COLOURS, DARK_COLOURS
 from nola_vision.reports.formatting import plural
 from nola_vision.reports.html.gallery import MOST_IMAGE_BYTES
 from nola_vision.reports.html.section import CellView, cell_view
-from nola_vision.reports.statistics import count_once
-from nola_vision.runs.record import Row
+from nola_vision.runs.record import Row, count_once
 
 _LETTERS = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]+"
 _RIGHT_TO_LEFT = re.compile(f"{_LETTERS}(?:[ _-]+{_LETTERS})*")
@@ -140,11 +139,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["isolated"] = _isolated
+    environment.filters["isolated"] = isolated
     return environment
 
 
-def _isolated(text: str) -> Markup:
+def isolated(text: str) -> Markup:
     """Escaped text with right-to-left words isolated, so that they do not reorder the numbers next to them."""
     return Markup(_RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(text))))
 
