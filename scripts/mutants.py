@@ -105,7 +105,7 @@ def cover(out: Path, files: list[str]) -> None:
                 names.discard(name)
             measured = CoverageData(str(data))
             measured.read()
-            for path in measured.measured_files():
+            for path in (path for path in measured.measured_files() if path.endswith(".py")):  # not templates
                 source, executed = Path(path).read_text(), set(measured.lines(path) or ())
                 texts = source.splitlines()
                 for numbers in statements(ast.parse(source)):
