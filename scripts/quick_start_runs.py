@@ -38,7 +38,7 @@ SWEEP = [
     "--out",
     "runs",
 ]
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "1nn": {"class_path": "NearestNeighbor"},
     "nearest-mean": {"class_path": "NearestMean"},
     "logistic": {"class_path": "LogisticRegression"},
