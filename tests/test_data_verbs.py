@@ -263,7 +263,7 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
         (["data", "check", "folder", "--root", "gone"], "the data root gone does not exist"),
         (["data", "manifest", "folder", "--root", moved, "--out", "x", "--split", -1], "is not a whole number"),
         (["data", "check", "folder", "--root", "m.json"], "the data root m.json is a file"),
-        (["data", "check", "cifar10", "--root", "gone"], "there is no such folder"),
+        (["data", "check", "cifar10", "--root", "gone"], "the folder does not exist"),
         (["data", "check", "cifar1000"], "did you mean cifar100"),
         (["data", "check", "cub200"], "this data set needs a folder"),
     ):
@@ -284,7 +284,7 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
 CHANGES = {
     "another version": (lambda m: m.update(format_version=2), "has version 2"),
     "another data set": (lambda m: m.update(dataset="cifar10"), "holds dataset cifar10"),
-    "another split": (lambda m: m.update(split_seed=1), "holds split_seed 1, but the config asks for 0"),
+    "another split": (lambda m: m.update(split_seed=1), "has split_seed 1, but the config has 0"),
     "a class more": (lambda m: m["class_names"].append("wasp"), "0 different images of 'wasp'"),
     "a class's name": (
         lambda m: m["class_names"].__setitem__(0, "wasp"),
