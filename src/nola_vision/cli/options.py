@@ -96,6 +96,7 @@ def config_options(verb: str, help: bool = False) -> Options:
     parser = Options(verb, add_help=help)
     shipped = "a config, shipped or local"
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help=shipped)
+    parser.add_argument("--config-dir", metavar="DIR", help=CONFIG_DIR)
     parser.add_argument("--out", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
     allowed = "a package whose classes the config may name, such as a custom callback; may be repeated"
     parser.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE", help=allowed)
