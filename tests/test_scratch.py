@@ -181,7 +181,7 @@ def test_what_would_never_move_is_refused() -> None:
 
 def test_a_basis_that_no_memory_holds_is_refused() -> None:
     vit_b = BackboneSpec("vit_base_patch16_224.augreg_in21k_ft_in1k", base="zero")
-    with pytest.raises(NolaVisionError, match="1024 vectors would hold 54 GiB: use storage streamed"):
+    with pytest.raises(NolaVisionError, match="1024 vectors would take 54 GiB: use storage streamed"):
         adapt(vit_b, PRANC(targets=["mlp"]), TEN)
 
 
@@ -200,7 +200,7 @@ def test_budgets(tmp_path: Path) -> None:
         assert load_adapter(tmp_path / "a.safetensors").metadata.method.max_bytes is None
         set_temperature(tmp_path / "a.safetensors", 0.000123456, "validation", 10**6)  # the longest there is
         assert size < (tmp_path / "a.safetensors").stat().st_size <= limit
-    with pytest.raises(NolaVisionError, match=r"one coefficient a factor and target takes \d+"):
+    with pytest.raises(NolaVisionError, match=r"one coefficient per factor and target takes \d+"):
         adapt(glyphs, NOLA(max_bytes=500), TEN)
     with pytest.raises(NolaVisionError, match="give one budget"):
         adapt(glyphs, NOLA(max_bytes=50_000, max_parameters=500), TEN)

@@ -1,8 +1,8 @@
 """Quantised coefficients: symmetric integer levels with one scale per group (paper, section 3.2), and their packing.
 
 A row of values is cut into groups of 64. In a group with scale s the level q, from -(2**(bits-1) - 1) to
-2**(bits-1) - 1, is the value q s; zero is a level, and a scale of 0 decodes to 0. The scale is that of 24 candidates, 0.3 to
-1 times what the largest value needs, with the least squared error; it is stored in bfloat16.
+2**(bits-1) - 1, is the value q s; zero is a level, and a scale of 0 decodes to 0. Of 24 candidates, 0.3 to 1 times what
+the largest value needs, the scale is the one with the least squared error; it is stored in bfloat16.
 """
 
 from __future__ import annotations
