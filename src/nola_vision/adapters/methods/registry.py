@@ -59,7 +59,7 @@ def from_dict(described: dict[str, Any]) -> Method:
         raise NolaVisionError(f"the method is {quoted(described)}: write it as class_path and init_args")
     path = described.get("class_path")
     name = path.rpartition(".")[2] if isinstance(path, str) else None
-    if name not in METHODS and not _loaded(name):
+    if name is None or (name not in METHODS and not _loaded(name)):
         raise NolaVisionError(
             f"unknown method {quoted(name or path)}: use one of {', '.join(METHODS)}, or import the package that has it"
         )
