@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nola_vision import NOLA, PRANC, BackboneSpec, HashedNet, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.methods import Method
+from nola_vision.adapters.methods import LoRAXS, Method, VeRA
 from nola_vision.adapters.serialization import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent.parent / "tests" / "golden"
@@ -33,6 +33,8 @@ CASES: dict[str, tuple[BackboneSpec, Method]] = {
         BackboneSpec("mlp_784_256.untrained", base="zero"), PRANC(targets=["all", "head"], num_basis=32)
     ),
     "hashednet": (GLYPHS, HashedNet(targets=["qkv"], max_parameters=100)),
+    "lora-xs": (GLYPHS, LoRAXS(targets=["qv"], rank=5)),
+    "vera-8bit": (GLYPHS, VeRA(targets=["re:blocks.0.*"], rank=60, bits=8)),
     "linear": (GLYPHS, LinearProbe()),
 }  # fmt: skip
 

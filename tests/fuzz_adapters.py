@@ -21,6 +21,7 @@ from PIL import Image
 
 from fuzzing import Outcome, measured
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
+from nola_vision.adapters.methods import LoRAXS, VeRA
 from nola_vision.adapters.serialization import METADATA_KEY, digest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,6 +34,8 @@ METHODS = {
     "lora": LoRA(targets=["all", "head"], rank=2, bits=16),
     "pranc": PRANC(targets=["all"], num_basis=9, scope="layer", storage="streamed", bits=8),
     "hashed": HashedNet(targets=["re:fc1"], max_parameters=30),
+    "lora-xs": LoRAXS(targets=["all"], rank=3, bits=4),
+    "vera": VeRA(targets=["all"], rank=5),
     "linear": LinearProbe(head_bits=3),
     "full": FullFinetune(),
     "peft-lora": PEFT(config="peft.LoraConfig", settings={"r": 2, "target_modules": "fc.", "bias": "all"}),

@@ -285,7 +285,7 @@ def test_a_manifest_is_what_one_trains_on(tree: Path, capsys: pytest.CaptureFixt
 
 CHANGES = {
     "another version": (lambda m: m.update(format_version=2), "has version 2"),
-    "another data set": (lambda m: m.update(dataset="cifar10"), "holds dataset cifar10"),
+    "another data set": (lambda m: m.update(dataset="cifar10"), "has dataset cifar10"),
     "another split": (lambda m: m.update(split_seed=1), "has split_seed 1, but the config has 0"),
     "a class more": (lambda m: m["class_names"].append("wasp"), "0 different images of 'wasp'"),
     "a class's name": (

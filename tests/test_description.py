@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nola_vision.evaluation.estimates import Estimate, compare
 from nola_vision.reports.cell import Cell, cell_of, report_of
 from nola_vision.reports.description import backbone_name, cell_facts, cell_title, grid_text, how_measured
 from nola_vision.reports.entries import subject, summarise
+from nola_vision.reports.formatting import points
 from nola_vision.reports.html.page import html_page
 from nola_vision.reports.terminal import cell_report
 from nola_vision.reports.verdict import run_verdict
@@ -115,6 +117,7 @@ def test_a_cell_in_words() -> None:
         "PyTorch 2.13.",
     ):
         assert part in text
+    assert points(None) == points(math.nan) == "-" and points(-0.04) == "0.0"
     assert grid_text(rows[:3]) == "3 runs: 1 split x 3 inits" and grid_text(rows[6:8]) == "2 splits"
     assert grid_text([*rows[:4], rows[5]]) == "5 runs of 2 splits"
     assert "Student's t" not in text

@@ -10,10 +10,13 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 
 import fuzz_configs
 from fuzzing import cheap
+from nola_vision import load_adapter
 from nola_vision.adapters.methods import registry
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
@@ -21,6 +24,7 @@ from nola_vision.common.mappings import overlay
 from nola_vision.runs import import_policy, run_id, store
 from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build, parse
+from tiny import TINY, trained_rows
 
 QUICK = run_id.resolve(load_configs(["quickstart.yaml"]), "linear")
 FAST = ["--threads=1", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--data.test_limit=20"]
@@ -163,6 +167,59 @@ def test_a_registered_plugin_is_a_method(mine: str, tmp_path: Path, monkeypatch:
             parse(overlay(QUICK, {"trainer": {"callbacks": [spec(f"{mine}.Count")]}}))
     finally:
         import_policy._plugins.cache_clear()
+
+
+GAIN = """
+from dataclasses import dataclass
+import torch
+from nola_vision.adapters.methods.base import Adapter, Group, by_shape
+from nola_vision.adapters.target import Dense
+@dataclass(frozen=True, kw_only=True)
+class RowGain(Adapter):
+    scale: float = 1.0
+    def groups(self, targets):
+        return [Group(name, of, {"gain": (len(of), of[0].outputs)}) for name, of in by_shape(targets).items()]
+    def initial(self, group, source):
+        return {"gain": torch.zeros(source.num_adapters, *group.shapes["gain"])}
+    def fixed(self, group, source):
+        return {"weights": torch.stack([source.weight(target) for target in group.targets])}
+    def changes(self, group, trained, fixed, wanted):
+        rows = self.scale * trained["gain"].unsqueeze(-1) * fixed["weights"].transpose(1, 2)
+        return {t.name: Dense(change) for t, change in zip(group.targets, rows.unbind(1)) if t in wanted}
+"""
+
+
+def test_another_packages_method_from_config_to_report(
+    mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It multiplies the rows of the frozen weights: trained for a step, saved, loaded, and in the report."""
+    (tmp_path / "mine_to_import.py").write_text(GAIN)
+    entry = {"gain": {**spec(f"{mine}.RowGain", targets=["mlp"], scale=2.0, lr=0.1)}}
+    config = overlay(TINY, {"methods": entry, "method": "gain", "data": {"batch_size": 30}})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    fit = ["fit", "--config=tiny.yaml", "--trainer.max_epochs=1"]
+    assert main(fit) == 2 and f"--allow-import {mine}" in capsys.readouterr().err and mine not in sys.modules
+    assert main([*fit, "--allow-import", mine]) == 0
+    capsys.readouterr()
+    assert main(["report", "runs"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ gain ")]
+    (row,) = trained_rows("runs")
+    assert row.method_class == "RowGain" and f"{100 * row.test_accuracy:.1f}" in line
+    (path,) = Path("runs").rglob("adapter.safetensors")
+    model = load_adapter(path)
+    plain = {name: parameter for name, parameter in model.backbone.named_parameters()}
+    (group, *_), changes = model.bank.groups, model.bank.changes()
+    for name, change in changes.items():
+        gain = change[:, 0] / plain[name][:, 0]
+        assert gain.any() and torch.allclose(change, gain.unsqueeze(1) * plain[name], rtol=1e-3, atol=1e-6)
+    # a new process: the file imports nothing, unless the package is installed as a plug-in
+    registry.METHODS.pop("RowGain"), sys.modules.pop(mine)
+    with pytest.raises(NolaVisionError, match="unknown method 'RowGain': use one of .* or import the package"):
+        load_adapter(path)
+    assert mine not in sys.modules
+    point = EntryPoint("gain", f"{mine}:RowGain", registry.PLUGINS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.PLUGINS else [])
+    assert torch.equal(load_adapter(path).bank.groups[group].gain, model.bank.groups[group].gain)
 
 
 def test_a_config_cannot_pull_in_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,15 @@ import torch
 
 import reference
 from nola_vision import NOLA, PRANC, LoRA, adapt, load_adapter
-from nola_vision.adapters.quantization import GROUP, dequantise, pack, quantise, rounded, rounded_straight_through, unpack
+from nola_vision.adapters.quantization import (
+    GROUP,
+    dequantise,
+    pack,
+    quantise,
+    rounded,
+    rounded_straight_through,
+    unpack,
+)
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.backbones.spec import BackboneSpec
 

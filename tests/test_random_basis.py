@@ -5,7 +5,17 @@ import pytest
 import torch
 
 import reference
-from nola_vision.adapters.random_basis import Basis, _compiled_words, _words, basis_bytes, basis_key, buckets, combine, decode, philox4x32
+from nola_vision.adapters.random_basis import (
+    Basis,
+    _compiled_words,
+    _words,
+    basis_bytes,
+    basis_key,
+    buckets,
+    combine,
+    decode,
+    philox4x32,
+)
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, output
 VECTORS = [

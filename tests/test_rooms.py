@@ -13,13 +13,13 @@ import nola_vision
 ROOT = Path(nola_vision.__file__).parent
 # From the ground up; a room imports from itself and from the rooms of the floors below it
 FLOORS = (
-    {"common"},
-    {"adapters", "images", "evaluation"},
-    {"models", "data"},
-    {"training"},
-    {"runs"},
-    {"sweep", "reports"},
-    {"cli"},
+    ("common",),
+    ("adapters", "images", "evaluation"),
+    ("models", "data"),
+    ("training",),
+    ("runs",),
+    ("sweep", "reports"),
+    ("cli",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST_FILE = 400  # lines

@@ -185,7 +185,7 @@ def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("nola_vision.data.datamodule.KShotDataModule.test_dataloader", touched)
     checks: list[int] = []
-    monkeypatch.setattr("nola_vision.models.loading.check_saved", lambda *_: checks.append(1))
+    monkeypatch.setattr("nola_vision.runs.measuring.check_saved", lambda *_: checks.append(1))
     row = runner.run(config("linear"), tmp_path, "search")
     assert row.stage == "search" and row.test_accuracy is None and row.val_accuracy is not None
     assert not checks  # of the saved file

@@ -170,6 +170,7 @@ def test_the_papers_figure_stands_beside_with_its_doubts() -> None:
 
 def test_latex_is_escaped_and_balanced() -> None:
     text = latex_table(cell_of([row("a_b & 50%", 0.801), row("c", 0.795), row("c", 0.795, split=1)], CELL))
+    assert r"top-1 \% & n" in text
     assert r"a\_b \& 50\%" in text and r"\textbf{80.1}" in text and r"\underline{79.5 (0.0)}" in text
     assert text.count(r"\begin{") == text.count(r"\end{") == 4
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]

@@ -20,7 +20,15 @@ from nola_vision.data.datasets.registry import DATASETS
 from nola_vision.data.sources import ArraySource, FileSource
 from nola_vision.evaluation.predictions import Predictions
 from nola_vision.images.decoding import decode_image
-from nola_vision.runs.thumbnails import MOST_THUMBNAILS, SIDE, THUMBNAILS_FILE, Thumbnail, load_thumbnails, most_confident_mistakes, write_thumbnails
+from nola_vision.runs.thumbnails import (
+    MOST_THUMBNAILS,
+    SIDE,
+    THUMBNAILS_FILE,
+    Thumbnail,
+    load_thumbnails,
+    most_confident_mistakes,
+    write_thumbnails,
+)
 
 
 def all_wrong(count: int, first: int = 0) -> Predictions:

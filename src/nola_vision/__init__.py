@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from nola_vision.adapters.methods import HashedNet as HashedNet
     from nola_vision.adapters.methods import LinearProbe as LinearProbe
     from nola_vision.adapters.methods import LoRA as LoRA
+    from nola_vision.adapters.methods import LoRAXS as LoRAXS
+    from nola_vision.adapters.methods import VeRA as VeRA
     from nola_vision.models.adapted_model import AdaptedModel as AdaptedModel
     from nola_vision.models.assembly import adapt as adapt
     from nola_vision.models.backbones.spec import BackboneSpec as BackboneSpec
@@ -38,9 +40,11 @@ _PUBLIC = {
     "HashedNet": "nola_vision.adapters.methods",
     "LinearProbe": "nola_vision.adapters.methods",
     "LoRA": "nola_vision.adapters.methods",
+    "LoRAXS": "nola_vision.adapters.methods",
     "PEFT": "nola_vision.adapters.methods",
     "NOLA": "nola_vision.adapters.methods",
     "PRANC": "nola_vision.adapters.methods",
+    "VeRA": "nola_vision.adapters.methods",
     "AdaptedModel": "nola_vision.models.adapted_model",
     "adapt": "nola_vision.models.assembly",
     "load_adapter": "nola_vision.models.loading",

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from nola_vision.adapters import context
 from nola_vision.adapters.context import Pass, Settings
-from nola_vision.adapters.functional import additive_linear, can_recompute, computes_plainly, dense_change, merged_linear, merges_exactly, producer, record_producer
+from nola_vision.adapters.functional import (
+    additive_linear,
+    can_recompute,
+    computes_plainly,
+    dense_change,
+    merged_linear,
+    merges_exactly,
+    producer,
+    record_producer,
+)
 from nola_vision.adapters.target import Change, LowRank, Target, dense
 from nola_vision.common.errors import NolaVisionError
 

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nola_vision.cli.options import Options, add_photo_options, config_options, photo_settings, refuse_strays, refuse_without_photos, take_photos
+from nola_vision.cli.options import (
+    Options,
+    add_photo_options,
+    config_options,
+    photo_settings,
+    refuse_strays,
+    refuse_without_photos,
+    take_photos,
+)
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import say_start
 from nola_vision.runs import early_checks, photos, run_id

@@ -27,7 +27,15 @@ from nola_vision.images.transforms import eval_transform
 from nola_vision.models.building import feature_width
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, Calibrated, check_calibrated
-from nola_vision.models.prediction import Prediction, batches, load_image, one_or_several, probabilities, run_in_eval_mode, top_classes
+from nola_vision.models.prediction import (
+    Prediction,
+    batches,
+    load_image,
+    one_or_several,
+    probabilities,
+    run_in_eval_mode,
+    top_classes,
+)
 
 
 class AdaptedModel(nn.Module):

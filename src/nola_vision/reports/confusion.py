@@ -22,7 +22,7 @@ from nola_vision.reports.statistics import run_accuracy
 from nola_vision.runs.record import Row
 from nola_vision.runs.store import read_run_file
 
-MOST_RUNS = 48  # of an entry, whose counts are summed: the first
+MOST_RUNS = 48  # per entry, the first ones, whose counts are summed
 _HEADER = "true,predicted,count"
 # A run writes a file for up to 1,000 classes: one line per pair of classes with an image
 _MOST_BYTES, MOST_CLASSES = 2**26, 2000
@@ -32,10 +32,10 @@ _Classes = TypeVar("_Classes", bound=Hashable)
 
 
 def read_confusion(path: Path) -> pd.DataFrame:
-    """The counts of a `confusion.csv`: an index line a true class, a column a predicted one.
+    """The counts of a `confusion.csv`, indexed by true class, with a column per predicted class.
 
     Raises:
-        NolaVisionError: it cannot be read, or holds something else.
+        NolaVisionError: it cannot be read or is not a confusion matrix.
     """
     content = read_run_file(path, _MOST_BYTES)
     try:
@@ -63,7 +63,7 @@ def read_confusion(path: Path) -> pd.DataFrame:
         square.flat[places] = np.array(list(map(int, numbers)), dtype=np.int64)[count]
         return pd.DataFrame(square, index=names.rename("true"), columns=names.rename("predicted"))
     except ValueError as error:
-        raise NolaVisionError(f"{path} holds no confusion matrix: {_FIX}") from error
+        raise NolaVisionError(f"{path} is not a confusion matrix: {_FIX}") from error
 
 
 def count_predictions(found: Sequence[Predictions], classes: int) -> NDArray[np.int64]:
@@ -80,7 +80,7 @@ def confused_pairs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def usual_classes(found: Iterable[tuple[Row, _Classes]]) -> _Classes | None:
-    """The classes that most runs of an entry have; of equally frequent ones those of the newest run."""
+    """The classes that most runs of an entry have; if several are equally frequent, those of the newest run."""
     started: dict[_Classes, list[str]] = defaultdict(list)
     for run, classes in found:
         started[classes].append(run.started)
@@ -88,11 +88,11 @@ def usual_classes(found: Iterable[tuple[Row, _Classes]]) -> _Classes | None:
 
 
 def run_confusions(runs: Iterable[Row]) -> tuple[list[tuple[Row, pd.DataFrame]], list[str]]:
-    """The matrices of the first `MOST_RUNS` completed runs of one entry that left one, all with the same classes.
+    """The matrices of the first `MOST_RUNS` completed runs of one entry that have one, all with the same classes.
 
     Returns:
-        The runs with their matrices, and a sentence for each file that could not be used: one that does not fit
-        its run's row, or whose classes are not the usual ones.
+        The runs with their matrices, and one message per file that could not be used, for example because it differs
+        from its run's row or has other classes than most runs.
     """
     read: list[tuple[Row, pd.DataFrame]] = []
     problems = []
@@ -117,7 +117,7 @@ def run_confusions(runs: Iterable[Row]) -> tuple[list[tuple[Row, pd.DataFrame]],
 
 
 def _of_its_row(run: Row, path: Path) -> pd.DataFrame:
-    """The counts of a run's file; a NolaVisionError where the row has other classes or another number of images."""
+    """The counts of a run's file; NolaVisionError if the row has other classes or another number of images."""
     counts, names, accuracy = read_confusion(path), run.data.get("class_names"), run_accuracy(run)
     if names and set(csv_names(names)) != set(counts.index):
         raise NolaVisionError(f"{path} has other classes than its run's row: {_FIX}")
@@ -131,11 +131,11 @@ def entry_confusions(found: Sequence[Entry]) -> tuple[dict[str, dict[int, pd.Dat
     """Sum the matrices of each entry's completed final runs, as `run_confusions` reads them.
 
     Args:
-        found: the entries of one cell, as `statistics.entries` returns them; runs without a `confusion.csv` in their
+        found: of one cell; runs without a `confusion.csv` in their
             folder are left out.
 
     Returns:
-        The sums by the entry's label and the split, and a sentence for each file that could not be used.
+        The sums by the entry's label and the split, and one message per file that could not be used.
     """
     sums: dict[str, dict[int, pd.DataFrame]] = {}
     problems = []
@@ -151,7 +151,7 @@ def entry_confusions(found: Sequence[Entry]) -> tuple[dict[str, dict[int, pd.Dat
 
 
 def class_accuracy(confusion: pd.DataFrame) -> pd.Series[float]:
-    """The share of each class's images that were taken for it, in per cent; none where a class has no image."""
+    """The accuracy on each class in per cent; nan for a class without images."""
     own = pd.Series(np.diag(confusion), index=confusion.index)
     return 100 * own / confusion.sum(axis=1).replace(0, np.nan)
 
@@ -159,10 +159,10 @@ def class_accuracy(confusion: pd.DataFrame) -> pd.Series[float]:
 def class_differences(
     confusions: Mapping[str, Mapping[int, pd.DataFrame]], than: str
 ) -> dict[str, tuple[int, pd.Series[float]]]:
-    """By how many points each entry's accuracy on each class is above that of the entry `than`.
+    """The difference of each entry's accuracy on each class to that of the entry `than`, in points.
 
     Returns:
-        By the entry's label, over how many splits, those that both have, and the mean of the differences on each class.
+        By the entry's label, the number of splits that both have, and the mean difference on each class.
     """
     found = {}
     for label, of_splits in confusions.items():

@@ -14,7 +14,16 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from nola_vision.common.text import shortened
-from nola_vision.reports.statistics import ROUNDING, accuracies_by_split, cross_validated, is_measured, mean_std, run_accuracies, run_accuracy, variance_parts
+from nola_vision.reports.statistics import (
+    ROUNDING,
+    accuracies_by_split,
+    cross_validated,
+    is_measured,
+    mean_std,
+    run_accuracies,
+    run_accuracy,
+    variance_parts,
+)
 from nola_vision.runs.record import Row, count_once
 from nola_vision.runs.run_id import FROZEN_METHODS, entry_settings
 

@@ -23,7 +23,14 @@ from nola_vision.reports.description import grid_text
 from nola_vision.reports.entries import Entry, Kind, Summary, kind
 from nola_vision.reports.entry_predictions import load_run_predictions
 from nola_vision.reports.formatting import accuracy_text, plural, points, short_printable, signed
-from nola_vision.reports.statistics import RunAccuracy, first_pair, is_measured, paired_difference, run_accuracies, run_accuracy
+from nola_vision.reports.statistics import (
+    RunAccuracy,
+    first_pair,
+    is_measured,
+    paired_difference,
+    run_accuracies,
+    run_accuracy,
+)
 from nola_vision.runs.record import Row
 
 RunPredictions = tuple[Row, Predictions | None]

@@ -25,7 +25,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
 from nola_vision.runs.config_errors import PACKAGES, refusal
 
-PLUGINS = "nola_vision.methods"  # the entry-point group of methods from other packages
+PLUGINS = registry.PLUGINS
 # fmt: off
 _BASES = (
     Method, Optimizer, LRScheduler, Callback, Logger, Profiler, Strategy, Accelerator, Precision, CheckpointIO,

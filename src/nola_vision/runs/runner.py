@@ -19,7 +19,13 @@ import torch
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.interrupts import Interrupts
 from nola_vision.runs import record, run_id
-from nola_vision.runs.checkpoints import CheckpointError, checkpoint_path, read_checkpoint, refuse_damaged, refuse_other_run
+from nola_vision.runs.checkpoints import (
+    CheckpointError,
+    checkpoint_path,
+    read_checkpoint,
+    refuse_damaged,
+    refuse_other_run,
+)
 from nola_vision.runs.completed import completed_row
 from nola_vision.runs.environment import environment, git_state
 from nola_vision.runs.fold_results import add_estimate, pool_folds, total_seconds

@@ -106,7 +106,8 @@ class LoRAXS(Adapter):
         from nola_vision.adapters.random_basis import basis_bytes, basis_key, decode
 
         def projected(factor: str, matrices: Tensor) -> Tensor:
-            drawn = basis_bytes(basis_key(0, "sketch", factor), 0, 1, *matrices.shape[1:], device=matrices.device)
+            rank, length = matrices.shape[1:]
+            drawn = basis_bytes(basis_key(0, "sketch", factor), 0, 1, rank, length, device=matrices.device)
             return (matrices.double() * decode(drawn, torch.float64)).sum((1, 2)).float()
 
         return {"a": projected("A", fixed["a"].transpose(1, 2)), "b": projected("B", fixed["b"])}
@@ -124,7 +125,7 @@ def _factors(target: Target, weight: Tensor, rank: int) -> tuple[Tensor, Tensor,
     wide = weight.shape[0] <= weight.shape[1]
     try:
         squares, vectors = torch.linalg.eigh(weight @ weight.t() if wide else weight.t() @ weight)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:  # torch.linalg.LinAlgError
         raise NolaVisionError(
             f"{target.name} has no singular vectors ({weight.isfinite().logical_not().sum()} of its values are not "
             "finite): use other weights"

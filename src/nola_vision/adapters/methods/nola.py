@@ -7,7 +7,20 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from nola_vision.adapters.methods.base import MOST_NUM_BASIS, Adapter, Base, Group, Source, Storage, by_shape, check_budget, check_positive, check_rank, he_scale, loading_storage
+from nola_vision.adapters.methods.base import (
+    MOST_NUM_BASIS,
+    Adapter,
+    Base,
+    Group,
+    Source,
+    Storage,
+    by_shape,
+    check_budget,
+    check_positive,
+    check_rank,
+    he_scale,
+    loading_storage,
+)
 from nola_vision.adapters.methods.registry import register
 from nola_vision.adapters.target import HEAD, Change, Target, low_rank_changes
 from nola_vision.common.errors import NolaVisionError

@@ -7,7 +7,16 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from nola_vision.adapters.methods.base import MOST_NUM_BASIS, Adapter, Group, Source, Storage, check_positive, loading_storage, one_by_one
+from nola_vision.adapters.methods.base import (
+    MOST_NUM_BASIS,
+    Adapter,
+    Group,
+    Source,
+    Storage,
+    check_positive,
+    loading_storage,
+    one_by_one,
+)
 from nola_vision.adapters.methods.registry import register
 from nola_vision.adapters.target import Change, Dense, Target
 from nola_vision.common.errors import NolaVisionError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from nola_vision.adapters.methods.base import Method
@@ -10,6 +11,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.validation import check_types, quoted
 
+PLUGINS = "nola_vision.methods"  # the entry-point group of methods from other packages
 METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=Method)
 
@@ -57,8 +59,10 @@ def from_dict(described: dict[str, Any]) -> Method:
         raise NolaVisionError(f"the method is {quoted(described)}: write it as class_path and init_args")
     path = described.get("class_path")
     name = path.rpartition(".")[2] if isinstance(path, str) else None
-    if name not in METHODS:
-        raise NolaVisionError(f"unknown method {quoted(name or path)}: use one of {', '.join(METHODS)}")
+    if name is None or (name not in METHODS and not _loaded(name)):
+        raise NolaVisionError(
+            f"unknown method {quoted(name or path)}: use one of {', '.join(METHODS)}, or import the package that has it"
+        )
     given = described.get("init_args")
     given = {} if given is None else given
     if not isinstance(given, dict):
@@ -67,3 +71,18 @@ def from_dict(described: dict[str, Any]) -> Method:
     if wrong := [key for key in given if key not in known]:
         raise NolaVisionError(f"{name} has no setting '{wrong[0]}': {did_you_mean(wrong[0], known)}")
     return METHODS[name](**given)
+
+
+def _loaded(name: str | None) -> bool:
+    """Whether an installed package has registered a method of this name, which is then imported.
+
+    Raises:
+        NolaVisionError: the package cannot be imported.
+    """
+    for plugin in entry_points(group=PLUGINS):
+        if plugin.attr == name:
+            try:
+                register(plugin.load())
+            except Exception as error:  # another package's import fails in any way
+                raise NolaVisionError(f"the plug-in {plugin.value} cannot be imported: {error}") from error
+    return name in METHODS

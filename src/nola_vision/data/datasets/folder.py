@@ -9,7 +9,15 @@ from pathlib import Path
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datasets.base import DatasetEntry, Split, content_list, data_root
-from nola_vision.data.datasets.image_folders import class_folders, files_under, folders_in, images_among, open_class_folders, other_suffixes, with_images
+from nola_vision.data.datasets.image_folders import (
+    class_folders,
+    files_under,
+    folders_in,
+    images_among,
+    open_class_folders,
+    other_suffixes,
+    with_images,
+)
 from nola_vision.data.sources import ImageSource
 from nola_vision.images.decoding import MOST_BYTES
 

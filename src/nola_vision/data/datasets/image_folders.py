@@ -14,7 +14,14 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import remembered
 from nola_vision.common.text import name_text
 from nola_vision.data.sources import FileSource
-from nola_vision.images.decoding import HEIF_INSTALL, HEIF_SUFFIXES, MOST_BYTES, decoder_versions, image_suffixes, is_image
+from nola_vision.images.decoding import (
+    HEIF_INSTALL,
+    HEIF_SUFFIXES,
+    MOST_BYTES,
+    decoder_versions,
+    image_suffixes,
+    is_image,
+)
 
 
 def folders_in(folder: Path, hidden: bool = False) -> list[Path]:

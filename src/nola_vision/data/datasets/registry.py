@@ -17,7 +17,13 @@ from nola_vision.data.datasets.hugging_face import HuggingFace
 from nola_vision.data.datasets.imagenet100 import ImageNet100
 from nola_vision.data.datasets.list_file import ListFile
 from nola_vision.data.datasets.shipped_list import ShippedList
-from nola_vision.data.datasets.torchvision_readers import CIFAR10_NAMES, CIFAR100_NAMES, FASHION_MNIST_NAMES, TorchvisionArray, TorchvisionFiles
+from nola_vision.data.datasets.torchvision_readers import (
+    CIFAR10_NAMES,
+    CIFAR100_NAMES,
+    FASHION_MNIST_NAMES,
+    TorchvisionArray,
+    TorchvisionFiles,
+)
 from nola_vision.data.sources import ImageSource
 
 _IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, and both for t10k in {}/raw/ under the root"

@@ -9,7 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nola_vision.reports.charts.drawing import BOTTOM, HEIGHT, LEFT, LINE, MOST_LABELS, TOP, WIDTH, Chart, Panel, axis_range, label_margin, name_width
+from nola_vision.reports.charts.drawing import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    LINE,
+    MOST_LABELS,
+    TOP,
+    WIDTH,
+    Chart,
+    Panel,
+    axis_range,
+    label_margin,
+    name_width,
+)
 from nola_vision.reports.charts.labels import along, place_at_points
 from nola_vision.reports.charts.looks import MUTED, PAPER, Look
 from nola_vision.reports.entries import Entry, Summary, any_frozen, kind
