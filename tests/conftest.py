@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny import execute_in_process
 
     monkeypatch.setattr("nola_vision.sweep.engines.local.execute", execute_in_process)
+
+
+@pytest.fixture(scope="module")
+def kept() -> Iterator[None]:
+    """The runs of a module share data sets, decoded images, backbones and features, as those of a sweep do."""
+    from nola_vision.common import process_cache
+
+    with process_cache.keeping():
+        yield

@@ -20,6 +20,8 @@ from nola_vision.training.callbacks import LAST_CHECKPOINT
 from nola_vision.training.classifier import Classifier
 from tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("kept")
+
 EARLY = {"class_path": "EarlyStopping", "init_args": {"monitor": "val_accuracy", "mode": "min", "patience": 1}}
 BEST = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_loss", "mode": "max"}}
 AWARE = {"model": {"method": {"init_args": {"quantise_from": 0.5}}}}
