@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nola_vision.adapters import context
 from nola_vision.adapters.context import Pass, Route, Settings
 from nola_vision.adapters.injection import Injection
+from nola_vision.adapters.layers import batch_norms
 from nola_vision.adapters.merging import Merged
 from nola_vision.adapters.methods.base import Group, Method, Source
 from nola_vision.adapters.quantization import rounded_straight_through
@@ -308,8 +309,7 @@ class ParameterBank(nn.Module):
             raise NolaVisionError("this bank has one adapter, so there is nothing to route: it needs more")
         if self.merged:
             raise NolaVisionError("an adapter is merged into the backbone, so none can be routed to: unmerge() first")
-        norms = (m for m in self._attached().backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        if any(norm.training for norm in norms):
+        if any(norm.training for norm in batch_norms(self._attached().backbone).values()):
             raise NolaVisionError(
                 "batch statistics would mix the samples of different adapters: put the backbone's batch norm in eval "
                 "mode"
