@@ -288,7 +288,7 @@ def test_a_head_is_made_of_the_present_numbers() -> None:
     assert torch.equal(bank.logits(features), bank.logits(features))
 
 
-def test_a_merged_stack_routes_nothing() -> None:
+def test_a_merged_bank_routes_nothing() -> None:
     backbone = vit()
     bank = attached(backbone, LoRA(targets=["qkv"], rank=2), num_adapters=2)
     with pytest.raises(NolaVisionError, match="no adapter 2 to merge"):
