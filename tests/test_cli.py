@@ -244,7 +244,7 @@ MISTAKES = {
     "batch size": (["predict", "--adapter=a", "--batch_size=0", "one.png"], "batch_size is 0"),
     "output folder": (["predict", "--adapter=a", "--out=no/p.csv", "one.png"], "the folder of no/p.csv"),
     "method class": (["fit", "--config", "quickstart.yaml", "--config", "magic.yaml"], "unknown method 'MAGIC'"),
-    "method setting": ([*FIT, "--model.method.rnk=3"], "NOLA has no setting 'rnk': did you mean rank"),
+    "method setting": ([*FIT, "--model.method.rnk=3"], "unknown setting 'rnk' of NOLA: did you mean rank"),
     "no config": (["fit"], "--config"),
     "sweep shard": (["sweep", *FIT[1:], "--shard=3/2"], "is not a shard"),
     "sweep workers": (["sweep", *FIT[1:], "--workers=0"], "at least 1"),
