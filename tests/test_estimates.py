@@ -347,7 +347,7 @@ def test_the_folds_of_a_repeat_are_pooled_in_the_order_of_their_images() -> None
         ({"logits": np.full((3, 3), np.inf, np.float32)}, "logits holds a number that is not finite"),
         ({"logits": np.zeros((3, 2), np.float32)}, "logits are of 2 classes, and the data have 3"),
         ({"logits": np.zeros(3, np.float32)}, "logits is float32 of 1 dimensions"),
-        ({name: np.empty((0, 3)[: 1 + (name == "logits")], kind) for name, kind in COLUMNS.items()}, "it has no image"),
+        ({name: np.empty((0, 3)[: 1 + (name == "logits")], kind) for name, kind in COLUMNS.items()}, "it is empty"),
     ],
 )
 def test_a_damaged_file_is_named(changes: dict[str, Any], fault: str, tmp_path: Path) -> None:

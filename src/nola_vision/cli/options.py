@@ -11,7 +11,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.runs import run_id
 
-CONFIG_DIR = "folder of your own configs and parts (default: $NOLA_VISION_CONFIGS, if that is set)"
+CONFIG_DIR = "folder with your configs and parts (default: $NOLA_VISION_CONFIGS, if that is set)"
 _MOST_DIGITS = 4300  # that Python reads
 _MOST_NUMBERS = 10_000  # in a range: more are a typo
 LIGHTNINGS_OWN = ("--protocol", "--method", "--threads", "--seed_everything", "--print_config", "--help")
@@ -83,7 +83,7 @@ def parse_methods(text: str, config: Mapping[str, Any]) -> list[str]:
     """Parses `all`, or names separated by commas, as distinct names of the config's entries.
 
     Raises:
-        NolaVisionError: the config has no entry of such a name.
+        NolaVisionError: a name is not an entry of the config.
     """
     names = list(run_id.need(config, "methods")) if text.strip() == "all" else [n.strip() for n in text.split(",")]
     for name in names:

@@ -132,8 +132,8 @@ def find_images(places: Sequence[str]) -> list[Path]:
     """The image files that are named or are in folders that are named, in the order given; `-`: standard input names.
 
     Raises:
-        NolaVisionError: a name is neither file nor folder, or a folder has no images; such a name on standard input is
-            kept, and predicted as an image that cannot be read.
+        NolaVisionError: a name is neither file nor folder, or there are no images in a folder. Such a name on standard
+            input is kept, and predicted as an image that cannot be read.
     """
     from nola_vision.data.datasets.image_folders import image_files
 

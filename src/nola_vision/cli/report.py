@@ -62,8 +62,8 @@ def _report(known: argparse.Namespace, page: Path | None) -> int:
     everything, unreadable = store.read_rows(*known.folders)
     problems = [problem for _, problem in unreadable]
     if not everything:
-        none = f"no results in {', '.join(known.folders)}: give the folder that fit or sweep wrote to, such as runs"
-        raise NolaVisionError("; ".join([none, *problems[:5]]))
+        cause = f"no results in {', '.join(known.folders)}: give the folder that fit or sweep wrote to, such as runs"
+        raise NolaVisionError("; ".join([cause, *problems[:5]]))
     rows, left_out = on_the_same_images(everything)
     problems += left_out
     report = report_of(rows, known.columns)
