@@ -60,7 +60,7 @@ def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureF
     printed, named = capsys.readouterr()
     for text in ("test accuracy", "adapter file", "top-1", "nola", "vit_glyph_patch4_32.glyphs-digits-5shot"):
         assert text in printed
-    assert named.count(f"{bad} has no status") == 1
+    assert named.count(f"{bad} lacks status") == 1
     bad.unlink()
     assert len(list(Path("runs").rglob("row.json"))) == 4  # with three of frozen features
     assert main(["report", "runs", str(adapter.parents[3])]) == 0

@@ -272,7 +272,7 @@ def test_splits_of_a_list(tree: Path) -> None:
         (b"path,label,path\n", "its first line must be"),
         (b"path,label\n", "no images in the list .*: add some"),
         (b"path,label\ntrain/ant/a.png\n", r"line 2 of the list .*a\.csv lacks the label: add it"),
-        (b"path,label\n ,ant\n", "line 2 of .* has no path: add it"),
+        (b"path,label\n ,ant\n", "line 2 of .* lacks the path: add it"),
         (b"path,label\nx.png,ant\ny.png,ant\n", "2 of the 2 images .* do not exist, the first is 'x.png' in line 2"),
         (b"path,label\n" + b"x" * 9999 + b",ant\n", "1 of the 1 images of .* do not exist"),
         (b"path,label\na.png,ant\nb.png,ant\na.png,bee\n", "lines 2 and 4 .* give 'a.png' the labels 'ant' and 'bee'"),

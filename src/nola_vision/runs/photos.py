@@ -199,7 +199,7 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
     """The image side, None for timm's own, and the targets that a backbone has.
 
     Raises:
-        NolaVisionError: timm has no such model.
+        NolaVisionError: timm does not have the model.
     """
     say_start(f"the check of {backbone['tag']}")
     from nola_vision.models.backbones.creation import skeleton
@@ -211,7 +211,7 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
     side = largest_side(spec, LARGEST_SIDE)
     model, targets = skeleton(spec), []
     for name in ("qkv", "mlp"):
-        with suppress(NolaVisionError):  # a convolutional network has no qkv, a ResNet no mlp either
+        with suppress(NolaVisionError):  # a convolutional network lacks qkv, a ResNet also mlp
             find_targets(model, name)
             targets.append(name)
     return side, targets or ["conv"]

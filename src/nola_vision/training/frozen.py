@@ -145,9 +145,9 @@ def nearest_mean(x: Array, y: Indices, num_classes: int) -> tuple[Array, Array]:
     """The head of nearest class mean by cosine.
 
     With u = x / |x| and m_c the mean of class c's u, the class of the largest cosine is that of the largest
-    `x . m_c / |m_c|`, since |x| is the same for all classes: a head without a bias. Its scale, which no prediction
-    depends on, is s / (mean |x|), with the s that makes the training images likeliest when each is left out of the mean
-    of its own class.
+    `x . m_c / |m_c|`, since |x| is the same for all classes: a head without a bias. Its scale does not affect the
+    predicted class. It is s / (mean |x|), where s maximises the likelihood of the training images, each left out of its
+    class mean.
     """
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     u = x / np.maximum(norms, 1e-12)
