@@ -21,7 +21,7 @@ from nola_vision.common.errors import NolaVisionError
 
 
 def prefix_length(count: int, share: float) -> int:
-    """How many of `count` coefficients a share of them is, at least one."""
+    """The number of coefficients in a share of `count`, at least one."""
     return max(1, round(share * count))
 
 
@@ -105,7 +105,7 @@ class ParameterBank(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         def precise(tensor: Tensor) -> Tensor:
-            """16 bits would round most steps of an optimizer away, and overflow in sums."""
+            """Keeps parameters in their precision: in 16 bits most optimizer steps would be rounded to zero."""
             moved = cast(Tensor, fn(tensor))
             return moved if moved.dtype not in (torch.float16, torch.bfloat16) else tensor.to(moved.device)
 
@@ -119,7 +119,7 @@ class ParameterBank(nn.Module):
         return self
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """What is trained apart from the head; what the paper's parameter counts count."""
+        """The trained parameters without those of the head, as the paper counts them."""
         return [p for name, group in self.groups.items() if name != HEAD for p in group.parameters()]
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -241,7 +241,7 @@ class ParameterBank(nn.Module):
                 raise
 
     def detach(self) -> None:
-        """Gives the backbone its own computation back; its weights never changed (or are restored, after `merge`)."""
+        """Restores the backbone's own forward pass; after `merge`, its weights too."""
         if self.merged:
             self.unmerge()
         self._attached().remove()

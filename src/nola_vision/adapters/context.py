@@ -61,7 +61,7 @@ class Settings:
 
 
 class _Threads(threading.local):
-    """An object for each thread: the system gives the number of a thread that has ended to another."""
+    """One object per thread, which identifies it. Thread numbers are reused after a thread has ended."""
 
     def __init__(self) -> None:
         self.token = object()
@@ -157,7 +157,7 @@ def pass_in_backward(owner: object) -> Pass | None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def begin_backward_at(features: Tensor, owner: object, current: Pass) -> None:
-    """From the moment that a gradient reaches its features, a backward call repeats the layers of this pass."""
+    """Registers the pass for a backward call when the gradient reaches its features; its layers are then recomputed."""
 
     def begin(_: Tensor) -> None:
         key = torch._C._current_graph_task_id(), id(owner)

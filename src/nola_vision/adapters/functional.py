@@ -32,7 +32,7 @@ def can_recompute(module: nn.Module) -> bool:
 
 
 def record_producer(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    """A forward hook that notes on a layer's output how to recompute it."""
+    """A forward hook that records on a layer's output how to recompute it."""
     if torch.compiler.is_compiling():  # a compiler decides itself what to recompute
         return
     alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks  # other hooks may change the output
@@ -96,7 +96,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _thin(x: Tensor, factor: Tensor) -> Tensor:
-    """`x @ factor` for a factor of few columns, which BLAS multiplies fastest when it lies column by column."""
+    """`x @ factor` for a factor of few columns, which BLAS multiplies fastest in column-major order."""
     return F.linear(x, factor.t().contiguous())
 
 
@@ -129,7 +129,7 @@ def merged_linear(
 
     With x `[..., m]`, W `[o, m]`, A `[m, r]`, B `[r, o]`, dy the gradient of the output and g = scale dy B':
     `dA = x' g`, `dB = scale (x A)' dy`, `dx = dy W + g A'`. In both directions the small product is added to whatever
-    is smaller, the weight or what comes out.
+    is smaller, the weight or the output.
 
     Args:
         x: the layer's input.
@@ -157,7 +157,7 @@ def additive_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: fl
 
 
 def computes_plainly(layer: nn.Module) -> bool:
-    """Whether a layer computes as torch's own class does; others standardise the weight, or pad as TensorFlow does."""
+    """Whether a layer has torch's own `forward`; other layers standardise the weight, or pad as in TensorFlow."""
     return type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
 
 

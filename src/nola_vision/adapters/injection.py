@@ -1,4 +1,4 @@
-"""How a backbone computes with a bank's changes: its target layers, and its root call, get another forward."""
+"""How a backbone computes with a bank's changes: the `forward` of its target layers and of its root is replaced."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Injection:
             self._hooks = [module.register_forward_hook(record_producer) for module in modules]
 
     def remove(self) -> None:
-        """Gives the backbone its own computation back."""
+        """Restores the backbone's own forward pass."""
         for layer in self.backbone.modules():
             forward = layer.__dict__.get("forward")
             if isinstance(forward, _AdaptedForward | _PassForward) and forward.bank is self.bank:

@@ -121,7 +121,7 @@ def add_photo_options(parser: argparse.ArgumentParser) -> None:
     """The options for `photos.config`, with the method."""
     add = parser.add_argument_group("options for PHOTOS").add_argument
     add("--backbone", metavar="TAG", help="a timm tag, or quickstart: the small one that ships, weak on photos")
-    add("--weights", metavar="FILE", help="local file with the backbone's weights: nothing is downloaded")
+    add("--weights", metavar="FILE", help="local file with the backbone's weights, instead of a download")
     add("--method", metavar="NAME", help="nola (default), lora-r4, linear, full-ft, logistic, nearest-mean or 1nn")
     add("--shots", type=shots_number, metavar="N", help="training images per class, or all (default: all)")
     add("--epochs", type=whole_number, metavar="N", help="passes over them (default: 10 to 50, fewer for more images)")

@@ -38,7 +38,7 @@ _in_process: dict[tuple[str, Path], Entries] = {}  # by kind and folder
 
 @contextmanager
 def open_regular(path: str | Path, most_bytes: int | None = None) -> Iterator[BufferedReader]:
-    """Opens a file for reading; never blocks, and never opens a device.
+    """Opens a regular file for reading. Does not block, and does not open devices.
 
     Args:
         path: of the file.

@@ -1,4 +1,4 @@
-"""Which classes a config may name. A config may come from a stranger, so naming a class must not run foreign code."""
+"""Which classes a config may name. Configs are untrusted, so naming a class must not run foreign code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A config from a person's own images: what `nola-vision fit PHOTOS` trains and `nola-vision init PHOTOS` writes.
+"""The config for a user's images: what `nola-vision fit PHOTOS` trains and `nola-vision init PHOTOS` writes.
 
-torch and timm are imported only where a backbone other than the two known ones must be looked at, after everything
-else was checked: a mistake is reported at once.
+Errors are reported before torch and timm are imported. These are only needed for a backbone other than the two known
+ones.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def open_images(place: str) -> ImageSource:
     """The training images at a place; the files are listed, not read.
 
     Raises:
-        NolaVisionError: there is nothing, one image, a config, or no images of two or more classes.
+        NolaVisionError: the place does not exist, is one image or a config, or does not contain images of two or more
+            classes.
     """
     path = Path(_absolute(place))
     if path.suffix.lower() in (".yaml", ".yml"):

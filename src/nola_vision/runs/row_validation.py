@@ -1,4 +1,4 @@
-"""Validation of a `row.json`, which may come from anyone: tables and plots need no further checks."""
+"""Validation of a `row.json`, which is untrusted, so that tables and plots need no further checks."""
 
 from __future__ import annotations
 

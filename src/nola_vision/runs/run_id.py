@@ -1,6 +1,6 @@
-"""The identity of a run: the config of one entry, the name of its cell, its hash and its folder. No file is read.
+"""The identity of a run: the config of one entry, the name of its cell, its hash and its folder. Does not read files.
 
-The hashes cover what can change a result. A setting that is left out is left out here, in one place.
+The hashes cover the settings that can change a result. This file alone decides which settings are left out.
 """
 
 from __future__ import annotations

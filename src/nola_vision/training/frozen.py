@@ -287,8 +287,9 @@ def cross_validate(
 
 
 def number_of_repeats(features: Tensor, labels: Indices, method: Method) -> int:
-    """10 (3 of logistic regression, which is fitted 31 times per fold), and fewer where images, features and classes
-    are many: all repeats together take seconds.
+    """The number of repeats: 10, or 3 for logistic regression, which is fitted 31 times per fold.
+
+    Fewer for many images, features and classes, so that all repeats together take seconds.
     """
     work = features.numel() * len(np.unique(labels))
     most = MOST_LOGISTIC_REPEATS if method.regularised else MOST_REPEATS

@@ -48,7 +48,7 @@ def check_stop_early(patience: int | None, callbacks: Any) -> None:
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
-    """Refuses trainer settings that cannot lead to a result, before anything is loaded or trained.
+    """Refuses unsupported trainer settings before anything is loaded or trained.
 
     Args:
         settings: the full config's `trainer`, as plain values.

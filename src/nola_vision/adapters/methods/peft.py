@@ -1,7 +1,7 @@
-"""A method of Hugging Face's PEFT, of those that an adapter file can restore: configs of numbers and names alone.
+"""The methods of Hugging Face's PEFT that an adapter file can restore: configs that consist of numbers and names.
 
-A file comes from anyone, so what it can make PEFT do is a list of what is allowed, and training accepts the same list:
-what is trained here can be loaded anywhere.
+Adapter files are untrusted, so only listed configs and settings are allowed. Training accepts the same list, so that
+every trained adapter can be loaded.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PEFT(Method):
         config: the class of its config, such as `peft.VeraConfig`: one of `CONFIGS`, with or without `peft.` in front.
         settings: that config's fields, such as `{r: 256, target_modules: [qkv]}`; module names are timm's. Numbers,
             true, false and null are plain; so are lists of module names or numbers, and mappings of module names to
-            numbers in the fields that end in `_pattern`. Of texts only a few words are, and a pattern in
+            numbers in the fields that end in `_pattern`. Only a few strings are allowed, and a pattern in
             `target_modules`, which the file stores as the list of modules that it matches.
         lr: learning rate of what PEFT trains.
         head_lr: learning rate of the head; the same as `lr` if not given.
