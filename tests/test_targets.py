@@ -171,7 +171,7 @@ def test_routing_through_a_position_bias_is_refused() -> None:
     backbone = small("swinv2_tiny_window8_256")
     bank = make_bank(backbone, LoRA(targets=["all"], rank=1), 3, num_adapters=2)
     bank.attach(backbone)
-    with pytest.raises(NolaVisionError, match="samples cannot be told apart"), bank.route(torch.tensor([0, 1])):
+    with pytest.raises(NolaVisionError, match="rows cannot be matched to samples"), bank.route(torch.tensor([0, 1])):
         bank(probe_batch(backbone))
     bank.detach()
 

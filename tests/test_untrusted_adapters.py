@@ -341,7 +341,7 @@ def test_each_allowed_config_of_peft_comes_back_from_a_file(config: str, tmp_pat
 @pytest.mark.parametrize(
     ("config", "settings", "reason"),
     [
-        ("peft.BOFTConfig", {}, "no config 'peft.BOFTConfig' that an adapter file can restore"),
+        ("peft.BOFTConfig", {}, "'peft.BOFTConfig' is not a PEFT config that an adapter file can restore"),
         ("XLoraConfig", {"adapters": {"a": "someone/model"}, "hidden_size": 3}, "no config 'XLoraConfig'"),
         ("PromptTuningConfig", {}, "no config"),
         ("AdaLoraConfig", {}, "no config"),

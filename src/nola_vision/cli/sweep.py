@@ -85,9 +85,11 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--workers", type=whole_number, metavar="N", help=workers)
     vary = "a method's setting (rank), or the config's (data.shots)"
     options.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help=vary)
-    options.add_argument("--engine", choices=["local", "ray"], default="local", help="where runs are done")
+    options.add_argument("--engine", choices=["local", "ray"], default="local", help="where runs are executed")
     options.add_argument("--address", default="auto", help="of the Ray cluster (default: the one of this machine)")
-    options.add_argument("--gpus-per-run", type=float, metavar="G", help="on Ray, a fraction too (default: 1 or none)")
+    options.add_argument(
+        "--gpus-per-run", type=float, metavar="G", help="on Ray, a fraction too (default: 1 if it has any)"
+    )
     options.add_argument("--shard", default="1/1", metavar="I/N", help="do one of N parts of the runs")
     options.add_argument(
         "--dry-run", action="store_true", help="print the plan, and the time it takes once runs are completed"

@@ -45,7 +45,7 @@ class AdaptedModel(nn.Module):
     frozen, except all of `FullFinetune`, the batch norms of `train_norms` and what PEFT adds.
 
     Attributes:
-        temperature: divides the logits for the probabilities of `predict`; `forward` does not use it. 1 if nothing was
+        temperature: divides the logits for the probabilities of `predict`; `forward` does not use it. 1 if it was not
             fitted.
         calibrated_on: the images that the temperature was fitted on, `folds` or `validation`; None: not calibrated.
         calibration_images: how many images these were.
@@ -65,8 +65,8 @@ class AdaptedModel(nn.Module):
         self.calibration_images: int | None = None
         self.weights = weights
         self.backbone, self.bank, self.metadata = backbone, bank, metadata
-        # of the weights as they were loaded: a run may cast them, round them to int8, or train them; a fully
-        # fine-tuned model has none, since its file contains every weight and so fits any of the shape
+        # of the weights as they were loaded: a run may cast them, round them to int8, or train them. None for a fully
+        # fine-tuned model, whose file contains every weight
         self.fingerprint = fingerprint
         self._stored_bits: dict[str, int] = {}  # by parameter name, see `compute_with_stored_bits`
 
@@ -109,7 +109,7 @@ class AdaptedModel(nn.Module):
             lists for several.
 
         Raises:
-            NolaVisionError: an image cannot be read or is none of the above, or a logit is not finite.
+            NolaVisionError: an image cannot be read or has another form, or a logit is not finite.
         """
         one, several = one_or_several(images)
         check_counts(top_k=top_k, batch_size=batch_size)
@@ -231,7 +231,7 @@ class AdaptedModel(nn.Module):
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a value that is not finite, or None. Integer tensors pass."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() and not is_quantised(t)}
-    # a sum is five times as fast as a test of each value, and finite sums leave nothing to find
+    # a sum is five times as fast as a test of each value, and is only finite if all values are
     if not floats or bool(torch.stack([tensor.sum().float() for tensor in floats.values()]).isfinite().all()):
         return None
     return next((name for name, tensor in floats.items() if not tensor.isfinite().all()), None)

@@ -79,7 +79,7 @@ class RunCLI(LightningCLI):
     Args:
         config: a run config as a nested dict. It stays as it was.
         folder: where the run writes, if the config is a full one, as `parse` returns it. None: the config is parsed
-            and validated, and nothing is built.
+            and validated, without building its objects.
         options: command-line options that override the config; not with a full config.
     """
 

@@ -1,4 +1,4 @@
-"""Validation of a `row.json`, which may come from anyone: tables and plots need no further checks."""
+"""Validation of a `row.json`, which is untrusted, so that tables and plots need no further checks."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _column_problem(columns: dict[str, Any], types: Mapping[str, Any], required:
             return f"has {name} {_quoted(value)}, which is not a file name of letters, digits and `._+-`"
     for name in types:
         if name in required and name not in columns:
-            return f"has no {name}"
+            return f"lacks {name}"
     started = columns.get("started", "")
     if started and not _is_utc(started):
         return f"has started {_quoted(started)}, which is not like 2026-01-31T12:00:00+00:00"
@@ -190,7 +190,7 @@ def _config_problem(config: dict[str, Any]) -> str | None:
         if value is not None and not isinstance(value, kind):
             return f"has a config of the wrong kind in {setting} ({_quoted(value)})"
         if setting == "data.root" and last_part(str(value)) in ("", ".."):
-            return f"has data.root {_quoted(value)} in its config, which has no name"
+            return f"has data.root {_quoted(value)} in its config, which does not end in a name"
     return None
 
 
@@ -211,7 +211,7 @@ def _data_problem(data: dict[str, Any]) -> str | None:
     images = counts.get("test") if isinstance(counts, dict) else None
     fits = type(images) in (int, type(None)) and 0 <= (images or 0) <= _MOST_IMAGES
     if not isinstance(counts, dict | None) or not fits:
-        return f"has no number of test images in data.counts ({_quoted(counts)})"
+        return f"lacks a valid number of test images in data.counts ({_quoted(counts)})"
     if share is not None and not (type(share) in (int, float) and 0 <= share <= 1):
         return f"has data.majority_share {_quoted(share)}, which must be between 0 and 1"
     for name in ("class_names", "untested_classes"):

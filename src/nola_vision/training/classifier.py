@@ -63,7 +63,9 @@ class Classifier(ClassificationTask):
         self.model = adapt(backbone, method, class_names, run_seed, basis_seed).train()
         if grad_checkpointing:
             if not hasattr(self.model.backbone, "set_grad_checkpointing"):
-                raise NolaVisionError(f"{backbone.tag} has no gradient checkpointing: leave grad_checkpointing out")
+                raise NolaVisionError(
+                    f"{backbone.tag} does not support gradient checkpointing: leave grad_checkpointing out"
+                )
             self.model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         # in a list, so that the compiled model is not a second submodule
         self._computed: list[Callable[[Tensor], Tensor]] = [torch.compile(self.model) if compile else self.model]
