@@ -770,7 +770,7 @@ def test_refusals() -> None:
         find_targets(vit(), ["re:nothing"])
     with pytest.raises(NolaVisionError, match="not both"):
         find_targets(backbone, ["qkv", "qv"])
-    with pytest.raises(NolaVisionError, match="no regular expression"):
+    with pytest.raises(NolaVisionError, match="is not a regular expression"):
         find_targets(backbone, ["re:("])
     with pytest.raises(NolaVisionError, match="rank 49"):
         make_bank(backbone, LoRA(rank=49), 5)

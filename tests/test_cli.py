@@ -129,7 +129,9 @@ def test_predict_writes_class_and_probability(
     assert capsys.readouterr().out.split() == ["single.png", rows[3]["class"], rows[3]["probability"]]
 
 
-def test_sweep_chooses_rates_runs_everything_once_and_resumes(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_chooses_rates_runs_everything_once_and_resumes(
+    in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep = ["sweep", "--config", "quickstart.yaml", "--splits=0-1", "--inits=0", "--methods=1nn,linear", *SMALL]
     assert main(sweep) == 0
     assert "linear" in capsys.readouterr().out
