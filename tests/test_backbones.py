@@ -85,13 +85,13 @@ def test_local_files(folder: Path) -> None:
     assert local_files(GLYPHS, str(folder)) == local_files(GLYPHS, str(weights)) == {"weights": weights}
     assert local_files(GLYPHS, None)["weights"].name == "vit_glyph_patch4_32.safetensors"
     assert local_files("hf-hub:a/b", None) == local_files("test_vit.r160_in1k", None) == {}
-    with pytest.raises(NolaVisionError, match="has no pretrained tag 'typo': use one of r160_in1k"):
+    with pytest.raises(NolaVisionError, match="unknown pretrained tag 'typo' of timm's .*: use one of r160_in1k"):
         local_files("test_vit.typo", None)
 
 
 def test_a_folder_that_is_not_a_model_is_refused(folder: Path) -> None:
     spec, content = BackboneSpec(f"local-dir:{folder}"), (folder / "config.json").read_text()
-    refused(BackboneSpec("local-dir:gone"), "local-dir:gone has no config.json: give a folder")
+    refused(BackboneSpec("local-dir:gone"), "local-dir:gone does not contain a config.json: give a folder")
     for damaged in (
         "{",
         "[]",

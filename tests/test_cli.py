@@ -61,7 +61,7 @@ def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureF
     printed, named = capsys.readouterr()
     for text in ("test accuracy", "adapter file", "top-1", "nola", "vit_glyph_patch4_32.glyphs-digits-5shot"):
         assert text in printed
-    assert named.count(f"{bad} has no status") == 1
+    assert named.count(f"{bad} lacks status") == 1
     bad.unlink()
     assert len(list(Path("runs").rglob("row.json"))) == 4  # with three of frozen features
     assert main(["report", "runs", str(adapter.parents[3])]) == 0
@@ -129,7 +129,9 @@ def test_predict_writes_class_and_probability(
     assert capsys.readouterr().out.split() == ["single.png", rows[3]["class"], rows[3]["probability"]]
 
 
-def test_sweep_chooses_rates_runs_everything_once_and_resumes(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_chooses_rates_runs_everything_once_and_resumes(
+    in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep = ["sweep", "--config", "quickstart.yaml", "--splits=0-1", "--inits=0", "--methods=1nn,linear", *SMALL]
     assert main(sweep) == 0
     assert "linear" in capsys.readouterr().out
@@ -245,7 +247,7 @@ MISTAKES = {
     "batch size": (["predict", "--adapter=a", "--batch_size=0", "one.png"], "batch_size is 0"),
     "output folder": (["predict", "--adapter=a", "--out=no/p.csv", "one.png"], "the folder of no/p.csv"),
     "method class": (["fit", "--config", "quickstart.yaml", "--config", "magic.yaml"], "unknown method 'MAGIC'"),
-    "method setting": ([*FIT, "--model.method.rnk=3"], "NOLA has no setting 'rnk': did you mean rank"),
+    "method setting": ([*FIT, "--model.method.rnk=3"], "unknown setting 'rnk' of NOLA: did you mean rank"),
     "no config": (["fit"], "--config"),
     "sweep shard": (["sweep", *FIT[1:], "--shard=3/2"], "is not a shard"),
     "sweep workers": (["sweep", *FIT[1:], "--workers=0"], "at least 1"),

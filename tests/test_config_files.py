@@ -278,9 +278,9 @@ REFUSED_PARTS = {  # files, the config, the message
     ),
     "defaults": ({"protocols/a.yaml": "method_defaults: {NOLA: 3}"}, "vits_pets_5shot_a", "`method_defaults` in"),
     "a method": ({"backbones/a.yaml": "methods: {x: NOLA}"}, "a_pets_5shot", "'x' in .* must be a mapping"),
-    "a method without a class": ({"backbones/a.yaml": "methods: {x: {}}"}, "a_pets_5shot", "'x' has no `class_path`"),
+    "a method without a class": ({"backbones/a.yaml": "methods: {x: {}}"}, "a_pets_5shot", "'x' lacks `class_path`"),
     "no methods": (
-        {"backbones/a.yaml": "{}", "protocols/b.yaml": "{}"}, "a_pets_5shot_b", "protocol 'b' .* has no `methods`",
+        {"backbones/a.yaml": "{}", "protocols/b.yaml": "{}"}, "a_pets_5shot_b", "protocol 'b' .* lacks `methods`",
     ),
     "two cells": (
         {"backbones/a.yaml": "{}", "backbones/a_b.yaml": "{}", "datasets/b_c.yaml": "{}", "datasets/c.yaml": "{}"},

@@ -174,8 +174,8 @@ def test_what_a_completed_run_lacks_is_repeated(
     for path in (
         damaged / "predictions.safetensors is damaged: ",
         lost / "predictions.safetensors does not exist",
-        other / "predictions.safetensors has no logits",
-        bare / "row.json has no data.class_names",
+        other / "predictions.safetensors lacks logits",
+        bare / "row.json lacks data.class_names",
         final.folder / "adapter.safetensors was changed or damaged",
     ):
         assert sum(str(path) in message for message in warned) == 1

@@ -444,7 +444,7 @@ def test_settings_that_do_not_fit_the_splits_are_refused(tmp_path: Path) -> None
     for data, expected in (
         (make(fold=5), "data.fold is 5, but there are 5 folds, counted from 0"),
         (make(fold=-1), "data.fold is -1"),
-        (make(test_limit=5), "data.test_limit takes a part of the test images, and there are none"),
+        (make(test_limit=5), "data.test_limit requires test images, which this data set lacks"),
         (make(fold=0, manifest="m.json"), "data.fold draws from all images, and data.manifest names some"),
         (module(fold=0), "data.fold is for data without test images"),
         (module(hold_out=True), "data.hold_out is for data without test images"),
@@ -527,7 +527,7 @@ def test_mistakes_are_said(small_tree: Path) -> None:
     (small_tree / "train/été/2.png").write_bytes(b"")
     with pytest.raises(NolaVisionError, match=r"cannot decode the image .*train/été/2\.png"):
         module(dataset="folder", root=str(small_tree), shots=4).setup("fit")
-    with pytest.raises(NolaVisionError, match=r"no augmentation 'heavy': choose one of none, light, released"):
+    with pytest.raises(NolaVisionError, match=r"unknown augmentation 'heavy': use one of none, light, released"):
         module(augmentation="heavy")
     for name, what in (("none", "flips nothing"), ("released", "always flips")):
         with pytest.raises(NolaVisionError, match=f"'{name}' {what}: give --data.flip false"):

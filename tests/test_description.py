@@ -296,7 +296,7 @@ def test_a_verdict_on_one_run_of_a_cell_is_that_of_fit(tmp_path: Path) -> None:
         "Most often misclassified: 'cat' as 'dog'",
     ]
     assert Cell("cell", [rows["logistic"], row("nola", None)]).verdict[0][0] == (
-        "nola has no estimate of its accuracy: it was not tested."
+        "There is no accuracy estimate for nola: it was not tested."
     )
     (tmp_path / "logistic" / "predictions.safetensors").write_bytes(b"x")
     lines, problems = Cell("cell", [*rows.values()]).verdict

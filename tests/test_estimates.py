@@ -262,13 +262,13 @@ def test_a_verdict_says_where_the_accuracy_is_not_above_chance(
 def test_a_verdict_without_an_estimate_of_the_adapter() -> None:
     frozen = run("nearest-mean", *right_of(10, 9, label=2, instead=0), folds=2)
     skipped = verdict((make_row("nola", data={"folds": 5}), None), [frozen])
-    assert skipped[0] == "nola has no estimate of its accuracy: its folds were not run."
-    assert verdict((make_row("nola"), None), []) == ["nola has no estimate of its accuracy: it was not tested."]
+    assert skipped[0] == "There is no accuracy estimate for nola: its folds were not run."
+    assert verdict((make_row("nola"), None), []) == ["There is no accuracy estimate for nola: it was not tested."]
     assert skipped[1].startswith("Frozen features: nearest-mean, 90.0 % (")
     assert skipped[3] == "Most often misclassified by nearest-mean: 'owl' as 'cat' (1 image)."
     assert not any("image by image" in line for line in skipped)
     failed = verdict((make_row("nola", status="failed", test_accuracy=0.5), frozen[1]), [frozen])
-    assert failed[0] == "nola has no estimate of its accuracy: its run failed."
+    assert failed[0] == "There is no accuracy estimate for nola: its run failed."
     assert not any("image by image" in line for line in failed)
     assert verdict(None, [frozen]) == skipped[1:]
     without_file = make_row("nola", test_accuracy=0.75, data={"counts": {"test": 8}})
@@ -347,7 +347,7 @@ def test_the_folds_of_a_repeat_are_pooled_in_the_order_of_their_images() -> None
         ({"logits": np.full((3, 3), np.inf, np.float32)}, "logits holds a number that is not finite"),
         ({"logits": np.zeros((3, 2), np.float32)}, "logits are of 2 classes, and the data have 3"),
         ({"logits": np.zeros(3, np.float32)}, "logits is float32 of 1 dimensions"),
-        ({name: np.empty((0, 3)[: 1 + (name == "logits")], kind) for name, kind in COLUMNS.items()}, "it has no image"),
+        ({name: np.empty((0, 3)[: 1 + (name == "logits")], kind) for name, kind in COLUMNS.items()}, "it is empty"),
     ],
 )
 def test_a_damaged_file_is_named(changes: dict[str, Any], fault: str, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_rounding_changes_neither_signs_nor_vectors() -> None:
 def test_a_weight_that_is_not_finite_is_refused() -> None:
     backbone = with_singular_values([6, 5, 4, 3, 2, 1])
     backbone[1].weight[0, 0] = torch.nan
-    with pytest.raises(NolaVisionError, match=r"1.weight has no singular vectors \(1 of its values"):
+    with pytest.raises(NolaVisionError, match=r"singular vectors of 1.weight \(1 of its values"):
         make_bank(backbone, LoRAXS(targets=["re:1"], rank=2), 2)
 
 

@@ -262,7 +262,7 @@ def test_files_for_something_else_are_refused(adapter: Path, tmp_path: Path) -> 
     refused(path, "format version 3 and this nola-vision reads versions 1 to 2")
 
     refused(rewritten(adapter, tmp_path, backbone_fingerprint="0" * 64), "made for other weights of vit_glyph")
-    refused(rewritten(adapter, tmp_path, backbone={"tag": "vit_nowhere", "img_size": None}), "timm has no model")
+    refused(rewritten(adapter, tmp_path, backbone={"tag": "vit_nowhere", "img_size": None}), "unknown timm model")
     method = {**metadata["method"], "class_path": "MAGIC"}
     refused(rewritten(adapter, tmp_path, method=method), "unknown method 'MAGIC'")
     method = {"class_path": "NOLA", "init_args": {**metadata["method"]["init_args"], "num_basis": 9}}

@@ -154,8 +154,8 @@ def test_mistakes(tmp_path: Path) -> None:
 
     refused("nowhere' does not exist: give a folder", str(tmp_path / "nowhere"))
     refused("one class only, cat", str(tmp_path / "one"))
-    refused("empty has no class folders", str(tmp_path / "empty"))
-    refused("loose has no class folders", str(tmp_path / "loose"))
+    refused(f"no class folders in {tmp_path / 'empty'}", str(tmp_path / "empty"))
+    refused(f"no class folders in {tmp_path / 'loose'}", str(tmp_path / "loose"))
     refused("a.png' is one image", str(tmp_path / "loose" / "a.png"))
     refused("--config quickstart.yaml", "quickstart.yaml")
     refused("unknown method 'nolla' in the config: did you mean nola", method="nolla")
@@ -185,5 +185,5 @@ def test_photos_among_the_words_of_a_command_line() -> None:
     assert take_photos([*others, "p"]) == ("p", others)
     assert take_photos(others) == (None, others)
     assert take_photos(["--data.shots"]) == (None, ["--data.shots"])
-    with pytest.raises(NolaVisionError, match="'p' and 'q' are two places"):
+    with pytest.raises(NolaVisionError, match="'p' and 'q' are two sets of images"):
         take_photos(["p", *others, "q"])

@@ -242,7 +242,7 @@ def test_early_checks_report_what_is_certain_and_leave_the_rest(
     wrong = {
         "--model.method.bits=9": "bits of NOLA is 9",
         "--model.method.init_args.bits=9": "bits of NOLA is 9",
-        "--model.method.rnk=3": "NOLA has no setting 'rnk': did you mean rank",
+        "--model.method.rnk=3": "unknown setting 'rnk' of NOLA: did you mean rank",
         "--data.dataset=digit": "did you mean digits",
         "--data.shots=few": "shots is 'few'",
         "--data.shots=0": "shots is 0",

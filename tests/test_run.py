@@ -260,7 +260,7 @@ def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     torch.save([1], saved)
     with pytest.raises(NolaVisionError, match="last.ckpt is not a Lightning checkpoint"):
         checkpoints.evaluate(config("linear"), tmp_path, "test", None)
-    with pytest.raises(NolaVisionError, match="1nn trains nothing"):
+    with pytest.raises(NolaVisionError, match="1nn is fitted without training"):
         runner.run(config("1nn"), tmp_path, ckpt_path=str(saved))
     assert runner.run(config("1nn"), tmp_path, ckpt_path="last").status == "completed"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nola_vision.adapters import context
 from nola_vision.adapters.context import Pass, Route, Settings
 from nola_vision.adapters.injection import Injection
+from nola_vision.adapters.layers import batch_norms
 from nola_vision.adapters.merging import Merged
 from nola_vision.adapters.methods.base import Group, Method, Source
 from nola_vision.adapters.quantization import rounded_straight_through
@@ -21,7 +22,7 @@ from nola_vision.common.errors import NolaVisionError
 
 
 def prefix_length(count: int, share: float) -> int:
-    """How many of `count` coefficients a share of them is, at least one."""
+    """The number of coefficients in a share of `count`, at least one."""
     return max(1, round(share * count))
 
 
@@ -37,18 +38,17 @@ class ParameterBank(nn.Module):
     weight until `detach`; the backbone's parameters, names and state dict stay as timm made them. In the state dict a
     trained tensor `[n, ...]` is called `groups.<group>.<tensor>`, such as `groups.768x3072.coefficients_a`.
 
-    Several threads may compute with one attached bank at a time, each with its own `route` and `using`, as long as
-    none of them attaches, merges or steps an optimizer. Parameters are float32 (or float64) whatever the precision of
-    the backbone: a cast of the bank to 16 bits leaves them as they are.
+    Several threads may compute with one attached bank at a time, each with its own `route` and `using`. None of them
+    may attach, merge or step an optimizer meanwhile. Parameters are float32 (or float64) whatever the precision of the
+    backbone: a cast of the bank to 16 bits leaves them as they are.
 
     The head is a plain trained matrix and bias, or, where a group has the target `HEAD`, a fixed matrix
     `[classes, features + 1]` (the bias is its last column) with that group's change.
 
     Args:
         method: states the initial values, the fixed part and the changes of each group.
-        groups: what `method.groups` gave; none for a bank of heads alone.
-        source: what the initial values and the fixed part are made from; `source.head` is what an adapted head starts
-            from.
+        groups: what `method.groups` returned; empty for a bank of heads only.
+        source: what the initial values and the fixed part are computed from; an adapted head starts at `source.head`.
         num_features: width of the backbone's features.
         num_classes: number of classes, 0 for a bank without a head; or one number for each of the n adapters. The
             trained heads are then padded to the largest, and the logits of classes that an adapter lacks are -inf.
@@ -74,6 +74,7 @@ class ParameterBank(nn.Module):
         self.fixed: dict[str, dict[str, Any]] = {}  # no buffers: these would enter state dicts and be broadcast by DDP
         for group in groups:
             values = method.initial(group, source)
+            _check_group(type(method).__name__, group, values, self.num_adapters)
             self.groups[group.name] = nn.ParameterDict({name: nn.Parameter(values[name]) for name in group.shapes})
             self.fixed[group.name] = dict(method.fixed(group, source))
         every = {target: group.name for group in groups for target in group.targets}
@@ -106,7 +107,7 @@ class ParameterBank(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         def precise(tensor: Tensor) -> Tensor:
-            """16 bits would round most steps of an optimizer away, and overflow in sums."""
+            """Keeps parameters in their precision: in 16 bits most optimizer steps would be rounded to zero."""
             moved = cast(Tensor, fn(tensor))
             return moved if moved.dtype not in (torch.float16, torch.bfloat16) else tensor.to(moved.device)
 
@@ -120,11 +121,11 @@ class ParameterBank(nn.Module):
         return self
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """What is trained apart from the head; what the paper's parameter counts count."""
+        """The trained parameters without those of the head, as the paper counts them."""
         return [p for name, group in self.groups.items() if name != HEAD for p in group.parameters()]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """What is trained for the head alone; none where it shares its values with all other weights (PRANC)."""
+        """The parameters of the head; empty where it shares its values with all other weights (PRANC)."""
         if self.head_target is None:
             return [self.head_weight, self.head_bias]
         return list(self.groups[HEAD].parameters()) if HEAD in self.groups else []
@@ -226,10 +227,10 @@ class ParameterBank(nn.Module):
         Args:
             backbone: a model whose root call gives features; its target weights must be frozen.
             probe: a batch of images. With it, a target whose change does not reach the features is refused: some
-                models read `self.qkv.weight` themselves, and an attachment to `qkv` would do nothing, silently.
+                models read `self.qkv.weight` themselves, and silently ignore an attachment to `qkv`.
 
         Raises:
-            NolaVisionError: a target cannot be adapted, is trained itself, or has no effect on the features.
+            NolaVisionError: a target cannot be adapted, is trained itself, or does not affect the features.
         """
         if self._injection is not None:
             raise NolaVisionError("this bank is attached already: call detach() before attaching it again")
@@ -242,7 +243,7 @@ class ParameterBank(nn.Module):
                 raise
 
     def detach(self) -> None:
-        """Gives the backbone its own computation back; its weights never changed (or are restored, after `merge`)."""
+        """Restores the backbone's own forward pass; after `merge`, its weights too."""
         if self.merged:
             self.unmerge()
         self._attached().remove()
@@ -262,7 +263,7 @@ class ParameterBank(nn.Module):
 
     @torch.no_grad()
     def merge(self, adapter: int = 0, dequantise: bool = False) -> None:
-        """Adds the changes to the backbone's own weights, in float32 and once; inference then costs nothing extra.
+        """Adds the changes to the backbone's weights once, in float32; inference then costs what the backbone costs.
 
         The original weights are kept for `unmerge`, since `W + d - d` is not W in floating point.
 
@@ -307,9 +308,8 @@ class ParameterBank(nn.Module):
         if self.num_adapters == 1:
             raise NolaVisionError("this bank has one adapter, so there is nothing to route: it needs more")
         if self.merged:
-            raise NolaVisionError("an adapter is merged into the backbone, so none can be routed to: unmerge() first")
-        norms = (m for m in self._attached().backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        if any(norm.training for norm in norms):
+            raise NolaVisionError("cannot route while an adapter is merged into the backbone: call unmerge() first")
+        if any(norm.training for norm in batch_norms(self._attached().backbone).values()):
             raise NolaVisionError(
                 "batch statistics would mix the samples of different adapters: put the backbone's batch norm in eval "
                 "mode"
@@ -352,6 +352,16 @@ class ParameterBank(nn.Module):
             raise NolaVisionError(f"prefix is {prefix}: it is a share of the coefficients, above 0 and at most 1")
         changes = {"prefix": prefix, "bits": bits}
         return context.using(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _check_group(method: str, group: Group, values: Mapping[str, Tensor], num_adapters: int) -> None:
+    """Refuses what a method states wrongly, before it is trained and stored."""
+    if "." in group.name or not group.name:
+        raise NolaVisionError(f"{method} names a group {group.name!r}: use a name without a dot")
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    stated = {name: (num_adapters, *shape) for name, shape in group.shapes.items()}
+    if shapes != stated:
+        raise NolaVisionError(f"{method}.initial gives {shapes} for group {group.name}, but its shapes are {stated}")
 
 
 def _class_counts(num_classes: int | Sequence[int], num_adapters: int) -> tuple[int, ...]:

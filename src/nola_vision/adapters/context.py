@@ -1,13 +1,13 @@
 """What one forward pass computes with, and how a layer finds the pass that it is part of.
 
-Several threads may use one bank at a time, and passes nest, so nothing of a pass is an attribute of the bank:
+Several threads may use one bank at a time, and passes nest, so the state of a pass is not stored on the bank:
 
 - Settings (the adapter of each sample, the share of the coefficients, the stored bits) belong to the thread or task
   that set them: a `ContextVar`.
 - The changes are made when a pass starts. Its layers find them through a `ContextVar` too.
-- Activation checkpointing runs layers, or the whole backbone, again in the backward pass, on a thread of autograd's,
-  which has no context variables of the caller's. There the pass is found by autograd's number of the backward call: the
-  first gradient that reaches a pass's features registers it.
+- Activation checkpointing runs layers, or the whole backbone, again in the backward pass, on an autograd thread without
+  the caller's context variables. There the pass is found by autograd's number of the backward call: the first gradient
+  that reaches a pass's features registers it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Settings:
 
 
 class _Threads(threading.local):
-    """An object for each thread: the system gives the number of a thread that has ended to another."""
+    """One object per thread, which identifies it. Thread numbers are reused after a thread has ended."""
 
     def __init__(self) -> None:
         self.token = object()
@@ -149,15 +149,15 @@ def pass_in_backward(owner: object) -> Pass | None:
     found = _in_backward.get((torch._C._current_graph_task_id(), id(owner)))
     if found is _MIXED:
         raise NolaVisionError(
-            "one backward pass covers forward passes of several threads, and activation checkpointing cannot tell them "
-            "apart: call backward() once for each, or switch checkpointing off"
+            "one backward pass covers forward passes of several threads, which activation checkpointing cannot "
+            "distinguish: call backward() once for each, or switch checkpointing off"
         )
     return found
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def begin_backward_at(features: Tensor, owner: object, current: Pass) -> None:
-    """From the moment that a gradient reaches its features, a backward call repeats the layers of this pass."""
+    """Registers the pass for a backward call when the gradient reaches its features; its layers are then recomputed."""
 
     def begin(_: Tensor) -> None:
         key = torch._C._current_graph_task_id(), id(owner)

@@ -15,8 +15,9 @@ _CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm)  # next to a linear layer
 class Producer(NamedTuple):
     """The op that produced a layer's input, so that the backward pass can recompute it: `module(input)`.
 
-    Nothing in it is random or trained. An activation or a layer norm keeps its own input anyway. Invalid if the
-    produced tensor was modified in place since: `version` is the one it was produced with.
+    The op is deterministic and its parameters are frozen. Recomputing costs no extra memory: an activation or a layer
+    norm keeps its input anyway. Invalid if the produced tensor was modified in place: `version` is its version when it
+    was produced.
     """
 
     module: nn.Module
@@ -31,7 +32,7 @@ def can_recompute(module: nn.Module) -> bool:
 
 
 def record_producer(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    """A forward hook that notes on a layer's output how to recompute it."""
+    """A forward hook that records on a layer's output how to recompute it."""
     if torch.compiler.is_compiling():  # a compiler decides itself what to recompute
         return
     alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks  # other hooks may change the output
@@ -95,14 +96,14 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _thin(x: Tensor, factor: Tensor) -> Tensor:
-    """`x @ factor` for a factor of few columns, which BLAS multiplies fastest when it lies column by column."""
+    """`x @ factor` for a factor of few columns, which BLAS multiplies fastest in column-major order."""
     return F.linear(x, factor.t().contiguous())
 
 
 def _summed_product(left: Tensor, right: Tensor) -> Tensor:
     """`left' right` `[r, c]`, over all rows of left `[..., r]` and right `[..., c]`.
 
-    A product a sample, and their sum: one product over all rows has too few columns to be shared out well, and took
+    Sums the products of the single samples. One product over all rows has too few columns to parallelise well, and took
     1.7 times as long on a ViT-B's fc2.
     """
     if left.dim() <= 2:
@@ -117,7 +118,7 @@ def merges_exactly(x: Tensor, weight: Tensor) -> bool:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is held as integers (a tensor subclass of torchao's, which passes for a float tensor)."""
+    """Whether a weight is stored as integers (torchao's tensor subclass, whose dtype is a float one)."""
     return type(weight) not in (Tensor, nn.Parameter)
 
 
@@ -128,7 +129,7 @@ def merged_linear(
 
     With x `[..., m]`, W `[o, m]`, A `[m, r]`, B `[r, o]`, dy the gradient of the output and g = scale dy B':
     `dA = x' g`, `dB = scale (x A)' dy`, `dx = dy W + g A'`. In both directions the small product is added to whatever
-    is smaller, the weight or what comes out.
+    is smaller, the weight or the output.
 
     Args:
         x: the layer's input.
@@ -156,7 +157,7 @@ def additive_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: fl
 
 
 def computes_plainly(layer: nn.Module) -> bool:
-    """Whether a layer computes as torch's own class does; others standardise the weight, or pad as TensorFlow does."""
+    """Whether a layer has torch's own `forward`; other layers standardise the weight, or pad as in TensorFlow."""
     return type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
 
 

@@ -1,4 +1,4 @@
-"""How a backbone computes with a bank's changes: its target layers, and its root call, get another forward."""
+"""How a backbone computes with a bank's changes: the `forward` of its target layers and of its root is replaced."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Injection:
             self._hooks = [module.register_forward_hook(record_producer) for module in modules]
 
     def remove(self) -> None:
-        """Gives the backbone its own computation back."""
+        """Restores the backbone's own forward pass."""
         for layer in self.backbone.modules():
             forward = layer.__dict__.get("forward")
             if isinstance(forward, _AdaptedForward | _PassForward) and forward.bank is self.bank:
@@ -115,7 +115,7 @@ class Injection:
             raise NolaVisionError(
                 f"a change of {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''} does not reach the features of "
                 "this backbone (it reads the weight in its own way, or multiplies the layer's output by zero), so "
-                "adapting it would do nothing: leave it out of `targets`"
+                "it cannot be adapted: leave it out of `targets`"
             )
 
 
@@ -160,7 +160,7 @@ class _AdaptedForward:
             return cast(Tensor, cast(Any, type(layer)).forward(layer, x))
         if layer.weight.requires_grad:
             raise NolaVisionError(f"the weight of {self.targets[0].name} is trained itself: freeze the backbone")
-        # without a pass a part of the backbone is called by itself, such as `forward_features`
+        # there is no pass where a part of the backbone is called by itself, such as `forward_features`
         current = context.current_pass(bank) or bank.make_pass(self.targets)
         changes, place = [current.changes[target.name] for target in self.targets], current.place
         plain_linear = isinstance(layer, nn.Linear) and computes_plainly(layer)
@@ -205,7 +205,7 @@ def _rows_of(place: Tensor, rows: int) -> Tensor:
     repeats, rest = divmod(rows, len(place))
     if rest or not repeats:
         raise NolaVisionError(
-            f"a layer sees {rows} rows where the batch has {len(place)} samples, so samples cannot be told apart: "
-            "route one adapter at a time"
+            f"a layer's input has {rows} rows for a batch of {len(place)} samples, so rows cannot be matched to "
+            "samples: route one adapter at a time"
         )
     return place.repeat_interleave(repeats)

@@ -261,7 +261,7 @@ def _levels(basis: Basis, like: Tensor, count: int) -> Iterator[tuple[slice, sli
 class _Combine(torch.autograd.Function):
     """Sums of `coefficient * (2 q + 1) / 256`, as `(coefficients @ q) / 128 + sum(coefficients) / 256`, chunk by chunk.
 
-    Nothing but the coefficients' shape is kept for the backward pass.
+    Only the shape of the coefficients is kept for the backward pass.
     """
 
     @staticmethod

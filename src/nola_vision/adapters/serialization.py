@@ -140,7 +140,7 @@ class AdapterFile:
 def open_adapter(path: str | Path) -> AdapterFile:
     """Opens an adapter file and checks that it is one and undamaged: container, JSON, format version, digest, packing.
 
-    The file is data from anyone. Nothing here costs more than reading it.
+    The file is untrusted. Checking it takes no more time and memory than reading it.
 
     Raises:
         NolaVisionError: no such file, not safetensors, truncated, not an adapter, of another format version, changed,
@@ -295,9 +295,7 @@ def _fault(tensor: Tensor) -> str | None:
     largest = float(tensor.abs().max())
     if not math.isfinite(largest):
         return "has a value that is not finite"
-    return (
-        f"has the value {largest:.3g}, and training gives none above {MAX_NUMBER:.0e}" if largest > MAX_NUMBER else None
-    )
+    return f"has the value {largest:.3g}, above the maximum of {MAX_NUMBER:.0e}" if largest > MAX_NUMBER else None
 
 
 def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

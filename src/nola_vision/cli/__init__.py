@@ -1,1 +1,1 @@
-"""The command line: one file a verb, argument parsing and nothing else."""
+"""The command line: one file per verb, which parses options, calls the other folders, and prints."""

@@ -21,7 +21,7 @@ from nola_vision.runs.yaml_files import dump
 
 def main(arguments: Sequence[str], verb: str) -> int:
     options = Options(verb)
-    options.description = "Lists the configs, prints one, or writes one to a file of your own."
+    options.description = "Lists the configs, prints one, or copies one to a new file."
     options.add_argument("what", choices=["list", "show", "copy"])
     options.add_argument("name", nargs="?", help="a config, such as vitl_cifar100_5shot.yaml")
     options.add_argument("file", nargs="?", help="where to copy it to (default: its name, here)")

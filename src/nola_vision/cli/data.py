@@ -42,7 +42,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         "--download",
         "--data.download",
         action="store_true",
-        help="check: fetch what is missing, where that is possible",
+        help="check: download missing files, where that is possible",
     )
     options.add_argument("--shots", type=whole_number, help="manifest: images per class (default: 5)")
     options.add_argument("--split", type=whole_number, help="manifest: which draw, data.split_seed (default: 0)")

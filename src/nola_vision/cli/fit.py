@@ -80,7 +80,9 @@ def _options(verb: str) -> Options:
         return options
     options.usage = f"nola-vision fit PHOTOS [options] [--KEY VALUE ...]\n       {options.usage}"
     options.description = f"PHOTOS: {photos.PHOTOS}"
-    estimate = "folds: train on each fold however long it takes; none (default: folds if under 10 minutes)"
+    estimate = (
+        "'folds' trains on each fold, however long it takes; 'none' skips it (default: folds if under 10 minutes)"
+    )
     options.add_argument("--estimate", choices=("folds", "none"), help=f"without a test split. {estimate}")
     options.add_argument(
         "--search", action="store_true", help="choose among the entry's learning_rates, on held-out images"

@@ -11,7 +11,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.runs import run_id
 
-CONFIG_DIR = "folder of your own configs and parts (default: $NOLA_VISION_CONFIGS, if that is set)"
+CONFIG_DIR = "folder with your configs and parts (default: $NOLA_VISION_CONFIGS, if that is set)"
 _MOST_DIGITS = 4300  # that Python reads
 _MOST_NUMBERS = 10_000  # in a range: more are a typo
 LIGHTNINGS_OWN = ("--protocol", "--method", "--threads", "--seed_everything", "--print_config", "--help")
@@ -83,7 +83,7 @@ def parse_methods(text: str, config: Mapping[str, Any]) -> list[str]:
     """Parses `all`, or names separated by commas, as distinct names of the config's entries.
 
     Raises:
-        NolaVisionError: the config has no entry of such a name.
+        NolaVisionError: a name is not an entry of the config.
     """
     names = list(run_id.need(config, "methods")) if text.strip() == "all" else [n.strip() for n in text.split(",")]
     for name in names:
@@ -121,7 +121,7 @@ def add_photo_options(parser: argparse.ArgumentParser) -> None:
     """The options for `photos.config`, with the method."""
     add = parser.add_argument_group("options for PHOTOS").add_argument
     add("--backbone", metavar="TAG", help="a timm tag, or quickstart: the small one that ships, weak on photos")
-    add("--weights", metavar="FILE", help="local file with the backbone's weights: nothing is downloaded")
+    add("--weights", metavar="FILE", help="local file with the backbone's weights, instead of a download")
     add("--method", metavar="NAME", help="nola (default), lora-r4, linear, full-ft, logistic, nearest-mean or 1nn")
     add("--shots", type=shots_number, metavar="N", help="training images per class, or all (default: all)")
     add("--epochs", type=whole_number, metavar="N", help="passes over them (default: 10 to 50, fewer for more images)")

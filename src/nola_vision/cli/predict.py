@@ -57,7 +57,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument(
         "--min-probability", type=_share, metavar="P", help=f"answer `{UNKNOWN}` where the best class has less than P"
     )
-    options.add_argument("--format", choices=("csv", "jsonl"), help="instead of aligned text, or of csv in a file")
+    options.add_argument("--format", choices=("csv", "jsonl"), help="default: aligned text, or csv in a file")
     options.add_argument("--out", metavar="FILE", help="write to a .csv or .jsonl file instead of printing")
     options.add_argument("--batch-size", "--batch_size", type=whole_number, default=64)
     options.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
@@ -132,8 +132,8 @@ def find_images(places: Sequence[str]) -> list[Path]:
     """The image files that are named or are in folders that are named, in the order given; `-`: standard input names.
 
     Raises:
-        NolaVisionError: a name is neither file nor folder, or a folder has no images; such a name on standard input is
-            kept, and predicted as an image that cannot be read.
+        NolaVisionError: a name is neither file nor folder, or there are no images in a folder. Such a name on standard
+            input is kept, and predicted as an image that cannot be read.
     """
     from nola_vision.data.datasets.image_folders import image_files
 

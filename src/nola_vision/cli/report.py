@@ -36,7 +36,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument("--format", choices=["table", "markdown", "latex", "csv", "parquet"], default="table")
     chosen = f"additional metrics in the tables: {', '.join(COLUMNS)}"
     options.add_argument("--columns", type=_columns, default=(), metavar="NAME,...", help=chosen)
-    options.add_argument("--out", metavar="FILE", help="write there instead of printing; parquet needs it")
+    options.add_argument("--out", metavar="FILE", help="write to this file instead of printing; required for parquet")
     options.add_argument("--plots", metavar="DIR", help="write the charts there as PNG files too")
     options.add_argument("--html", metavar="FILE", help="write the report page (HTML)")
     options.add_argument("--open", action="store_true", help=f"open the page in a browser (default: DIR/{PAGE_FILE})")
@@ -62,8 +62,8 @@ def _report(known: argparse.Namespace, page: Path | None) -> int:
     everything, unreadable = store.read_rows(*known.folders)
     problems = [problem for _, problem in unreadable]
     if not everything:
-        none = f"no results in {', '.join(known.folders)}: give the folder that fit or sweep wrote to, such as runs"
-        raise NolaVisionError("; ".join([none, *problems[:5]]))
+        cause = f"no results in {', '.join(known.folders)}: give the folder that fit or sweep wrote to, such as runs"
+        raise NolaVisionError("; ".join([cause, *problems[:5]]))
     rows, left_out = on_the_same_images(everything)
     problems += left_out
     report = report_of(rows, known.columns)
@@ -133,7 +133,7 @@ def _columns(text: str) -> tuple[str, ...]:
 
 
 class _Captured(io.StringIO):
-    """Text with the encoding of stdout, so that rich draws tables in characters that it has."""
+    """A text buffer with the encoding of stdout, so that rich only draws tables with characters that it can encode."""
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -141,7 +141,7 @@ class _Captured(io.StringIO):
 
 
 def _every_row(rows: list[Row], format: str, problems: list[str]) -> bytes:
-    """Every row as CSV or Parquet; what is wrong goes to stderr."""
+    """Every row as CSV or Parquet; problems are printed to stderr."""
     for problem in problems:
         print(problem, file=sys.stderr)
     if format == "csv":
@@ -153,7 +153,7 @@ def _every_row(rows: list[Row], format: str, problems: list[str]) -> bytes:
 
 
 def _tables(report: Report, format: str, problems: list[str], coloured: bool) -> bytes:
-    """The tables of every cell, with what is wrong under them, as text, Markdown or LaTeX."""
+    """The tables of every cell, followed by the problems, as text, Markdown or LaTeX."""
     console = Console(file=_Captured(), force_terminal=coloured, width=Console().width)
     for cell in report.cells:
         match format:

@@ -1,1 +1,1 @@
-"""What every room uses: errors, text, files, validation, progress."""
+"""Shared by all packages: errors, text, files, validation, progress."""

@@ -1,4 +1,4 @@
-"""What `--device` may name. No torch here: a typo is reported at once."""
+"""The values of `--device`. Does not import torch, so that a typo is reported immediately."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def parse_device(name: str) -> tuple[str, int | None]:
     """The kind of a device and the number of a GPU: `cpu`, `cuda`, `cuda:1` or `mps`.
 
     Raises:
-        NolaVisionError: it is none of these.
+        NolaVisionError: it is a different name.
     """
     if found := re.fullmatch(r"cpu|mps|cuda(?::(\d{1,4}))?", name):
         return name.partition(":")[0], None if found[1] is None else int(found[1])

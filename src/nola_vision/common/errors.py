@@ -1,4 +1,4 @@
-"""The one base class of every error this package raises on purpose."""
+"""The base class of all user errors of this package."""
 
 import re
 
@@ -21,8 +21,8 @@ def one_line(message: str) -> str:
 class NolaVisionError(Exception):
     """A user error. The message is one line that states the cause and how to fix it.
 
-    The command line prints it without a traceback and leaves with exit status 2. Names in the message cannot break the
-    line, drive the terminal or fill it: `str` gives `one_line` of the message.
+    The command line prints it without a traceback and exits with status 2. `str` returns `one_line` of the message, so
+    names in it cannot break the line, control the terminal or fill it.
     """
 
     def __str__(self) -> str:

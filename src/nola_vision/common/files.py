@@ -21,7 +21,7 @@ _STREAMS = {
 
 
 def write_file(path: str | Path, content: bytes) -> None:
-    """Writes a file that a person named, as `write_whole` does; into a stream (/dev/stdout), a device or a pipe.
+    """Writes a file that the user named: as `write_whole`, or directly to a stream (/dev/stdout), device or pipe.
 
     Raises:
         NolaVisionError: it cannot be written.
@@ -52,7 +52,7 @@ def why_not_a_file(path: str | Path) -> str:
 
 
 def need_adapter_file(path: str | Path) -> None:
-    """Raises NolaVisionError unless `path` is an adapter's file, which a pipe or a device is not."""
+    """Raises NolaVisionError unless `path` is a regular file, not a pipe or a device."""
     if not os.path.isfile(path):
         raise NolaVisionError(
             f"the adapter file {path} {why_not_a_file(path)}: give the path of a file that `fit` wrote"
@@ -95,20 +95,20 @@ def weights_in(path: str | Path) -> Path:
 
 
 def refuse_existing(path: Path, option: str | None = None) -> None:
-    """Raises NolaVisionError where something has that name already: what a person wrote there would be lost."""
+    """Raises NolaVisionError if the path exists, so that a user's file is not overwritten."""
     if path.exists():
         kind = "is a folder" if path.is_dir() else "exists already"
         raise NolaVisionError(f"{path} {kind}: give another file{f' by {option}' if option else ''}")
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Writes a file by way of a temporary one next to it: a reader, or a crash, meets the old content or the new.
+    """Writes a file atomically, through a temporary file next to it: readers see the old content or the new.
 
     A symbolic link keeps pointing to its file.
 
     Raises:
-        OSError: the folder is missing or cannot be written to, or the path is not that of a regular file; nothing is
-            left behind.
+        OSError: the folder is missing or cannot be written to, or the path is not that of a regular file. No
+            temporary file remains.
     """
     path = Path(os.path.realpath(path))
     if os.path.lexists(path) and not path.is_file():  # a device would be replaced by a file
@@ -124,4 +124,4 @@ def write_whole(path: str | Path, content: bytes) -> None:
         try:
             temporary.unlink(missing_ok=True)
         except OSError:
-            pass  # the folder is gone; what went wrong first is the news
+            pass  # the folder is gone; the first error is the one to report

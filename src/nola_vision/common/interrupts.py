@@ -19,7 +19,7 @@ class Interrupts:
     Inside `allowed` the handler raises KeyboardInterrupt and every later signal is deferred, so that the code that
     records the interruption is not interrupted itself. A signal that comes more than a second later and still inside
     `allowed` is passed on as well: the first exception may have been swallowed (Python ignores one raised in
-    `__del__`). Does nothing outside the main thread and where SIGINT is ignored.
+    `__del__`). Has no effect outside the main thread and where SIGINT is ignored.
     """
 
     def __init__(self) -> None:

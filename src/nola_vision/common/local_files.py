@@ -1,8 +1,8 @@
-"""Reading the user's files: regular files of a sane size only, and facts about them that are remembered.
+"""Reading the user's files, limited to regular files of a maximum size, and caching what was computed from them.
 
-`remembered` stores what was computed from a file in this process and in the user's cache folder, so that neither this
-process nor the next reads 10,000 images again. An entry is reused only while size, times and inode of the file are the
-same. The cache folder can be deleted at any time; if it cannot be read or written, each process computes all once.
+`remembered` stores results in this process and in the user's cache folder, so that neither this process nor the next
+reads 10,000 images again. An entry is reused only while size, times and inode of the file are the same. The cache
+folder can be deleted at any time; if it cannot be read or written, each process computes everything once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _in_process: dict[tuple[str, Path], Entries] = {}  # by kind and folder
 
 @contextmanager
 def open_regular(path: str | Path, most_bytes: int | None = None) -> Iterator[BufferedReader]:
-    """Opens a file for reading; never blocks, and never opens a device.
+    """Opens a regular file for reading. Does not block, and does not open devices.
 
     Args:
         path: of the file.
@@ -185,7 +185,7 @@ def cache_folder() -> Path | None:
 
 
 def read_cache(path: Path | None) -> Entries:
-    """The entries of a cache file, each a list of whole numbers and a text; none if the file has anything else.
+    """The entries of a cache file, each a list of whole numbers and a text; empty if the file has other content.
 
     The keys are any text, also one that no file can have as its path.
     """

@@ -1,4 +1,4 @@
-"""What a process that does many runs loads once: data sets, decoded images and backbones."""
+"""A cache for processes that do many runs: data sets, decoded images and backbones are loaded once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _kept: dict[str, tuple[Hashable, object]] | None = None
 
 
 def keep() -> None:
-    """From now on, in this process, `once` keeps what it is given."""
+    """Switches the cache of this process on."""
     global _kept
     _kept = {} if _kept is None else _kept
 
 
 @contextmanager
 def keeping() -> Iterator[None]:
-    """Within this, `once` keeps what it is given; after it, the files on disk may have changed."""
+    """Switches the cache on within a block, and drops it afterwards, since files on disk may change."""
     global _kept
     before = _kept
     keep()
@@ -30,32 +30,32 @@ def keeping() -> Iterator[None]:
 
 
 def once(kind: str, key: Hashable, make: Callable[[], T], copy: Callable[[T], T] | None = None) -> T:
-    """What `make` gives; where this process keeps things, the last of each kind is kept and given again.
+    """The result of `make`. If the cache is on, the last result of each kind is cached and returned for the same key.
 
     Args:
-        kind: of thing.
-        key: what the thing is made of.
-        make: makes it.
-        copy: makes another of it, where whoever gets it may change it.
+        kind: the name of the cache.
+        key: what the result depends on.
+        make: computes the result.
+        copy: copies the cached result for each caller, if callers may change it.
     """
     if _kept is None:
         return make()
     if kind not in _kept or _kept[kind][0] != key:
-        _kept.pop(kind, None)  # not both at a time
+        _kept.pop(kind, None)  # so that the old and the new result are not in memory together
         _kept[kind] = (key, make())
     made: T = _kept[kind][1]  # type: ignore[assignment]
     return made if copy is None else copy(made)
 
 
 def latest(kind: str, key: Hashable, make: Callable[[], T], size: Callable[[T], int], limit: int) -> T:
-    """As `once`, but the things of this kind that were used last are kept, as many as fit into the limit together.
+    """As `once`, but caches several results of a kind, up to a limit; the least recently used ones are dropped.
 
     Args:
-        kind: of thing.
-        key: what the thing is made of.
-        make: makes it.
-        size: of a thing, in bytes.
-        limit: of all kept things of this kind together, in bytes.
+        kind: the name of the cache.
+        key: what the result depends on.
+        make: computes the result.
+        size: of a result, in bytes.
+        limit: of all cached results of this kind together, in bytes.
     """
     if _kept is None:
         return make()

@@ -1,4 +1,4 @@
-"""What a person reads while work goes on, in plain lines, and how long the rest takes. Imports no torch."""
+"""Progress as plain lines of text, and the remaining time. Does not import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def say_aside(text: str) -> None:
 
 
 def say_start(verb: str) -> None:
-    """Says that a verb has started before it imports torch, which takes seconds; nothing where torch is imported."""
+    """Reports that a verb starts to import torch, which takes seconds; silent if torch is imported already."""
     if "torch" not in sys.modules:
         say_aside(f"{verb} starts: importing PyTorch")
 
@@ -40,10 +40,10 @@ def is_live() -> bool:
 
 
 class PlainLines:
-    """Says at most one line in `LINE_SECONDS`, the first one that long after it was made.
+    """Prints at most one line per `LINE_SECONDS`; the first one `LINE_SECONDS` after construction.
 
     Args:
-        clock: seconds that never go back.
+        clock: monotonic seconds.
         say: writes a line.
     """
 
@@ -52,17 +52,17 @@ class PlainLines:
         self._last = clock()
 
     def say(self, text: Callable[[], str]) -> None:
-        """Says what `text` gives, if it is time for a line."""
+        """Prints what `text` returns, if it is time for a line."""
         if (now := self._clock()) - self._last >= LINE_SECONDS:
             self._last = now
             self._say(text())
 
 
 class PlainCount:
-    """Lines on work that is counted: `testing: 1,200 of 5,000 images, about 40 s left`.
+    """Progress lines with a count: `testing: 1,200 of 5,000 images, about 40 s left`.
 
     Args:
-        what: is done.
+        what: the work, such as `testing`.
         unit: what is counted, in the plural.
         clock, say: as in `PlainLines`.
     """
@@ -79,7 +79,7 @@ class PlainCount:
         self._lines = PlainLines(clock, say)
 
     def show(self, done: int, total: int) -> None:
-        """Says how many are done, if it is time for a line."""
+        """Prints how many are done, if it is time for a line."""
         self._lines.say(lambda: f"{self._what}: {done:,} of {total:,} {self._unit}{self._left(done, total)}")
 
     def _left(self, done: int, total: int) -> str:
@@ -88,12 +88,12 @@ class PlainCount:
 
 
 def count_aside(what: str, unit: str) -> PlainCount:
-    """A `PlainCount` on stderr; silent in a worker process, whose lines would come between those of the first one."""
+    """A `PlainCount` on stderr; silent in a worker process, so that lines of several processes do not mix."""
     return PlainCount(what, unit, say=say_aside if parent_process() is None else lambda line: None)
 
 
 def duration(seconds: float) -> str:
-    """A duration as a person says it: `40 s`, `3 min 20 s`, `2 h 5 min`."""
+    """A readable duration: `40 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -109,7 +109,7 @@ def time_left(seconds: float) -> str:
 
 
 def seconds_left(left: Mapping[str, int], finished: Mapping[str, Sequence[float]], workers: int = 1) -> float | None:
-    """How long runs will take.
+    """Estimates how long the remaining runs take.
 
     Args:
         left: the number of runs to do, by method.
@@ -117,8 +117,8 @@ def seconds_left(left: Mapping[str, int], finished: Mapping[str, Sequence[float]
         workers: runs at a time.
 
     Returns:
-        The sum over the runs left of the median seconds of their method's finished runs (of all finished runs, where
-        the method has none), divided by the workers; None before the first run has finished.
+        The sum over the runs left of the median seconds of their method's finished runs (of all finished runs, if
+        there are none of the method), divided by the workers; None before the first run has finished.
     """
     every = [seconds for runs in finished.values() for seconds in runs]
     if not every:
@@ -128,11 +128,11 @@ def seconds_left(left: Mapping[str, int], finished: Mapping[str, Sequence[float]
 
 
 def let_idle_threads_sleep() -> None:
-    """Makes threads that wait for other threads sleep instead of spin, unless the environment says otherwise.
+    """Makes threads that wait for other threads sleep instead of spin, unless the environment sets the policy.
 
-    OpenMP's default is to spin for a while. Where other processes use the cores, a spinning thread takes the time that
-    the thread it waits for needs, and a training step takes many times as long. Results do not depend on it. OpenMP
-    reads the variables when torch is imported, so this must come before; processes that are started inherit them.
+    By default OpenMP threads spin for a while. Where other processes use the cores, spinning threads slow down the
+    threads that they wait for, and a training step takes many times as long. Results do not change. OpenMP reads the
+    variables when torch is imported, so call this before; child processes inherit them.
     """
     if not any(name in os.environ for name in _WAITING):
         os.environ.update(_WAITING)

@@ -14,7 +14,7 @@ def did_you_mean(name: object, known: Iterable[str], otherwise: str | None = Non
     Args:
         name: what the user gave.
         known: the possible names.
-        otherwise: what to return if none is similar. Default: `use one of ...` with all known names.
+        otherwise: what to return if no name is similar. Default: `use one of ...` with all known names.
         cutoff: how similar a name must be, from 0 to 1.
     """
     known = list(known)

@@ -20,7 +20,7 @@ _UNSAFE = re.compile(
 
 
 def last_part(path: str | PurePath) -> str:
-    """The last part of a path, which may have been written on Windows; empty, or `..`, where it has no name."""
+    """The last part of a POSIX or Windows path; empty, or `..`, where that is not a name."""
     return PurePath(path).name.rstrip("\\").rpartition("\\")[2]
 
 

@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 def quoted(value: Any) -> str:
-    """A value as Python writes it, on one line and not longer than a message can take."""
+    """The repr of a value on one line, shortened for a message."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
+    except ValueError:  # Python refuses to convert integers of more than 4,300 digits to text
         return f"a value of type {type(value).__name__} that is too long to show"
 
 

@@ -39,7 +39,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
     Args:
         input: the image format of the backbone; the command line links it to the model's backbone.
         dataset: a name in the registry (docs/datasets.md), or hf:NAME for one of Hugging Face's.
-        root: the folder of the data set; by default the environment variable NOLA_VISION_DATA. digits needs none.
+        root: the folder of the data set; by default the environment variable NOLA_VISION_DATA. Not needed for digits.
         shots: training images per class, or "all" for every image outside the validation pool.
         split_seed: which draw of training images.
         run_seed: the order of the training images and their augmentation.
@@ -54,7 +54,8 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         manifest: a file of `nola-vision data manifest`: train on its images, which must be of these shots and split.
         test_limit: test on this many images only, evenly spaced over each class, for quick trials.
         fold: for data without a test set: test on this fold's images and train on the others, on at most `shots` per
-            class. `split_seed` shuffles the images into folds. Without it, all images may train and none are tested.
+            class. `split_seed` shuffles the images into folds. Without it, any image may be used for training, and no
+            image for testing.
         hold_out: for data without a test set: take a validation pool out of the training images.
 
     Attributes:

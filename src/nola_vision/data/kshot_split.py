@@ -80,7 +80,7 @@ class KShotSplit:
 
     @property
     def test_name(self) -> str | None:
-        """What the tested images are: "test", "validation", a fold such as "fold 2 of 5", or None if there are none."""
+        """The name of the tested images: "test", "validation" or a fold ("fold 2 of 5"); None without tested images."""
         if self.has_test:
             return self.entry.test_name(self.root)
         return None if self.fold is None else f"fold {self.fold + 1} of {self.number_of_folds}"
@@ -156,7 +156,7 @@ class KShotSplit:
                     f"data.{name} is for data without test images, and this data set has some: leave it out"
                 )
         elif self.test_limit is not None:
-            raise NolaVisionError("data.test_limit takes a part of the test images, and there are none: leave it out")
+            raise NolaVisionError("data.test_limit requires test images, which this data set lacks: leave it out")
         elif self.fold is not None and self.manifest is not None:
             raise NolaVisionError("data.fold draws from all images, and data.manifest names some: leave one out")
         elif self.fold is not None and not 0 <= self.fold < len(self._folds):

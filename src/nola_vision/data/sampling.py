@@ -25,8 +25,8 @@ POOL_SMALLEST_CLASS = 20
 def validation_pool(labels: npt.ArrayLike) -> Indices:
     """Validation indices. Independent of the seed and of the number of shots.
 
-    Within each class, in the order of the data set: every fifth image, at most 50, and none where the class has fewer
-    than 20 (`classes_without_pool` names those).
+    Within each class, in the order of the data set: every fifth image, at most 50; no images of a class with fewer than
+    20 (`classes_without_pool` returns those).
 
     Args:
         labels: `[n]` class indices.

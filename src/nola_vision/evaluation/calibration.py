@@ -117,8 +117,8 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 def cross_fitted(logits: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Calibration:
     """Fits a temperature and measures it on predictions that it was not fitted on; 1 if that does not lower the NLL.
 
-    With few images a temperature may be worse than none; likewise for methods that fit the scale of their logits, such
-    as nearest class mean, since the scale differs between folds.
+    With few images calibration may degrade the probabilities. The same holds for methods that fit the scale of their
+    logits, such as nearest class mean, since the scale differs between folds.
 
     Args:
         logits: `[n, classes]`, of images that were not trained on.

@@ -98,7 +98,7 @@ class Estimate:
             untested_classes: names of classes that no fold tests.
 
         Raises:
-            ValueError: there are no folds, the repeats differ in their number of folds, or a fold has no images.
+            ValueError: there are no folds, the repeats differ in their number of folds, or a fold is empty.
         """
         if repeats < 1 or not fold_results or len(fold_results) % repeats:
             raise ValueError(f"{len(fold_results)} folds are not {repeats} repeats of equally many")
@@ -238,7 +238,8 @@ def compare(a: Predictions, b: Predictions) -> Comparison:
     proportions based on paired data"): with b01 and b10 the counts of images that only one of the two got right,
     `p = (b10 + 1) / (n + 2)`, `q = (b01 + 1) / (n + 2)`, it is `p - q ± 1.96 sqrt((p + q - (p - q)²) / (n + 2))`.
     Of the closed forms (Wald's, Newcombe's, Agresti and Min's) it is the one whose coverage never fell under 94 % in
-    simulations of 20 to 400 images, and it is no wider than Newcombe's. It leaves out the variation of training sets.
+    simulations of 20 to 400 images, and it is at most as wide as Newcombe's. It does not include the variation between
+    training sets.
 
     Raises:
         ValueError: no image was tested by both, or an image has two labels.

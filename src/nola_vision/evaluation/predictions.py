@@ -83,7 +83,7 @@ def pool(parts: Sequence[Predictions]) -> Predictions:
 def load_predictions(
     folder: Path, classes: int | None = None, images: int | None = None, most_bytes: int = _MOST_BYTES
 ) -> Predictions | None:
-    """The predictions in a run's folder; None if it has none.
+    """The predictions in a run's folder; None if there is no such file.
 
     Args:
         folder: of the run.
@@ -123,7 +123,7 @@ def _fault(found: Predictions, classes: int | None, images: int | None) -> str |
         if not np.isfinite(array).all():
             return f"{name} holds a number that is not finite"
     if not count:
-        return "it has no image"
+        return "it is empty"
     if images not in (None, count):
         return f"it is of {count:,} images, and the row of {images:,}"
     if found.index[0] < 0 or (np.diff(found.index) <= 0).any():

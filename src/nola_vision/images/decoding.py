@@ -50,7 +50,7 @@ def decoder_versions() -> str:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's content starts like one of the image formats, whatever its name; TGA has no signature."""
+    """Whether a file's content has the signature of an image format, whatever its name; TGA files lack a signature."""
     formats = [kind for kind in _formats() if kind != "TGA"]
     try:
         with open_regular(path, MOST_BYTES) as file, Image.open(file, formats=formats):
@@ -87,7 +87,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise NolaVisionError(f"pixel mode {image.mode} has no defined white, save it with 8 or 16 bits")
+            raise NolaVisionError(f"the white level of pixel mode {image.mode} is undefined, save it with 8 or 16 bits")
         most = int(values.max())
         if 0 < most < 2**14:
             raise NolaVisionError(

@@ -85,7 +85,7 @@ def train_transform(config: InputConfig, augmentation: str, flip: bool = False) 
     - "none": the evaluation transform.
     - "light": a random crop of 60 to 100 % of the area, and with `flip` a horizontal flip with probability 1/2.
     - "released": that of the authors' released code: a crop of 20 to 100 %, colour jitter, grey, blur and a flip.
-      Their code rounds to 8 bits after each step; here nothing is rounded after the crop.
+      Their code rounds to 8 bits after each step; here the steps after the crop compute in floating point.
 
     Args:
         config: the backbone's image format.

@@ -45,7 +45,7 @@ class AdaptedModel(nn.Module):
     frozen, except all of `FullFinetune`, the batch norms of `train_norms` and what PEFT adds.
 
     Attributes:
-        temperature: divides the logits for the probabilities of `predict`; `forward` does not use it. 1 if nothing was
+        temperature: divides the logits for the probabilities of `predict`; `forward` does not use it. 1 if it was not
             fitted.
         calibrated_on: the images that the temperature was fitted on, `folds` or `validation`; None: not calibrated.
         calibration_images: how many images these were.
@@ -65,8 +65,8 @@ class AdaptedModel(nn.Module):
         self.calibration_images: int | None = None
         self.weights = weights
         self.backbone, self.bank, self.metadata = backbone, bank, metadata
-        # of the weights as they were loaded: a run may cast them, round them to int8, or train them; a fully
-        # fine-tuned model has none, since its file contains every weight and so fits any of the shape
+        # of the weights as they were loaded: a run may cast them, round them to int8, or train them. None for a fully
+        # fine-tuned model, whose file contains every weight
         self.fingerprint = fingerprint
         self._stored_bits: dict[str, int] = {}  # by parameter name, see `compute_with_stored_bits`
 
@@ -109,7 +109,7 @@ class AdaptedModel(nn.Module):
             lists for several.
 
         Raises:
-            NolaVisionError: an image cannot be read or is none of the above, or a logit is not finite.
+            NolaVisionError: an image cannot be read or has another form, or a logit is not finite.
         """
         one, several = one_or_several(images)
         check_counts(top_k=top_k, batch_size=batch_size)
@@ -202,8 +202,8 @@ class AdaptedModel(nn.Module):
             adapter: which adapter, if the bank has several.
 
         Raises:
-            NolaVisionError: the path cannot be written, the adapter is merged into the backbone or not named, or a
-                value is not finite.
+            NolaVisionError: the path cannot be written, the adapter is merged into the backbone, not named or has
+                another number of classes than the model has names, or a value is not finite.
         """
         count = self.bank.num_adapters
         if count > 1 and adapter is None:
@@ -217,6 +217,11 @@ class AdaptedModel(nn.Module):
             )
         if self.bank.merged:
             raise NolaVisionError("a merged adapter cannot be saved: unmerge() it first")
+        if (classes := self.bank.class_counts[adapter]) != len(self.metadata.class_names):
+            raise NolaVisionError(
+                f"adapter {adapter} has {classes} classes and the model {len(self.metadata.class_names)} class names: "
+                "give the model the names of this adapter's classes (model.metadata) to save it"
+            )
         if broken := self.not_finite(adapter):
             raise NolaVisionError(f"{broken} is not finite: try a smaller learning rate or scale")
         return write_adapter(path, self.file_metadata(), self.file_tensors(adapter), self.bits)
@@ -226,7 +231,7 @@ class AdaptedModel(nn.Module):
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a value that is not finite, or None. Integer tensors pass."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() and not is_quantised(t)}
-    # a sum is five times as fast as a test of each value, and finite sums leave nothing to find
+    # a sum is five times as fast as a test of each value, and is only finite if all values are
     if not floats or bool(torch.stack([tensor.sum().float() for tensor in floats.values()]).isfinite().all()):
         return None
     return next((name for name, tensor in floats.items() if not tensor.isfinite().all()), None)

@@ -41,8 +41,8 @@ def adapt(
         basis_seed: sets NOLA's basis; `run_seed` if not given.
 
     Raises:
-        NolaVisionError: the backbone or a target does not exist, a target has no effect on the features, or an argument
-            makes no sense.
+        NolaVisionError: the backbone or a target does not exist, a target does not affect the features, or an argument
+            is invalid.
     """
     if not isinstance(method, Method):
         raise NolaVisionError(f"the method is {method!r}: give a value such as NOLA(targets=['mlp'])")
@@ -88,7 +88,7 @@ def assemble(
         open_branches(backbone)
     if verify and weights is None:
         weights = known_weights.origin(spec)
-    if method.byte_budget is not None:
+    if method.byte_budget is not None and target_names is None:  # a file's values are counted already
         metadata = dataclasses.replace(metadata, method=spend_bytes(backbone, metadata, weights, method.byte_budget))
     bank = make_bank(
         backbone,
@@ -106,7 +106,7 @@ def assemble(
     frozen = _fingerprint(backbone, method) if verify else None
     if spec.int8:
         to_int8(backbone)
-    # with all weights zero nothing reaches the features, and norms that train may start at zero
+    # with all weights zero no change reaches the features, and norms that train may start at zero
     alive = spec.base == "pretrained" or (spec.base == "random" and not _trains_norms(method))
     bank.attach(backbone, probe_batch(backbone) if verify and alive else None)
     method.unfreeze(backbone)

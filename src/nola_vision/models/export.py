@@ -110,8 +110,8 @@ def write_merged(model: AdaptedModel, out: str | Path, dequantise: bool = False)
         The Python code that loads it; a model that is not in timm needs this package.
 
     Raises:
-        NolaVisionError: timm's model has no linear classifier on its features, the folder exists or cannot be written,
-            or timm computes different logits; no file is left behind.
+        NolaVisionError: timm's model lacks a linear classifier on its features, the folder exists or cannot be written,
+            or timm computes different logits. No files remain.
     """
     out, spec, bank = Path(out), model.metadata.backbone, model.bank
     if model.metadata.method.edits_backbone:
@@ -169,7 +169,7 @@ def with_classifier(
         The model's source, the model, and the names of its layers that compute the classes.
 
     Raises:
-        NolaVisionError: it has no linear classifier, or differs from the backbone in more than that.
+        NolaVisionError: it lacks a linear classifier, or differs from the backbone in more than that.
     """
     with torch.random.fork_rng(devices=[]):
         plain = source.create(num_classes, img_size=img_size).eval()
@@ -195,7 +195,7 @@ def with_classifier(
                 "the head: use the adapter file"
             )
     if not classifiers:
-        raise NolaVisionError(f"timm's {tag} has no classifier, so it cannot store the head: use the adapter file")
+        raise NolaVisionError(f"timm's {tag} lacks a classifier to store the head in: use the adapter file")
     if there.keys() - own or any(there[name].shape != own[name].shape for name in there):
         raise NolaVisionError(
             f"timm's {tag} with a classifier has other weights than without, so it cannot be merged: use "
@@ -275,7 +275,7 @@ def _compare(folder: Path, probe: Tensor, expected: Tensor, model: AdaptedModel)
             logits = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(probe)
     except Exception as error:  # timm raises many types
         reason = textwrap.shorten(f"{type(error).__name__}, {error}", 160)
-        raise NolaVisionError(f"timm cannot load the merged {tag}, so nothing is written ({reason})") from error
+        raise NolaVisionError(f"timm cannot load the merged {tag}, so it was not written ({reason})") from error
     exact = next(model.backbone.parameters()).dtype == torch.float32
     difference = float((logits - expected).abs().max() / expected.abs().max())
     if not difference < (1e-3 if exact else 0.1):

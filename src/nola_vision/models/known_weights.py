@@ -81,7 +81,7 @@ def remember(spec: BackboneSpec) -> None:
 
 
 def find(wanted: WeightsOrigin, spec: BackboneSpec) -> str | None:
-    """A local file with the wanted digest, as `BackboneSpec.file`; nothing is downloaded.
+    """A local file with the wanted digest, as `BackboneSpec.file`; does not download.
 
     Files of another size are not read. For a `local-dir:` or `hf-hub:` tag the result is the file's folder, which must
     have a `config.json`.

@@ -29,8 +29,8 @@ _SKETCH_TOLERANCE = 1e-3  # of the largest number: LAPACKs differ by less, other
 def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     """The adapted model of an adapter file, in eval mode.
 
-    The file is data: nothing that it names is run, and it takes no more memory than its tensors and the backbone do.
-    `docs/security.md` has the details. Each step below is checked before the next one costs anything.
+    The file is untrusted: loading does not run code that it names, and takes no more memory than its tensors and the
+    backbone. Each step is checked before the next one allocates memory; see `docs/security.md`.
 
     Args:
         path: the adapter file.
@@ -155,7 +155,7 @@ def _fill(model: AdaptedModel, tensors: Mapping[str, Tensor], path: str | Path) 
 
 @torch.no_grad()
 def check_saved(model: AdaptedModel, path: str | Path, images: Tensor) -> None:
-    """Checks that an adapter file gives a model back: a new model with the file's tensors, on some images.
+    """Checks that an adapter file restores the model, by comparing the logits of a new model on some images.
 
     Args:
         model: what was trained.

@@ -1,7 +1,7 @@
-"""The header of an adapter file: what it may state.
+"""The header of an adapter file, and its validation.
 
-A file comes from anyone. Everything in its header is checked here, before a backbone is made: types, ranges
-and lengths. `adapt` accepts the same values, so that every file that is written can be read.
+Adapter files are untrusted. Types, ranges and lengths of all header fields are checked here, before a backbone is
+created. `adapt` accepts the same values, so that every file that is written can be read.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def _group(target: dict[str, Any]) -> str:
 
 
 def _is_setting(text: str) -> bool:
-    """Whether a text may stand in a message."""
+    """Whether a text is short and printable, so that a message may contain it."""
     return len(text) <= _MAX_TEXT and text.isprintable()
 
 

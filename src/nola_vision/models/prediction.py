@@ -37,10 +37,10 @@ def load_image(image: Any, position: int) -> Image.Image:
 
     Args:
         image: a path, PIL image, array or tensor.
-        position: its position among all images, which names it in messages if it has no path.
+        position: its position among all images; used in messages if there is no path.
 
     Raises:
-        NolaVisionError: it is none of these, or cannot be read.
+        NolaVisionError: it is of another type, or cannot be read.
     """
     try:
         return to_rgb(_decode(image))

@@ -262,8 +262,8 @@ def _on_folds(measured: Sequence[Row]) -> list[str]:
     ]
     if len({row.split for row in measured}) > 1:
         sentences.append(
-            "A difference between two methods has no interval over splits, which divide the same images: they are "
-            "compared image by image, in the first split and init that both have."
+            "There is no interval over splits for the difference between two methods, since splits divide the same "
+            "images: methods are compared image by image, in the first split and init that both have."
         )
     return sentences
 
@@ -330,7 +330,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _span(numbers: Iterable[int | None]) -> str:
-    """The range of the known numbers: `1,297` or `80 to 96`; empty if none is known."""
+    """The range of the known numbers: `1,297` or `80 to 96`; empty if all are unknown."""
     known = [number for number in numbers if number is not None]
     if not known:
         return ""

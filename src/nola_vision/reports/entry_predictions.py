@@ -77,7 +77,7 @@ class EntryPredictions:
 
 
 def load_run_predictions(row: Row) -> Predictions | None:
-    """The predictions in a run's folder; None if it has none.
+    """The predictions in a run's folder; None if there is no such file.
 
     Raises:
         NolaVisionError: the file cannot be used, or its classes or number of images differ from the row's.
@@ -90,7 +90,7 @@ def load_run_predictions(row: Row) -> Predictions | None:
 
 
 def read_entry_predictions(summary: Summary, runs: Sequence[Row], problems: list[str]) -> EntryPredictions | None:
-    """The first runs of an entry that have predictions; None if there are none.
+    """The first runs of an entry that have predictions; None if no run has.
 
     Args:
         summary: of the entry.

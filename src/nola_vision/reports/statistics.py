@@ -52,7 +52,7 @@ def cross_validated(row: Row) -> bool:
 
 
 def run_accuracies(row: Row) -> list[float]:
-    """A run's accuracies in per cent: one on its test set, or one per fold; empty if there are none."""
+    """A run's accuracies in per cent: one on its test set, or one per fold; empty if it was not tested."""
     if row.test_accuracy is not None:
         return [100 * row.test_accuracy]
     return [] if row.estimate is None else [100 * accuracy for accuracy in row.estimate["folds"]]

@@ -165,7 +165,7 @@ def verdict(
             reason = "its folds were not run" if row.data.get("folds") else "it was not tested"
             if row.status != "completed":
                 reason = "its run failed" if row.status == "failed" else "its run was interrupted"
-            lines.append(f"{_name(row.method)} has no estimate of its accuracy: {reason}.")
+            lines.append(f"There is no accuracy estimate for {_name(row.method)}: {reason}.")
     for item in own:
         lines += [_accuracy_line(item), *_chance_line(item)]
     for name, runs in zip(_COMPARED, (frozen, others), strict=True):

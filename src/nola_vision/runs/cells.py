@@ -95,7 +95,7 @@ def compose(backbone: str, dataset: str, shots: int, protocol: str = "default", 
     is_shipped = backbone in part_files("backbones") and dataset in part_files("datasets")
     config["published"] = published({**config["published"], "shots": shots}) if is_shipped else []
     if not config["methods"]:
-        raise NolaVisionError(f"the protocol '{protocol}' in {folder} has no `methods`: add `include: default` to it")
+        raise NolaVisionError(f"the protocol '{protocol}' in {folder} lacks `methods`: add `include: default` to it")
     return {key: config[key] for key in _ORDER if key in config}
 
 

@@ -121,7 +121,7 @@ def evaluate(run_config: run_id.Config, out: str | Path, verb: str, ckpt_path: s
     Without a checkpoint, or with `last`, it evaluates the weights that the run's row describes.
 
     Raises:
-        NolaVisionError: a method that trains has no checkpoint, or it is damaged or of another run.
+        NolaVisionError: there is no checkpoint of a method that trains, or it is damaged or of another run.
     """
     folder = run_id.run_folder(out, run_config, "final")
     own = ckpt_path in (None, "last")
@@ -142,7 +142,7 @@ def evaluate(run_config: run_id.Config, out: str | Path, verb: str, ckpt_path: s
             if is_main_process():
                 print(f"checkpoint: {ckpt_path}")
         if verb == "test" and built.datamodule.test_name is None:
-            raise NolaVisionError("the data set has no test images: `nola-vision fit` prints the estimate of its folds")
+            raise NolaVisionError("no test images in the data set: use `nola-vision fit` for an estimate by folds")
         step = built.trainer.validate if verb == "validate" else built.trainer.test
         try:
             step(built.model, datamodule=built.datamodule)

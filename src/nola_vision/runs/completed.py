@@ -47,12 +47,12 @@ def _unusable(row: Row, folder: Path) -> str | None:
     """Why the files of a completed run are unusable, or None."""
     class_names, counts = row.data.get("class_names"), row.data.get("counts") or {}
     if row.stage != "search" and not class_names:
-        return f"{folder / ROW_FILE} has no data.class_names"
+        return f"{folder / ROW_FILE} lacks data.class_names"
     try:
         if row.stage == "fold":
             found = load_predictions(folder, len(class_names or ()), counts.get("test"))
             if found is None or found.logits is None:
-                return f"{folder / PREDICTIONS_FILE} {'does not exist' if found is None else 'has no logits'}"
+                return f"{folder / PREDICTIONS_FILE} {'does not exist' if found is None else 'lacks logits'}"
         elif row.stage == "final" and row.adapter_file_bytes is not None:
             open_adapter(folder / ADAPTER_FILE)
     except NolaVisionError as error:

@@ -25,10 +25,10 @@ from nola_vision.runs.run_id import Config
 
 
 def number_of_folds(run_config: Config, data: KShotDataModule | None = None) -> int:
-    """How many folds the estimate of a run needs; 0 if it needs none.
+    """How many folds the estimate of a run needs, or 0.
 
-    A run needs none on a data set with a test split, with a method on frozen features, which computes its own estimate,
-    and on several devices, since Lightning starts its processes again for each training.
+    0 on a data set with a test split, for a method on frozen features, which computes its own estimate, and on several
+    devices, since Lightning starts its processes again for each training.
 
     Args:
         run_config: as of `runner.run`.
@@ -54,7 +54,7 @@ def run_with_estimate(
     again: bool = False,
     **options: Any,
 ) -> Row:
-    """`runner.run`, after one run per fold if the data set has no test split.
+    """`runner.run`, after one run per fold if there is no test split.
 
     Args:
         run_config: as of `runner.run`.
@@ -63,7 +63,7 @@ def run_with_estimate(
         learning_rates: candidates; the best one on a validation pool is used. Without a test split the pool is held out
             of each fold's training part, and of all images for the final run.
         on_fold: called with the number and the row of each finished fold.
-        folds: how many to run, 0 for none; `number_of_folds` if not given.
+        folds: how many to run, from 0; `number_of_folds` if not given.
         again: repeat completed runs.
         options: other arguments of `runner.run`.
 

@@ -147,7 +147,7 @@ def _learning_rates(raw: run_id.Config, run_config: run_id.Config) -> list[float
     rates = [float(rate) for rate in entry.get("learning_rates") or []]
     if len(rates) < 2:
         raise NolaVisionError(
-            f"--search has nothing to choose from: give {run_config['method']} several `learning_rates` in the config"
+            f"--search needs several learning rates: give {run_config['method']} a list `learning_rates` in the config"
         )
     return rates
 

@@ -76,7 +76,7 @@ def write_estimate(
 
     Args:
         pooled: of all folds.
-        temperature: for the probabilities; None if none was fitted.
+        temperature: for the probabilities; None if it was not fitted.
         folder: of the final run.
         class_names: of the data.
         source: of the tested images.

@@ -1,4 +1,4 @@
-"""Which classes a config may name. A config may come from a stranger, so naming a class must not run foreign code."""
+"""Which classes a config may name. Configs are untrusted, so naming a class must not run foreign code."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def register_method(class_path: Any, packages: Sequence[str]) -> list[str]:
     """Adds a method of another package to the known ones: a registered plug-in, or a class of `packages`.
 
     Args:
-        class_path: of the config's method. A name without a package, or one of this package, needs nothing.
+        class_path: of the config's method. A name without a package, or one of this package, needs no import.
         packages: those that the user allowed.
 
     Returns:

@@ -1,7 +1,7 @@
-"""A config from a person's own images: what `nola-vision fit PHOTOS` trains and `nola-vision init PHOTOS` writes.
+"""The config for a user's images: what `nola-vision fit PHOTOS` trains and `nola-vision init PHOTOS` writes.
 
-torch and timm are imported only where a backbone other than the two known ones must be looked at, after everything
-else was checked: a mistake is reported at once.
+Errors are reported before torch and timm are imported. These are only needed for a backbone other than the two known
+ones.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def open_images(place: str) -> ImageSource:
     """The training images at a place; the files are listed, not read.
 
     Raises:
-        NolaVisionError: there is nothing, one image, a config, or no images of two or more classes.
+        NolaVisionError: the place does not exist, is one image or a config, or does not contain images of two or more
+            classes.
     """
     path = Path(_absolute(place))
     if path.suffix.lower() in (".yaml", ".yml"):
@@ -199,7 +200,7 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
     """The image side, None for timm's own, and the targets that a backbone has.
 
     Raises:
-        NolaVisionError: timm has no such model.
+        NolaVisionError: timm does not have the model.
     """
     say_start(f"the check of {backbone['tag']}")
     from nola_vision.models.backbones.creation import skeleton
@@ -211,7 +212,7 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
     side = largest_side(spec, LARGEST_SIDE)
     model, targets = skeleton(spec), []
     for name in ("qkv", "mlp"):
-        with suppress(NolaVisionError):  # a convolutional network has no qkv, a ResNet no mlp either
+        with suppress(NolaVisionError):  # a convolutional network lacks qkv, a ResNet also mlp
             find_targets(model, name)
             targets.append(name)
     return side, targets or ["conv"]

@@ -1,6 +1,6 @@
-"""The identity of a run: the config of one entry, the name of its cell, its hash and its folder. No file is read.
+"""The identity of a run: the config of one entry, the name of its cell, its hash and its folder. Does not read files.
 
-The hashes cover what can change a result. A setting that is left out is left out here, in one place.
+The hashes cover the settings that can change a result. This file alone decides which settings are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from nola_vision.adapters.methods.registry import METHODS
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import sha256
 from nola_vision.common.mappings import flattened
@@ -39,7 +40,7 @@ _TRAINER_LEFT_OUT = (
     "profiler",
     "callbacks",
 )
-# What steps, epochs and augmentation are: without an effect on a method that trains nothing by steps.
+# Settings of steps, epochs and augmentation, which do not affect a method on frozen features.
 _OF_STEPS = {
     "data": ("batch_size", "augmentation", "flip"),
     "model": (
@@ -111,7 +112,7 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if isinstance(settings, Mapping) and not isinstance(settings.get("init_args") or {}, Mapping):
         raise NolaVisionError(f"`init_args` of the method {name!r} must be a mapping: write it like {{rank: 4}}")
     if not isinstance(settings, Mapping) or not isinstance(settings.get("class_path"), str):
-        raise NolaVisionError(f"the method {name!r} has no `class_path`: name its class, such as `class_path: NOLA`")
+        raise NolaVisionError(f"the method {name!r} lacks `class_path`: name its class, such as `class_path: NOLA`")
     if stray := [key for key in settings if key not in ("class_path", "init_args", "learning_rates")]:
         raise NolaVisionError(
             f"unknown key {stray[0]!r} in the method {name!r}: it takes class_path, init_args and learning_rates"
@@ -125,7 +126,7 @@ def need(config: Mapping[str, Any], *path: str) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
         if value is None:
-            raise NolaVisionError(f"the config has no value for `{'.'.join(path)}`: add it")
+            raise NolaVisionError(f"the config lacks a value for `{'.'.join(path)}`: add it")
     return value
 
 
@@ -135,8 +136,9 @@ def method_class(run_config: Mapping[str, Any]) -> str:
 
 
 def has_init(run_config: Mapping[str, Any]) -> bool:
-    """Whether `run_seed` matters: a method on frozen features trains nothing by steps, so it has one run per split."""
-    return method_class(run_config) not in FROZEN_METHODS.values()
+    """Whether `run_seed` matters. It does not for a method on frozen features, which has one run per split."""
+    known = METHODS.get(method_class(run_config))
+    return known is None or not known.on_frozen_features
 
 
 def cell_name(run_config: Mapping[str, Any]) -> str:
@@ -210,7 +212,7 @@ def differing_settings(run_configs: Iterable[Mapping[str, Any]]) -> list[str]:
 def run_folder(out: str | Path, run_config: Mapping[str, Any], stage: Stage) -> Path:
     """Return `OUT/<cell>/<method name>/split0-init0-<hash>`.
 
-    A method on frozen features has no init; a search run has the prefix `search-`, the run of a fold `fold2-`.
+    Without the init for a method on frozen features; a search run has the prefix `search-`, a fold's run `fold2-`.
     """
     name = f"split{need(run_config, 'data', 'split_seed')}-"
     if has_init(run_config):

@@ -78,7 +78,7 @@ def run(
     if ckpt_path is not None and not last:
         if not trains:
             raise NolaVisionError(
-                f"{run_config['method']} trains nothing, so it has no checkpoint: leave --ckpt_path out"
+                f"{run_config['method']} is fitted without training, so there is no checkpoint: leave --ckpt_path out"
             )
         ckpt_path = checkpoint_path(ckpt_path, folder)
     main = is_main_process(run_config)
@@ -94,7 +94,7 @@ def run(
             found = trains and (folder / LAST_CHECKPOINT).is_file()
             ckpt_path = str(folder / LAST_CHECKPOINT) if found else None
             if main and trains:
-                _log.warning("this run %s", "resumes" if found else "has no checkpoint yet: it starts from scratch")
+                _log.warning("this run %s", "resumes" if found else "starts from scratch: there is no checkpoint yet")
         row = _run(run_config, folder, Path(out), stage, ckpt_path, keep_going, heartbeat, held_out)
         if main and row.status == "completed":
             drop_aside(folder)

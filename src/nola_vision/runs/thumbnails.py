@@ -74,7 +74,7 @@ def most_confident_mistakes(predictions: Predictions, most: int = MOST_THUMBNAIL
 def write_thumbnails(folder: Path, predictions: Predictions, source: ImageSource) -> None:
     """Writes the thumbnails into a run's folder: one uint8 tensor per image, the content of a JPEG file.
 
-    A tensor's name is the image's index, a space and the image's name. The file has no tensors if no image was
+    A tensor's name is the image's index, a space and the image's name. The file contains no tensors if no image was
     misclassified. An error is logged as a warning; the run continues.
 
     Args:
@@ -132,7 +132,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 
 
 def load_thumbnails(folder: Path) -> dict[int, Thumbnail]:
-    """The thumbnails in a run's folder by the index of their image, in ascending order; none if there is no file.
+    """The thumbnails in a run's folder by the index of their image, in ascending order; empty if there is no file.
 
     Raises:
         NolaVisionError: the file cannot be read, or is damaged.

@@ -138,6 +138,6 @@ def rates_to_try(config: Mapping[str, Any], method: str) -> list[float]:
 
 def _number(rate: Any, method: str) -> float:
     try:
-        return float(rate)  # YAML reads 5e-3, which has no point, as text
+        return float(rate)  # YAML reads 5e-3, without a decimal point, as text
     except (TypeError, ValueError):
         raise NolaVisionError(f"{rate!r} is not a learning rate for {method!r}: write a number") from None

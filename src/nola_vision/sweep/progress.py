@@ -63,7 +63,7 @@ def planned_seconds(entries: Sequence[EntryProgress], workers: int) -> float | N
 
 
 def remaining_seconds(ended: Sequence[Row], left: Counter[str], workers: int) -> float | None:
-    """How long the remaining runs will take; None before the first completed run, and once none remains.
+    """How long the remaining runs will take; None before the first completed run, and after the last one.
 
     Args:
         ended: the rows of this sweep so far.

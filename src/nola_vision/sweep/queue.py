@@ -60,7 +60,7 @@ class RunQueue:
         return run_id.run_folder(self._out, spec.config, spec.stage)
 
     def take(self) -> RunSpec | None:
-        """The next run to start, or None if none is waiting; those that are already done are finished on the way."""
+        """The next run to start, or None if no run is waiting. Finishes runs that are already done on the way."""
         now = time.monotonic()
         self._waiting.extend(spec for due, spec in self._later if due <= now)
         self._later = [(due, spec) for due, spec in self._later if due > now]

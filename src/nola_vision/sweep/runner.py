@@ -69,8 +69,8 @@ class Sweep:
             execute: an engine: it does every run that is not completed yet, and returns a row for each.
 
         Returns:
-            The rows of the final runs, and the search runs of each entry whose search runs all failed, since it has no
-            final run.
+            The rows of the final runs. For an entry whose search runs all failed there is no final run: the rows of its
+            search runs instead.
         """
         methods = list(self.config["methods"])
         found = execute(plan.search_specs(self.config, methods))

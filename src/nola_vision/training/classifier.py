@@ -15,15 +15,15 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from nola_vision.adapters.layers import batch_norms
 from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import keyed_hash
 from nola_vision.common.mappings import flattened
 from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.models.adapted_model import backbone_tensors, first_not_finite
+from nola_vision.models.adapted_model import first_not_finite
 from nola_vision.models.assembly import adapt
-from nola_vision.models.backbones.properties import batch_norms
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.base import ClassificationTask
 from nola_vision.training.callbacks import monitoring, update_paths
@@ -63,7 +63,9 @@ class Classifier(ClassificationTask):
         self.model = adapt(backbone, method, class_names, run_seed, basis_seed).train()
         if grad_checkpointing:
             if not hasattr(self.model.backbone, "set_grad_checkpointing"):
-                raise NolaVisionError(f"{backbone.tag} has no gradient checkpointing: leave grad_checkpointing out")
+                raise NolaVisionError(
+                    f"{backbone.tag} does not support gradient checkpointing: leave grad_checkpointing out"
+                )
             self.model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         # in a list, so that the compiled model is not a second submodule
         self._computed: list[Callable[[Tensor], Tensor]] = [torch.compile(self.model) if compile else self.model]
@@ -224,7 +226,7 @@ class Classifier(ClassificationTask):
     # --- checkpoints hold trained values only: the backbone is restored from its tag, the basis from its seed --------
 
     def _kept(self, names: Sequence[str]) -> set[str]:
-        trained = {f"model.backbone.{name}" for name in backbone_tensors(self.model.backbone, self.method)}
+        trained = {f"model.backbone.{name}" for name in self.method.trained_in_backbone(self.model.backbone)}
         return {name for name in names if name in trained or not name.startswith("model.backbone.")}
 
     def _identity(self) -> dict[str, Any]:

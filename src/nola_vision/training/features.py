@@ -43,7 +43,7 @@ class FeatureSet(Dataset[tuple[Tensor, Tensor]]):
         return len(self.features)
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """The batch of some positions, or of (position, seed) pairs, of which nothing here is random."""
+        """The batch of some positions, or of (position, seed) pairs; features are not random, so seeds are ignored."""
         positions = [key[0] if isinstance(key, tuple) else key for key in keys]
         return self.features[positions], self.labels[positions]
 

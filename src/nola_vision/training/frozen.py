@@ -145,9 +145,9 @@ def nearest_mean(x: Array, y: Indices, num_classes: int) -> tuple[Array, Array]:
     """The head of nearest class mean by cosine.
 
     With u = x / |x| and m_c the mean of class c's u, the class of the largest cosine is that of the largest
-    `x . m_c / |m_c|`, since |x| is the same for all classes: a head without a bias. Its scale, which no prediction
-    depends on, is s / (mean |x|), with the s that makes the training images likeliest when each is left out of the mean
-    of its own class.
+    `x . m_c / |m_c|`, since |x| is the same for all classes: a head without a bias. Its scale does not affect the
+    predicted class. It is s / (mean |x|), where s maximises the likelihood of the training images, each left out of its
+    class mean.
     """
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     u = x / np.maximum(norms, 1e-12)
@@ -287,8 +287,9 @@ def cross_validate(
 
 
 def number_of_repeats(features: Tensor, labels: Indices, method: Method) -> int:
-    """10 (3 of logistic regression, which is fitted 31 times per fold), and fewer where images, features and classes
-    are many: all repeats together take seconds.
+    """The number of repeats: 10, or 3 for logistic regression, which is fitted 31 times per fold.
+
+    Fewer for many images, features and classes, so that all repeats together take seconds.
     """
     work = features.numel() * len(np.unique(labels))
     most = MOST_LOGISTIC_REPEATS if method.regularised else MOST_REPEATS

@@ -10,6 +10,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
 
@@ -48,14 +49,13 @@ def check_stop_early(patience: int | None, callbacks: Any) -> None:
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
-    """Refuses trainer settings that cannot lead to a result, before anything is loaded or trained.
+    """Refuses unsupported trainer settings before anything is loaded or trained.
 
     Args:
         settings: the full config's `trainer`, as plain values.
 
     Raises:
-        NolaVisionError: a callback or strategy that does not work here, a metric that is not logged, or limits that
-            leave nothing to train.
+        NolaVisionError: a callback or strategy that is not supported, a metric that is not logged, or a limit of 0.
     """
     _check_callbacks(_mappings(settings.get("callbacks")))
     _check_strategy(settings.get("strategy") or "auto")
@@ -71,9 +71,9 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
         )
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if (value := settings.get(name)) == 0:
-            raise NolaVisionError(f"trainer.{name} is {value}, which leaves nothing to train: give more")
+            raise NolaVisionError(f"trainer.{name} is {value}, so there would be no training: use a larger value")
     if (value := settings.get("limit_test_batches")) == 0:
-        raise NolaVisionError(f"trainer.limit_test_batches is {value}, which leaves nothing to test: give more")
+        raise NolaVisionError(f"trainer.limit_test_batches is {value}, so there would be no test: use a larger value")
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
         if (value := settings.get(name)) is not None and value < 1:
             raise NolaVisionError(f"trainer.{name} is {value}: it must be at least 1")
@@ -111,19 +111,19 @@ def _check_callbacks(callbacks: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def check_precision(precision: Any, method: str, train_norms: bool) -> None:
+def check_precision(precision: Any, method: Method) -> None:
     """Refuses 16-bit weights for methods that train weights of the backbone: most updates would be rounded away.
 
     Args:
         precision: the config's `trainer.precision`.
-        method: the class's name.
-        train_norms: whether the method trains batch norms.
+        method: the entry's.
 
     Raises:
         NolaVisionError: this method needs float32 weights.
     """
-    if precision in ("bf16-true", "16-true") and (train_norms or method in ("FullFinetune", "PEFT")):
-        what = "train_norms" if train_norms else method
+    trains_weights = method.train_norms or method.trains_backbone or method.edits_backbone
+    if precision in ("bf16-true", "16-true") and trains_weights:
+        what = "train_norms" if method.train_norms else type(method).__name__
         raise NolaVisionError(
             f"trainer.precision is {precision}, but {what} trains weights of the backbone, and most steps would be "
             f"rounded away in 16 bits: use {precision.replace('true', 'mixed')}"
@@ -144,7 +144,7 @@ def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
     reason = None
     if not has_validation:
         reason = (
-            "there are no validation images (a class needs 20 images; a data set without a test set has none): leave "
+            "there are no validation images (they need 20 images of a class, and a data set with a test set): leave "
             "model.stop_early out, or monitor train_loss"
         )
     elif not trainer.limit_val_batches:

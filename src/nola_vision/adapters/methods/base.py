@@ -96,7 +96,7 @@ class Method:
     """A way to adapt a backbone, and everything that the program asks of one. The defaults are for a plain head.
 
     Attributes:
-        on_frozen_features: nothing is trained by steps, so nothing depends on `run_seed`.
+        on_frozen_features: fitted without optimizer steps, so results do not depend on `run_seed`.
         regularised: a method on frozen features whose penalty is chosen inside the training images.
         savable: an adapter file can hold what is fitted.
         trains_only_head: no weight of the backbone is adapted or trained.
@@ -146,7 +146,7 @@ class Method:
 
     def with_count(self, count: int) -> Self:
         """The method with `count` in the setting that a byte budget solves for, and without the budget."""
-        raise NotImplementedError(f"{type(self).__name__} has no byte budget")
+        raise NotImplementedError(f"{type(self).__name__} does not support a byte budget")
 
     def with_bits(self, bits: int) -> Self:
         """The method with other bits per stored value, for the adapter and the head's matrix.
@@ -162,7 +162,7 @@ class Method:
         Args:
             counts: the length of the last axis that each cuttable tensor has left, by names of group and tensor.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no tensors that can be cut")
+        raise NotImplementedError(f"{type(self).__name__} does not support cutting")
 
     def for_base(self, base: Base) -> Self:
         """The method with those settings written out that follow from what the backbone's weights are."""
@@ -246,7 +246,7 @@ class Method:
 
 @dataclass(frozen=True)
 class FrozenMethod(Method):
-    """A way to use the features of a frozen backbone: nothing is trained by steps, so nothing depends on `run_seed`."""
+    """A method on frozen features: fitted without optimizer steps, so results do not depend on `run_seed`."""
 
     on_frozen_features = True
 
@@ -287,7 +287,7 @@ class Adapter(Method):
             )
         if self.quantise_from < 1 and min(self.stored_bits) == 32:
             raise NolaVisionError(
-                f"quantise_from of {name} has no effect on 32-bit values: give bits (or head_bits) too"
+                f"quantise_from of {name} needs stored values of fewer than 32 bits: give bits (or head_bits) too"
             )
 
     @property
@@ -349,7 +349,7 @@ def check_rank(rank: int, targets: Sequence[Target]) -> None:
 
 
 def refuse_head(method: Method, targets: Sequence[Target], reason: str) -> None:
-    """Refuses the head as a target of a method that has no use for it."""
+    """Refuses the head as a target of a method that cannot adapt it."""
     if any(target.name == HEAD for target in targets):
         raise NolaVisionError(f"{type(method).__name__} does not adapt the head ({reason}): leave head out of targets")
 

@@ -28,24 +28,23 @@ class LoRAXS(Adapter):
         A = U_r S_r                                 [m, r]
         B = V_r^T                                   [r, o]
 
-    A and B are the truncated SVD of the frozen weight, computed in float64 when the adapter is made and again when its
-    file is loaded; n adapters share them. `r [layers, r, r]` is trained: r^2 values per target, whatever its size. The
-    sign of a pair of singular vectors is that which makes the first entry of the largest magnitude of U's column
-    positive.
+    A and B are the truncated SVD of the frozen weight, computed in float64 when an adapter is created or loaded from a
+    file; n adapters share them. `r [layers, r, r]` is trained: r^2 values per target, whatever its size. The sign of a
+    pair of singular vectors is chosen so that the first entry of the largest magnitude in U's column is positive.
 
     R starts at zero, so training starts at the pretrained model exactly. The authors draw R from a normal
     distribution with standard deviation 1e-5, which is far below the first step of Adam. The gradient at R = 0 is not
     zero, because A and B are not.
 
     Singular vectors are only determined if their singular values differ: with equal ones, another machine could find
-    other vectors, for which R has no meaning. So training is refused if two consecutive ones of the first r + 1 have
-    squares that differ by less than 1e-7 of the largest square. The file contains a sketch of A and B, one projection
-    per target, and loading compares it.
+    other vectors, and R is only valid for the ones it was trained with. So training is refused if two consecutive
+    singular values of the first r + 1 have squares that differ by less than 1e-7 of the largest square. The file
+    contains a sketch of A and B, one projection per target, and loading compares it.
 
-    A base of int8 has the A and B of its float weights: they are rounded later.
+    An int8 base has the A and B of its float weights: they are computed before rounding.
 
     Args:
-        targets: names of the adapted weights; not `head`, whose start is random and so has no singular vectors of use.
+        targets: names of the adapted weights; not `head`: it starts random, so its singular vectors are not useful.
         rank: r, the number of singular vectors.
         c: the scale's numerator (PEFT's `lora_alpha`); the scale is c / rank.
     """
@@ -59,7 +58,7 @@ class LoRAXS(Adapter):
         check_positive(self, "c")
 
     def groups(self, targets: Sequence[Target]) -> list[Group]:
-        refuse_head(self, targets, "its start is random, so its singular vectors mean nothing")
+        refuse_head(self, targets, "it starts random, so its singular vectors are not useful")
         check_rank(self.rank, targets)
         return [
             Group(
@@ -127,8 +126,8 @@ def _factors(target: Target, weight: Tensor, rank: int) -> tuple[Tensor, Tensor,
         squares, vectors = torch.linalg.eigh(weight @ weight.t() if wide else weight.t() @ weight)
     except RuntimeError as error:  # torch.linalg.LinAlgError
         raise NolaVisionError(
-            f"{target.name} has no singular vectors ({weight.isfinite().logical_not().sum()} of its values are not "
-            "finite): use other weights"
+            f"cannot compute the singular vectors of {target.name} ({weight.isfinite().logical_not().sum()} of its "
+            "values are not finite): use other weights"
         ) from error
     squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
     # A = U S = W V and B = V^T; the vectors of unit length decide the sign

@@ -54,17 +54,16 @@ class NOLA(Adapter):
         num_basis: k, the number of random matrices, and so of coefficients, for each of A and B.
         num_basis_b: l, that of B where it differs.
         head_num_basis: that of the head (A and B), if `head` is a target; `num_basis` if not given.
-        head_rank: r of the head; 64 if not given, at most the number of features + 1. A head starts from almost
-            nothing: of a low rank, it would see a few random directions of the features only.
+        head_rank: r of the head; 64 if not given, at most the number of features + 1. A head starts near zero, so
+            with a low rank it would only see a few random directions of the features.
         max_parameters: instead of `num_basis`, a budget of trained coefficients (without the head's) that is spread
             evenly over the targets.
         max_bytes: instead of `num_basis`, a budget for the adapter file.
         c: the scale's numerator (PEFT's `lora_alpha`); the scale is c / rank.
         scope: `shared`, one basis for all weights of a shape, or `per_layer`.
         start: `a0`, a fixed random A0 (keyed by the weight's name) and zero coefficients, so that B = 0 and training
-            starts at the pretrained model exactly; `released`, the authors' code, no A0 and every coefficient 1/k;
-            `random`, for weights that start from nothing, no A0; by default `random` without pretrained weights, else
-            `a0`.
+            starts at the pretrained model exactly; `released`, as in the authors' code, no A0 and every coefficient
+            1/k; `random`, for training from scratch, no A0. Default: `random` without pretrained weights, else `a0`.
         nested: train so that the first coefficients alone are a good adapter too, and a file can be cut.
         storage: `cached` keeps the basis in memory (one byte per entry), `streamed` computes it in chunks in the
             forward and again in the backward pass.

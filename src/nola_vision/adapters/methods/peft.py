@@ -1,7 +1,7 @@
-"""A method of Hugging Face's PEFT, of those that an adapter file can restore: configs of numbers and names alone.
+"""The methods of Hugging Face's PEFT that an adapter file can restore: configs that consist of numbers and names.
 
-A file comes from anyone, so what it can make PEFT do is a list of what is allowed, and training accepts the same list:
-what is trained here can be loaded anywhere.
+Adapter files are untrusted, so only listed configs and settings are allowed. Training accepts the same list, so that
+every trained adapter can be loaded.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-# Without: prompts, which a vision backbone has no place for; what reads other models, data or files (XLora, Arrow);
-# what compiles CUDA (BOFT); what needs a call in each training step (AdaLora); what cannot be made without the weights
+# Not included: prompts, which a vision backbone cannot use; configs that read other models, data or files (XLora,
+# Arrow), compile CUDA (BOFT), need a call in each training step (AdaLora), or cannot be built without the weights
 # (Shira, PSOFT, OSF, TinyLora).
 CONFIGS = (
     "C3AConfig",
@@ -56,7 +56,7 @@ _NOT_SETTINGS = (
 )
 _TEXTS = ("none", "all", "gaussian", "orthogonal")  # of `bias` and `init_weights`; `bias` has `lora_only` too
 _ALL_LINEAR = "all-linear"
-_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # PEFT reads some names as patterns: these repeat nothing
+_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # PEFT reads some names as patterns: these contain no quantifiers
 _MOST = 2**16  # a rank, a number of vectors, a block's side, the terms of a series
 _MOST_SEED = 2**63 - 1
 
@@ -70,7 +70,7 @@ class PEFT(Method):
         config: the class of its config, such as `peft.VeraConfig`: one of `CONFIGS`, with or without `peft.` in front.
         settings: that config's fields, such as `{r: 256, target_modules: [qkv]}`; module names are timm's. Numbers,
             true, false and null are plain; so are lists of module names or numbers, and mappings of module names to
-            numbers in the fields that end in `_pattern`. Of texts only a few words are, and a pattern in
+            numbers in the fields that end in `_pattern`. Only a few strings are allowed, and a pattern in
             `target_modules`, which the file stores as the list of modules that it matches.
         lr: learning rate of what PEFT trains.
         head_lr: learning rate of the head; the same as `lr` if not given.
@@ -93,7 +93,7 @@ class PEFT(Method):
         name = self._name
         if name not in CONFIGS:
             hint = did_you_mean(f"peft.{name}", [f"peft.{known}" for known in CONFIGS])
-            raise NolaVisionError(f"PEFT has no config '{self.config}' that an adapter file can restore: {hint}")
+            raise NolaVisionError(f"'{self.config}' is not a PEFT config that an adapter file can restore: {hint}")
         for setting, value in self.settings.items():
             if fix := _fix(setting, value):
                 raise NolaVisionError(f"the setting {setting} of peft.{name} is {quoted(value)}: {fix}")
@@ -128,7 +128,7 @@ class PEFT(Method):
             seed: of everything that PEFT draws.
 
         Raises:
-            NolaVisionError: PEFT is not installed, has no such config, or refuses its settings for this backbone.
+            NolaVisionError: PEFT is not installed, lacks this config, or refuses its settings for this backbone.
         """
         import torch
 
@@ -138,7 +138,7 @@ class PEFT(Method):
             raise NolaVisionError("the method PEFT needs the package peft: pip install 'nola-vision[peft]'") from error
         name = self._name
         if not hasattr(peft, name):
-            raise NolaVisionError(f"PEFT {peft.__version__} has no {name}: pip install -U peft")
+            raise NolaVisionError(f"PEFT {peft.__version__} does not provide {name}: pip install -U peft")
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)

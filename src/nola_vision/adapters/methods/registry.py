@@ -69,7 +69,7 @@ def from_dict(described: dict[str, Any]) -> Method:
         raise NolaVisionError(f"init_args of {name} is {quoted(given)}: it must be a mapping")
     known = [field.name for field in dataclasses.fields(METHODS[name])]
     if wrong := [key for key in given if key not in known]:
-        raise NolaVisionError(f"{name} has no setting '{wrong[0]}': {did_you_mean(wrong[0], known)}")
+        raise NolaVisionError(f"unknown setting '{wrong[0]}' of {name}: {did_you_mean(wrong[0], known)}")
     return METHODS[name](**given)
 
 

@@ -28,7 +28,7 @@ class VeRA(Adapter):
         B [r, o], entries uniform with variance 2 / r
 
     A and B are fixed and come from the counter-based generator (`random_basis.py`). One pair serves all targets: a
-    smaller weight uses the first m rows of A and the first o columns of B, as in PEFT, with the variances of its own
+    smaller weight uses the first m rows of A and the first o columns of B, as in PEFT, scaled to the variances for its
     shape (Kaiming's, as in the paper). `d [layers, r]` and `b [layers, o]` are trained: r + o values per target. d
     starts at 0.1 and b at zero, so training starts at the pretrained model exactly.
 

@@ -153,7 +153,7 @@ def check_root(entry: DatasetEntry, root: str | None, download: bool = False) ->
     """Refuses a missing data root, without opening anything.
 
     Raises:
-        NolaVisionError: as `data_root`; or it does not exist, and nothing will be downloaded.
+        NolaVisionError: as `data_root`; or it does not exist, and the data set will not be downloaded.
     """
     if entry.needs_root and not (path := entry.place(root)).exists() and not download:
         raise NolaVisionError(f"the data root {path} does not exist: check --data.root{_or_load(entry)}")
@@ -165,7 +165,7 @@ def content_list(base: Path, paths: list[Path], most_bytes: int | None = None) -
     Args:
         base: the folder that paths are under.
         paths: of the files.
-        most_bytes: a larger file has no digest, as one that cannot be read.
+        most_bytes: the digest of a larger file is empty, as is that of an unreadable one.
     """
     digests = file_digests(base, paths, most_bytes)
     names = [name_under(base, path) for path in paths]

@@ -30,8 +30,8 @@ class Cub200(DatasetEntry):
         for number in listed:
             if number not in in_train or labels.get(number) not in index:
                 raise NolaVisionError(
-                    f"the lists of CUB-200-2011 in {data_root(root)} do not match, image {number} has no class or "
-                    "split: unpack the archive again"
+                    f"the lists of CUB-200-2011 in {data_root(root)} do not match, the class or split of image "
+                    f"{number} is missing: unpack the archive again"
                 )
         chosen = [number for number in listed if in_train[number] == flag]
         paths = [self._base(root) / "images" / listed[number] for number in chosen]

@@ -93,7 +93,7 @@ class HuggingFace(DatasetEntry):
         if not numbered:
             index = {value: label for label, value in enumerate(values)}
             if strange := sorted({str(value) for value in labels if value not in index}):
-                cause = f"its training split has no label {strange[0]}, its test split has"
+                cause = f"the label {strange[0]} of its test split is missing from its training split"
                 raise self._refusal(cause, "remove these rows, or name another label column by #COLUMN")
             labels = [index[value] for value in labels]
         data = data.cast_column(image, _library().Image(decode=False))
@@ -118,7 +118,7 @@ class HuggingFace(DatasetEntry):
                 except Exception as error:  # missing, not cached, no network: the library raises many types
                     if not (isinstance(error, ValueError) and "Unknown split" in str(error)):
                         raise self._refusal(" ".join(str(error).split())) from error
-        raise self._refusal(f"it has no {split} split")
+        raise self._refusal(f"there is no {split} split")
 
     def _image_column(self, features: Any) -> str:
         library = _library()
@@ -128,7 +128,7 @@ class HuggingFace(DatasetEntry):
         named = [name for name in IMAGE_COLUMNS if name in found]
         chosen: str = self.image or (found[0] if len(found) == 1 else next(iter(named), ""))
         if not self.image and not found:
-            raise self._refusal(f"it has no column of images, only {', '.join(features)}", "name another data set")
+            raise self._refusal(f"there is no column of images, only {', '.join(features)}", "name another data set")
         if chosen not in images + content:
             which = f"{chosen} is not a column of images" if chosen else "which column has the images is not clear"
             cause = f"{which}, it has {', '.join(found)}"

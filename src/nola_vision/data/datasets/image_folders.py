@@ -45,14 +45,14 @@ def class_folders(folder: Path) -> dict[str, Path]:
     """The folders in a folder, by their names in sorted order.
 
     Raises:
-        NolaVisionError: there are none, two have the same name, or the folder cannot be read.
+        NolaVisionError: there are no folders, two have the same name, or the folder cannot be read.
     """
     inner = folders_in(folder)
     names = {name_text(path.name): path for path in inner}
     if len(names) < len(inner):
         raise NolaVisionError(f"two class folders of {folder} have one name in Unicode's two forms: rename one")
     if not names:
-        raise NolaVisionError(f"{folder} has no class folders: put images there as {folder / '<class>' / '<image>'}")
+        raise NolaVisionError(f"no class folders in {folder}: put images there as {folder / '<class>' / '<image>'}")
     return names
 
 
@@ -83,7 +83,7 @@ def open_class_folders(folders: Mapping[str, Path], base: Path) -> FileSource:
         base: the folder of the data set.
 
     Raises:
-        NolaVisionError: a class has no images, or two images of a class have the same name.
+        NolaVisionError: there are no images of a class, or two of them have the same name.
     """
     files = [_class_images(folder) for folder in folders.values()]
     labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in files])
@@ -111,14 +111,14 @@ def image_files(folder: Path) -> list[Path]:
     Pillow identifies by their content.
 
     Raises:
-        NolaVisionError: there are none, or a folder cannot be read.
+        NolaVisionError: there are no images, or a folder cannot be read.
     """
     files = files_under(folder)
     images = images_among(folder, files)
     if not images:
         others = suffix_counts(other_suffixes(folder, files))
         has = f"files of other kinds: {others}" if others else f"{', '.join(sorted(image_suffixes()))}"
-        raise NolaVisionError(f"{folder} has no images ({has}): add some, or remove the folder")
+        raise NolaVisionError(f"no images in {folder} ({has}): add some, or remove the folder")
     return images
 
 

@@ -144,7 +144,7 @@ def parse_list(content: bytes, name: str) -> tuple[Listed, ...]:
     for number, (path, label, split) in _csv_rows(text, name) if is_csv else _text_rows(text, name):
         path, label = path.strip(), label.strip()
         if not path or not label:
-            raise NolaVisionError(f"line {number} of the list {name} has no {'label' if path else 'path'}: add it")
+            raise NolaVisionError(f"line {number} of the list {name} lacks the {'label' if path else 'path'}: add it")
         named = SPLIT_NAMES.get(split.strip().lower() or "train")
         if named is None:
             raise NolaVisionError(f"line {number} of the list {name} has split {split!r}: write train, val or test")
@@ -164,7 +164,7 @@ def parse_list(content: bytes, name: str) -> tuple[Listed, ...]:
             )
         listed.append(row)
     if not any(row.split == "train" for row in listed):
-        raise NolaVisionError(f"the list {name} has no {'training ' if listed else ''}images: add some")
+        raise NolaVisionError(f"no {'training ' if listed else ''}images in the list {name}: add some")
     return tuple(listed)
 
 

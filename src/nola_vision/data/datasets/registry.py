@@ -79,7 +79,7 @@ def get_dataset(name: str) -> DatasetEntry:
     if name.startswith(HUB_PREFIX):
         path, _, columns = name.removeprefix(HUB_PREFIX).partition("#")
         if not path:
-            raise NolaVisionError(f"the data set {name!r} has no name after {HUB_PREFIX}: write {HUB_PREFIX}NAME")
+            raise NolaVisionError(f"the data set {name!r} lacks a name after {HUB_PREFIX}: write {HUB_PREFIX}NAME")
         label, _, image = columns.partition("#")
         return HuggingFace(path, label, image)
     if name not in DATASETS:
@@ -89,7 +89,7 @@ def get_dataset(name: str) -> DatasetEntry:
 
 
 def open_split(entry: DatasetEntry, root: str | None, split: Split, download: bool = False) -> ImageSource:
-    """Opens one split of a data set and checks that there are classes to tell apart.
+    """Opens one split of a data set and checks that it has at least two classes.
 
     Args:
         entry: the data set.

@@ -98,7 +98,7 @@ def local_files(tag: str, file: str | None) -> dict[str, Path]:
     """The local files of a backbone: `weights`, and `config`, the `config.json` of a `local-dir:` tag.
 
     Raises:
-        NolaVisionError: the given path has no weights.
+        NolaVisionError: there are no weights at the given path.
     """
     kind, name = _located(tag, file)
     found: dict[str, Path] = {}
@@ -126,19 +126,18 @@ def _registered_cfg(tag: str) -> PretrainedCfg:
     architecture, _, tag = tag.partition(".")
     if timm.is_model(architecture):
         tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
-        raise NolaVisionError(
-            f"timm's {architecture} has no pretrained tag '{tag}': use one of {', '.join(tags) or '(none)'}"
-        )
+        fix = f"use one of {', '.join(tags)}" if tags else "timm provides no weights for it"
+        raise NolaVisionError(f"unknown pretrained tag '{tag}' of timm's {architecture}: {fix}")
     hint = did_you_mean(architecture, timm.list_models(), "timm.list_models() lists them all")
-    raise NolaVisionError(f"timm has no model named '{architecture}': {hint}")
+    raise NolaVisionError(f"unknown timm model '{architecture}': {hint}")
 
 
 def _read_folder(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise NolaVisionError(
-            f"local-dir:{name} has no config.json: give a folder that `export --merged` or timm's save_for_hf wrote "
-            "(predict: --weights FOLDER)"
+            f"local-dir:{name} does not contain a config.json: give a folder that `export --merged` or timm's "
+            "save_for_hf wrote (predict: --weights FOLDER)"
         )
     return _parsed(f"local-dir:{name}", load_model_config_from_path, name, file=str(weights_in(folder)), source=None)
 

@@ -30,7 +30,7 @@ def weights_file(spec: BackboneSpec) -> Path | None:
     """The file on this machine that a pretrained backbone's weights are read from; None if it would be downloaded.
 
     Raises:
-        NolaVisionError: as `resolve`, or the given path has no weights.
+        NolaVisionError: as `resolve`, or there are no weights at the given path.
     """
     if spec.file is not None:
         return weights_in(Path(spec.file))
@@ -70,7 +70,7 @@ class LoadedTensors(TorchFunctionMode):
 
 
 def announce_download(spec: BackboneSpec, source: Source) -> None:
-    """Logs what timm will download, from where, its size, and where it is stored; nothing if it is stored already.
+    """Logs what timm will download, from where, its size, and where it is stored; silent if it is stored already.
 
     Raises:
         NolaVisionError: the hub cannot be reached.
@@ -93,7 +93,7 @@ def announce_download(spec: BackboneSpec, source: Source) -> None:
 def how_to_get(spec: BackboneSpec, cfg: PretrainedCfg) -> str:
     """The message where weights are neither on this machine nor can be downloaded."""
     if not (cfg.hf_hub_id or cfg.url):
-        return f"timm has no weights for {spec.tag}: choose a tag that has, or give a file by --model.backbone.file"
+        return f"timm provides no weights for {spec.tag}: use another tag, or give a file by --model.backbone.file"
     copy = ""
     if cfg.hf_hub_id:
         folder = f"models--{cfg.hf_hub_id.partition('@')[0].replace('/', '--')}"

@@ -19,7 +19,7 @@ default_cfgs = generate_default_cfgs(
     {
         "vit_glyph_patch4_32.glyphs": {
             "file": str(WEIGHTS),
-            "num_classes": 0,  # the file has no head
+            "num_classes": 0,  # the file is without a head
             "input_size": (3, 32, 32),
             "pool_size": None,
             "crop_pct": 1.0,

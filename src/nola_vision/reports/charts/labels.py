@@ -44,14 +44,14 @@ def short_names(names: Sequence[str], most: int) -> dict[str, str]:
     A single long name loses its middle. Several with a common beginning, such as one method with several settings, keep
     the beginning and the part from the first word in which they differ.
     """
-    alike: dict[str, list[str]] = defaultdict(list)
+    same_start: dict[str, list[str]] = defaultdict(list)
     for text in {printable(name) for name in names if len(printable(name)) > most}:
-        alike[text[: most // 3]].append(text)
+        same_start[text[: most // 3]].append(text)
     labels: dict[str, str] = {}
     taken: set[str] = set()
     for name in dict.fromkeys(names):
         text = short_name(name, most)
-        if text != (whole := printable(name)) and len(group := alike[whole[: most // 3]]) > 1:
+        if text != (whole := printable(name)) and len(group := same_start[whole[: most // 3]]) > 1:
             common = os.path.commonprefix(group)
             word = max(common.rfind(separator) for separator in " (,/_") + 1
             start = f"{whole[: most // 3]}…" if word > most // 3 + 1 else whole[:word]

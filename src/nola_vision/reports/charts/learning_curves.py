@@ -104,7 +104,7 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
     """
     head, _, body = read_run_file(path, _MOST_LOG_BYTES).partition(b"\n")
     names = head.strip().split(b",", maxsplit=1000)
-    if names == [b""] or (b"epoch" in names and b"train_loss" not in names):  # nothing was logged or trained
+    if names == [b""] or (b"epoch" in names and b"train_loss" not in names):  # the log is empty, or without training
         return []
     steps = []
     try:

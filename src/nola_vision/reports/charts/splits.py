@@ -81,8 +81,8 @@ def split_accuracies(entries: Sequence[Entry]) -> tuple[str, dict[str, dict[int,
         if splits:
             by_split[item.label] = splits
     single = all(len(values) == 1 for splits in by_split.values() for values in splits.values())
-    alike = len({tuple(of_folds) for of_folds in folds.values()}) == 1
+    same_folds = len({tuple(of_folds) for of_folds in folds.values()}) == 1
     one_split = len({split for splits in by_split.values() for split in splits}) == 1
-    if single and alike and one_split and folds.keys() == by_split.keys():
+    if single and same_folds and one_split and folds.keys() == by_split.keys():
         return "fold", folds
     return "split", by_split

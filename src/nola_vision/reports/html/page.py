@@ -98,7 +98,7 @@ def _relative_to(folders: Sequence[str | Path]) -> Callable[[str], str]:
 
 
 def _page_title(cells: int, rows: Sequence[Row]) -> str:
-    """The title of a page of several cells, or of none, with the runs by stage and status."""
+    """The title of a page of several cells; without cells, the number of runs by stage and status."""
     if cells:
         return f"{plural('cell', cells)}, {plural('run', len(rows))}"
     ended = Counter((row.stage, row.status) for row in rows)

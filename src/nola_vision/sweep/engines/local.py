@@ -97,7 +97,7 @@ def execute(
         out: the folder of all runs.
         callback: as in `RunQueue`.
         workers: processes at a time.
-        gpus: a GPU for each worker (as in CUDA_VISIBLE_DEVICES); none for the CPU.
+        gpus: a GPU for each worker (as in CUDA_VISIBLE_DEVICES); empty for the CPU.
         hang_seconds: a run hangs if no batch ends for so long; before the first batch, while data and weights are
             downloaded and decoded, for `FIRST_BATCH` times as long.
         work: what a worker does.
