@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes a minute; the tests of compiled code unset it
 sys.path.insert(0, str(Path(__file__).parent))
 # Facts about files are not stored in the home folder. Matplotlib's font cache is expensive to make, so it stays there.
 _cache = tempfile.TemporaryDirectory()

@@ -24,6 +24,8 @@ from nola_vision.training.classifier import Classifier
 from nola_vision.training.distributed import is_main_process
 from tiny import TINY, tiny
 
+pytestmark = pytest.mark.usefixtures("kept")
+
 
 def callback(name: str, **settings: Any) -> dict[str, Any]:
     return {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": settings}

@@ -45,8 +45,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return made
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_loss_curve_is_that_of_the_plain_run(way: str, plain: list[float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if way == "compiled" else ()) for way in WAYS]
+)
+def test_the_loss_curve_is_that_of_the_plain_run(
+    way: str, plain: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "compiled":
+        monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     changes, tolerance = WAYS[way]
     assert losses(tmp_path, changes) == pytest.approx(plain, rel=tolerance)
 

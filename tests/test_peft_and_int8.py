@@ -83,7 +83,9 @@ def test_a_peft_adapter_for_other_fixed_numbers_is_refused(tmp_path: Path, monke
         load_adapter(tmp_path / "a.safetensors")
 
 
-def test_a_peft_method_runs_from_a_config_to_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peft_method_runs_from_a_config_to_a_row(
+    adapter_only: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     method = {"class_path": "PEFT", "init_args": {"config": "peft.VeraConfig", "lr": 0.01,
               "settings": {"r": 8, "target_modules": ["qkv"]}}}  # fmt: skip

@@ -115,13 +115,18 @@ def test_combine_is_the_matrix_product_in_any_chunks(
     assert torch.allclose(combine(coefficients[..., :4], basis), first, rtol=0, atol=1e-13)
 
 
-def test_compiled_code_makes_the_same_bits() -> None:
+@pytest.mark.slow  # a minute of g++
+def test_compiled_code_makes_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    _compiled_words.cache_clear()
     key = basis_key(7, "weight w", "P")
     for rows, positions in (((0, 3), (0, 100)), ((1, 3), (32, 83))):
         plain = basis_bytes(key, 2, 40, 3, 100, rows=rows, positions=positions)
         assert torch.equal(basis_bytes(key, 2, 40, 3, 100, rows=rows, positions=positions, compiled=True), plain)
         expected = reference.basis(7, "weight w", "P", 40, 3, 100)[2:, slice(*rows), slice(*positions)]
         assert np.array_equal(plain.numpy(), expected)
+    assert _compiled_words("cpu") is not _words
+    _compiled_words.cache_clear()
 
 
 def test_a_machine_without_a_compiler_streams_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,8 +35,9 @@ from nola_vision.runs.thumbnails import load_thumbnails
 SHORT = {
     "threads": 1,
     "data": {"test_limit": 60, "shots": 2},
-    "trainer": {"max_epochs": 3, "check_val_every_n_epoch": 1, "enable_progress_bar": False},
+    "trainer": {"max_epochs": 3, "check_val_every_n_epoch": 3, "enable_progress_bar": False},
 }
+pytestmark = pytest.mark.usefixtures("kept")
 
 
 def config(method: str = "nola", **changes: object) -> run_id.Config:
@@ -45,7 +46,7 @@ def config(method: str = "nola", **changes: object) -> run_id.Config:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def rows(kept: None, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("runs")
     names = load_configs(["quickstart.yaml"])["methods"]
     return {"out": out, **{name: runner.run(config(name), out) for name in names}}
@@ -298,7 +299,8 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 @pytest.mark.parametrize("method", ["1nn", "nola"])
 def test_other_precisions_run(method: str, precision: str, tmp_path: Path) -> None:
-    row = runner.run(config(method, trainer={"precision": precision}), tmp_path)
+    few = {"data": {"eval_batch_size": 20}, "trainer": {"precision": precision, "limit_val_batches": 1}}
+    row = runner.run(config(method, **few), tmp_path)
     assert row.status == "completed" and row.test_accuracy > 0.3
 
 
@@ -389,6 +391,7 @@ def test_a_damaged_row_is_replaced_and_hides_no_error(
 def test_ctrl_c_leaves_a_row_marked_interrupted(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nola_vision.cli.main", "fit", "--config", "quickstart.yaml", "--threads=1"]
     quiet = ["--trainer.max_epochs=100000", "--trainer.enable_progress_bar=false", f"--out={tmp_path}"]
+    quiet += ["--data.shots=1", "--data.test_limit=20"]
 
     def heed() -> None:  # a shell's background jobs start with Ctrl-C ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -75,8 +75,8 @@ def test_every_entry_of_the_shipped_configs_is_understood(config: str) -> None:
 METHODS = [
     NOLA(targets=["all", "head"], rank=16, num_basis=200, c=1),
     LoRA(targets=["all", "head"], rank=2, c=1),
-    PRANC(targets=["all", "head"], num_basis=300, scope="layer"),
-    PRANC(targets=["all", "head"], num_basis=300),
+    PRANC(targets=["all", "head"], num_basis=100, scope="layer"),
+    PRANC(targets=["all", "head"], num_basis=100),
     HashedNet(targets=["all", "head"], max_parameters=500),
 ]
 
