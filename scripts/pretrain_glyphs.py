@@ -428,7 +428,7 @@ def main() -> None:
     processes wait once per step.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    weights = HERE.parent / "src/nola_vision/weights/vit_glyph_patch4_32.safetensors"
+    weights = HERE.parent / "src/nola_vision/models/zoo/weights/vit_glyph_patch4_32.safetensors"
     parser.add_argument("--minutes", type=float, default=74, help="wall-clock time, set-up included")
     parser.add_argument("--images", type=int, help="stop after this many images instead")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -102,15 +103,19 @@ def make(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                         lines.append(f"{breed}_{i} {label + 1} {1 if label % 3 else 2} 1\n")
                 (base / "annotations" / f"{split}.txt").write_text("".join(lines))
         case "caltech101" | "sun397":
-            folder = root / DATASETS[name].folder
+            folder, shade = root / DATASETS[name].folder, root / "shade.jpg"
             for number, path in enumerate(p for split in read_list(f"{name}_v1").values() for p in split):
-                target = folder / path
-                target.parent.mkdir(parents=True, exist_ok=True)
                 if number % 500 == 0:
-                    shade = picture(root / "shade.jpg", number).read_bytes()
-                target.write_bytes(shade)
-            (folder / path).with_name("sun_zzznotlisted.jpg").write_bytes(shade)
-            (root / "shade.jpg").unlink()
+                    shade.unlink(missing_ok=True)
+                    picture(shade, number)
+                target = f"{folder}/{path}"
+                try:
+                    os.link(shade, target)
+                except FileNotFoundError:
+                    os.makedirs(os.path.dirname(target))
+                    os.link(shade, target)
+            os.link(shade, (folder / path).with_name("sun_zzznotlisted.jpg"))
+            shade.unlink()
         case "cub200":
             base = root / "CUB_200_2011"
             base.mkdir(parents=True)

@@ -288,7 +288,7 @@ def test_a_head_is_made_of_the_present_numbers() -> None:
     assert torch.equal(bank.logits(features), bank.logits(features))
 
 
-def test_a_merged_stack_routes_nothing() -> None:
+def test_a_merged_bank_routes_nothing() -> None:
     backbone = vit()
     bank = attached(backbone, LoRA(targets=["qkv"], rank=2), num_adapters=2)
     with pytest.raises(NolaVisionError, match="no adapter 2 to merge"):
@@ -770,7 +770,7 @@ def test_refusals() -> None:
         find_targets(vit(), ["re:nothing"])
     with pytest.raises(NolaVisionError, match="not both"):
         find_targets(backbone, ["qkv", "qv"])
-    with pytest.raises(NolaVisionError, match="no regular expression"):
+    with pytest.raises(NolaVisionError, match="is not a regular expression"):
         find_targets(backbone, ["re:("])
     with pytest.raises(NolaVisionError, match="rank 49"):
         make_bank(backbone, LoRA(rank=49), 5)

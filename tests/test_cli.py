@@ -18,9 +18,10 @@ from nola_vision.cli.main import main
 from nola_vision.runs import store
 from nola_vision.runs.config_files import SHIPPED
 from nola_vision.sweep.engines import local
-from tiny import trained_rows
+from tiny import SMALL_VIT, trained_rows
 
 QUICK = ["--threads=1", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--data.test_limit=40"]
+SMALL = [*SMALL_VIT, *QUICK]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapter")
-    assert main(["fit", "--config", "quickstart.yaml", f"--out={out}", "--method=linear", *QUICK]) == 0
+    assert main(["fit", "--config", "quickstart.yaml", f"--out={out}", "--method=linear", *SMALL]) == 0
     (path,) = out.rglob("linear/*/adapter.safetensors")
     return path
 
@@ -72,7 +73,7 @@ def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureF
 
 def test_options_override_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     extra = ["--model.method.rank=2", "--model.method.num_basis", "10", "--data.shots=1", "--trainer.precision=64-true"]
-    assert main(["fit", "--config", "quickstart.yaml", *QUICK, *extra]) == 0
+    assert main(["fit", "--config", "quickstart.yaml", *SMALL, *extra]) == 0
     (row,) = trained_rows("runs")
     assert row.adapter_parameters == 18 * 2 * 10 and row.cell.endswith("digits-1shot-quickstart")
     assert row.config["model"]["method"]["init_args"]["rank"] == 2
@@ -94,12 +95,12 @@ def test_a_local_config_wins_over_a_shipped_one(tmp_path: Path, capsys: pytest.C
     shipped = yaml.safe_load((SHIPPED / "quickstart.yaml").read_text())
     (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump({**shipped, "protocol": "mine"}))
     (tmp_path / "one_shot.yaml").write_text("data: {shots: 1}\nmethod: 1nn\n")
-    assert main(["fit", "--config", "quickstart.yaml", "--config", "one_shot.yaml", *QUICK]) == 0
+    assert main(["fit", "--config", "quickstart.yaml", "--config", "one_shot.yaml", *SMALL]) == 0
     assert "digits-1shot-mine" in capsys.readouterr().out
 
 
 def test_validate_and_test_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--config", "quickstart.yaml", "--method=linear", *QUICK]
+    options = ["--config", "quickstart.yaml", "--method=linear", *SMALL]
     assert main(["test", *options]) == 2
     assert "last.ckpt does not exist: give one by --ckpt_path" in capsys.readouterr().err
     assert main(["fit", *options]) == 0
@@ -128,8 +129,10 @@ def test_predict_writes_class_and_probability(
     assert capsys.readouterr().out.split() == ["single.png", rows[3]["class"], rows[3]["probability"]]
 
 
-def test_sweep_chooses_rates_runs_everything_once_and_resumes(capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = ["sweep", "--config", "quickstart.yaml", "--splits=0-1", "--inits=0", "--methods=1nn,linear", *QUICK]
+def test_sweep_chooses_rates_runs_everything_once_and_resumes(
+    in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["sweep", "--config", "quickstart.yaml", "--splits=0-1", "--inits=0", "--methods=1nn,linear", *SMALL]
     assert main(sweep) == 0
     assert "linear" in capsys.readouterr().out
     rows, problems = store.read_rows("runs")
@@ -153,12 +156,12 @@ def test_sweep_chooses_rates_runs_everything_once_and_resumes(capsys: pytest.Cap
     assert [(row.method, row.split) for row in anew] == [("linear", 1)]  # only the run without a row
     # a plain fit at the chosen rate is the same run
     rate = f"--model.method.lr={best.learning_rate}"
-    assert main(["fit", "--config=quickstart.yaml", "--method=linear", rate, *QUICK]) == 0
+    assert main(["fit", "--config=quickstart.yaml", "--method=linear", rate, *SMALL]) == 0
     assert len(trained_rows("runs")) == len([row for row in rows if row.method == "linear"])
 
 
-def test_a_dry_run_says_what_there_is_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = ["sweep", "--config=quickstart.yaml", "--splits=0-1", "--inits=0-1", "--methods=1nn,nola", *QUICK]
+def test_a_dry_run_says_what_there_is_to_do(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["sweep", "--config=quickstart.yaml", "--splits=0-1", "--inits=0-1", "--methods=1nn,nola", *SMALL]
     vary = ["--vary=rank=2,4", "--vary=num_basis=8", "--dry-run"]
     assert main([*sweep, *vary, "--workers=2"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -170,7 +173,7 @@ def test_a_dry_run_says_what_there_is_to_do(capsys: pytest.CaptureFixture[str]) 
     assert main([*sweep, "--vary=data.split_seed=1,2"]) == 2 and main([*sweep, "--vary=data.shot=1,2"]) == 2
     errors = capsys.readouterr().err
     assert "--data.split_seed is set by the sweep" in errors and "shot" in errors.splitlines()[-1]
-    fast = ["--methods=1nn", "--splits=0-2", "--config=quickstart.yaml", *QUICK]
+    fast = ["--methods=1nn", "--splits=0-2", "--config=quickstart.yaml", *SMALL]
     assert main(["sweep", *fast, "--shard=2/2"]) == 0
     assert [row.split for row in store.read_rows("runs")[0]] == [1]
     capsys.readouterr()
@@ -185,10 +188,10 @@ def test_a_sweep_without_its_data_says_so_once(capsys: pytest.CaptureFixture[str
     assert not list(Path().rglob("row.json"))
 
 
-def test_report_tells_of_cells_without_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_tells_of_cells_without_a_result(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.yaml").write_text("methods: {bad: {class_path: NOLA, init_args: {targets: ['re:x']}}}")
     sweep = ["sweep", "--splits=0", "--inits=0", "--methods=bad", "--config=quickstart.yaml", "--config=bad.yaml"]
-    assert main([*sweep, *QUICK]) == 1
+    assert main([*sweep, *SMALL]) == 1
     capsys.readouterr()
     assert main(["report", "runs"]) == 0
     printed = capsys.readouterr().out
@@ -196,10 +199,10 @@ def test_report_tells_of_cells_without_a_result(capsys: pytest.CaptureFixture[st
     assert "method" not in printed
 
 
-def test_a_failing_run_does_not_stop_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_run_does_not_stop_a_sweep(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--splits=0", "--inits=0", "--methods=1nn,bad", "--config=quickstart.yaml", "--config=bad.yaml"]
     Path("bad.yaml").write_text("methods: {bad: {class_path: NOLA, init_args: {targets: ['re:x']}}}")
-    assert main(["sweep", *options, *QUICK]) == 1
+    assert main(["sweep", *options, *SMALL]) == 1
     printed = capsys.readouterr().out
     assert "bad split 0 init 0: failed" in printed and "1nn" in printed
     assert {row.status for row in store.read_rows("runs")[0]} == {"completed", "failed"}
@@ -324,7 +327,7 @@ def test_a_corrupt_image_is_named(adapter: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_a_small_folder_from_run_to_prediction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("train", "val"):
         for name, first in (("zero", 0), ("one one", 1)):
@@ -332,7 +335,7 @@ def test_a_small_folder_from_run_to_prediction(
             for index in range(2):
                 digit(tmp_path / "a" / "tree" / split / name / f"{index}.png", first + 10 * index)
     monkeypatch.setenv("NOLA_VISION_DATA", str(tmp_path / "a" / "tree"))
-    options = ["--config=quickstart.yaml", "--data.dataset=folder", "--data.shots=all", *QUICK[:-1]]
+    options = ["--config=quickstart.yaml", "--data.dataset=folder", "--data.shots=all", *SMALL[:-1]]
     # five images a class and fewer leave no validation pool: each method keeps its own rate
     assert main(["sweep", *options, "--methods=linear,nola", "--splits=0", "--inits=0"]) == 0
     printed = capsys.readouterr().out

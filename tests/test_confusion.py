@@ -50,7 +50,7 @@ def test_the_text_keeps_order_names_and_counts(tmp_path: Path) -> None:
 )
 def test_other_texts_are_one_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "confusion.csv").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(NolaVisionError, match="holds no confusion matrix: delete it"):
+    with pytest.raises(NolaVisionError, match="is not a confusion matrix: delete it"):
         read_confusion(tmp_path / "confusion.csv")
 
 

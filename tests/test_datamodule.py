@@ -527,7 +527,7 @@ def test_mistakes_are_said(small_tree: Path) -> None:
     (small_tree / "train/été/2.png").write_bytes(b"")
     with pytest.raises(NolaVisionError, match=r"cannot decode the image .*train/été/2\.png"):
         module(dataset="folder", root=str(small_tree), shots=4).setup("fit")
-    with pytest.raises(NolaVisionError, match=r"no augmentation 'heavy': choose one of none, light, released"):
+    with pytest.raises(NolaVisionError, match=r"unknown augmentation 'heavy': use one of none, light, released"):
         module(augmentation="heavy")
     for name, what in (("none", "flips nothing"), ("released", "always flips")):
         with pytest.raises(NolaVisionError, match=f"'{name}' {what}: give --data.flip false"):

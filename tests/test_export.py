@@ -115,7 +115,7 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         (["--adapter", "n.safetensors", "--out", "b"], "export takes"),
         (["--adapter", "n.safetensors", "--merged", "no/b"], "the folder of no/b does not exist"),
         (["--adapter", "n.safetensors", "--out", "b", "--bits", "32"], "have no more than 32 bits"),
-        (["--adapter", "n.safetensors", "--out", "b", "--bits", "5.5"], "'5.5' is no whole number"),
+        (["--adapter", "n.safetensors", "--out", "b", "--bits", "5.5"], "'5.5' is not a whole number"),
         (["--adapter", "n.safetensors", "--out", "n.safetensors", "--bits", "4"], "is the adapter itself"),
         (["--adapter", "gone", "--merged", "b"], "does not exist"),
     ):

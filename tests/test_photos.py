@@ -185,5 +185,5 @@ def test_photos_among_the_words_of_a_command_line() -> None:
     assert take_photos([*others, "p"]) == ("p", others)
     assert take_photos(others) == (None, others)
     assert take_photos(["--data.shots"]) == (None, ["--data.shots"])
-    with pytest.raises(NolaVisionError, match="'p' and 'q' are two places"):
+    with pytest.raises(NolaVisionError, match="'p' and 'q' are two sets of images"):
         take_photos(["p", *others, "q"])

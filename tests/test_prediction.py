@@ -221,7 +221,7 @@ def test_the_commands_formats(
         (["--scores", names[0]], "--scores needs --format csv"),
         (["--top-k=0", names[0]], "top_k is 0"),
         (["--batch-size=99999999999999999999", names[0]], "batch_size is 99999999999999999999: it must be"),
-        ([f"--batch-size={'9' * 5000}", names[0]], "9' is no whole number"),
+        ([f"--batch-size={'9' * 5000}", names[0]], "9' is not a whole number"),
         (["x" * 5000], "x does not exist: name image files"),
         (["--min-probability=1.5", names[0]], "'1.5' is not a number from 0 to 1"),
         (["--min-probability=nan", names[0]], "is not a number from 0 to 1"),

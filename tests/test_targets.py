@@ -103,30 +103,30 @@ def test_each_target_at_work(tag: str, name: str, monkeypatch: pytest.MonkeyPatc
     images = torch.randn(probe.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain = backbone(images)
-    stack = make_bank(backbone, LoRA(targets=[name], rank=1), num_classes=3)
-    stack.attach(backbone, probe)  # refuses a target without effect
+    bank = make_bank(backbone, LoRA(targets=[name], rank=1), num_classes=3)
+    bank.attach(backbone, probe)  # refuses a target without effect
     try:
         assert torch.equal(backbone(images), plain)
         generator = torch.Generator().manual_seed(2)
-        for parameter in stack.adapter_parameters():
+        for parameter in bank.adapter_parameters():
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
         results = []
         for path in ("merged", "additive"):
             if path == "additive":
                 monkeypatch.setattr("nola_vision.adapters.injection.merges_exactly", lambda *_: False)
-            stack.zero_grad()
+            bank.zero_grad()
             features = backbone(images)
             features.square().sum().backward()
-            results.append((features.detach(), [p.grad.clone() for p in stack.adapter_parameters()]))
+            results.append((features.detach(), [p.grad.clone() for p in bank.adapter_parameters()]))
         (merged, gradients), (additive, others) = results
         assert (merged - plain).abs().max() > 1e-2 * plain.abs().max()
         assert (merged - additive).abs().max() < 1e-4 * merged.abs().max()
         for one, other in zip(gradients, others, strict=True):
             assert one.abs().max() > 0 and (one - other).abs().max() < 1e-3 * one.abs().max()
-        stack.merge()
+        bank.merge()
         assert (backbone(images) - merged).abs().max() < 1e-4 * merged.abs().max()
     finally:
-        stack.detach()
+        bank.detach()
     assert torch.equal(backbone(images), plain)
 
 
@@ -151,29 +151,29 @@ def test_a_raw_weight_is_refused_by_name_without_timms_switch(tag: str) -> None:
 def test_routing_through_windows(tag: str) -> None:
     backbone = small(tag)
     images = probe_batch(backbone)[[0, 1, 1]]
-    stack = make_bank(backbone, LoRA(targets=["qkv", "mlp"], rank=1), 3, num_adapters=3)
-    stack.attach(backbone)
-    for parameter in stack.parameters():
+    bank = make_bank(backbone, LoRA(targets=["qkv", "mlp"], rank=1), 3, num_adapters=3)
+    bank.attach(backbone)
+    for parameter in bank.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     index = torch.tensor([2, 0, 1])
-    with stack.route(index):
-        routed = stack(images)
+    with bank.route(index):
+        routed = bank(images)
     for sample, adapter in enumerate(index):
-        stack.merge(int(adapter))
-        alone = stack(images[sample : sample + 1])[0]
+        bank.merge(int(adapter))
+        alone = bank(images[sample : sample + 1])[0]
         assert (routed[sample] - alone).abs().max() < 1e-4 * alone.abs().max()
-        stack.unmerge()
+        bank.unmerge()
     assert (routed[1] - routed[2]).abs().max() > 1e-2 * routed.abs().max()  # one image, two adapters
-    stack.detach()
+    bank.detach()
 
 
 def test_routing_through_a_position_bias_is_refused() -> None:
     backbone = small("swinv2_tiny_window8_256")
-    stack = make_bank(backbone, LoRA(targets=["all"], rank=1), 3, num_adapters=2)
-    stack.attach(backbone)
-    with pytest.raises(NolaVisionError, match="rows cannot be matched to samples"), stack.route(torch.tensor([0, 1])):
-        stack(probe_batch(backbone))
-    stack.detach()
+    bank = make_bank(backbone, LoRA(targets=["all"], rank=1), 3, num_adapters=2)
+    bank.attach(backbone)
+    with pytest.raises(NolaVisionError, match="rows cannot be matched to samples"), bank.route(torch.tensor([0, 1])):
+        bank(probe_batch(backbone))
+    bank.detach()
 
 
 def test_what_is_no_block_is_matched_by_no_name() -> None:

@@ -1,14 +1,19 @@
-"""A run of a second: timm's smallest ViT with random weights on the bundled digits."""
+"""A run of a second: timm's smallest ViT with random weights on the bundled digits; and runs without their company."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nola_vision.common import process_cache
 from nola_vision.common.mappings import overlay
 from nola_vision.runs import run_id, store
+from nola_vision.runs.cross_validation import run_with_estimate
 from nola_vision.runs.parsing import parse
 from nola_vision.runs.record import Row
+from nola_vision.sweep.plan import RunSpec
+from nola_vision.sweep.queue import RunCallback, RunQueue
 
 TINY: dict[str, Any] = {
     "protocol": "tiny",
@@ -26,6 +31,11 @@ TINY: dict[str, Any] = {
     "trainer": {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False},
 }
 
+# for the command line: the same ViT, on the data of whatever config is given; nothing is run on frozen features first
+SMALL_VIT = [
+    "--model.backbone.tag=test_vit.r160_in1k", "--model.backbone.base=random", "--model.backbone.img_size=32"
+]  # fmt: skip
+
 
 def tiny(method: str = "nola", **changes: object) -> run_id.Config:
     """The run config of a tiny run, with sections of it changed."""
@@ -37,3 +47,12 @@ def trained_rows(folder: str | Path) -> list[Row]:
     rows, problems = store.read_rows(folder)
     assert not problems
     return [row for row in rows if row.method_class not in run_id.FROZEN_METHODS.values()] or rows
+
+
+def execute_in_process(specs: Sequence[RunSpec], out: Path, callback: RunCallback, *_: object) -> list[Row]:
+    """As `local.execute` without worker processes, each of which imports torch for seconds."""
+    queue = RunQueue(specs, out, callback)
+    with process_cache.keeping():
+        while (spec := queue.take()) is not None:
+            queue.finish(spec, run_with_estimate(spec.config, out, spec.stage, keep_going=True))
+    return queue.rows()

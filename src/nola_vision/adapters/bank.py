@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nola_vision.adapters import context
 from nola_vision.adapters.context import Pass, Route, Settings
 from nola_vision.adapters.injection import Injection
+from nola_vision.adapters.layers import batch_norms
 from nola_vision.adapters.merging import Merged
 from nola_vision.adapters.methods.base import Group, Method, Source
 from nola_vision.adapters.quantization import rounded_straight_through
@@ -73,6 +74,7 @@ class ParameterBank(nn.Module):
         self.fixed: dict[str, dict[str, Any]] = {}  # no buffers: these would enter state dicts and be broadcast by DDP
         for group in groups:
             values = method.initial(group, source)
+            _check_group(type(method).__name__, group, values, self.num_adapters)
             self.groups[group.name] = nn.ParameterDict({name: nn.Parameter(values[name]) for name in group.shapes})
             self.fixed[group.name] = dict(method.fixed(group, source))
         every = {target: group.name for group in groups for target in group.targets}
@@ -307,8 +309,7 @@ class ParameterBank(nn.Module):
             raise NolaVisionError("this bank has one adapter, so there is nothing to route: it needs more")
         if self.merged:
             raise NolaVisionError("cannot route while an adapter is merged into the backbone: call unmerge() first")
-        norms = (m for m in self._attached().backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        if any(norm.training for norm in norms):
+        if any(norm.training for norm in batch_norms(self._attached().backbone).values()):
             raise NolaVisionError(
                 "batch statistics would mix the samples of different adapters: put the backbone's batch norm in eval "
                 "mode"
@@ -351,6 +352,16 @@ class ParameterBank(nn.Module):
             raise NolaVisionError(f"prefix is {prefix}: it is a share of the coefficients, above 0 and at most 1")
         changes = {"prefix": prefix, "bits": bits}
         return context.using(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _check_group(method: str, group: Group, values: Mapping[str, Tensor], num_adapters: int) -> None:
+    """Refuses what a method states wrongly, before it is trained and stored."""
+    if "." in group.name or not group.name:
+        raise NolaVisionError(f"{method} names a group {group.name!r}: use a name without a dot")
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    stated = {name: (num_adapters, *shape) for name, shape in group.shapes.items()}
+    if shapes != stated:
+        raise NolaVisionError(f"{method}.initial gives {shapes} for group {group.name}, but its shapes are {stated}")
 
 
 def _class_counts(num_classes: int | Sequence[int], num_adapters: int) -> tuple[int, ...]:

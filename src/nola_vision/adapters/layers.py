@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The batch norms of a model by name."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)}
 
 
 def is_trained(norm: nn.Module) -> bool:

@@ -1,1 +1,1 @@
-"""The command line: one file per verb, with argument parsing only."""
+"""The command line: one file per verb, which parses options, calls the other folders, and prints."""

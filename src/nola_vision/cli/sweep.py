@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
                 f"{option} is set by the sweep: use the config's `methods`, --methods, --inits or --splits"
             )
 
+    if any("." not in key for key, _ in varied):
+        _import_plugins(raw, methods, known.allow_import)
     for key, values in varied:
         if "." not in key:
             raw, methods = variations.vary(raw, methods, key, values, _has_setting)
@@ -141,6 +143,16 @@ def _varied(text: str) -> tuple[str, list[Any]]:
 
 def _option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _import_plugins(config: Mapping[str, Any], methods: Sequence[str], packages: Sequence[str]) -> None:
+    """Makes the methods of other packages known, so that `_has_setting` knows their settings."""
+    for name in methods:
+        path = run_id.entry(config, name)["class_path"]
+        if "." in path and not path.startswith("nola_vision."):
+            from nola_vision.runs.import_policy import register_method  # imports Lightning
+
+            register_method(path, packages)
 
 
 def _has_setting(class_name: str, key: str) -> bool:

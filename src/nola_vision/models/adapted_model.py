@@ -202,8 +202,8 @@ class AdaptedModel(nn.Module):
             adapter: which adapter, if the bank has several.
 
         Raises:
-            NolaVisionError: the path cannot be written, the adapter is merged into the backbone or not named, or a
-                value is not finite.
+            NolaVisionError: the path cannot be written, the adapter is merged into the backbone, not named or has
+                another number of classes than the model has names, or a value is not finite.
         """
         count = self.bank.num_adapters
         if count > 1 and adapter is None:
@@ -217,6 +217,11 @@ class AdaptedModel(nn.Module):
             )
         if self.bank.merged:
             raise NolaVisionError("a merged adapter cannot be saved: unmerge() it first")
+        if (classes := self.bank.class_counts[adapter]) != len(self.metadata.class_names):
+            raise NolaVisionError(
+                f"adapter {adapter} has {classes} classes and the model {len(self.metadata.class_names)} class names: "
+                "give the model the names of this adapter's classes (model.metadata) to save it"
+            )
         if broken := self.not_finite(adapter):
             raise NolaVisionError(f"{broken} is not finite: try a smaller learning rate or scale")
         return write_adapter(path, self.file_metadata(), self.file_tensors(adapter), self.bits)

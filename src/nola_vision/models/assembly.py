@@ -88,7 +88,7 @@ def assemble(
         open_branches(backbone)
     if verify and weights is None:
         weights = known_weights.origin(spec)
-    if method.byte_budget is not None:
+    if method.byte_budget is not None and target_names is None:  # a file's values are counted already
         metadata = dataclasses.replace(metadata, method=spend_bytes(backbone, metadata, weights, method.byte_budget))
     bank = make_bank(
         backbone,

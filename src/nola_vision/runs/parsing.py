@@ -49,6 +49,7 @@ from nola_vision.training.task import make_task
 from nola_vision.training.trainer_settings import check_precision, check_stop_early, check_trainer
 
 _MOST_THREADS = 1024  # more crash torch
+_LINKED = ("input", "backbone", "run_seed")  # arguments of the DataModule that a config does not set
 _RATE = "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
 
 set_parsing_settings(subclasses_enabled=[Method])
@@ -219,12 +220,11 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         ) from error
     # the parser takes null for anything
     required = [key for key, one in inspect.signature(KShotDataModule).parameters.items() if one.default is not None]
-    linked = ("input", "backbone", "run_seed")
     for path in (
         ("protocol",),
         ("trainer",),
         ("model", "optimizer"),
-        *(("data", k) for k in required if k not in linked),
+        *(("data", k) for k in required if k not in _LINKED),
     ):
         run_id.need(full, *path)
     if "lr" in _given(full["model"]["optimizer"]):  # of an option that is a whole mapping
@@ -232,7 +232,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     if full["trainer"].get("model_registry") and "litmodels" not in allow_import:
         raise NolaVisionError("trainer.model_registry uploads the model: give --allow-import litmodels to let it")
     full.pop("config", None)
-    for key in linked:  # stated once, by the model
+    for key in _LINKED:  # stated once, by the model
         full["data"].pop(key, None)
     full.pop("seed_everything", None)
     if full["data"]["dataset"] in run_id.OWN_IMAGES:
@@ -246,8 +246,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
             f"model.class_weights is balanced, but data.shots is {full['data']['shots']} and all classes have equally "
             "many images: leave it out, or give data.shots all"
         )
-    settings = full["model"]["method"].get("init_args") or {}
-    check_precision(full["trainer"]["precision"], run_id.method_class(full), bool(settings.get("train_norms")))
+    check_precision(full["trainer"]["precision"], registry.from_dict(full["model"]["method"]))
     if full["threads"] is not None and not 1 <= full["threads"] <= _MOST_THREADS:
         raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
     full["content"] = _content(full)
@@ -271,6 +270,7 @@ def _settings() -> dict[str, list[str]]:
     """The names that each group of a config and each method takes."""
     groups: dict[str, Any] = {"data": KShotDataModule, "model": make_task, "trainer": L.Trainer, **registry.METHODS}
     named = {group: list(inspect.signature(made).parameters) for group, made in groups.items()}
+    named["data"] = [name for name in named["data"] if name not in _LINKED]
     return {
         "": list(TOP_KEYS),
         **named,
@@ -287,7 +287,7 @@ def _content(run_config: run_id.Config) -> dict[str, str]:
     left to the run, which reports it.
     """
     found: dict[str, str] = {}
-    backbone, files = run_config["model"]["backbone"], {}
+    backbone = run_config["model"]["backbone"]
     files = local_files(backbone["tag"], backbone["file"])
     named = [(name, path, None) for name, path in files.items()]
     for name, path, most in (*named, ("manifest", run_config["data"]["manifest"], MOST_BYTES)):

@@ -34,9 +34,11 @@ def published(which: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Args:
         which: columns of the published figures (`backbone`, `dataset`, `shots`) that all lines share, and under
-            `methods` the columns of each entry that differ.
+            `methods` the columns of each entry that differ. Without a backbone or a data set there are no figures.
     """
     shared = {column: value for column, value in which.items() if column != "methods"}
+    if not {"backbone", "dataset"} <= shared.keys():  # a part that the paper has no figures of
+        return []
     figures, found = _figures(), []
     for entry, own in which["methods"].items():
         wanted = {**shared, **(own or {})}

@@ -164,8 +164,8 @@ def _column_problem(columns: dict[str, Any], types: Mapping[str, Any], required:
             return f"has {name} {_quoted(value)} of {len(value):,} characters, more than {_MOST_CHARACTERS}"
         if name in _NAMES and not _NAME.fullmatch(value):
             return f"has {name} {_quoted(value)}, which is not a file name of letters, digits and `._+-`"
-    for name in required:
-        if name not in columns:
+    for name in types:
+        if name in required and name not in columns:
             return f"lacks {name}"
     started = columns.get("started", "")
     if started and not _is_utc(started):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from nola_vision.adapters.methods.registry import METHODS
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import sha256
 from nola_vision.common.mappings import flattened
@@ -136,7 +137,8 @@ def method_class(run_config: Mapping[str, Any]) -> str:
 
 def has_init(run_config: Mapping[str, Any]) -> bool:
     """Whether `run_seed` matters. It does not for a method on frozen features, which has one run per split."""
-    return method_class(run_config) not in FROZEN_METHODS.values()
+    known = METHODS.get(method_class(run_config))
+    return known is None or not known.on_frozen_features
 
 
 def cell_name(run_config: Mapping[str, Any]) -> str:

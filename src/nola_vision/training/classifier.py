@@ -15,6 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from nola_vision.adapters.layers import batch_norms
 from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import keyed_hash
@@ -23,7 +24,6 @@ from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.models.adapted_model import backbone_tensors, first_not_finite
 from nola_vision.models.assembly import adapt
-from nola_vision.models.backbones.properties import batch_norms
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.base import ClassificationTask
 from nola_vision.training.callbacks import monitoring, update_paths

@@ -10,6 +10,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
 
@@ -110,19 +111,19 @@ def _check_callbacks(callbacks: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def check_precision(precision: Any, method: str, train_norms: bool) -> None:
+def check_precision(precision: Any, method: Method) -> None:
     """Refuses 16-bit weights for methods that train weights of the backbone: most updates would be rounded away.
 
     Args:
         precision: the config's `trainer.precision`.
-        method: the class's name.
-        train_norms: whether the method trains batch norms.
+        method: the entry's.
 
     Raises:
         NolaVisionError: this method needs float32 weights.
     """
-    if precision in ("bf16-true", "16-true") and (train_norms or method in ("FullFinetune", "PEFT")):
-        what = "train_norms" if train_norms else method
+    trains_weights = method.train_norms or method.trains_backbone or method.edits_backbone
+    if precision in ("bf16-true", "16-true") and trains_weights:
+        what = "train_norms" if method.train_norms else type(method).__name__
         raise NolaVisionError(
             f"trainer.precision is {precision}, but {what} trains weights of the backbone, and most steps would be "
             f"rounded away in 16 bits: use {precision.replace('true', 'mixed')}"

@@ -8,10 +8,11 @@ import re
 import torch
 from torch import nn
 
+from nola_vision.adapters.layers import batch_norms
+from nola_vision.adapters.methods.base import Base
 from nola_vision.adapters.random_basis import basis_key, uniform
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones.properties import batch_norms, probe_batch
-from nola_vision.models.backbones.spec import Base
+from nola_vision.models.backbones.properties import probe_batch
 
 _WITH_FAN_IN = (
     nn.Linear,

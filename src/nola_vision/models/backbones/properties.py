@@ -1,4 +1,4 @@
-"""Properties of a created backbone: its batch norms, a probe batch of its image size, its fingerprint."""
+"""Properties of a created backbone: a probe batch of its image size, its fingerprint."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ import torch
 from torch import nn
 
 from nola_vision.common.hashing import sha256_of_tensors
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def batch_norms(backbone: nn.Module) -> dict[str, nn.Module]:
-    """A backbone's batch-norm layers by name."""
-    return {name: module for name, module in backbone.named_modules() if isinstance(module, _BATCH_NORMS)}
 
 
 def probe_batch(backbone: nn.Module) -> torch.Tensor:

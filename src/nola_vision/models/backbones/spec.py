@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Base = Literal["pretrained", "random", "zero"]
+from nola_vision.adapters.methods.base import Base
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""One run: its config, its id, its row, and how it is executed."""
