@@ -166,7 +166,7 @@ def test_ctrl_c_before_training_leaves_nothing(
     assert interrupted(config, tmp_path / "out") is None
     assert not (tmp_path / "out").exists()
     row = runner.run(config, tmp_path / "out", ckpt_path="last")
-    assert row.status == "completed" and "it starts from scratch" in caplog.text
+    assert row.status == "completed" and "starts from scratch" in caplog.text
     (run_id.run_folder(tmp_path / "out", config, "final") / LAST_CHECKPOINT).unlink()
     caplog.clear()
     assert runner.run(config, tmp_path / "out", ckpt_path="last") == row
