@@ -117,7 +117,10 @@ def changed(setting: str, value: Any) -> str:
         (json.dumps({**GOOD, "split": 7}).replace(" 7", " 1e400"), "holds a number that is not finite"),
         (json.dumps({**GOOD, "split": 7}).replace(" 7", " 1" + "0" * 5000), "holds a number that is .* too large"),
         (json.dumps({**GOOD, "test_nll": 1e308}), "holds a number that is .* too large"),
-        (json.dumps({**GOOD, "data": {"counts": {"test": 2**62}}}), "valid number of test images in data.counts"),
+        (
+            json.dumps({**GOOD, "data": {"counts": {"test": 2**62}}}),
+            "lacks a valid number of test images in data.counts",
+        ),
         (json.dumps({**GOOD, "data": {"draw": [3, 10**4000]}}), r"10{56}\.\.\., which does not fit 64 bits"),
         (json.dumps({**GOOD, "data": {"seed": -(2**63) - 1}}), "-9223372036854775809, which does not fit 64 bits"),
         (json.dumps({**GOOD, "test_accuracy": 7}), "has test_accuracy 7, which must be between 0 and 1"),

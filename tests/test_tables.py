@@ -601,7 +601,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 def test_any_row_is_refused_in_one_line_or_shown_by_everything() -> None:
     accepted: list[Row] = []
 
-    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=120, deadline=None, derandomize=True, database=None)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         plain = copy.deepcopy(VALID)

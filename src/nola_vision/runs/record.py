@@ -177,9 +177,9 @@ def _types() -> dict[str, Any]:
 
 
 @cache
-def _required() -> frozenset[str]:
-    """The columns without a default."""
-    return frozenset(f.name for f in fields(Row) if f.default is MISSING and f.default_factory is MISSING)
+def _required() -> tuple[str, ...]:
+    """The columns without a default, in their order."""
+    return tuple(column.name for column in fields(Row) if column.default is column.default_factory is MISSING)
 
 
 def _plain(value: Any, name: str, replaced: list[str]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -49,7 +49,7 @@ _SETTINGS: dict[str, tuple[type | UnionType, bool]] = {
 
 
 def read_columns(
-    text: str, path: Path, schema_version: int, types: Mapping[str, Any], required: Collection[str]
+    text: str, path: Path, schema_version: int, types: Mapping[str, Any], required: Sequence[str]
 ) -> dict[str, Any]:
     """Parse the JSON text of a row and validate it; unknown keys are left out.
 
@@ -151,7 +151,7 @@ def _value_problem(columns: dict[str, Any]) -> str | None:
     return None
 
 
-def _column_problem(columns: dict[str, Any], types: Mapping[str, Any], required: Collection[str]) -> str | None:
+def _column_problem(columns: dict[str, Any], types: Mapping[str, Any], required: Sequence[str]) -> str | None:
     """Why a value is invalid in its column, or which column is missing; None if all are valid."""
     for name, value in columns.items():
         if not _fits(value, types[name]):

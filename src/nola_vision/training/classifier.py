@@ -22,7 +22,7 @@ from nola_vision.common.hashing import keyed_hash
 from nola_vision.common.mappings import flattened
 from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.models.adapted_model import backbone_tensors, first_not_finite
+from nola_vision.models.adapted_model import first_not_finite
 from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.base import ClassificationTask
@@ -226,7 +226,7 @@ class Classifier(ClassificationTask):
     # --- checkpoints hold trained values only: the backbone is restored from its tag, the basis from its seed --------
 
     def _kept(self, names: Sequence[str]) -> set[str]:
-        trained = {f"model.backbone.{name}" for name in backbone_tensors(self.model.backbone, self.method)}
+        trained = {f"model.backbone.{name}" for name in self.method.trained_in_backbone(self.model.backbone)}
         return {name for name in names if name in trained or not name.startswith("model.backbone.")}
 
     def _identity(self) -> dict[str, Any]:
