@@ -292,7 +292,7 @@ def test_null_is_refused_where_a_value_is_needed() -> None:
         changes: Any = None
         for key in reversed(path):
             changes = {key: changes}
-        with pytest.raises(NolaVisionError, match=f"no value for `{'.'.join(path)}`"):
+        with pytest.raises(NolaVisionError, match=f"lacks a value for `{'.'.join(path)}`"):
             parse(overlay(QUICK, changes))
     assert parse(overlay(QUICK, {"trainer": {"gradient_clip_val": None}, "data": {"test_limit": None}}))
 

@@ -368,7 +368,7 @@ def test_backbone_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert "\n" not in str(caught.value)
 
     refused(BackboneSpec("vit_tinny_patch16_224"), "did you mean vit_tiny_patch16_224")
-    refused(BackboneSpec("vit_tiny_patch16_224.best"), "no pretrained tag 'best': use one of augreg")
+    refused(BackboneSpec("vit_tiny_patch16_224.best"), "unknown pretrained tag 'best' of timm's .*: use one of augreg")
     refused(BackboneSpec("vit_tiny_patch16_224", file="nowhere.pth"), "nowhere.pth does not exist")
     (tmp_path / "text.safetensors").write_text("hello")
     refused(BackboneSpec("vit_tiny_patch16_224", file=str(tmp_path / "text.safetensors")), "cannot be loaded")

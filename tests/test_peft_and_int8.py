@@ -96,7 +96,9 @@ def test_a_peft_method_runs_from_a_config_to_a_row(
 
 
 def test_peft_mistakes() -> None:
-    with pytest.raises(NolaVisionError, match=r"no config 'peft.VerraConfig' .*: did you mean peft\.VeraConfig"):
+    with pytest.raises(
+        NolaVisionError, match=r"'peft.VerraConfig' is not a PEFT config .*: did you mean peft\.VeraConfig"
+    ):
         adapt(SPEC, PEFT(config="peft.VerraConfig"), ["a", "b"])
     with pytest.raises(NolaVisionError, match="VeraConfig cannot be used"):
         adapt(SPEC, PEFT(config="VeraConfig", settings={"rr": 3}), ["a", "b"])

@@ -208,7 +208,7 @@ FIT = ["fit", *CONFIG]
 MISTAKES = {
     "no root": ([*FIT, "--data.dataset=folder", "--data.root=nowhere"], "the data root nowhere does not exist"),
     "no key": ([*FIT, "--dta.shots=5"], "there is no option --dta.shots: did you mean data?"),
-    "no key of a method": (["sweep", *CONFIG, "--methods=nola", "--config=key.yaml"], "no setting 'rnk'"),
+    "no key of a method": (["sweep", *CONFIG, "--methods=nola", "--config=key.yaml"], "unknown setting 'rnk'"),
     "no adapter": (["predict", "--adapter=none.safetensors", "one.png"], "none.safetensors does not exist"),
     "no device": (["predict", "--adapter=one.png", "--device=gpu", "one.png"], "cuda"),
     "bits of export": (["export", "--adapter=one.png", "--bits=9", "--out=x"], "bits is 9: use 2 to 8"),

@@ -92,7 +92,7 @@ def test_an_unknown_entry_is_refused_with_the_close_names() -> None:
         ({7: {"class_path": "NOLA"}}, "folder's name"),
         ({"x": {"init_args": {}}}, "class_path"),
         ({"x": "NOLA"}, "class_path"),
-        (None, "no value for `methods`"),
+        (None, "lacks a value for `methods`"),
     ],
 )
 def test_a_malformed_entry_is_refused(methods: Any, message: str) -> None:

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options.add_argument(
         "--min-probability", type=_share, metavar="P", help=f"answer `{UNKNOWN}` where the best class has less than P"
     )
-    options.add_argument("--format", choices=("csv", "jsonl"), help="default: aligned text, or csv in a file")
+    options.add_argument("--format", choices=("csv", "jsonl"), help="default: that of --out, else aligned text")
     options.add_argument("--out", metavar="FILE", help="write to a .csv or .jsonl file instead of printing")
     options.add_argument("--batch-size", "--batch_size", type=whole_number, default=64)
     options.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")

@@ -37,7 +37,7 @@ def published(which: Mapping[str, Any]) -> list[dict[str, Any]]:
             `methods` the columns of each entry that differ. Without a backbone or a data set there are no figures.
     """
     shared = {column: value for column, value in which.items() if column != "methods"}
-    if not {"backbone", "dataset"} <= shared.keys():  # a part that the paper has no figures of
+    if not {"backbone", "dataset"} <= shared.keys():  # the paper lacks figures of a part
         return []
     figures, found = _figures(), []
     for entry, own in which["methods"].items():
