@@ -399,7 +399,7 @@ def test_every_entry_of_a_cell_runs_a_step(method: str, tmp_path: Path, monkeypa
 def test_a_network_from_scratch_runs_a_step(
     config: str, dataset: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The toy, and all of Tables 8 and 9 but PRANC on a ResNet-18; at 32 pixels, and with a few vectors of the bases."""
+    """The toy, and all of Tables 8 and 9 but PRANC on a ResNet-18; at 32 pixels, with few vectors of bases."""
     root = stand_ins.make(dataset, tmp_path / "data", monkeypatch)
     options = [f"--method={method}", f"--data.root={root}", "--data.batch_size=8", "--data.num_workers=0"]
     few = {"resnet20-pranc": ["--model.method.num_basis=50"], "resnet18-nola": ["--model.method.num_basis=20"]}
