@@ -402,7 +402,10 @@ def test_a_network_from_scratch_runs_a_step(
     """The toy, and all of Tables 8 and 9 but PRANC on a ResNet-18; at 32 pixels, with few vectors of bases."""
     root = stand_ins.make(dataset, tmp_path / "data", monkeypatch)
     options = [f"--method={method}", f"--data.root={root}", "--data.batch_size=8", "--data.num_workers=0"]
-    few = {"resnet20-pranc": ["--model.method.num_basis=50"], "resnet18-nola": ["--model.method.num_basis=20"]}
+    few = {
+        "resnet20-pranc": ["--model.method.num_basis=50"],
+        "resnet18-nola": ["--model.method.num_basis=20", "--model.method.head_num_basis=20"],
+    }
     options += few.get(f"{config[:8]}-{method}", [])
     small = ["--model.backbone.img_size=32"] if dataset == "imagenet100" else []
     once = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
