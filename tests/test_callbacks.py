@@ -211,6 +211,7 @@ def test_settings_that_give_no_result_are_refused(settings: dict[str, Any], mess
         tiny(trainer=settings)
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_a_number_of_batches_stays_one_whatever_was_imported_before() -> None:
     # scikit-learn has a Union of float and int, which `typing` keeps and gives to who asks for one of int and float
     numbers = "[tiny(trainer={'limit_train_batches': n})['trainer']['limit_train_batches'] for n in (1, 1.0, 0.5)]"

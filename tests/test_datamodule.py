@@ -1,6 +1,7 @@
 """The data module and the transforms: what a batch is, and that nothing but the seeds decides it."""
 
 import dataclasses
+import gc
 import json
 import random
 import time
@@ -270,6 +271,8 @@ def test_a_bad_image_is_one_sentence_whatever_reads_it(workers: int, small_tree:
             list(loader)
         reason = "not an image, or of an unsupported format"
         assert str(caught.value) == f"cannot decode the image {bad} ({reason}): fix, replace or remove it"
+        del caught  # it holds the workers, which would be waited for later, while the threads of another test run
+        gc.collect()
 
 
 def test_bad_images_of_later_stages_are_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,14 @@ from nola_vision.runs.parsing import parse
 ADAPTER = {"num_basis": 64, "lr": 0.02, "head_lr": 1e-6, "c": 8}
 SHORT = {
     "threads": 1,
-    "data": {"test_limit": 20, "shots": 2},
+    "data": {"test_limit": 20, "shots": 2, "eval_batch_size": 20},
     "model": {"warmup_epochs": 0, "method": {"init_args": ADAPTER}},
-    "trainer": {"max_epochs": 4, "check_val_every_n_epoch": 4, "enable_progress_bar": False},
+    "trainer": {
+        "max_epochs": 4,
+        "check_val_every_n_epoch": 4,
+        "limit_val_batches": 1,
+        "enable_progress_bar": False,
+    },
 }
 WAYS = {
     "streamed": ({"model": {"method": {"init_args": {"storage": "streamed", "memory_mib": 0.5}}}}, 1e-5),

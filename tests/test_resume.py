@@ -78,12 +78,18 @@ def interrupted(config: run_id.Config, out: Path) -> Row | None:
     return store.find_row(run_id.run_folder(out, config, "final"))
 
 
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs that are not interrupted; each is done once."""
+    return tmp_path_factory.mktemp("wholes")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_stopped_in_the_test_phase_is_finished(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, wholes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(CASES[case][0], **CASES[case][1])
-    whole = runner.run(config, tmp_path / "whole")
+    whole = runner.run(config, wholes)
     if case == "stopped early":
         assert whole.epoch is not None and whole.epoch < 8
     with monkeypatch.context() as patch:
@@ -96,19 +102,21 @@ def test_a_run_stopped_in_the_test_phase_is_finished(
             runner.run(config, tmp_path / "stopped", ckpt_path="last")
     (run_id.run_folder(tmp_path / "stopped", config, "final") / store.ADAPTER_FILE).unlink()
     runner.run(config, tmp_path / "stopped", ckpt_path="last")
-    assert result(config, tmp_path / "stopped") == result(config, tmp_path / "whole")
+    assert result(config, tmp_path / "stopped") == result(config, wholes)
 
 
 @pytest.mark.parametrize("call", [1, 3, 6])  # two steps per epoch: before there is a checkpoint, and after
-def test_a_run_stopped_in_training_is_finished(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stopped_in_training_is_finished(
+    call: int, wholes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny("nola4", **AWARE)
-    runner.run(config, tmp_path / "whole")
+    runner.run(config, wholes)
     with monkeypatch.context() as patch:
         once(patch, Classifier, "training_step", ctrl_c, call)
         row = interrupted(config, tmp_path / "stopped")
     assert row is not None and row.status == "interrupted"
     runner.run(config, tmp_path / "stopped", ckpt_path="last")
-    assert result(config, tmp_path / "stopped") == result(config, tmp_path / "whole")
+    assert result(config, tmp_path / "stopped") == result(config, wholes)
 
 
 @pytest.mark.parametrize("moved", [False, True])

@@ -388,6 +388,7 @@ def test_a_damaged_row_is_replaced_and_hides_no_error(
     assert f"replaces one that cannot be read: {path}" in caplog.text
 
 
+@pytest.mark.slow  # a process that imports torch; tests/test_resume.py interrupts runs in this one
 def test_ctrl_c_leaves_a_row_marked_interrupted(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nola_vision.cli.main", "fit", "--config", "quickstart.yaml", "--threads=1"]
     quiet = ["--trainer.max_epochs=100000", "--trainer.enable_progress_bar=false", f"--out={tmp_path}"]
