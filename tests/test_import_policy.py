@@ -4,7 +4,6 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -153,20 +152,26 @@ def test_allow_import_covers_a_run_from_config_to_row(mine: str, capsys: pytest.
             parse(QUICK, [], [name])
 
 
-def test_a_registered_plugin_is_a_method(mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = EntryPoint("plugin", f"{mine}:Plugin", import_policy.PLUGINS)
-    monkeypatch.setattr(import_policy, "entry_points", lambda group: [entry] if group == import_policy.PLUGINS else [])
-    import_policy._plugins.cache_clear()
-    try:
-        parse(QUICK)
-        assert mine not in sys.modules  # a plug-in that no config names is not imported
-        run_config = parse(overlay(QUICK, {"model": {"method": spec(f"{mine}.Plugin", lr=0.5)}}), FAST)
+def install_plugin(folder: Path, stated: str) -> None:
+    """Installs a package that states a method, as pip leaves it on disk."""
+    (folder / "mine-1.dist-info").mkdir()
+    (folder / "mine-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    (folder / "mine-1.dist-info" / "entry_points.txt").write_text(f"[{registry.PLUGINS}]\nplugin = {stated}\n")
+
+
+def test_a_registered_plugin_is_a_method(mine: str, tmp_path: Path) -> None:
+    (tmp_path / "outer.py").write_text(f"from {mine} import Plugin")
+    install_plugin(tmp_path, "outer:Plugin")
+    parse(QUICK)
+    assert mine not in sys.modules  # a plug-in that no config names is not imported
+    for path in ("outer.Plugin", f"{mine}.Plugin"):  # as stated, and where it is defined
+        run_config = parse(overlay(QUICK, {"model": {"method": spec(path, lr=0.5)}}), FAST)
         task = build(run_config, tmp_path / "run").model
         assert type(task.method).__name__ == "Plugin" and task.method.lr == 0.5
-        with pytest.raises(NolaVisionError, match="may not be imported"):
-            parse(overlay(QUICK, {"trainer": {"callbacks": [spec(f"{mine}.Count")]}}))
-    finally:
-        import_policy._plugins.cache_clear()
+    with pytest.raises(NolaVisionError, match="may not be imported"):
+        parse(overlay(QUICK, {"trainer": {"callbacks": [spec(f"{mine}.Count")]}}))
+    with pytest.raises(NolaVisionError, match="may not be imported"):
+        parse(overlay(QUICK, {"model": {"method": spec("elsewhere.Plugin")}}))
 
 
 GAIN = """
@@ -217,8 +222,7 @@ def test_another_packages_method_from_config_to_report(
     with pytest.raises(NolaVisionError, match="unknown method 'RowGain': use one of .* or import the package"):
         load_adapter(path)
     assert mine not in sys.modules
-    point = EntryPoint("gain", f"{mine}:RowGain", registry.PLUGINS)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.PLUGINS else [])
+    install_plugin(tmp_path, f"{mine}:RowGain")
     assert torch.equal(load_adapter(path).bank.groups[group].gain, model.bank.groups[group].gain)
 
 

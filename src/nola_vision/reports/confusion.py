@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import re
@@ -23,7 +24,7 @@ from nola_vision.runs.record import Row
 from nola_vision.runs.store import read_run_file
 
 MOST_RUNS = 48  # per entry, the first ones, whose counts are summed
-_HEADER = "true,predicted,count"
+_HEADER = ["true", "predicted", "count"]
 # A run writes a file for up to 1,000 classes: one line per pair of classes with an image
 _MOST_BYTES, MOST_CLASSES = 2**26, 2000
 _NUMBER = re.compile("[0-9]{1,12}")
@@ -39,30 +40,26 @@ def read_confusion(path: Path) -> pd.DataFrame:
     """
     content = read_run_file(path, _MOST_BYTES)
     try:
-        header, _, lines = content.decode().partition("\n")
-        if header.strip() != _HEADER:
+        header, *lines = csv.reader(io.StringIO(content.decode(), newline=""), strict=True)
+        if header != _HEADER:
             raise ValueError("another header")
-        text = io.StringIO(lines, newline="")  # dtype=object: str would convert each column to Arrow and back
-        table = pd.read_csv(text, header=None, dtype=object, na_filter=False, low_memory=False)
-        if table.shape[1] != 3:
-            raise ValueError("another number of columns")
-        # each text once, as they appear, and where it is
-        (true, names), (predicted, others), (count, numbers) = (pd.factorize(table[column]) for column in table)
-        if max(len(names), len(others)) > MOST_CLASSES:
+        true, predicted, counts = zip(*lines, strict=True)
+        names = list(dict.fromkeys(true))
+        if len(names) > MOST_CLASSES:
             raise ValueError("too many classes")
-        if not all(map(_NUMBER.fullmatch, numbers)):
+        if not all(map(_NUMBER.fullmatch, set(counts))):
             raise ValueError("a count that is not a number of images")
-        names = pd.Index(names, dtype="object")
-        at = names.get_indexer(pd.Index(others, dtype="object"))
-        if (at < 0).any():
+        at = {name: number for number, name in enumerate(names)}
+        if not at.keys() >= set(predicted):
             raise ValueError("a predicted class that is not a true one")
-        places = true * len(names) + at[predicted]
-        if np.bincount(places).max() > 1:
+        places = [len(names) * at[row] + at[column] for row, column in zip(true, predicted, strict=True)]
+        if len(set(places)) < len(places):
             raise ValueError("a pair that is there twice")
         square = np.zeros((len(names), len(names)), dtype=np.int64)
-        square.flat[places] = np.array(list(map(int, numbers)), dtype=np.int64)[count]
-        return pd.DataFrame(square, index=names.rename("true"), columns=names.rename("predicted"))
-    except ValueError as error:
+        square.flat[places] = [int(count) for count in counts]
+        classes = pd.Index(names, dtype=object)
+        return pd.DataFrame(square, index=classes.rename("true"), columns=classes.rename("predicted"))
+    except (ValueError, csv.Error) as error:
         raise NolaVisionError(f"{path} is not a confusion matrix: {_FIX}") from error
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -25,7 +23,6 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
 from nola_vision.runs.config_errors import PACKAGES, refusal
 
-PLUGINS = registry.PLUGINS
 # fmt: off
 _BASES = (
     Method, Optimizer, LRScheduler, Callback, Logger, Profiler, Strategy, Accelerator, Precision, CheckpointIO,
@@ -89,23 +86,14 @@ def register_method(class_path: Any, packages: Sequence[str]) -> list[str]:
     """
     if not isinstance(class_path, str) or "." not in class_path or _within(class_path, PACKAGES):
         return []
-    plugin = _plugins().get(class_path)
-    if plugin is not None:
-        try:
-            found: Any = plugin.load()
-        except Exception as error:  # another package's import fails in any way
-            raise NolaVisionError(f"the plug-in {class_path} cannot be imported: {error}") from error
-    elif _within(class_path, packages):
-        found = resolve(class_path)
-    else:
-        raise NolaVisionError(f"the method: {refusal(class_path)}")
-    if not isinstance(found, type) or not issubclass(found, Method):
-        raise NolaVisionError(
-            f"{class_path} is not a subclass of nola_vision.adapters.methods.Method: a method must be one"
-        )
-    if registry.METHODS.setdefault(found.__name__, found) is not found:
-        raise NolaVisionError(f"{class_path} has the name of another method, {found.__name__}: rename the class")
-    return [class_path, f"{found.__module__}.{found.__qualname__}"] if plugin is not None else []
+    if _within(class_path, packages):
+        registry.register(resolve(class_path))
+        return []
+    for stated, method in registry.load_plugins(class_path.rpartition(".")[2]):
+        paths = [stated, _name(method)]  # its package may import the class from another of its modules
+        if class_path in paths:
+            return paths
+    raise NolaVisionError(f"the method: {refusal(class_path)}")
 
 
 def check_classes(config: Any, packages: Sequence[str], where: str = "") -> None:
@@ -170,9 +158,3 @@ def _name(found: Any) -> str:
 
 def _within(path: str, packages: Sequence[str]) -> bool:
     return any(path == package or path.startswith(f"{package}.") for package in packages)
-
-
-@cache
-def _plugins() -> dict[str, EntryPoint]:
-    """The registered methods of other packages by class path. None of them is imported yet."""
-    return {f"{entry.module}.{entry.attr}": entry for entry in entry_points(group=PLUGINS)}

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, get_type_hints
 
 from nola_vision.runs import run_id
-from nola_vision.runs.row_validation import LARGEST, read_columns
+from nola_vision.runs.row_validation import LARGEST, ColumnType, column_type, read_columns
 
 SCHEMA_VERSION = 1
 
@@ -171,9 +171,9 @@ class Row:
 
 
 @cache
-def _types() -> dict[str, Any]:
-    """The columns of a row, each with its type."""
-    return {name: hint for name, hint in get_type_hints(Row).items() if name != "folder"}
+def _types() -> dict[str, ColumnType]:
+    """The columns of a row, each with the values that it accepts."""
+    return {name: column_type(hint) for name, hint in get_type_hints(Row).items() if name != "folder"}
 
 
 @cache

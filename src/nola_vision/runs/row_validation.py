@@ -6,10 +6,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.text import last_part, shortened
@@ -36,6 +35,7 @@ _NAMES = ("cell", "run_hash", "entry_hash")
 _LABELS = ("method", "method_class")
 _MOST_CHARACTERS = 255  # of a label, which is a file name or a class
 _NAME = re.compile(r"(?!\.)[\w.+-]{1,255}")  # a file name without a separator, as `run_id` makes them
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape in JSON; two of them may be one character
 # The settings that tables and plots read from a row's config: type, and whether they are required.
 _SETTINGS: dict[str, tuple[type | UnionType, bool]] = {
     "model.backbone.tag": (str, True),
@@ -49,7 +49,7 @@ _SETTINGS: dict[str, tuple[type | UnionType, bool]] = {
 
 
 def read_columns(
-    text: str, path: Path, schema_version: int, types: Mapping[str, Any], required: Sequence[str]
+    text: str, path: Path, schema_version: int, types: Mapping[str, ColumnType], required: Sequence[str]
 ) -> dict[str, Any]:
     """Parse the JSON text of a row and validate it; unknown keys are left out.
 
@@ -70,11 +70,11 @@ def read_columns(
     if text.count("[") + text.count("{") > _MOST_BRACKETS:
         raise NolaVisionError(f"{path} has more than {_MOST_BRACKETS:,} lists and mappings: {fix}")
     try:
-        plain = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        plain = json.loads(text, parse_float=_finite, parse_int=_int64, parse_constant=_finite)
     except (json.JSONDecodeError, RecursionError):
         raise NolaVisionError(f"{path} is not JSON: {fix}") from None
-    except ValueError:  # by `_finite`, or an integer with more digits than Python converts
-        raise NolaVisionError(f"{path} holds a number that is not finite or too large: {fix}") from None
+    except ValueError as error:  # by `_finite` or `_int64`
+        raise NolaVisionError(f"{path} holds the number {error}: {fix}") from None
     version = plain.get("schema_version") if isinstance(plain, dict) else None
     if type(version) is not int or version < 1:
         raise NolaVisionError(f"{path} is not a result row (no schema_version): {fix}")
@@ -83,75 +83,83 @@ def read_columns(
             f"{path} has schema version {version} and this nola-vision reads up to {schema_version}: update it"
         )
     known = {column: plain[column] for column in types if column in plain}
-    problem = _value_problem(known) or _column_problem(known, types, required) or _config_problem(known["config"])
+    problem = _size_problem(known) or (_text_problem(known) if _SURROGATE.search(text) else None)
+    problem = problem or _column_problem(known, types, required) or _config_problem(known["config"])
     if problem := problem or _estimate_problem(known) or _data_problem(known.get("data", {})):
         raise NolaVisionError(f"{path} {problem}: {fix}")
     return known
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has a column's type. An integer is accepted as a float, a bool only as a bool."""
-    if type(value) not in _kinds(hint):
-        return False
-    if isinstance(value, list):
-        return all(_fits(item, get_args(hint)[0]) for item in value)
-    choices = _choices(hint)
-    return not choices or value in choices
+class ColumnType(NamedTuple):
+    """The JSON values that a column accepts: their types, the values of a literal type, and the items of a list."""
+
+    kinds: frozenset[type]
+    choices: tuple[Any, ...]
+    items: ColumnType | None
 
 
-@cache
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values of a literal type."""
-    return get_args(hint) if get_origin(hint) is Literal else ()
-
-
-@cache
-def _kinds(hint: Any) -> frozenset[type]:
-    """The types of JSON values that a column's type accepts."""
-    origin = get_origin(hint)
+def column_type(hint: Any) -> ColumnType:
+    """The values that a type hint accepts. An integer is accepted as a float, a bool only as a bool."""
+    origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return frozenset().union(*map(_kinds, get_args(hint)))
+        options = [column_type(option) for option in inner]
+        kinds = frozenset[type]().union(*(option.kinds for option in options))
+        return ColumnType(kinds, (), next((option.items for option in options if option.items), None))
     if origin is Literal:
-        return frozenset(map(type, get_args(hint)))
-    return frozenset({int, float} if hint is float else {origin or hint})
+        return ColumnType(frozenset(map(type, inner)), inner, None)
+    kinds = frozenset({int, float} if hint is float else {origin or hint})
+    return ColumnType(kinds, (), column_type(inner[0]) if origin is list else None)
+
+
+def _fits(value: Any, accepted: ColumnType) -> bool:
+    if type(value) not in accepted.kinds:
+        return False
+    if type(value) is list and accepted.items:
+        return all(_fits(item, accepted.items) for item in value)
+    return not accepted.choices or value in accepted.choices
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not abs(value) <= LARGEST:
-        raise ValueError(f"{text} is not finite or too large")
+        raise ValueError(f"{shortened(text, 60)}, which is not finite or too large")
     return value
 
 
-def _value_problem(columns: dict[str, Any]) -> str | None:
-    """Why nested values are unusable in a table, or None. Lists, which may be long, are checked as a whole."""
+def _int64(text: str) -> int:
+    # 20 characters bound the time: Python refuses to convert thousands of digits
+    if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**63:
+        raise ValueError(f"{shortened(text, 60)}, which does not fit 64 bits")
+    return value
+
+
+def _size_problem(columns: dict[str, Any]) -> str | None:
+    """Why nested values are too many for a table, or None."""
     stack: list[tuple[Any, int]] = [(columns, 0)]
     keys = 0
     while stack:
         value, depth = stack.pop()
         if depth > _MOST_DEPTH:
             return f"is nested more than {_MOST_DEPTH} levels deep"
-        items = [*value, *value.values()] if isinstance(value, dict) else value
-        keys += len(value) if isinstance(value, dict) else 0
+        if type(value) is dict:
+            keys += len(value)
+            value = value.values()
         if keys > _MOST_KEYS:
             return f"has more than {_MOST_KEYS} keys"
-        kinds = set(map(type, items))
-        if int in kinds:
-            whole = [item for item in items if type(item) is int] if len(kinds) > 1 else items
-            for number in (min(whole), max(whole)):
-                if not -(2**63) <= number < 2**63:
-                    return f"holds the number {_quoted(number)}, which does not fit 64 bits"
-        if str in kinds:
-            try:
-                "".join(item for item in items if type(item) is str).encode()
-            except UnicodeEncodeError:
-                return "holds text that is not valid Unicode (a lone surrogate)"
-        if dict in kinds or list in kinds:
-            stack += [(item, depth + 1) for item in items if isinstance(item, dict | list)]
+        stack += [(item, depth + 1) for item in value if type(item) is dict or type(item) is list]
     return None
 
 
-def _column_problem(columns: dict[str, Any], types: Mapping[str, Any], required: Sequence[str]) -> str | None:
+def _text_problem(columns: dict[str, Any]) -> str | None:
+    """Why a text is unusable, or None."""
+    try:
+        json.dumps(columns, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "holds text that is not valid Unicode (a lone surrogate)"
+    return None
+
+
+def _column_problem(columns: dict[str, Any], types: Mapping[str, ColumnType], required: Sequence[str]) -> str | None:
     """Why a value is invalid in its column, or which column is missing; None if all are valid."""
     for name, value in columns.items():
         if not _fits(value, types[name]):

@@ -20,8 +20,12 @@ def register(method: type[M]) -> type[M]:
     """Makes a method known to configs and adapter files by the name of its class; a decorator.
 
     Raises:
-        NolaVisionError: another class has the name.
+        NolaVisionError: it is not a subclass of `Method`, or another class has the name.
     """
+    if not isinstance(method, type) or not issubclass(method, Method):
+        raise NolaVisionError(
+            f"{method!r} is not a subclass of nola_vision.adapters.methods.Method: a method must be one"
+        )
     known = METHODS.setdefault(method.__name__, method)
     if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise NolaVisionError(
@@ -59,7 +63,9 @@ def from_dict(described: dict[str, Any]) -> Method:
         raise NolaVisionError(f"the method is {quoted(described)}: write it as class_path and init_args")
     path = described.get("class_path")
     name = path.rpartition(".")[2] if isinstance(path, str) else None
-    if name is None or (name not in METHODS and not _loaded(name)):
+    if name is not None and name not in METHODS:
+        load_plugins(name)
+    if name not in METHODS:
         raise NolaVisionError(
             f"unknown method {quoted(name or path)}: use one of {', '.join(METHODS)}, or import the package that has it"
         )
@@ -73,16 +79,21 @@ def from_dict(described: dict[str, Any]) -> Method:
     return METHODS[name](**given)
 
 
-def _loaded(name: str | None) -> bool:
-    """Whether an installed package has registered a method of this name, which is then imported.
+def load_plugins(name: str) -> list[tuple[str, type[Method]]]:
+    """Imports and registers the methods that installed packages state under a class name.
+
+    Returns:
+        Each class, usually one, with the class path that its package states.
 
     Raises:
-        NolaVisionError: the package cannot be imported.
+        NolaVisionError: the package cannot be imported, or what it states cannot be registered.
     """
+    found = []
     for plugin in entry_points(group=PLUGINS):
         if plugin.attr == name:
             try:
-                register(plugin.load())
+                loaded = plugin.load()
             except Exception as error:  # another package's import fails in any way
                 raise NolaVisionError(f"the plug-in {plugin.value} cannot be imported: {error}") from error
-    return name in METHODS
+            found.append((f"{plugin.module}.{name}", register(loaded)))
+    return found

@@ -136,10 +136,11 @@ class Panel:
         to_pixels = to_points + Affine2D().scale(1 / WIDTH, 1 / HEIGHT) + figure.transFigure
         panel = cls(figure, xs, ys, LEFT + width, to_points, to_pixels)
         tolerance = 1e-9 * (ys[1] - ys[0])  # rounding of the locator: 100.00000000000001
-        for level in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(*ys):
-            if not ys[0] - tolerance <= level <= ys[1] + tolerance:
-                continue
-            panel.draw(xs, [level, level], color=GRID, linewidth=1, zorder=1)
+        levels = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(*ys)
+        levels = [level for level in levels if ys[0] - tolerance <= level <= ys[1] + tolerance]
+        grid = [(x, level) for level in levels for x in (*xs, math.nan)]  # one line for all: quicker to draw
+        panel.draw(*zip(*grid, strict=True), color=GRID, linewidth=1, zorder=1)
+        for level in levels:
             panel.write(LEFT - 8, panel.points([(xs[0], level)])[0][1], f"{level:g}", MUTED, align="right")
         panel.draw(xs, [ys[0], ys[0]], color=MUTED, linewidth=1, zorder=1)
         for tick, text in ticks.items():
