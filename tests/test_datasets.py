@@ -25,6 +25,7 @@ from nola_vision.data.datasets.shipped_list import class_of, read_list
 from nola_vision.data.sampling import draw
 from nola_vision.data.sources import FileSource, ImageSource
 from nola_vision.images import decoding
+from nola_vision.runs import run_id
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,6 +84,10 @@ def test_folder_order_is_not_the_file_systems(tree: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=True))
     monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in list(walk(*a, **k))[::-1]))
     assert [entry.open(str(tree), "train").where(index) for index in range(4)] == plain
+
+
+def test_a_run_id_knows_the_data_sets_of_own_images() -> None:
+    assert run_id.OWN_IMAGES == tuple(name for name, entry in DATASETS.items() if entry.own_images)
 
 
 def test_names_in_unicodes_two_forms_are_one_name(tree: Path) -> None:

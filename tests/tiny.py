@@ -1,4 +1,4 @@
-"""A run of a second: timm's smallest ViT with random weights on the bundled digits; and runs without their company."""
+"""A run of a second: timm's smallest ViT with random weights on the bundled digits; and how tests read such runs."""
 
 from __future__ import annotations
 

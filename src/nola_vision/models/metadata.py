@@ -31,9 +31,8 @@ MAX_TARGETS = 4096
 MAX_SEED = 2**63 - 1
 # pixels: attention costs the fourth power of the side, and the largest side in timm is 1,024
 MAX_SIDE = 1024
-MAX_SIDE_FACTOR = (
-    4  # for models of a fixed size: a position embedding of one side does not carry over to a much larger one
-)
+# for models of a fixed size: a position embedding of one side does not carry over to a much larger one
+MAX_SIDE_FACTOR = 4
 _MAX_TEXT = 1000  # characters of a tag, a weight's name, a setting
 _MOST_CALIBRATED_ON = 40  # characters
 _FIELDS_OF_BACKBONE = ("tag", "img_size", "base", "int8")

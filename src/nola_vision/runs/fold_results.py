@@ -14,7 +14,7 @@ from nola_vision.data.sources import ImageSource
 from nola_vision.evaluation.calibration import Calibration, cross_fitted
 from nola_vision.evaluation.estimates import CrossValidated
 from nola_vision.evaluation.predictions import PREDICTIONS_FILE, Predictions, load_predictions
-from nola_vision.models import loading
+from nola_vision.models.loading import set_temperature
 from nola_vision.runs.outputs import write_confusions, write_tested
 from nola_vision.runs.parsing import open_data
 from nola_vision.runs.record import Row
@@ -94,7 +94,7 @@ def add_estimate(row: Row, run_config: Config, folder: Path, held_out: Sequence[
     assert pooled is not None
     source = open_data(run_config).tested_source
     found, path = fold_calibration(pooled), folder / ADAPTER_FILE
-    loading.set_temperature(path, found.temperature, "folds", found.images)
+    set_temperature(path, found.temperature, "folds", found.images)
     columns = write_estimate(pooled, found.temperature, folder, row.data["class_names"], source)
     columns |= {"calibrated_on": "folds", **found.columns()}
     seconds = round((row.seconds_total or 0) + total_seconds(held_out), 3)

@@ -17,8 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.evaluation.calibration import cross_fitted
 from nola_vision.evaluation.estimates import CrossValidated
-from nola_vision.models import loading
-from nola_vision.models.loading import check_saved
+from nola_vision.models.loading import check_saved, set_temperature
 from nola_vision.runs import run_id
 from nola_vision.runs.checkpoints import CheckpointError
 from nola_vision.runs.fold_results import fold_calibration, write_estimate
@@ -95,7 +94,7 @@ def measure(
         measured |= _calibrate(task, pooled)
         if trainer.is_global_zero and task.model.calibrated_on is not None:
             path, model = folder / ADAPTER_FILE, task.model
-            loading.set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
+            set_temperature(path, model.temperature, model.calibrated_on, model.calibration_images)
             measured["adapter_file_bytes"] = path.stat().st_size
     if pooled is not None:
         temperature = measured.get("temperature")

@@ -176,9 +176,7 @@ def _prepared(run_config: run_id.Config, folder: Path, stage: run_id.Stage, ckpt
                 built.model.refuse_other_checkpoint(checkpoint)
             except NolaVisionError as error:
                 raise CheckpointError(str(error)) from error
-    if (
-        built.trainer.world_size == 1
-    ):  # otherwise `fit` does it: one process per machine downloads while the others wait
+    if built.trainer.world_size == 1:  # else `fit` does it: one process per machine downloads, the others wait
         built.datamodule.prepare_data()
         built.datamodule.setup("fit")
         if isinstance(built.model, Classifier):

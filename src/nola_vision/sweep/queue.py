@@ -17,7 +17,7 @@ from nola_vision.sweep.plan import RunSpec
 
 TRIES = 2
 HANG_SECONDS = 1800.0
-FIRST_BATCH = 4  # before the first batch a run may take so many times longer
+FIRST_BATCH = 4  # times as long as `HANG_SECONDS` may pass before a run's first batch
 POLL_SECONDS = 0.5  # of an engine's loop
 _LOCKED_SECONDS = 2.0  # until a run that another process has locked is tried again
 

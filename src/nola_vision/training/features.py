@@ -77,12 +77,8 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     assert isinstance(images, ImageSubset)
     spec = model.metadata.backbone
     weights = tuple(file_digest(path) for path in local_files(spec.tag, spec.file).values())
-    backbone = (
-        spec,
-        model.metadata.basis_seed,
-        model.fingerprint,
-        weights,
-    )  # the fingerprint leaves position tables out
+    # the fingerprint leaves position tables out
+    backbone = (spec, model.metadata.basis_seed, model.fingerprint, weights)
     machine = (str(trainer.strategy.root_device), trainer.precision, torch.get_num_threads())
     key = (backbone, machine, model.metadata.input, images.key, loader.batch_size)
     make = partial(_computed, model, trainer, loader)
