@@ -12,6 +12,9 @@ within a round. Run it on an idle machine.
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
     sweep    the 68 runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the total training and
              test time of the runs divided by the number of workers (one sweep into an empty folder --out; no rounds)
+    run      whole commands, start-up included, of this checkout and of another one (--before): `fit` on 5 digits per
+             class with the ViT-S/14 of --weights at 224 pixels, or what else --case names. Checks that the results
+             are equal
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +53,11 @@ from nola_vision.runs.store import read_rows
 Step = Callable[[], Any]
 
 
-def interleave(contenders: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each contender. The order rotates by one per round; two rounds are for warming up."""
+def interleave(contenders: dict[str, Step], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each round of each contender. The order rotates by one per round."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
-    for number in range(-2, rounds):
+    for number in range(-warm_up, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             start = time.perf_counter()
@@ -359,13 +363,112 @@ def sweep(workers: int, out: Path) -> None:
     print(f"{wall:.1f} s against {sum(own) / workers:.1f} s: ratio {wall * workers / sum(own):.3f}")
 
 
+# --- whole commands of two checkouts ---------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+_VIT_FIT = ["fit", "--config=bench_digits_5shot_released", "--config-dir=parts", "--data.batch_size=16"]
+_VIT_FIT += ["--data.test_limit=500", "--threads=2", "--trainer.precision=32-true"]
+CASES: dict[str, list[str]] = {
+    "3 epochs": [*_VIT_FIT, "--trainer.max_epochs=3"],
+    "50 epochs": [*_VIT_FIT, "--trainer.max_epochs=50"],
+    "linear": [*_VIT_FIT, "--method=linear", "--data.augmentation=none", "--trainer.max_epochs=50"],
+    "quick start": ["fit", "--config=quickstart.yaml"],
+    "sweep": ["sweep", "--config=quickstart.yaml"],
+    "100 classes": [
+        "sweep",
+        "--config=bench_many_5shot",
+        "--config-dir=parts",
+        "--splits=0",
+        "--inits=0",
+        "--threads=2",
+    ],
+}
+_MANY = {"classes": 100, "train": 30, "test": 100, "size": 56}
+
+
+def run(case: str, before: Path, rounds: int, weights: Path) -> None:
+    """Interleaves one command of this checkout and of another, and compares the rows that both wrote."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_parts(folder / "parts", folder / "many", weights.resolve())
+        if case == "100 classes":
+            write_many(folder / "many")
+        results: dict[str, dict[str, tuple[Any, ...]]] = {}
+
+        def command(name: str, root: Path) -> None:
+            out = folder / f"{name}{time.monotonic_ns()}"
+            # an empty cache: nothing is reused from one command to the next
+            others = {"PYTHONPATH": str(root / "src"), "XDG_CACHE_HOME": str(out / "cache")}
+            done = subprocess.run(
+                [sys.executable, "-m", "nola_vision.cli.main", *CASES[case], f"--out={out / 'runs'}"],
+                cwd=folder,
+                env={**os.environ, **others},
+                stdout=subprocess.DEVNULL,
+            )
+            if done.returncode:
+                sys.exit(f"the command failed in {root}: {' '.join(CASES[case])}")
+            rows = read_rows(out / "runs")[0]
+            found = {
+                f"{row.method} {row.stage} {row.split} {row.init} {row.learning_rate}": (
+                    row.train_loss, row.test_accuracy, row.test_nll, row.adapter_file_bytes,
+                ) for row in rows
+            }  # fmt: skip
+            if results.setdefault(name, found) != found:
+                print(f"{name}: two rounds differ")
+
+        roots = {"before": before.resolve(), "now": ROOT}
+        seconds = interleave({name: partial(command, name, root) for name, root in roots.items()}, rounds, warm_up=0)
+    table(seconds, "before")
+    print("seconds: " + "; ".join(f"{name} {' '.join(f'{t:.1f}' for t in times)}" for name, times in seconds.items()))
+    for name in sorted(results["before"].keys() | results["now"].keys()):
+        one, other = (results[which].get(name) for which in ("before", "now"))
+        print(f"{name}: {'equal' if one == other else 'DIFFERS'}: {one}{'' if one == other else f', now {other}'}")
+
+
+def write_parts(parts: Path, many: Path, weights: Path) -> None:
+    """The parts of the cells `bench_digits_5shot_released` and `bench_many_5shot`."""
+    backbone = f"{{tag: vit_small_patch14_dinov2.lvd142m, file: {weights}, img_size: %d}}"
+    methods = (
+        "methods:\n  lora-r4: {class_path: LoRA, init_args: {targets: [qkv], rank: 4}}\n"
+        "  nola-mlp: {class_path: NOLA, init_args: {targets: [mlp], rank: 4, num_basis: 1024}}\nmethod: nola-mlp\n"
+    )
+    files = {
+        "backbones/bench.yaml": f"{methods}model: {{backbone: {backbone % 224}}}\n",
+        "datasets/digits.yaml": "data: {dataset: digits}\ntrainer: {accelerator: cpu}\n",
+        "datasets/many.yaml": f"data: {{dataset: folder, root: {many}}}\nmodel: {{backbone: {{img_size: 56}}}}\n"
+        "trainer: {accelerator: cpu, max_epochs: 5, precision: 32-true}\n",
+    }
+    for name, text in files.items():
+        (parts / name).parent.mkdir(parents=True, exist_ok=True)
+        (parts / name).write_text(text)
+
+
+def write_many(folder: Path) -> None:
+    """100 classes of noisy gratings: an angle and a colour per class."""
+    random = np.random.default_rng(0)
+    side = _MANY["size"]
+    ys, xs = np.mgrid[:side, :side] / side
+    for number in range(_MANY["classes"]):
+        angle, colour = np.pi * (number % 10) / 10, 0.3 + 0.7 * random.random(3)
+        for split in ("train", "test"):
+            (target := folder / split / f"class {number}").mkdir(parents=True)
+            for image in range(_MANY[split]):
+                phase, frequency = 2 * np.pi * random.random(), 4 + 2 * (number // 10) + random.random()
+                wave = np.sin(frequency * 2 * np.pi * (np.cos(angle) * xs + np.sin(angle) * ys) + phase)
+                pixels = 127 + 60 * wave[..., None] * colour + 30 * random.standard_normal((side, side, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(target / f"{image}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "route", "basis", "scratch", "input", "sweep", "peak"])
+    parser.add_argument("what", choices=["step", "route", "basis", "scratch", "input", "sweep", "run", "peak"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rank", type=int, default=4, help="NOLA's rank in scratch")
     parser.add_argument("--workers", type=int, default=2, help="of the sweep")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="of the sweep")
+    parser.add_argument("--case", choices=CASES, default="3 epochs", help="of run")
+    parser.add_argument("--before", type=Path, help="the other checkout of run")
+    parser.add_argument("--weights", type=Path, help="file of the ViT-S/14 of run, such as DINOv2's in timm's names")
     parser.add_argument("--name", help="of the contender whose peak is measured (for the script's own use)")
     known = parser.parse_args()
     if known.what == "step":
@@ -378,6 +481,10 @@ def main() -> None:
         scratch(known.rounds, known.rank)
     elif known.what == "input":
         input_side(known.rounds)
+    elif known.what == "run":
+        if known.before is None or known.weights is None:
+            parser.error("run needs --before and --weights")
+        run(known.case, known.before, known.rounds, known.weights)
     elif known.what == "sweep":
         sweep(known.workers, known.out)
     else:
