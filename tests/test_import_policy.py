@@ -1,9 +1,11 @@
 """Configs from strangers are data: which classes they may name, and what reading one may cost."""
 
 import gc
+import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 
 import fuzz_configs
 from fuzzing import cheap
-from nola_vision import load_adapter
-from nola_vision.adapters.methods import registry
+from nola_vision import BackboneSpec, adapt, load_adapter
+from nola_vision.adapters.methods import Adapter, registry
+from nola_vision.adapters.target import Dense
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.mappings import overlay
@@ -26,6 +29,7 @@ from nola_vision.runs.parsing import build, parse
 from tiny import TINY, trained_rows
 
 QUICK = run_id.resolve(load_configs(["quickstart.yaml"]), "linear")
+SPEC = BackboneSpec("test_vit.r160_in1k", base="random")
 FAST = ["--threads=1", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--data.test_limit=20"]
 MINE = """
 import lightning as L, nola_vision
@@ -164,34 +168,54 @@ def test_a_registered_plugin_is_a_method(mine: str, tmp_path: Path) -> None:
     install_plugin(tmp_path, "outer:Plugin")
     parse(QUICK)
     assert mine not in sys.modules  # a plug-in that no config names is not imported
-    for path in ("outer.Plugin", f"{mine}.Plugin"):  # as stated, and where it is defined
+    with pytest.raises(NolaVisionError, match=r"no method 'outer.Plugni': did you mean outer.Plugin\?"):
+        parse(overlay(QUICK, {"model": {"method": spec("outer.Plugni")}}))
+    for path in ("outer.Plugin", f"{mine}.Plugin", "Plugin"):  # as stated, where it is defined, and its short name
         run_config = parse(overlay(QUICK, {"model": {"method": spec(path, lr=0.5)}}), FAST)
         task = build(run_config, tmp_path / "run").model
         assert type(task.method).__name__ == "Plugin" and task.method.lr == 0.5
     with pytest.raises(NolaVisionError, match="may not be imported"):
         parse(overlay(QUICK, {"trainer": {"callbacks": [spec(f"{mine}.Count")]}}))
-    with pytest.raises(NolaVisionError, match="may not be imported"):
-        parse(overlay(QUICK, {"model": {"method": spec("elsewhere.Plugin")}}))
+    with pytest.raises(NolaVisionError, match="'elsewhere.Other' may not be imported"):
+        parse(overlay(QUICK, {"model": {"method": spec("elsewhere.Other")}}))
 
 
-GAIN = """
-from dataclasses import dataclass
-import torch
-from nola_vision.adapters.methods.base import Adapter, Group, by_shape
-from nola_vision.adapters.target import Dense
-@dataclass(frozen=True, kw_only=True)
-class RowGain(Adapter):
-    scale: float = 1.0
-    def groups(self, targets):
-        return [Group(name, of, {"gain": (len(of), of[0].outputs)}) for name, of in by_shape(targets).items()]
-    def initial(self, group, source):
-        return {"gain": torch.zeros(source.num_adapters, *group.shapes["gain"])}
-    def fixed(self, group, source):
-        return {"weights": torch.stack([source.weight(target) for target in group.targets])}
-    def changes(self, group, trained, fixed, wanted):
-        rows = self.scale * trained["gain"].unsqueeze(-1) * fixed["weights"].transpose(1, 2)
-        return {t.name: Dense(change) for t, change in zip(group.targets, rows.unbind(1)) if t in wanted}
-"""
+PAGE = Path(__file__).parents[1] / "docs" / "own-method.md"
+GAIN = re.search("```python\n(.*?)```", PAGE.read_text(), re.S)[1]  # type: ignore[index]
+
+
+def test_what_a_method_states_wrongly_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    right: dict[str, Any] = {}
+    exec(GAIN, right)
+    right = right["RowGain"].__dict__
+    changes = right["changes"]
+
+    def refused(cause: str, **wrong: Any) -> None:
+        parts = {name: right[name] for name in ("groups", "initial", "fixed", "changes")} | wrong
+        made = dataclass(frozen=True, kw_only=True)(type("Wrong", (Adapter,), {**parts, "scale": 1.0}))
+        registry.METHODS["Wrong"] = made
+        with pytest.raises(NolaVisionError, match=cause):
+            bank = adapt(SPEC, made(targets=["mlp"]), ["a", "b"]).bank
+            bank.changes()
+
+    refused(r"Wrong.groups leaves out 12 of 12 targets, such as blocks.0.mlp.fc1.weight", groups=lambda *_: [])
+    refused("Wrong.groups gives .* twice", groups=lambda *args: [*right["groups"](*args), *right["groups"](*args)])
+    refused("Wrong does not define initial", initial=Adapter.initial)
+    refused("Wrong does not define changes", changes=Adapter.changes)
+    refused(r"Wrong.changes gives Dense None for", changes=lambda *_: {})
+    turned = {"changes": lambda *args: {n: Dense(c.value.transpose(-1, -2)) for n, c in changes(*args).items()}}
+    refused(r"Dense \[1, 64, 192\] for .*: it must be Dense \[1, 192, 64\]", **turned)
+    refused("Dense .192, 64. for", changes=lambda *a: {n: Dense(c.value[0]) for n, c in changes(*a).items()})
+    refused("initial gives gain as torch.int64", initial=lambda *a: {"gain": right["initial"](*a)["gain"].long()})
+    refused("sketch gives .*, but its `sketch` is", sketch=lambda *_: {"s": torch.zeros(3)})
+    named = {"groups": lambda *a: [replace(g, shapes={"keys": (1,)}) for g in right["groups"](*a)]}
+    refused("names a group or tensor 'keys'", **named)
+    registry.METHODS.pop("Wrong")
+    with pytest.raises(NolaVisionError, match="Wrong is not registered"):
+        adapt(SPEC, dataclass(frozen=True)(type("Wrong", (Adapter,), {}))(), ["a", "b"])
+    with pytest.raises(NolaVisionError, match="put @dataclass"):
+        registry.register(type("Wrong", (Adapter,), {"__annotations__": {"scale": float}, "scale": 1.0}))
 
 
 def test_another_packages_method_from_config_to_report(
@@ -205,7 +229,7 @@ def test_another_packages_method_from_config_to_report(
     fit = ["fit", "--config=tiny.yaml", "--trainer.max_epochs=1"]
     assert main(fit) == 2 and f"--allow-import {mine}" in capsys.readouterr().err and mine not in sys.modules
     assert main([*fit, "--allow-import", mine]) == 0
-    capsys.readouterr()
+    assert "IMAGES, once the package of RowGain is installed" in capsys.readouterr().out
     assert main(["report", "runs"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ gain ")]
     (row,) = trained_rows("runs")
@@ -219,7 +243,7 @@ def test_another_packages_method_from_config_to_report(
         assert gain.any() and torch.allclose(change, gain.unsqueeze(1) * plain[name], rtol=1e-3, atol=1e-6)
     # a new process: the file imports nothing, unless the package is installed as a plug-in
     registry.METHODS.pop("RowGain"), sys.modules.pop(mine)
-    with pytest.raises(NolaVisionError, match="unknown method 'RowGain': use one of .* or import the package"):
+    with pytest.raises(NolaVisionError, match="unknown method 'RowGain': .* must be installed as a plug-in"):
         load_adapter(path)
     assert mine not in sys.modules
     install_plugin(tmp_path, f"{mine}:RowGain")

@@ -16,6 +16,7 @@ from nola_vision.adapters.injection import Injection
 from nola_vision.adapters.layers import batch_norms
 from nola_vision.adapters.merging import Merged
 from nola_vision.adapters.methods.base import Group, Method, Source
+from nola_vision.adapters.methods.contract import check_change, check_initial, check_sketch
 from nola_vision.adapters.quantization import rounded_straight_through
 from nola_vision.adapters.target import HEAD, Change, Dense, LowRank, Target, dense
 from nola_vision.common.errors import NolaVisionError
@@ -74,9 +75,11 @@ class ParameterBank(nn.Module):
         self.fixed: dict[str, dict[str, Any]] = {}  # no buffers: these would enter state dicts and be broadcast by DDP
         for group in groups:
             values = method.initial(group, source)
-            _check_group(type(method).__name__, group, values, self.num_adapters)
-            self.groups[group.name] = nn.ParameterDict({name: nn.Parameter(values[name]) for name in group.shapes})
+            check_initial(method, group, values, self.num_adapters)
+            tensors = {name: nn.Parameter(values[name].contiguous()) for name in group.shapes}
+            self.groups[group.name] = nn.ParameterDict(tensors)
             self.fixed[group.name] = dict(method.fixed(group, source))
+            check_sketch(method, group, self.fixed[group.name])
         every = {target: group.name for group in groups for target in group.targets}
         self.group_of = {target.name: name for target, name in every.items()}
         self.targets = tuple(target for target in every if target.name != HEAD)
@@ -207,7 +210,12 @@ class ParameterBank(nn.Module):
             }
             # 16-bit autocast would round the factors' own product
             with torch.autocast(next(iter(trained.values())).device.type, enabled=False):
-                made |= self.method.changes(self.group_settings[name], trained, self.fixed[name], targets)
+                group, count = self.group_settings[name], len(next(iter(trained.values())))
+                own_changes = self.method.changes(group, trained, self.fixed[name], targets)
+            for target in targets:
+                if self.group_of[target.name] == name:
+                    check_change(self.method, target, own_changes.get(target.name), count)
+            made |= own_changes
         return made if adapters is not None and len(adapters) > 1 else {n: _first(c) for n, c in made.items()}
 
     def sketches(self) -> dict[str, Tensor]:
@@ -352,16 +360,6 @@ class ParameterBank(nn.Module):
             raise NolaVisionError(f"prefix is {prefix}: it is a share of the coefficients, above 0 and at most 1")
         changes = {"prefix": prefix, "bits": bits}
         return context.using(self, **{name: value for name, value in changes.items() if value is not None})
-
-
-def _check_group(method: str, group: Group, values: Mapping[str, Tensor], num_adapters: int) -> None:
-    """Refuses what a method states wrongly, before it is trained and stored."""
-    if "." in group.name or not group.name:
-        raise NolaVisionError(f"{method} names a group {group.name!r}: use a name without a dot")
-    shapes = {name: tuple(value.shape) for name, value in values.items()}
-    stated = {name: (num_adapters, *shape) for name, shape in group.shapes.items()}
-    if shapes != stated:
-        raise NolaVisionError(f"{method}.initial gives {shapes} for group {group.name}, but its shapes are {stated}")
 
 
 def _class_counts(num_classes: int | Sequence[int], num_adapters: int) -> tuple[int, ...]:

@@ -154,10 +154,14 @@ def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespac
 
 def _next_commands(row: Row, skipped: str | None, out: Path) -> list[str]:
     """The commands to suggest: the skipped folds, the use of the adapter, and the report page."""
+    from nola_vision.adapters.methods.registry import METHODS, plugins
     from nola_vision.runs.store import ADAPTER_FILE
 
     commands = [skipped] if skipped else []
     adapter = row.folder / ADAPTER_FILE if row.folder else None
     if adapter is not None and adapter.is_file():
-        commands.append(f"nola-vision predict --adapter {shlex.quote(str(adapter))} IMAGES")
+        predict = f"nola-vision predict --adapter {shlex.quote(str(adapter))} IMAGES"
+        if not METHODS[row.method_class].__module__.startswith("nola_vision.") and row.method_class not in plugins():
+            predict = f"{predict}, once the package of {row.method_class} is installed (docs/own-method.md)"
+        commands.append(predict)
     return [*commands, shlex.join(["nola-vision", "report", str(out), "--open"])]

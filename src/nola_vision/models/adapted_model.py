@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -71,18 +71,21 @@ class AdaptedModel(nn.Module):
         self._stored_bits: dict[str, int] = {}  # by parameter name, see `compute_with_stored_bits`
 
     def forward(self, images: Tensor) -> Tensor:
-        with self.bank.using(bits=self._stored_bits) if self._stored_bits else nullcontext():
-            return self.bank.logits(self.features(images))
+        return self.classified(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
         """The adapted backbone's features `[batch, features]`, which the head takes, of `[batch, 3, size, size]`."""
-        features: Tensor = self.backbone(images.to(self.dtype(images.dtype)))
+        with self._computing_with_bits():
+            features: Tensor = self.backbone(images.to(self.dtype(images.dtype)))
         return features
 
     def classified(self, features: Tensor) -> Tensor:
         """Features to logits `[batch, classes]`: the second half of a forward pass."""
-        with self.bank.using(bits=self._stored_bits) if self._stored_bits else nullcontext():
+        with self._computing_with_bits():
             return self.bank.logits(features)
+
+    def _computing_with_bits(self) -> AbstractContextManager[None]:
+        return self.bank.using(bits=self._stored_bits) if self._stored_bits else nullcontext()
 
     @overload
     def predict(self, images: str | Path | Image.Image, top_k: int = 3, batch_size: int = 64) -> list[Prediction]: ...
@@ -159,7 +162,10 @@ class AdaptedModel(nn.Module):
         return file_bits(bank_tensors(self.bank), self.metadata.method)
 
     def compute_with_stored_bits(self, on: bool = True) -> None:
-        """Makes forward passes compute with the values as a file would contain them; gradients go straight through."""
+        """Makes forward passes compute with the values as a file would contain them; gradients go straight through.
+
+        `bank.merge` and `bank.changes` have no part in it: call `round_to_stored_bits` before them.
+        """
         named = {"head.weight": "head_weight"}
         bits = {named.get(name, name.replace("adapter.", "groups.", 1)): width for name, width in self.bits.items()}
         self._stored_bits = {name: width for name, width in bits.items() if width != 32} if on else {}

@@ -10,6 +10,7 @@ from torch import nn
 
 from nola_vision.adapters.bank import ParameterBank
 from nola_vision.adapters.methods.base import Base, Group, Method, Source
+from nola_vision.adapters.methods.contract import check_groups
 from nola_vision.adapters.methods.registry import check
 from nola_vision.adapters.random_basis import basis_key, uniform
 from nola_vision.adapters.target import HEAD, Target
@@ -58,7 +59,9 @@ def make_bank(
     draws = generator(run_seed, "factors")
     seed = run_seed if basis_seed is None else basis_seed
     source = Source(num_adapters, seed, base, draws, backbone, head, loading=target_names is not None)
-    return ParameterBank(method, method.groups(targets), source, width, num_classes, generator(run_seed, "head"))
+    groups = method.groups(targets)
+    check_groups(method, groups, targets)
+    return ParameterBank(method, groups, source, width, num_classes, generator(run_seed, "head"))
 
 
 def feature_width(backbone: nn.Module) -> int:

@@ -40,26 +40,24 @@ def read_confusion(path: Path) -> pd.DataFrame:
     """
     content = read_run_file(path, _MOST_BYTES)
     try:
-        header, *lines = csv.reader(io.StringIO(content.decode(), newline=""), strict=True)
-        if header != _HEADER:
+        lines = csv.reader(io.StringIO(content.decode(), newline=""), strict=True)
+        if next(lines, None) != _HEADER:
             raise ValueError("another header")
-        true, predicted, counts = zip(*lines, strict=True)
-        names = list(dict.fromkeys(true))
-        if len(names) > MOST_CLASSES:
-            raise ValueError("too many classes")
-        if not all(map(_NUMBER.fullmatch, set(counts))):
-            raise ValueError("a count that is not a number of images")
-        at = {name: number for number, name in enumerate(names)}
-        if not at.keys() >= set(predicted):
-            raise ValueError("a predicted class that is not a true one")
-        places = [len(names) * at[row] + at[column] for row, column in zip(true, predicted, strict=True)]
-        if len(set(places)) < len(places):
-            raise ValueError("a pair that is there twice")
-        square = np.zeros((len(names), len(names)), dtype=np.int64)
-        square.flat[places] = [int(count) for count in counts]
-        classes = pd.Index(names, dtype=object)
+        at: dict[str, int] = {}  # the place of a class, in the order of the file
+        counts: dict[tuple[str, str], str] = {}
+        for true, predicted, count in lines:
+            at.setdefault(true, len(at))
+            if (true, predicted) in counts or len(at) > MOST_CLASSES or not _NUMBER.fullmatch(count):
+                raise ValueError("a pair that is there twice, too many classes, or a count that is no number")
+            counts[true, predicted] = count
+        if not at:
+            raise ValueError("no classes")
+        square = np.zeros((len(at), len(at)), dtype=np.int64)
+        places = [len(at) * at[true] + at[predicted] for true, predicted in counts]
+        square.flat[places] = [int(count) for count in counts.values()]
+        classes = pd.Index(list(at), dtype=object)
         return pd.DataFrame(square, index=classes.rename("true"), columns=classes.rename("predicted"))
-    except (ValueError, csv.Error) as error:
+    except (ValueError, KeyError, csv.Error) as error:  # KeyError: a predicted class that is not a true one
         raise NolaVisionError(f"{path} is not a confusion matrix: {_FIX}") from error
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from nola_vision.adapters.methods import registry
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.mappings import overlay
 from nola_vision.common.suggestions import did_you_mean
@@ -83,6 +84,19 @@ def split_cell(name: str, folder: Path | None = None) -> Cell | None:
     return found[0] if found else None
 
 
+def unknown_part(name: str, folder: Path | None = None) -> tuple[str, str] | None:
+    """The kind and name of the part that a cell's name has and nobody wrote; None if it is not like a cell's name."""
+    backbones, datasets, protocols = (part_files(kind, folder) for kind in KINDS)
+    if (parts := re.fullmatch("(.+)_[1-9][0-9]*shot(?:_(.+))?", name)) is None:
+        return None
+    for backbone in backbones:
+        if parts[1].startswith(f"{backbone}_"):
+            dataset = parts[1].removeprefix(f"{backbone}_")
+            return ("protocols", parts[2]) if dataset in datasets and parts[2] else ("datasets", dataset)
+    ends = (parts[1].removesuffix(f"_{dataset}") for dataset in datasets if parts[1].endswith(f"_{dataset}"))
+    return next((("backbones", backbone) for backbone in ends), None)
+
+
 def compose(backbone: str, dataset: str, shots: int, protocol: str = "default", folder: Path | None = None) -> Config:
     """The config of a cell. It has the paper's figures if backbone and data set are shipped parts.
 
@@ -104,7 +118,12 @@ def assemble(parts: Sequence[Mapping[str, object]]) -> Config:
     config: Config = {}
     for part in parts:
         config = overlay(config, part)
-    defaults = config.pop("method_defaults", {})
+    defaults = {_class_name(path): settings for path, settings in config.pop("method_defaults", {}).items()}
+    entries = [_class_name(entry.get("class_path", "")) for entry in config.get("methods", {}).values()]
+    known = [*registry.METHODS, *registry.plugins(), *entries]
+    for name in defaults:
+        if name not in known:
+            raise NolaVisionError(f"`method_defaults` names an unknown method '{name}': {did_you_mean(name, known)}")
     config["methods"] = {name: _with_defaults(entry, defaults) for name, entry in config.get("methods", {}).items()}
     return config
 
@@ -112,7 +131,11 @@ def assemble(parts: Sequence[Mapping[str, object]]) -> Config:
 def _with_defaults(entry: Config, defaults: Config) -> Config:
     if "class_path" not in entry:  # `run_id.entry` reports it
         return entry
-    return {"class_path": entry["class_path"], **overlay(defaults.get(entry["class_path"], {}), entry)}
+    return {"class_path": entry["class_path"], **overlay(defaults.get(_class_name(entry["class_path"]), {}), entry)}
+
+
+def _class_name(class_path: str) -> str:
+    return class_path.rpartition(".")[2]
 
 
 def read_part(kind: str, name: str, folder: Path | None = None) -> Config:

@@ -54,7 +54,8 @@ def load_config(name: str, folder: Path | None = None) -> Config:
         return load_shipped(path)
     if cell := cells.split_cell(bare, folder):
         return cells.compose(*cell, folder)
-    raise NolaVisionError(f"there is no config '{name}', neither here nor shipped: {_hint(bare, folder)}")
+    where = "neither here nor shipped" if folder is None else f"neither here, nor in {folder}, nor shipped"
+    raise NolaVisionError(f"there is no config '{name}', {where}: {_hint(bare, folder)}")
 
 
 def load_shipped(path: Path) -> Config:
@@ -88,6 +89,11 @@ def own_files(folder: Path | None) -> dict[str, Path]:
 
 def _hint(bare: str, folder: Path | None) -> str:
     backbones, datasets, protocols = (cells.part_files(kind, folder) for kind in cells.KINDS)
+    if unknown := cells.unknown_part(bare, folder):
+        kind, name = unknown
+        parts = list(cells.part_files(kind, folder))
+        if not did_you_mean(name, parts, otherwise=""):
+            return f"'{name}' is not one of the {kind}, {', '.join(parts)}"
     composed = [f"{b}_{d}_{k}shot" for b in backbones for d in datasets for k in cells.SHOTS]
     if "shot_" in bare:
         composed += [f"{cell}_{protocol}" for cell in composed for protocol in protocols]

@@ -78,7 +78,7 @@ def load_value(text: str) -> Any:
     return text if void and ":" not in text.strip().rstrip(":") else value
 
 
-def _value(text: Any) -> Any:
+def plain_value(text: Any) -> Any:
     """What the parser makes of a text where no text is expected."""
     try:
         return load_value(text) if isinstance(text, str) else text
@@ -106,7 +106,7 @@ def _check_method(described: Any) -> None:
     if "." in path and not path.startswith("nola_vision."):  # a plug-in's
         return
     if isinstance(settings, Mapping):
-        settings = {key: _value(value) for key, value in settings.items()}
+        settings = {key: plain_value(value) for key, value in settings.items()}
     try:
         method = registry.from_dict({"class_path": path, "init_args": settings})
     except TypeError:  # a setting is missing
@@ -121,9 +121,9 @@ def _check_method(described: Any) -> None:
 def _check_data(data: Mapping[str, Any]) -> None:
     name, root, manifest, shots = (data.get(key) for key in ("dataset", "root", "manifest", "shots"))
     if isinstance(name, str):
-        download = _value(data.get("download")) not in (None, False)
+        download = plain_value(data.get("download")) not in (None, False)
         check_root(get_dataset(name), root if isinstance(root, str) else None, download)
-    shots = _value(shots)
+    shots = plain_value(shots)
     if isinstance(shots, str | int) and not isinstance(shots, bool):
         check_shots(shots)
     if isinstance(manifest, str):

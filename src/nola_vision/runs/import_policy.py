@@ -21,6 +21,7 @@ from nola_vision.adapters.methods import registry
 from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
+from nola_vision.common.suggestions import did_you_mean
 from nola_vision.runs.config_errors import PACKAGES, refusal
 
 # fmt: off
@@ -75,7 +76,7 @@ def register_method(class_path: Any, packages: Sequence[str]) -> list[str]:
     """Adds a method of another package to the known ones: a registered plug-in, or a class of `packages`.
 
     Args:
-        class_path: of the config's method. A name without a package, or one of this package, needs no import.
+        class_path: of the config's method, or the name of its class. A method of this package needs no import.
         packages: those that the user allowed.
 
     Returns:
@@ -84,15 +85,20 @@ def register_method(class_path: Any, packages: Sequence[str]) -> list[str]:
     Raises:
         NolaVisionError: the class may not or cannot be imported, is not a `Method`, or has the name of another method.
     """
-    if not isinstance(class_path, str) or "." not in class_path or _within(class_path, PACKAGES):
+    if not isinstance(class_path, str):
+        return []
+    known = registry.METHODS.get(class_path)
+    if _within(class_path if known is None else known.__module__, PACKAGES):
         return []
     if _within(class_path, packages):
         registry.register(resolve(class_path))
         return []
-    for stated, method in registry.load_plugins(class_path.rpartition(".")[2]):
-        paths = [stated, _name(method)]  # its package may import the class from another of its modules
-        if class_path in paths:
-            return paths
+    if (plugin := registry.load_plugin(class_path)) is not None:
+        return [plugin[0], _name(plugin[1])]  # its package may import the class from another of its modules
+    if "." not in class_path:
+        return []  # the parser lists the names that there are
+    if close := did_you_mean(class_path, registry.plugins().values(), otherwise=""):
+        raise NolaVisionError(f"there is no method '{class_path}': {close}")
     raise NolaVisionError(f"the method: {refusal(class_path)}")
 
 

@@ -40,7 +40,7 @@ from nola_vision.models.backbones.sources import input_config, local_files
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import import_policy, run_id
 from nola_vision.runs.config_errors import TOP_KEYS, explain
-from nola_vision.runs.early_checks import load_value, option_pairs
+from nola_vision.runs.early_checks import load_value, option_pairs, plain_value
 from nola_vision.runs.yaml_files import plain
 from nola_vision.training.callbacks import LAST_CHECKPOINT, LastCheckpoint, checkpoint_folder, early_stopping
 from nola_vision.training.classifier import Classifier
@@ -50,6 +50,7 @@ from nola_vision.training.trainer_settings import check_precision, check_stop_ea
 
 _MOST_THREADS = 1024  # more crash torch
 _LINKED = ("input", "backbone", "run_seed")  # arguments of the DataModule that a config does not set
+_METHOD_OPTIONS = ("model.method", "model.method.class_path")
 _RATE = "the optimizer's learning rate is the method's: set model.method.init_args.lr (and head_lr)"
 
 set_parsing_settings(subclasses_enabled=[Method])
@@ -90,13 +91,13 @@ class RunCLI(LightningCLI):
         # a copy: jsonargparse replaces the mappings in lists by its own, in place
         settings: run_id.Config = plain(config)
         self.packages: list[str] = settings.pop("allow_import", [])
+        named = [value for key, value in option_pairs(options) if key in _METHOD_OPTIONS]
+        for class_path in (value_at(settings, "model", "method", "class_path"), *named):
+            self.packages = [*self.packages, *import_policy.register_method(class_path, self.packages)]
         method = value_at(settings, "model", "method")
         if (known := registry.METHODS.get(value_at(method, "class_path"))) is not None:
             # jsonargparse would look for a short name among the classes of every module
             method["class_path"] = f"{known.__module__}.{known.__qualname__}"
-        named = [value for key, value in option_pairs(options) if key in ("model.method", "model.method.class_path")]
-        for class_path in (value_at(settings, "model", "method", "class_path"), *named):
-            self.packages = [*self.packages, *import_policy.register_method(class_path, self.packages)]
         with import_policy.allowing(self.packages):
             super().__init__(
                 make_task,
@@ -201,6 +202,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         given = [value_at(config, *group.split(".")), *(value for key, value in pairs if key == group)]
         if any(isinstance(value, str) and not value.lstrip().startswith("{") for value in given):
             raise NolaVisionError(f"`{group}` takes settings, not a file: give the file by --config")
+    config = _without_settings_of_another(config, pairs)
     optimizer = value_at(config, "model", "optimizer", "init_args")
     if "lr" in (optimizer or ()) or any(re.fullmatch(r"model\.optimizer\.(.*\.)?lr", key) for key, _ in pairs):
         raise NolaVisionError(_RATE)
@@ -257,6 +259,19 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
     if allow_import:
         full["allow_import"] = list(allow_import)
     return full
+
+
+def _without_settings_of_another(config: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
+    """The config without its method's settings if the options name another class, which starts from its own defaults.
+
+    The parser would keep those of the same name: LoRA's c is not NOLA's.
+    """
+    own = value_at(config, "model", "method", "class_path")
+    for asked in (plain_value(value) for key, value in pairs if key in _METHOD_OPTIONS):
+        name = asked.get("class_path") if isinstance(asked, Mapping) else asked
+        if isinstance(own, str) and isinstance(name, str) and own.rpartition(".")[2] != name.rpartition(".")[2]:
+            return {**config, "model": {**config["model"], "method": {"class_path": own}}}
+    return config
 
 
 def _given(optimizer: Mapping[str, Any]) -> list[str]:

@@ -210,7 +210,7 @@ class Method:
 
     def initial(self, group: Group, source: Source) -> dict[str, Tensor]:
         """The trained tensors at the start, `[n, *shape]` for each of `group.shapes`."""
-        raise NotImplementedError
+        raise NolaVisionError(f"{type(self).__name__} does not define initial(group, source): see docs/own-method.md")
 
     def fixed(self, group: Group, source: Source) -> Mapping[str, Any]:
         """What `changes` needs and training leaves as it is: a basis, factors of the frozen weight, a scale.
@@ -234,7 +234,9 @@ class Method:
         Returns:
             `LowRank(A [d, m, r], B [d, r, o], scale)` or `Dense([d, *shape of the adapted rows])`.
         """
-        raise NotImplementedError
+        raise NolaVisionError(
+            f"{type(self).__name__} does not define changes(group, trained, fixed, wanted): see docs/own-method.md"
+        )
 
     def sketch(self, group: Group, fixed: Mapping[str, Any]) -> dict[str, Tensor]:
         """A few of the values that `fixed` computed from the frozen weight, if that depends on the machine's libraries.
