@@ -1,5 +1,6 @@
 """Configs from strangers are data: which classes they may name, and what reading one may cost."""
 
+import dataclasses
 import gc
 import re
 import sys
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 
 import fuzz_configs
 from fuzzing import cheap
-from nola_vision import BackboneSpec, adapt, load_adapter
+from nola_vision import BackboneSpec, LoRAXS, adapt, load_adapter
 from nola_vision.adapters.methods import Adapter, registry
 from nola_vision.adapters.target import Dense
 from nola_vision.cli.main import main
@@ -158,9 +159,10 @@ def test_allow_import_covers_a_run_from_config_to_row(mine: str, capsys: pytest.
 
 def install_plugin(folder: Path, stated: str) -> None:
     """Installs a package that states a method, as pip leaves it on disk."""
-    (folder / "mine-1.dist-info").mkdir()
-    (folder / "mine-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
-    (folder / "mine-1.dist-info" / "entry_points.txt").write_text(f"[{registry.PLUGINS}]\nplugin = {stated}\n")
+    package = stated.partition(":")[0]
+    (info := folder / f"{package}-1.dist-info").mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{registry.PLUGINS}]\nplugin = {stated}\n")
 
 
 def test_a_registered_plugin_is_a_method(mine: str, tmp_path: Path) -> None:
@@ -182,6 +184,30 @@ def test_a_registered_plugin_is_a_method(mine: str, tmp_path: Path) -> None:
 
 PAGE = Path(__file__).parents[1] / "docs" / "own-method.md"
 GAIN = re.search("```python\n(.*?)```", PAGE.read_text(), re.S)[1]  # type: ignore[index]
+
+
+def test_plugins_of_other_packages_and_of_one_name(mine: str, tmp_path: Path) -> None:
+    (tmp_path / "stops.py").write_text("import sys; sys.exit(0)")
+    (tmp_path / "renames.py").write_text(f"from {mine} import Plugin as Other")
+    (tmp_path / "second.py").write_text("import nola_vision\nclass Plugin(nola_vision.LinearProbe): pass")
+    for stated in ("stops:Stops", "renames:Other", "garbage ! in it", f"{mine}:Plugin", "second:Plugin"):
+        install_plugin(tmp_path, stated)
+    for _ in range(2):  # a refusal registers nothing
+        with pytest.raises(NolaVisionError, match=f"(second.Plugin|{mine}.Plugin) .*different methods of one name"):
+            registry.from_dict(spec("Plugin"))
+    for name, cause in (("Stops", r"stops:Stops cannot be imported: SystemExit"), ("Other", "a class named Plugin")):
+        with pytest.raises(NolaVisionError, match=cause):
+            registry.from_dict(spec(name))
+    chosen = parse(overlay(QUICK, {"model": {"method": spec("second.Plugin")}}))  # the path decides
+    assert type(registry.from_dict(chosen["model"]["method"])).__module__ == "second"
+
+
+def test_another_class_starts_from_its_own_defaults() -> None:
+    for option in ("--model.method=LoRAXS", "--model.method.class_path=LoRAXS", "--model.method={class_path: LoRAXS}"):
+        settings = parse(QUICK, ["--method=x", option, "--model.method.lr=0.5"])["model"]["method"]["init_args"]
+        assert {**settings, "targets": ("qkv",)} == {**dataclasses.asdict(LoRAXS()), "lr": 0.5}
+    nola = run_id.resolve(load_configs(["quickstart.yaml"]), "nola")
+    assert parse(nola, ["--model.method=NOLA"])["model"]["method"]["init_args"]["num_basis"] == 192
 
 
 def test_what_a_method_states_wrongly_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
