@@ -159,7 +159,10 @@ def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
     elif not trainer.limit_val_batches:
         reason = "trainer.limit_val_batches is 0: leave it out"
     elif every is not None and every > 1 and epochs is not None and 0 < epochs < 2 * every:  # at most one validation
-        reason = f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: validate more often"
+        reason = (
+            f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: validate more often "
+            "(--trainer.check_val_every_n_epoch 1)"
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = _monitored(callback)
         if reason and monitor.startswith("val_"):
