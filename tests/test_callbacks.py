@@ -157,7 +157,7 @@ RESULTS = ("val_loss", "val_accuracy", "temperature", "held_out_nll", "held_out_
 
 
 def test_reused_validations_are_those_of_a_separate_pass(tmp_path: Path, evaluated: list[str]) -> None:
-    """To the last digit, with few stored bits too: training validates with rounded values, then the model is rounded."""
+    """To the last digit with few stored bits: training validates with rounded values, then the model is rounded."""
 
     def results(every: int, **trainer: Any) -> list[float | None]:
         evaluated.clear()

@@ -81,8 +81,8 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
     @property
     def not_prepared(self) -> Indices:
         """The images that are not kept as pixels, and so are decoded at each access."""
-        kept = [isinstance(image, torch.Tensor) for image in self._kept]
-        return self._indices[~np.array(kept + [False] * (len(self) - len(kept)), dtype=bool)]
+        positions = np.arange(len(self))
+        return self._indices[[not isinstance(image, torch.Tensor) for image in self.kept(positions)]]
 
     def kept(self, positions: Indices) -> list[Kept]:
         """What is kept at some positions."""

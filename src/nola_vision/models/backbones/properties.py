@@ -38,7 +38,7 @@ def eval_batch_size(backbone: nn.Module, size: int) -> int:
     largest = max((stage["num_chs"] * (size / stage["reduction"]) ** 2 for stage in stages), default=3 * size**2)
     copies = 12 if any(isinstance(module, nn.Linear) for module in backbone.modules()) else 4
     images = _EVAL_BYTES // (4 * copies * largest)
-    return 2 ** min(_MOST_DOUBLINGS, max(0, int(images).bit_length() - 1))
+    return 1 << min(_MOST_DOUBLINGS, max(0, int(images).bit_length() - 1))
 
 
 def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
