@@ -18,6 +18,7 @@ import torch
 from nola_vision import BackboneSpec, LinearProbe, adapt
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.properties import eval_batch_size
 from nola_vision.models.backbones.sources import input_config, local_files
 from nola_vision.models.backbones.weights import _hub_files
 from nola_vision.models.export import write_merged
@@ -203,3 +204,15 @@ def test_weights_are_looked_for_under_the_names_that_timm_tries(file: str | None
     name = file or timm.models._hub.HF_WEIGHTS_NAME
     names = [*timm.models._hub._get_safe_alternatives(name), name]
     assert _hub_files(timm.models.PretrainedCfg(hf_hub_id="a/b", hf_hub_filename=file)) == names
+
+
+def test_evaluation_batches_depend_on_backbone_and_image_size_alone() -> None:
+    def size(tag: str, side: int) -> int:
+        with torch.device("meta"):
+            return eval_batch_size(timm.create_model(tag, num_classes=0), side)
+
+    # 12 float32 copies of 256 patches x 384 values are 4.5 MiB, and 113 of them 512 MiB
+    assert size("vit_small_patch14_dinov2", 224) == 64
+    # 4 copies of 64 channels of 112 x 112 values are 12.25 MiB
+    assert size("resnet18", 224) == 32 and size("resnet18", 4000) == 1
+    assert size("test_vit", 32) == size("mlp_784_256", 28) == 256

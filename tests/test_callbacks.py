@@ -19,12 +19,15 @@ from nola_vision.common.mappings import overlay
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs import checkpoints, run_id, runner, store
 from nola_vision.runs.parsing import build, parse
+from nola_vision.training.base import ClassificationTask
 from nola_vision.training.callbacks import LAST_CHECKPOINT
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.distributed import is_main_process
 from tiny import TINY, tiny
 
 pytestmark = pytest.mark.usefixtures("kept")
+
+OWN_LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "own-log"}}
 
 
 def callback(name: str, **settings: Any) -> dict[str, Any]:
@@ -94,6 +97,77 @@ def test_stop_early_stops_and_keeps_the_best_epoch(tmp_path: Path, monkeypatch: 
     saved = load_adapter(folder / store.ADAPTER_FILE).bank.state_dict()
     assert kept and all(torch.equal(saved[name.removeprefix("model.bank.")], value) for name, value in kept.items())
     assert runner.run(tiny("1nn", model={"stop_early": 2}), tmp_path).status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "passes", "changes"),
+    [
+        ("nola", "final", 0, {}),
+        ("nola", "search", 1, {}),
+        ("nola", "final", 1, {"trainer": {"check_val_every_n_epoch": 3}}),
+        ("nola", "search", 1, {"trainer": {"check_val_every_n_epoch": 3}}),
+        ("nola", "final", 2, {"trainer": {"check_val_every_n_epoch": 2}}),
+        ("nola", "final", 1, {"trainer": {"check_val_every_n_epoch": 9}}),  # asked for, and not reached
+        ("nola", "final", 9, {"trainer": {"val_check_interval": 0.5}}),  # of an epoch of 3 batches
+        ("nola", "final", 5, {"trainer": {"val_check_interval": 2}}),  # 9 batches: Lightning counts on over epochs
+        ("nola", "final", 3, {"trainer": {"logger": OWN_LOGGER}}),
+        ("nola", "final", 0, {"trainer": {"callbacks": [callback("ModelCheckpoint", monitor="train_loss")]}}),
+        ("nola", "final", 3, {"model": {"stop_early": 5}}),  # the last epoch is the best
+        ("nola", "final", 2, {"trainer": {"num_sanity_val_steps": 1, "check_val_every_n_epoch": 3}}),
+        ("nola", "final", 0, {"trainer": {"check_val_every_n_epoch": 1, "limit_val_batches": 0}}),
+        ("1nn", "final", 0, {"trainer": {"check_val_every_n_epoch": 3}}),
+        ("1nn", "search", 1, {}),
+    ],
+)
+def test_no_weights_are_validated_twice(
+    method: str,
+    stage: run_id.Stage,
+    passes: int,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    evaluated: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # for the logger
+    row = runner.run(tiny(method, **changes), tmp_path, stage)
+    assert row.status == "completed" and evaluated == ["val"] * passes + ["test"] * (stage == "final")
+    assert (row.val_accuracy is not None) == (passes > 0)
+    assert (row.val_loss is not None) == (passes > 0 and method == "nola")  # 1-NN has no probabilities
+    assert (row.temperature is not None) == (passes > 0 and stage == "final")
+    monitors = changes.get("trainer", {}).get("callbacks") or changes.get("model")
+    assert (row.epoch, row.monitor is None) == (None if method == "1nn" else 2, not monitors)
+    if stage == "final" and method == "nola":  # as given
+        assert row.config["trainer"]["check_val_every_n_epoch"] == changes.get("trainer", {}).get(
+            "check_val_every_n_epoch"
+        )
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stage of every batch that is evaluated; the pool and the test set are one batch each."""
+    stages: list[str] = []
+    original = ClassificationTask._evaluate
+    monkeypatch.setattr(
+        ClassificationTask, "_evaluate", lambda self, batch, stage: stages.append(stage) or original(self, batch, stage)
+    )
+    return stages
+
+
+RESULTS = ("val_loss", "val_accuracy", "temperature", "held_out_nll", "held_out_nll_calibrated", "test_accuracy")
+
+
+def test_reused_validations_are_those_of_a_separate_pass(tmp_path: Path, evaluated: list[str]) -> None:
+    """To the last digit with few stored bits: training validates with rounded values, then the model is rounded."""
+
+    def results(every: int, **trainer: Any) -> list[float | None]:
+        evaluated.clear()
+        row = runner.run(tiny("nola4", trainer={"check_val_every_n_epoch": every, **trainer}), tmp_path)
+        return [getattr(row, column) for column in RESULTS]
+
+    separate = results(9)
+    assert results(3) == separate and None not in separate and evaluated == ["val", "test"]
+    best = callback("ModelCheckpoint", monitor="val_loss")  # the last epoch
+    assert results(1, callbacks=[best]) == separate and evaluated == ["val"] * 3 + ["test"]
 
 
 def without_pool(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,18 +152,19 @@ def test_training_images_are_decoded_once(decoded: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "train", "pool"),
-    [  # an image takes 192 bytes decoded and 246 as a file; the pool has what the decoded training images leave
-        (0, "......", "........"),
-        (492, "ddff..", "........"),
-        (768, "ddddff", "........"),
-        (6 * 192 - 1, "dddddf", "........"),
-        (6 * 192 + 492, "dddddd", "ddff...."),
-        (6 * 192 + 7 * 192, "dddddd", "dddddddf"),
-        (10**9, "dddddd", "dddddddd"),
+    ("limit", "train", "pool", "test"),
+    [  # an image takes 192 bytes decoded, 300 resized and 246 as a file; the pool has what the training images leave
+        (0, "......", "........", ""),
+        (492, "ddff..", "........", ""),
+        (768, "ddddff", "........", ""),
+        (6 * 192 - 1, "dddddf", "........", ""),
+        (6 * 192 + 492, "dddddd", "dff.....", ""),
+        (6 * 192 + 7 * 300, "dddddd", "dddddddf", ""),
+        (6 * 192 + 8 * 300 + 600, "dddddd", "dddddddd", "ddff"),
+        (10**9, "dddddd", "dddddddd", 40 * "d"),
     ],
 )
-def test_memory_limit(limit: int, train: str, pool: str, tmp_path: Path) -> None:
+def test_memory_limit(limit: int, train: str, pool: str, test: str, tmp_path: Path) -> None:
     """Which images are kept decoded (d), which as files (f) and which not at all (.)."""
     for index in range(80):
         path = tmp_path / ("test", "train")[index % 2] / ("ant", "bee")[index // 2 % 2] / f"{index:02d}.bmp"
@@ -171,10 +172,44 @@ def test_memory_limit(limit: int, train: str, pool: str, tmp_path: Path) -> None
         Image.new("RGB", (8, 8), (index, 99, 0)).save(path)
     data, reference = (module(dataset="folder", root=str(tmp_path), shots=3) for _ in range(2))
     data.memory_limit_mib = limit / 2**20  # type: ignore[assignment]
-    for kept, expected in ((data._kept, train), (data._pool._kept, pool)):
+    for kept, expected in ((data._kept, train), (data._pool._kept, pool), (data._test_images._kept, test)):
         assert "".join("f" if isinstance(image, bytes) else "d" for image in kept) == expected.rstrip(".")
     assert same(epoch_of(data, 0), epoch_of(reference, 0))
     assert same(list(data.val_dataloader()), list(reference.val_dataloader()))
+    transform, source = eval_transform(CONFIG), data._test_source  # the pixels are those that were never kept
+    images = torch.cat([batch for batch, _ in data.test_dataloader()])
+    assert torch.equal(images, torch.stack([transform(source.image(index)) for index in range(40)]))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_evaluated_images_are_decoded_once_per_process(
+    keeps: bool, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(80):
+        path = tmp_path / ("test", "train")[index % 2] / ("ant", "bee")[index // 2 % 2] / f"{index:02d}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), (index, 99, 0)).save(path)
+    monkeypatch.setattr(process_cache, "_kept", {} if keeps else None)
+    checked, decodes = [], integrity._decodes
+    monkeypatch.setattr(integrity, "_decodes", lambda path: checked.append(path) or decodes(path))
+
+    def run(*evaluations: str, split_seed: int = 0) -> tuple[int, int]:
+        """What a run decodes, and what only its check does."""
+        decoded.clear(), checked.clear()
+        data = module(dataset="folder", root=str(tmp_path), split_seed=split_seed)
+        data.evaluations = evaluations
+        for _ in range(2):
+            data.prepare_data(), data.setup("fit")
+            if "fit" in evaluations or "validate" in evaluations:
+                assert len(list(data.val_dataloader())) == 1
+            if "test" in evaluations:
+                assert len(list(data.test_dataloader())) == 1
+        return len(decoded), len(checked)
+
+    assert run("test") == (4 + 40, 0)  # no pass over the pool: its images are not touched
+    assert run("validate", "test") == ((8, 0) if keeps else (4 + 8 + 40, 0))
+    assert run("fit", "validate", "test", split_seed=1) == ((4, 0) if keeps else (4 + 8 + 40, 0))
+    assert run("validate", split_seed=2) == ((4, 40) if keeps else (4 + 8, 40))  # a search checks the test images
 
 
 @pytest.mark.parametrize("limit", [10**9, 9 * 12 * 3 * 2 + 400], ids=["decoded", "as files"])

@@ -331,7 +331,8 @@ def test_validate_and_test_evaluate_what_the_file_holds(tmp_path: Path, monkeypa
     original = runner.build
     for module in (runner, checkpoints):
         monkeypatch.setattr(module, "build", lambda *given: built.append(original(*given)) or built[-1])
-    config = tiny("nola4", model={"method": {"init_args": {"bits": 2, "head_bits": 2}}})
+    every = {"check_val_every_n_epoch": 1}
+    config = tiny("nola4", model={"method": {"init_args": {"bits": 2, "head_bits": 2}}}, trainer=every)
     row = runner.run(config, tmp_path)
     for verb, loss in (("validate", "val_loss"), ("test", "test_loss")):
         checkpoints.evaluate(config, tmp_path, verb, None)

@@ -8,8 +8,8 @@ find damaged ones, and not used otherwise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Collection
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import lightning as L
@@ -22,12 +22,20 @@ from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.check import find_mistakes
 from nola_vision.data.integrity import refuse_unreadable
-from nola_vision.data.kshot_split import KShotSplit
+from nola_vision.data.kshot_split import Images, KShotSplit
 from nola_vision.data.loaders import EpochSampler, ImageSubset, Kept, Loader, collate, unchanged
 from nola_vision.data.sampling import Indices
 from nola_vision.data.sources import ImageSource
 from nola_vision.images.input_config import InputConfig
-from nola_vision.images.transforms import Augmentation, check_augmentation, eval_transform, train_transform
+from nola_vision.images.transforms import (
+    Augmentation,
+    check_augmentation,
+    eval_transform,
+    normalise_transform,
+    reduce_transform,
+    resize_transform,
+    train_transform,
+)
 
 
 class KShotDataModule(KShotSplit, L.LightningDataModule):
@@ -44,13 +52,15 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         split_seed: which draw of training images.
         run_seed: the order of the training images and their augmentation.
         batch_size: of training; the last batch of an epoch may be smaller.
-        eval_batch_size: of validation, test and reference images.
+        eval_batch_size: of validation, test and reference images. null: a run sets it by its backbone, see
+            `models.backbones.properties.eval_batch_size`; otherwise 256.
         augmentation: none, light (random crop) or released (what the authors' released code does).
         flip: let "light" flip images horizontally too; leave it off if left and right differ in meaning.
         num_workers: processes that decode and transform; few-shot sets are faster with 0.
         download: download a missing data set, if torchvision or Hugging Face's library can.
-        memory_limit_mib: how much of the decoded training set is kept in memory; as much again holds the files of
-            further images, which are decoded each time. Images beyond that are read from disk each time.
+        memory_limit_mib: how much memory decoded images may take: the training images, then the validation pool and the
+            test images, these resized. As much again holds the files of further images, which are decoded each time.
+            Images beyond that are read from disk each time.
         manifest: a file of `nola-vision data manifest`: train on its images, which must be of these shots and split.
         test_limit: test on this many images only, evenly spaced over each class, for quick trials.
         fold: for data without a test set: test on this fold's images and train on the others, on at most `shots` per
@@ -59,6 +69,8 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         hold_out: for data without a test set: take a validation pool out of the training images.
 
     Attributes:
+        evaluations: the trainer's functions that will use the validation pool ("fit", "validate") and the test images
+            ("test") in this run; None: not known.
         as_features: for a task that needs features only: replaces the images of a loader by their features, see
             `features.use_features`.
 
@@ -75,7 +87,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         split_seed: int = 0,
         run_seed: int = 0,
         batch_size: int = 64,
-        eval_batch_size: int = 256,
+        eval_batch_size: int | None = None,
         augmentation: Augmentation = "light",
         flip: bool = False,
         num_workers: int = 0,
@@ -93,13 +105,14 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
             ("num_workers", num_workers, 0),
             ("memory_limit_mib", memory_limit_mib, 0),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise NolaVisionError(f"{name} is {value}, but it must be at least {least}")
         check_augmentation(augmentation, flip)
         KShotSplit.__init__(self, dataset, root, shots, split_seed, download, test_limit, manifest, fold, hold_out)
         self.input, self.run_seed, self.augmentation, self.flip = input, run_seed, augmentation, flip
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size or 256, num_workers
         self.memory_limit_mib = memory_limit_mib
+        self.evaluations: Collection[str] | None = None
         self.as_features: Callable[[DataLoader[Any]], Dataset[Any]] | None = None
 
     def prepare_data(self) -> None:
@@ -117,14 +130,27 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
 
     @cached_property
     def _checked(self) -> bool:
-        """True once the images of the validation pool and the test set were found to be readable."""
+        """True once the images that are needed after training were found to be readable.
+
+        Those that this run will evaluate are kept, so that they are not decoded again. The validation pool is checked
+        if it may be used, the test set in any case.
+        """
         self._check_settings()
-        refuse_unreadable(*self._pool_set)
-        if self.has_test:
-            refuse_unreadable(self._test_source, self._test_positions)
-        else:
+        uses = self.evaluations
+        if uses is not None:
+            _ = self._kept  # before the others: they get the memory that it leaves
+        if uses is None or "fit" in uses or "validate" in uses:
+            source, indices = self._pool_set
+            refuse_unreadable(source, indices if uses is None else self._pool.not_prepared)
+        if not self.has_test:
             source = self._open("train")
-            refuse_unreadable(source, np.arange(len(source), dtype=np.int64))
+            indices = np.arange(len(source), dtype=np.int64)
+            keeps = uses is not None and self._shares_images
+            refuse_unreadable(source, self._all_images.not_prepared if keeps else indices)
+        elif uses is not None and "test" in uses:
+            refuse_unreadable(self._test_source, self._test_images.not_prepared)
+        else:
+            refuse_unreadable(self._test_source, self._test_positions)
         if self.entry.own_images:
             for mistake in find_mistakes(self.entry, self.root, {split: self._open(split) for split in self._splits}):
                 self._warn(mistake)
@@ -145,8 +171,9 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The k-shot set, shuffled and augmented."""
-        (source, indices), kept = self._train_set, self._kept
-        subset = ImageSubset(source, indices, train_transform(self.input, self.augmentation, self.flip), kept)
+        source, indices = self._train_set
+        transform = train_transform(self.input, self.augmentation, self.flip)
+        subset = ImageSubset(source, indices, reduce_transform(self.input.size), transform, self._kept)
         batch_size, rest = divmod(self.batch_size, self._processes)  # `batch_size` is that of one step, on all devices
         if rest:
             raise NolaVisionError(
@@ -160,15 +187,18 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         return self._loader(subset, batch_size, EpochSampler(len(indices), self.run_seed, self._processes, self._rank))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation pool in order; an empty list, which makes Lightning skip validation, if the pool is empty."""
+        """The validation pool in order; an empty list, which makes Lightning skip validation, if the pool is empty, or
+        in training if `evaluations` lacks "fit".
+        """
+        in_fit = self.evaluations is None or "fit" in self.evaluations
+        if not in_fit and self.trainer is not None and self.trainer.state.fn == "fit":
+            return []
         subset = self._pool
         return self._loader(subset, self.eval_batch_size, self._shard(subset)) if len(subset) else []
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The test images in the order of `test_indices`; an empty list if there are none."""
-        source, indices = self._test_set
-        kept = self._shared_images(indices) if self._shares_images else None
-        subset = self._plain(source, indices, kept)
+        subset = self._test_images
         return self._loader(subset, self.eval_batch_size, self._shard(subset)) if len(subset) else []
 
     def reference_dataloader(self) -> DataLoader[Any]:
@@ -177,9 +207,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
 
     def cross_validation_dataloader(self) -> DataLoader[Any]:
         """All images of a data set without a test split, in order and not augmented."""
-        source = self._open("train")
-        indices = np.arange(len(source), dtype=np.int64)
-        return self._loader(self._plain(source, indices, self._shared_images(indices)), self.eval_batch_size)
+        return self._loader(self._all_images, self.eval_batch_size)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a run's row and its adapter file; opens the training set if that has not been done.
@@ -215,37 +243,62 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         if self._shares_images:
             return self._shared_images(self._train_set[1])
         limit = self.memory_limit_mib * 2**20
-        key = (self.dataset, self.root, self._train_set[1].tobytes(), limit, size := self.input.size)
-        return process_cache.once("training images", key, lambda: self._plain(*self._train_set).keep(limit, size))
+        key = (self.dataset, self.root, self._train_set[1].tobytes(), limit, self.input.size)
+        return process_cache.once("training images", key, lambda: self._plain(*self._train_set).keep(limit))
 
     @property
     def _shares_images(self) -> bool:
         """Whether all images of the training split are kept, for all folds and for the run on all of them."""
         return not self.has_test and (self.fold is not None or self.shots == "all")
 
-    def _shared_images(self, indices: Indices) -> list[Kept]:
-        """Some of the images that are kept for all folds; None for one that is not."""
+    @cached_property
+    def _all_images(self) -> ImageSubset:
+        """All images of the training split, kept for all folds."""
         limit, source = self.memory_limit_mib * 2**20, self._open("train")
-        everything = self._plain(source, np.arange(len(source), dtype=np.int64))
-        key = (self.dataset, self.root, limit, size := self.input.size)
-        kept = process_cache.once("images", key, lambda: everything.keep(limit, size))
-        return [kept[index] if index < len(kept) else None for index in indices]
+        indices = np.arange(len(source), dtype=np.int64)
+        key = (self.dataset, self.root, limit, self.input.size)
+        kept = process_cache.once("images", key, lambda: self._plain(source, indices).keep(limit))
+        return self._plain(source, indices, kept)
+
+    def _shared_images(self, indices: Indices) -> list[Kept]:
+        """Some of the images that are kept for all folds."""
+        return self._all_images.kept(indices)
 
     @cached_property
     def _pool(self) -> ImageSubset:
-        """The validation pool, decoded as far as the k-shot set leaves memory for it."""
-        source, indices = self._pool_set
+        """The validation pool, kept as far as the training images leave memory for it."""
+        return self._evaluated("validation images", self._pool_set, self._memory_left)
+
+    @cached_property
+    def _test_images(self) -> ImageSubset:
+        """The test images, kept as far as the training images and the validation pool leave memory for them."""
+        # a worker's search runs use the pool, and its final runs the test images
+        pool = 3 * self.input.size**2 * len(self._pool_set[1]) if self._trains else 0
+        return self._evaluated("test images", self._test_set, self._memory_left - pool)
+
+    def _evaluated(self, kind: str, images: Images, limit: int) -> ImageSubset:
+        """Images of an evaluation: decoded and resized once per process, as far as the limit in bytes allows."""
+        source, indices = images
         if self._shares_images:
             return self._plain(source, indices, self._shared_images(indices))
-        used = sum(image.numel() for image in self._kept if isinstance(image, torch.Tensor))
-        limit = self.memory_limit_mib * 2**20 - used
-        key = (self.dataset, self.root, self._splits, indices.tobytes(), size := self.input.size)
-        kept = process_cache.once("validation images", key, lambda: self._plain(source, indices).keep(limit, size))
-        return self._plain(source, indices, kept)
+        make = partial(ImageSubset, source, indices, resize_transform(self.input), normalise_transform(self.input))
+        key = (self.dataset, self.root, self._splits, indices.tobytes(), self.input)
+        return make(process_cache.once(kind, key, lambda: make().keep(limit)))
+
+    @property
+    def _trains(self) -> bool:
+        """Whether the training images are in memory: a test alone does not open them."""
+        return "_kept" in self.__dict__
+
+    @property
+    def _memory_left(self) -> int:
+        """The bytes that the training images leave for others."""
+        kept = self._kept if self._trains else []
+        return self.memory_limit_mib * 2**20 - sum(i.numel() for i in kept if isinstance(i, torch.Tensor))
 
     def _plain(self, source: ImageSource, indices: Indices, kept: list[Kept] | None = None) -> ImageSubset:
-        """Images without augmentation."""
-        return ImageSubset(source, indices, eval_transform(self.input), kept)
+        """Images that others of their set augment, without augmentation."""
+        return ImageSubset(source, indices, reduce_transform(self.input.size), eval_transform(self.input), kept)
 
     @property
     def _processes(self) -> int:

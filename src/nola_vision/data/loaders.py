@@ -11,20 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import keyed_hashes
 from nola_vision.common.progress import count_aside
 from nola_vision.data.sampling import Indices
 from nola_vision.data.sources import ImageSource
-from nola_vision.images.transforms import Transform, reduced
+from nola_vision.images.transforms import Transform
 
-Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w], `reduced`; an image file's content; or not kept
+Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w]; an image file's content; or not kept
 
 
 class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
-    """Some images of a source, decoded once if kept and transformed at each access.
+    """Some images of a source, decoded and prepared once if kept, and transformed at each access.
 
     An index is a position, or (position, seed): the seed of the transform's random numbers, by default the position.
     Items are (float32 `[3, size, size]`, class index).
@@ -32,14 +31,20 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
     Args:
         source: where the images come from.
         indices: which ones.
-        transform: from a PIL image or a uint8 tensor `[3, h, w]` to a float32 tensor.
-        kept: the images by position, as far as they are kept in memory: decoded, or as the contents of their files.
+        prepare: from a PIL image to a uint8 tensor `[3, h, w]`; the same at each access, so its result can be kept.
+        transform: from that tensor to a float32 tensor.
+        kept: the images by position, as far as they are kept in memory: prepared, or as the contents of their files.
     """
 
     def __init__(
-        self, source: ImageSource, indices: Indices, transform: Transform, kept: list[Kept] | None = None
+        self,
+        source: ImageSource,
+        indices: Indices,
+        prepare: Transform,
+        transform: Transform,
+        kept: list[Kept] | None = None,
     ) -> None:
-        self._source, self._indices, self._transform = source, indices, transform
+        self._source, self._indices, self._prepare, self._transform = source, indices, prepare, transform
         self._kept = [] if kept is None else kept
 
     def __len__(self) -> int:
@@ -59,7 +64,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         position, seed = key if isinstance(key, tuple) else (key, key)
         index = int(self._indices[position])
         kept = self._kept[position] if position < len(self._kept) else None
-        pixels = kept if isinstance(kept, torch.Tensor) else self._source.image(index, kept)
+        pixels = kept if isinstance(kept, torch.Tensor) else self._prepare(self._source.image(index, kept))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would set the GPUs' generators too
             return self._transform(pixels), int(self._source.labels[index])
@@ -73,17 +78,26 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         except NolaVisionError as error:
             return [error]
 
-    def keep(self, limit_bytes: int, size: int) -> list[Kept]:
-        """Keeps images in memory, in their order: decoded as many as fit into the limit, then the contents of files, as
-        many as fit into the same limit again.
+    @property
+    def not_prepared(self) -> Indices:
+        """The images that are not kept as pixels, and so are decoded at each access."""
+        positions = np.arange(len(self))
+        return self._indices[[not isinstance(image, torch.Tensor) for image in self.kept(positions)]]
+
+    def kept(self, positions: Indices) -> list[Kept]:
+        """What is kept at some positions."""
+        return [self._kept[position] if position < len(self._kept) else None for position in positions]
+
+    def keep(self, limit_bytes: int) -> list[Kept]:
+        """Keeps images in memory, in their order: as many as fit into the limit prepared, then the contents of files,
+        as many as fit into the same limit again.
 
         Args:
             limit_bytes: of the pixels, and separately of the files' contents.
-            size: side of the transformed images; larger images are `reduced` for it.
         """
         used, count = 0, count_aside("decoding", "images")
         for position in range(len(self._kept), len(self)):
-            pixels = pil_to_tensor(reduced(self._source.image(int(self._indices[position])), size))
+            pixels = self._prepare(self._source.image(int(self._indices[position])))
             used += pixels.numel()
             if used > limit_bytes:
                 break

@@ -40,8 +40,27 @@ def reduced(image: Any, size: int) -> Any:
     return (image if isinstance(image, Image.Image) else to_pil_image(image)).reduce(factor)
 
 
+def reduce_transform(size: int) -> Transform:
+    """From a PIL image to a uint8 tensor `[3, h, w]`, `reduced` for a backbone of this image side."""
+    transform: Transform = v2.Compose([Reduce(size), v2.PILToTensor()])
+    return transform
+
+
 def eval_transform(config: InputConfig) -> Transform:
-    """timm's evaluation transform: resize to `floor(size / crop_pct)`, crop the centre, normalise.
+    """timm's evaluation transform: `resize_transform`, then `normalise_transform`.
+
+    Returns:
+        A function from a PIL image or a uint8 tensor `[3, h, w]` to a normalised float32 tensor `[3, size, size]`.
+
+    Raises:
+        NolaVisionError: as `resize_transform`.
+    """
+    transform: Transform = v2.Compose([*_resizing(config), *_normalising(config)])
+    return transform
+
+
+def resize_transform(config: InputConfig) -> Transform:
+    """The part of the evaluation transform that gives bytes: resize to `floor(size / crop_pct)`, crop the centre.
 
     Resizing keeps the aspect ratio, or squashes the image to a square if the backbone's `crop_mode` is squash.
 
@@ -49,18 +68,33 @@ def eval_transform(config: InputConfig) -> Transform:
         config: the backbone's image format.
 
     Returns:
-        A function from a PIL image or a uint8 tensor `[3, h, w]` to a normalised float32 tensor `[3, size, size]`.
+        A function from a PIL image or a uint8 tensor `[3, h, w]` to a uint8 tensor `[3, size, size]`.
 
     Raises:
         NolaVisionError: tensors cannot be resized with the interpolation, or the crop mode is unknown.
     """
+    transform: Transform = v2.Compose(_resizing(config))
+    return transform
+
+
+def _resizing(config: InputConfig) -> list[nn.Module]:
     if config.crop_mode not in ("center", "squash"):
         raise NolaVisionError(
             f"the backbone needs crop mode {config.crop_mode!r}, which is not supported: choose another tag of it"
         )
     side = math.floor(config.size / config.crop_pct)
     resize = v2.Resize(side if config.crop_mode == "center" else (side, side), _interpolation(config), antialias=True)
-    return _compose(config, [resize, v2.CenterCrop(config.size)])
+    return [Reduce(config.size), v2.ToImage(), resize, v2.CenterCrop(config.size)]
+
+
+def normalise_transform(config: InputConfig) -> Transform:
+    """From a uint8 tensor `[3, size, size]` to a normalised float32 tensor: the evaluation transform after resizing."""
+    transform: Transform = v2.Compose(_normalising(config))
+    return transform
+
+
+def _normalising(config: InputConfig) -> list[nn.Module]:
+    return [PlanarFloat(), v2.Normalize(config.mean, config.std)]
 
 
 def check_augmentation(augmentation: str, flip: bool) -> None:

@@ -87,9 +87,11 @@ def measure(
         if trainer.is_global_zero and task.savable:
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
     quiet = {"datamodule": data, "verbose": False}
-    trainer.validate(task, **quiet)
-    measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
-    measured["val_loss"] = _number(trainer.callback_metrics.get("val_loss"))
+    if task.validated is None and "validate" in data.evaluations:
+        trainer.validate(task, **quiet)
+    if task.validated is not None:
+        measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
+        measured["val_loss"] = _number(trainer.callback_metrics.get("val_loss"))
     if stage == "final" and (isinstance(task, Classifier) or task.savable):
         measured |= _calibrate(task, pooled)
         if trainer.is_global_zero and task.model.calibrated_on is not None:

@@ -36,6 +36,7 @@ from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.datasets.base import given_root
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.data.manifest import MOST_BYTES
+from nola_vision.models.backbones.properties import eval_batch_size
 from nola_vision.models.backbones.sources import input_config, local_files
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import import_policy, run_id
@@ -46,7 +47,12 @@ from nola_vision.training.callbacks import LAST_CHECKPOINT, LastCheckpoint, chec
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.progress import LiveProgress, PlainProgress
 from nola_vision.training.task import make_task
-from nola_vision.training.trainer_settings import check_precision, check_stop_early, check_trainer
+from nola_vision.training.trainer_settings import (
+    check_precision,
+    check_stop_early,
+    check_trainer,
+    monitors_validation,
+)
 
 _MOST_THREADS = 1024  # more crash torch
 _LINKED = ("input", "backbone", "run_seed")  # arguments of the DataModule that a config does not set
@@ -82,6 +88,10 @@ class RunCLI(LightningCLI):
         folder: where the run writes, if the config is a full one, as `parse` returns it. None: the config is parsed
             and validated, without building its objects.
         options: command-line options that override the config; not with a full config.
+
+    Attributes:
+        validates: whether validation during training is asked for: by `trainer.check_val_every_n_epoch` or
+            `val_check_interval`, a callback that monitors a validation metric, or a logger.
     """
 
     _shared: ClassVar[LightningArgumentParser | None] = None  # making the parser takes as long as using it
@@ -112,6 +122,7 @@ class RunCLI(LightningCLI):
                 trainer_defaults={
                     "devices": 1,  # several only where they are asked for: DDP changes the rounding
                     "max_epochs": 50,
+                    "check_val_every_n_epoch": None,  # validation in training only for what uses it
                     "num_sanity_val_steps": 0,
                     "log_every_n_steps": 1,
                     "enable_model_summary": False,
@@ -153,6 +164,9 @@ class RunCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if self.folder is not None:
             super().instantiate_classes()
+            if self.config["data.eval_batch_size"] is None:
+                backbone = self.model.model.backbone
+                self.datamodule.eval_batch_size = eval_batch_size(backbone, self.datamodule.input.size)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
@@ -170,6 +184,11 @@ class RunCLI(LightningCLI):
         loggers: list[Logger] = [CSVLogger(self.folder, name="", version=""), *_listed(given["logger"])]
         # a sweep saves no last checkpoint, but a ModelCheckpoint of the config still keeps the best epoch
         kwargs["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        # any of the user's settings of when to validate; null and a number of batches is Lightning's own way
+        when = given["check_val_every_n_epoch"], given["val_check_interval"]
+        self.validates = when != (None, None) or monitors_validation(callbacks) or len(loggers) > 1
+        if when[0] is None and not isinstance(when[1], int):
+            kwargs["check_val_every_n_epoch"] = 1
         return super().instantiate_trainer(callbacks=callbacks, logger=loggers, default_root_dir=self.folder, **kwargs)
 
 
@@ -337,26 +356,26 @@ def build(run_config: run_id.Config, folder: Path) -> RunCLI:
 
 
 def open_data(run_config: run_id.Config) -> KShotDataModule:
-    """The datamodule of a run config, its training images open.
+    """The datamodule of a run config. It opens the images when they are first asked for, and decodes none.
 
     Raises:
-        NolaVisionError: as `KShotDataModule.setup`.
+        NolaVisionError: as `KShotDataModule`.
     """
-    module = make_data(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
-    module.prepare_data()
-    return module
+    return make_data(BackboneSpec(**run_config["model"]["backbone"]), **run_config["data"])
 
 
 def has_validation_images(run_config: run_id.Config) -> bool:
-    """Opens the training images of a run config, so that a data set that is not there is found before any run.
+    """Opens and checks the images of a run config, so that what is missing or damaged is found before any run.
 
     Returns:
         Whether its classes are large enough for a validation pool.
 
     Raises:
-        NolaVisionError: as `KShotDataModule.setup`.
+        NolaVisionError: as `KShotDataModule.prepare_data`.
     """
-    return open_data(run_config).describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]
+    data = open_data(run_config)
+    data.prepare_data()
+    return data.describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]
 
 
 @contextmanager

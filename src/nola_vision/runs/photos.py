@@ -82,6 +82,7 @@ def config(
     source = open_images(place)
     images = len(source) if shots in (None, "all") else min(len(source), int(shots or 0) * len(source.class_names))
     trainer["max_epochs"] = epochs or _epochs(images)
+    trainer["check_val_every_n_epoch"] = trainer["max_epochs"]
     made["model"]["warmup_epochs"] = max(1, trainer["max_epochs"] // 10)  # the default protocol's share: 5 of 50
     if made["model"]["backbone"]["tag"] not in (BACKBONE, QUICKSTART):
         side, targets = _side_and_targets(made["model"]["backbone"])
@@ -252,6 +253,9 @@ long, so that it is at most {LARGEST_SIDE} unless set here.""",
     "data.shots": "Training images per class, or all.",
     "data.augmentation": "Random crops, and mirrored images, since most photos look much the same mirrored.",
     "data.flip": "Set flip: false where left and right differ in meaning: text, traffic signs, left and right hands.",
+    "trainer.check_val_every_n_epoch": """\
+Validation after so many epochs: once, after training, to calibrate the adapter's probabilities, if the data have a
+validation pool. With model.stop_early give 1.""",
     "trainer.max_epochs": f"""\
 Passes over the training images: as many as make {STEPS} steps of the optimizer, but {EPOCHS[0]} to {EPOCHS[1]}.""",
 }

@@ -167,6 +167,13 @@ def _prepared(run_config: run_id.Config, folder: Path, stage: run_id.Stage, ckpt
     if run_config["model"].get("compile"):
         torch.compiler.reset()  # torch counts the models compiled in this process, and stops compiling after eight
     built = build(run_config, folder)
+    # without training there is no curve and no epoch to choose
+    in_fit = built.validates and isinstance(built.model, Classifier)
+    built.datamodule.evaluations = [
+        *(["fit"] if in_fit else []),
+        *(["validate"] if in_fit or stage == "search" else []),
+        *(["test"] if stage != "search" else []),
+    ]
     if isinstance(built.model, Classifier):
         built.model.run_hash = run_id.run_hash(run_config, stage)
         if ckpt_path is not None:

@@ -6,7 +6,6 @@ from typing import cast
 
 import lightning as L
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
 
@@ -25,7 +24,8 @@ class ClassificationTask(L.LightningModule):
     Attributes:
         confusions: tested images `[true, predicted]`, after a test; None where the classes are too many.
         predictions: for the tested images, after a test.
-        validated: logits and labels of the validation pool, of all processes, after `validate`.
+        validated: logits and labels of the validation pool, of all processes, that the model's current weights give;
+            None if they were not validated. `val_loss` and `val_accuracy` in the trainer's metrics belong to it.
         on_features: whether the batches hold features of the backbone instead of images.
     """
 
@@ -74,14 +74,13 @@ class ClassificationTask(L.LightningModule):
             metric(F.cross_entropy(logits, labels), weight=len(labels))
             self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
         log_accuracy(self, self.accuracy, stage, logits, labels)
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
+        if stage == "val":
             for name, values in (("logits", logits.float()), ("labels", labels)):
                 cast(CatMetric, self.held_out[name]).update(values)
 
     def on_validation_epoch_end(self) -> None:
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            logits, labels = (cast(CatMetric, self.held_out[name]).compute().cpu() for name in ("logits", "labels"))
-            self.validated = logits, labels.long()
+        logits, labels = (cast(CatMetric, self.held_out[name]).compute().cpu() for name in ("logits", "labels"))
+        self.validated = None if self.trainer.sanity_checking else (logits, labels.long())
 
     def on_test_epoch_end(self) -> None:
         self.confusions = count_confusions(self.accuracy)

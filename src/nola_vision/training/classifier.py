@@ -111,6 +111,7 @@ class Classifier(ClassificationTask):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Starts quantisation-aware training at the step that `quantise_from` sets."""
+        self.validated = None  # of the weights before this step
         bits_from = self.method.quantise_from
         begun = self.global_step >= bits_from * self.trainer.estimated_stepping_batches
         self.model.compute_with_stored_bits(bits_from < 1 and begun)
@@ -185,6 +186,8 @@ class Classifier(ClassificationTask):
     def load_weights(self, checkpoint: dict[str, Any]) -> None:
         """Loads the trained values of a checkpoint, after `refuse_other_checkpoint`."""
         self.refuse_other_checkpoint(checkpoint)
+        if checkpoint.get("global_step") != self.global_step:
+            self.validated = None
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
     def on_validation_start(self) -> None:

@@ -130,6 +130,15 @@ def check_precision(precision: Any, method: Method) -> None:
         )
 
 
+def monitors_validation(callbacks: Sequence[L.Callback]) -> bool:
+    """Whether a callback monitors a validation metric."""
+    return any(_monitored(callback).startswith("val_") for callback in callbacks)
+
+
+def _monitored(callback: L.Callback) -> str:
+    return str(getattr(callback, "monitor", None)) if isinstance(callback, EarlyStopping | ModelCheckpoint) else ""
+
+
 def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
     """Refuses callbacks that monitor a validation metric in a run without validation.
 
@@ -149,11 +158,14 @@ def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
         )
     elif not trainer.limit_val_batches:
         reason = "trainer.limit_val_batches is 0: leave it out"
-    elif every is not None and epochs is not None and 0 < epochs < every:
-        reason = f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: validate more often"
+    elif every is not None and every > 1 and epochs is not None and 0 < epochs < 2 * every:  # at most one validation
+        reason = (
+            f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: validate more often "
+            "(--trainer.check_val_every_n_epoch 1)"
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        monitor = getattr(callback, "monitor", None)
-        if isinstance(callback, EarlyStopping | ModelCheckpoint) and reason and str(monitor).startswith("val_"):
+        monitor = _monitored(callback)
+        if reason and monitor.startswith("val_"):
             raise NolaVisionError(f"{type(callback).__name__} monitors {monitor!r}, but {reason}")
 
 

@@ -10,6 +10,9 @@ from torch import nn
 
 from nola_vision.common.hashing import sha256_of_tensors
 
+_EVAL_BYTES = 512 * 2**20
+_MOST_DOUBLINGS = 8  # 256 images
+
 
 def probe_batch(backbone: nn.Module) -> torch.Tensor:
     """Two images of noise of the backbone's image size, for `injection.attach`; the same ones every time."""
@@ -18,6 +21,24 @@ def probe_batch(backbone: nn.Module) -> torch.Tensor:
     parameter = next(backbone.parameters())
     noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     return noise.to(parameter.device, parameter.dtype)
+
+
+def eval_batch_size(backbone: nn.Module, size: int) -> int:
+    """Images per batch in evaluation: a power of two, up to 256, whose activations take at most 512 MiB.
+
+    The activations of an image are estimated as float32 copies of the largest feature map: 12 where there are linear
+    layers (the widest point of a transformer block is its MLP, whose input and output are four times as wide), else 4.
+    Nothing is measured: a batch size that depended on the machine would change the rounding of results.
+
+    Args:
+        backbone: a timm model.
+        size: side of its images in pixels.
+    """
+    stages = getattr(backbone, "feature_info", None) or []
+    largest = max((stage["num_chs"] * (size / stage["reduction"]) ** 2 for stage in stages), default=3 * size**2)
+    copies = 12 if any(isinstance(module, nn.Linear) for module in backbone.modules()) else 4
+    images = _EVAL_BYTES // (4 * copies * largest)
+    return 1 << min(_MOST_DOUBLINGS, max(0, int(images).bit_length() - 1))
 
 
 def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
