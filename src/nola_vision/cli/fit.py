@@ -20,6 +20,7 @@ from nola_vision.cli.options import (
     take_photos,
 )
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.imports import without_collections
 from nola_vision.common.progress import say_start
 from nola_vision.runs import early_checks, photos, run_id
 from nola_vision.runs.config_files import load_configs, user_folder
@@ -50,7 +51,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if "--help" not in rest:
         early_checks.check_run(config, rest, known.ckpt_path)
     say_start(verb)
-    from nola_vision.runs.parsing import parse
+    with without_collections():
+        from nola_vision.runs import checkpoints, fit
+        from nola_vision.runs.parsing import parse
 
     run_config = parse(config, rest, known.allow_import)
     if run_config["data"]["fold"] is not None or run_config["data"]["hold_out"]:
@@ -58,8 +61,6 @@ def main(arguments: Sequence[str], verb: str) -> int:
             "data.fold and data.hold_out are set by `fit` for the runs of an estimate: leave them out"
         )
     if verb != "fit":
-        from nola_vision.runs import checkpoints
-
         checkpoints.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0
     from nola_vision.common import process_cache

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from nola_vision.cli.options import config_options, parse_methods, parse_range, parse_shard, refuse_strays, whole_number
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import value_at
 from nola_vision.common.progress import say_start
 from nola_vision.reports.entries import summarise
 from nola_vision.reports.formatting import accuracy_text
@@ -26,6 +27,7 @@ from nola_vision.runs.record import Row
 from nola_vision.runs.yaml_files import load_yaml
 from nola_vision.sweep import runner, variations
 from nola_vision.sweep.display import SweepDisplay, plan_table
+from nola_vision.sweep.engines import local
 
 _SET_BY_SWEEP = ("--method", "--model.method", "--model.run_seed", "--data.split_seed")
 
@@ -61,6 +63,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     for name in methods:
         early_checks.check_run(run_id.resolve(raw, name), rest)
     say_start(verb)
+    given = dict(early_checks.option_pairs(rest)).get("trainer.accelerator", value_at(raw, "trainer", "accelerator"))
+    if known.engine == "local" and given == "cpu" and not known.dry_run:
+        local.import_ahead()  # on another core, while this process imports the same
     status = 0
     for settings in itertools.product(*of_config):
         suffix = "".join(variations.suffix(*setting) for setting in settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.imports import without_collections
 from nola_vision.runs import run_id, store
 from nola_vision.runs.record import Row
 from nola_vision.sweep import plan, search
@@ -106,8 +107,9 @@ def prepare(
         NolaVisionError: the config is invalid, or its manifest is of another split.
     """
     # Lightning takes seconds to import; a user error before this is reported at once
-    from nola_vision.data.manifest import read_manifest
-    from nola_vision.runs.parsing import has_validation_images, parse
+    with without_collections():
+        from nola_vision.data.manifest import read_manifest
+        from nola_vision.runs.parsing import has_validation_images, parse
 
     config = plan.complete(raw, methods, lambda entry: parse(entry, [*SWEEP_SETTINGS, *options], allow_import))
     if (path := config["data"]["manifest"]) is not None:
