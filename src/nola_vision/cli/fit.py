@@ -19,6 +19,7 @@ from nola_vision.cli.options import (
     refuse_without_photos,
     take_photos,
 )
+from nola_vision.common import process_cache, stopwatch
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import without_collections
 from nola_vision.common.progress import say_start
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         early_checks.check_run(config, rest, known.ckpt_path)
     say_start(verb)
     with without_collections():
-        from nola_vision.runs import checkpoints, fit
+        from nola_vision.runs import checkpoints
         from nola_vision.runs.parsing import parse
 
     run_config = parse(config, rest, known.allow_import)
@@ -63,8 +64,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if verb != "fit":
         checkpoints.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0
-    from nola_vision.common import process_cache
-
+    stopwatch.started()
     with process_cache.keeping():  # all runs share the images and the backbone
         return _fit(run_config, raw, known, [verb, *arguments])
 
@@ -145,6 +145,7 @@ def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespac
     lines, unusable = run_verdict(row, fitted.frozen)
     for line in lines:
         print(textwrap.fill(line, console.width))
+    print(textwrap.fill(f"Time: {stopwatch.summary()}.", console.width))
     skipped = shlex.join(["nola-vision", *words, "--estimate", "folds"]) if fitted.skipped else None
     for command in _next_commands(row, skipped, out):  # not wrapped: a copy from the terminal joins the line again
         print(f"Next: {command}")

@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import keyed_hashes
 from nola_vision.common.progress import count_aside
+from nola_vision.common.stopwatch import timed
 from nola_vision.data.sampling import Indices
 from nola_vision.data.sources import ImageSource
 from nola_vision.images.transforms import Transform, reduced
@@ -64,6 +65,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would set the GPUs' generators too
             return self._transform(pixels), int(self._source.labels[index])
 
+    @timed("images")
     def __getitems__(self, keys: Sequence[Any]) -> list[tuple[torch.Tensor, int] | NolaVisionError]:
         """The items of one batch. If an image cannot be read, the error is the only item: an error raised in a worker
         process arrives as the text of a traceback.
@@ -73,6 +75,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         except NolaVisionError as error:
             return [error]
 
+    @timed("images")
     def keep(self, limit_bytes: int, size: int) -> list[Kept]:
         """Keeps images in memory, in their order: decoded as many as fit into the limit, then the contents of files, as
         many as fit into the same limit again.
