@@ -145,7 +145,7 @@ def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespac
     lines, unusable = run_verdict(row, fitted.frozen)
     for line in lines:
         print(textwrap.fill(line, console.width))
-    print(textwrap.fill(f"Time: {stopwatch.summary()}.", console.width))
+    print(textwrap.fill(f"Seconds: {stopwatch.summary()}.", console.width))
     skipped = shlex.join(["nola-vision", *words, "--estimate", "folds"]) if fitted.skipped else None
     for command in _next_commands(row, skipped, out):  # not wrapped: a copy from the terminal joins the line again
         print(f"Next: {command}")

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nola_vision.common.progress import duration
-
 _SHOWN = 0.03  # of the total; shorter parts are in `other`
 
 _began = time.monotonic()
@@ -62,12 +60,12 @@ def spent() -> Counter[str]:
 
 
 def summary() -> str:
-    """The seconds since `start`, and those of each part: `40 s, of which start-up 8 s, training 27 s, other 5 s`."""
+    """The seconds since `start`, and those of the longest parts: `40.1, of which training 27.0, other 13.1`."""
     parts = spent()
     total = _since - _began
-    parts["other"] = total - sum(parts.values())
-    shown = [f"{part} {duration(seconds)}" for part, seconds in parts.items() if seconds >= _SHOWN * total]
-    return f"{duration(total)}, of which {', '.join(shown)}"
+    shown = {part: seconds for part, seconds in parts.most_common() if seconds >= _SHOWN * total}
+    shown["other"] = total - sum(shown.values())
+    return f"{total:,.1f}, of which {', '.join(f'{part} {seconds:,.1f}' for part, seconds in shown.items())}"
 
 
 def _count() -> None:

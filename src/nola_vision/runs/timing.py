@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from nola_vision.runs.run_id import Config
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.features import features
 from nola_vision.training.frozen import FrozenClassifier
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def time_run(run_config: Config, limit: float = math.inf) -> RunTime:
         image = _evaluation_seconds(built, limit / 3)
         on_features = task.needs_only_features()
         if isinstance(task, FrozenClassifier):
-            training = _fit_seconds(built, limit / 3) if image * counts["train"] <= limit / 3 else 0.0
+            training = _fit_seconds(built) if image * counts["train"] <= limit / 3 else 0.0
         else:
             training = _steps(built) * data.batch_size * _step_seconds(built, on_features, limit / 3)
     once = decoding / counts["train"] * (counts["train"] + pool + test)
@@ -112,7 +115,7 @@ def _step_seconds(built: RunCLI, on_features: bool, limit: float) -> float:
     return _per_image(step, size, limit)
 
 
-def _fit_seconds(built: RunCLI, limit: float) -> float:
+def _fit_seconds(built: RunCLI) -> float:
     """Seconds of fitting a method to the features of the training images."""
     task, data, trainer = built.model, built.datamodule, built.trainer
     assert isinstance(task, FrozenClassifier)
@@ -135,7 +138,7 @@ def _per_image(work: Callable[[int], None], most: int, limit: float) -> float:
     return min(_timed(lambda: work(count))[0] for _ in range(2 if 2 * each * count <= limit else 1)) / count
 
 
-def _timed[T](work: Callable[[], T]) -> tuple[float, T]:
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
     began = time.perf_counter()
     result = work()
     return time.perf_counter() - began, result
