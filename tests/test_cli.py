@@ -59,13 +59,15 @@ def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureF
     bad.write_text('{"schema_version": 1, "config": {}}')
     assert main(["fit", "--config", "quickstart.yaml", "--method", "nola", *QUICK]) == 0
     printed, named = capsys.readouterr()
-    (time,) = re.findall(r"^Time: (.*)", printed, re.MULTILINE)
-    assert "training" in time and "start-up" in time
+    assert re.search(r"^Seconds: [\d.]+, of which .*training [\d.]+.*, other [\d.]+\.$", printed, re.M | re.S)
     for text in ("test accuracy", "adapter file", "top-1", "nola", "vit_glyph_patch4_32.glyphs-digits-5shot"):
         assert text in printed
     assert named.count(f"{bad} lacks status") == 1
     bad.unlink()
     assert len(list(Path("runs").rglob("row.json"))) == 4  # with three of frozen features
+    (row,) = trained_rows("runs")
+    assert {"building", "training", "test"} <= row.seconds.keys() and "start-up" not in row.seconds
+    assert row.seconds_total is not None and 0 < sum(row.seconds.values()) <= row.seconds_total + 0.01
     assert main(["report", "runs", str(adapter.parents[3])]) == 0
     printed = capsys.readouterr().out
     assert "linear" in printed and "nola" in printed

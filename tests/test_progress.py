@@ -81,7 +81,7 @@ def test_each_second_is_counted_for_one_part(monkeypatch: pytest.MonkeyPatch) ->
     assert before == {"start-up": 10.0, "training": 21.0, "images": 3.0, "validation": 5.0}
     assert stopwatch.spent() - before == {"validation": 0.5}
     clock.now += 1.5  # no part is left open
-    assert stopwatch.summary() == ("45 s, of which training 21 s, start-up 10 s, validation 6 s, images 3 s, other 6 s")
+    assert stopwatch.summary() == "45.0, of which training 21.0, start-up 10.0, validation 5.5, images 3.0, other 5.5"
 
 
 def train(tmp_path: Path, seconds: float) -> tuple[L.Trainer, Model, DataLoader]:
