@@ -77,7 +77,7 @@ ROW_FILE, ADAPTER_FILE, LOG_FILE = "row.json", "adapter.safetensors", "metrics.c
 RENAMED: dict[str, str] = {}  # columns of a row and of the log: the new name, and the old one
 LEFT_OUT = {
     *("config", "run_hash", "entry_hash", "versions", "git", "started", "device", "peak_memory_mib", "method_class"),
-    *("seconds_fit", "seconds_test", "seconds_total", "schema_version", "warnings"),
+    *("seconds_fit", "seconds_test", "seconds_total", "seconds", "schema_version", "warnings"),
 }
 # ----------------------------------------------------------------------------------------------------------------------
 

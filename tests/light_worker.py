@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +18,7 @@ from nola_vision.sweep.worker import ALIVE, BUSY, READY
 
 def serve(connection: Connection, gpu: str | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    imported = "lightning" in sys.modules
     connection.send(READY)
     while True:
         try:
@@ -42,7 +44,9 @@ def serve(connection: Connection, gpu: str | None) -> None:
         if event == "busy":
             connection.send(BUSY)
             continue
-        row = Row.of(config, stage, "failed" if event == "fail" else "completed", device=f"{os.getpid()} {gpu}")
+        row = Row.of(
+            config, stage, "failed" if event == "fail" else "completed", device=f"{os.getpid()} {gpu} {imported}"
+        )
         folder = run_id.run_folder(out, config, stage)
         folder.mkdir(parents=True, exist_ok=True)
         write_row(folder, row)

@@ -59,11 +59,15 @@ def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureF
     bad.write_text('{"schema_version": 1, "config": {}}')
     assert main(["fit", "--config", "quickstart.yaml", "--method", "nola", *QUICK]) == 0
     printed, named = capsys.readouterr()
+    assert re.search(r"^Seconds: [\d.]+, of which .*training [\d.]+.*, other [\d.]+\.$", printed, re.M | re.S)
     for text in ("test accuracy", "adapter file", "top-1", "nola", "vit_glyph_patch4_32.glyphs-digits-5shot"):
         assert text in printed
     assert named.count(f"{bad} lacks status") == 1
     bad.unlink()
     assert len(list(Path("runs").rglob("row.json"))) == 4  # with three of frozen features
+    (row,) = trained_rows("runs")
+    assert {"building", "training", "test"} <= row.seconds.keys() and "start-up" not in row.seconds
+    assert row.seconds_total is not None and 0 < sum(row.seconds.values()) <= row.seconds_total + 0.01
     assert main(["report", "runs", str(adapter.parents[3])]) == 0
     printed = capsys.readouterr().out
     assert "linear" in printed and "nola" in printed
@@ -163,9 +167,14 @@ def test_sweep_chooses_rates_runs_everything_once_and_resumes(
 def test_a_dry_run_says_what_there_is_to_do(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ["sweep", "--config=quickstart.yaml", "--splits=0-1", "--inits=0-1", "--methods=1nn,nola", *SMALL]
     vary = ["--vary=rank=2,4", "--vary=num_basis=8", "--dry-run"]
-    assert main([*sweep, *vary, "--workers=2"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["1nn", "0", "2", "0", "-"] in lines and ["nola-rank4-num_basis8", "4", "4", "0", "-"] in lines
+    assert main([*sweep, *vary, "--workers=500"]) == 0
+    printed, aside = capsys.readouterr()
+    lines = [line.split() for line in printed.splitlines()]
+    for start in (["1nn", "0", "2", "0"], ["nola-rank4-num_basis8", "4", "4", "0"]):
+        (estimate,) = [line[4] for line in lines if line[:4] == start]
+        assert re.fullmatch(r"~\d+\.\d", estimate)
+    assert "18 runs, 0 done; about" in printed and "~ is an estimate from a few timed steps" in printed
+    assert "500 workers x 1 threads on" in aside and "is slow: give --workers" in aside
     assert not Path("runs").exists()
     assert main([*sweep, "--vary=data.shots=1,2", "--vary=trainer.max_epochs=3,4", "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -178,8 +187,9 @@ def test_a_dry_run_says_what_there_is_to_do(in_process: None, capsys: pytest.Cap
     assert [row.split for row in store.read_rows("runs")[0]] == [1]
     capsys.readouterr()
     assert main(["sweep", *fast, "--dry-run"]) == 0
-    printed = capsys.readouterr().out
+    printed, aside = capsys.readouterr()
     assert re.search(r"3 runs, 1 done; about \d+ s left with 1 at a time", printed)
+    assert "estimate" not in printed and not aside  # a run is completed: its time is used
 
 
 def test_a_sweep_without_its_data_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:

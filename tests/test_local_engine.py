@@ -98,8 +98,8 @@ def test_trouble_costs_its_own_run_only(tmp_path: Path) -> None:
     assert {row.run_hash: row for row in store.read_rows(tmp_path)[0]} == {row.run_hash: row for row in rows}
     assert sorted(row.split for row in finished) == list(range(8))
     devices = [row.device.split() for row in rows if row.device]
-    assert {gpu for _, gpu in devices} == {"7", "9"}
-    assert len({process for process, _ in devices}) < len(devices)  # a process does many runs
+    assert {gpu for _, gpu, _ in devices} == {"7", "9"}
+    assert len({process for process, *_ in devices}) < len(devices)  # a process does many runs
     # once more: what failed is tried again, and nothing else
     again = local.execute(light(8), tmp_path, lambda *_: None, work=light_worker.serve)
     assert {row.status for row in again} == {"completed"}
@@ -112,6 +112,8 @@ def test_one_run_under_two_names_is_two(tmp_path: Path) -> None:
     assert specs[0].run_hash == specs[1].run_hash
     rows = local.execute(specs, tmp_path, lambda *_: None, work=light_worker.serve)
     assert [row.method for row in rows] == ["a", "b"]
+    # a worker on the CPU is forked from a process that has imported everything
+    assert {str(row.device).split()[2] for row in rows} == {str(sys.platform == "linux")}
 
 
 def test_a_row_that_cannot_be_written_ends_the_sweep(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from nola_vision.cli.options import parse_methods, parse_range
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs.record import Row
+from nola_vision.sweep.display import threads_warning
 from nola_vision.sweep.plan import complete, final_specs, search_specs, shard_of
 from nola_vision.sweep.progress import entry_progress
 from nola_vision.sweep.search import choose_learning_rates
@@ -226,6 +227,23 @@ def test_progress_counts_completed_runs() -> None:
     assert (line.search, line.final, line.done, line.seconds) == (3, 2, 3, 4.0)
     (line,) = [line for line in entry_progress(CONFIG, [0, 1], [0], rows, (2, 2)) if line.method == "nola"]
     assert line.final == 1
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "cores", "advice"),
+    [
+        (2, 1, 2, None),
+        (1, 2, 2, None),
+        (2, 2, 2, "2 workers x 2 threads on 2 cores is slow: give --workers 1 or --threads 1"),
+        (3, 2, 5, "3 workers x 2 threads on 5 cores is slow: give --workers 2 or --threads 1"),
+        (1, 8, 2, "8 threads on 2 cores is slow: give --threads 2"),
+        (4, 1, 2, "4 workers x 1 threads on 2 cores is slow: give --workers 2"),
+        (4, 4, 2, "4 workers x 4 threads on 2 cores is slow: give --workers 2 --threads 1"),
+        (2, 2, 1, "2 workers x 2 threads on 1 core is slow: give --workers 1 --threads 1"),
+    ],
+)
+def test_more_threads_than_cores_are_warned_of(workers: int, threads: int, cores: int, advice: str | None) -> None:
+    assert threads_warning(workers, threads, cores) == advice
 
 
 def test_fit_and_sweep_with_the_same_settings_are_one_run() -> None:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader, TensorDataset
 
-from nola_vision.common import local_files, progress
+from nola_vision.common import local_files, progress, stopwatch
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import PlainCount, duration, seconds_left
 from nola_vision.runs.early_checks import check_run
@@ -52,6 +52,36 @@ class Model(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_each_second_is_counted_for_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+    stopwatch.start(-2.0)  # before the first look at the clock
+    clock.now = 8.0
+    stopwatch.started()
+
+    @stopwatch.timed("images")
+    def load() -> None:
+        clock.now += 3.0
+
+    with stopwatch.timed("training"):
+        clock.now += 20.0
+        load()
+        stopwatch.begin("validation")
+        clock.now += 5.0
+        stopwatch.end()
+        clock.now += 1.0
+    clock.now += 4.0
+    before = stopwatch.spent()
+    with pytest.raises(KeyboardInterrupt), stopwatch.timed("test"):
+        stopwatch.begin("validation")
+        clock.now += 0.5
+        raise KeyboardInterrupt
+    assert before == {"start-up": 10.0, "training": 21.0, "images": 3.0, "validation": 5.0}
+    assert stopwatch.spent() - before == {"validation": 0.5}
+    clock.now += 1.5  # no part is left open
+    assert stopwatch.summary() == "45.0, of which training 21.0, start-up 10.0, validation 5.5, images 3.0, other 5.5"
 
 
 def train(tmp_path: Path, seconds: float) -> tuple[L.Trainer, Model, DataLoader]:

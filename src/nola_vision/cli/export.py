@@ -9,6 +9,7 @@ from nola_vision.adapters.methods.base import check_bits
 from nola_vision.cli.options import Options, whole_number
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_adapter_file, need_folder_of, weights_in
+from nola_vision.common.imports import without_collections
 from nola_vision.common.progress import say_start
 
 
@@ -44,8 +45,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
         weights_in(known.weights)
 
     say_start(verb)
-    from nola_vision.models import export
-    from nola_vision.models.loading import load_adapter
+    with without_collections():
+        from nola_vision.models import export
+        from nola_vision.models.loading import load_adapter
 
     if known.merged is not None:
         model = load_adapter(known.adapter, known.weights)

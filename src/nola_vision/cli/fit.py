@@ -19,7 +19,9 @@ from nola_vision.cli.options import (
     refuse_without_photos,
     take_photos,
 )
+from nola_vision.common import process_cache, stopwatch
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.imports import without_collections
 from nola_vision.common.progress import say_start
 from nola_vision.runs import early_checks, photos, run_id
 from nola_vision.runs.config_files import load_configs, user_folder
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if "--help" not in rest:
         early_checks.check_run(config, rest, known.ckpt_path)
     say_start(verb)
-    from nola_vision.runs.parsing import parse
+    with without_collections():
+        from nola_vision.runs import checkpoints
+        from nola_vision.runs.parsing import parse
 
     run_config = parse(config, rest, known.allow_import)
     if run_config["data"]["fold"] is not None or run_config["data"]["hold_out"]:
@@ -58,12 +62,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
             "data.fold and data.hold_out are set by `fit` for the runs of an estimate: leave them out"
         )
     if verb != "fit":
-        from nola_vision.runs import checkpoints
-
         checkpoints.evaluate(run_config, known.out, verb, known.ckpt_path)
         return 0
-    from nola_vision.common import process_cache
-
+    stopwatch.started()
     with process_cache.keeping():  # all runs share the images and the backbone
         return _fit(run_config, raw, known, [verb, *arguments])
 
@@ -144,6 +145,7 @@ def _fit(run_config: run_id.Config, raw: run_id.Config, known: argparse.Namespac
     lines, unusable = run_verdict(row, fitted.frozen)
     for line in lines:
         print(textwrap.fill(line, console.width))
+    print(textwrap.fill(f"Seconds: {stopwatch.summary()}.", console.width))
     skipped = shlex.join(["nola-vision", *words, "--estimate", "folds"]) if fitted.skipped else None
     for command in _next_commands(row, skipped, out):  # not wrapped: a copy from the terminal joins the line again
         print(f"Next: {command}")

@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nola_vision import __version__
+from nola_vision.common import stopwatch
 from nola_vision.common.errors import NolaVisionError, one_line
 from nola_vision.common.progress import let_idle_threads_sleep
 from nola_vision.common.suggestions import did_you_mean
@@ -51,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: success. 1: a run of a sweep failed, or an unexpected error. 2: a user error. 130: Ctrl-C.
     """
+    # the processor time until here is that of Python's own start, about as long on the clock
+    stopwatch.start(time.monotonic() - (time.process_time() if arguments is None else 0))
     let_idle_threads_sleep()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

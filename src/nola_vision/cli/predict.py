@@ -18,6 +18,7 @@ from nola_vision.cli.options import Options, whole_number
 from nola_vision.common.devices import parse_device
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_adapter_file, need_folder_of, weights_in, write_file
+from nola_vision.common.imports import without_collections
 from nola_vision.common.progress import PlainCount, say_aside, say_start
 from nola_vision.common.text import csv_cell, printable
 from nola_vision.common.validation import check_counts
@@ -79,11 +80,12 @@ def main(arguments: Sequence[str], verb: str) -> int:
         weights_in(known.weights)
 
     say_start(verb)
-    import torch
+    with without_collections():
+        import torch
 
-    from nola_vision.images.transforms import eval_transform
-    from nola_vision.models.loading import load_adapter
-    from nola_vision.models.prediction import batches, probabilities, top_classes
+        from nola_vision.images.transforms import eval_transform
+        from nola_vision.models.loading import load_adapter
+        from nola_vision.models.prediction import batches, probabilities, top_classes
 
     model = load_adapter(known.adapter, known.weights)
     try:

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from nola_vision.cli.options import config_options, parse_methods, parse_range, parse_shard, refuse_strays, whole_number
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.progress import say_start
+from nola_vision.common.mappings import value_at
+from nola_vision.common.progress import say_aside, say_start
 from nola_vision.reports.entries import summarise
 from nola_vision.reports.formatting import accuracy_text
 from nola_vision.reports.statistics import on_the_same_images
@@ -25,7 +26,8 @@ from nola_vision.runs.config_files import load_configs, user_folder
 from nola_vision.runs.record import Row
 from nola_vision.runs.yaml_files import load_yaml
 from nola_vision.sweep import runner, variations
-from nola_vision.sweep.display import SweepDisplay, plan_table
+from nola_vision.sweep.display import SweepDisplay, plan_table, threads_warning
+from nola_vision.sweep.engines import local
 
 _SET_BY_SWEEP = ("--method", "--model.method", "--model.run_seed", "--data.split_seed")
 
@@ -61,6 +63,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     for name in methods:
         early_checks.check_run(run_id.resolve(raw, name), rest)
     say_start(verb)
+    given = dict(early_checks.option_pairs(rest)).get("trainer.accelerator", value_at(raw, "trainer", "accelerator"))
+    if known.engine == "local" and given == "cpu" and not known.dry_run and "torch" not in sys.modules:
+        local.import_ahead()  # on another core, while this process imports the same
     status = 0
     for settings in itertools.product(*of_config):
         suffix = "".join(variations.suffix(*setting) for setting in settings)
@@ -92,7 +97,7 @@ def _options() -> argparse.ArgumentParser:
     )
     options.add_argument("--shard", default="1/1", metavar="I/N", help="do one of N parts of the runs")
     options.add_argument(
-        "--dry-run", action="store_true", help="print the plan, and the time it takes once runs are completed"
+        "--dry-run", action="store_true", help="print the plan, and estimate the time from a few timed steps"
     )
     return options
 
@@ -107,7 +112,13 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace) -> int:
         engine = runner.ray_engine(trainer, known.workers, known.address, known.gpus_per_run)
     else:
         engine = runner.local_engine(trainer, known.workers)
-    console.print(plan_table(sweep.progress(out), engine.workers, sweep.shard))
+    entries, shared = sweep.progress(out), 0.0
+    if known.dry_run and engine.name != "ray" and any(entry.seconds is None and entry.left for entry in entries):
+        say_aside("timing a few steps of each method, for at most about a minute")
+        entries, shared = sweep.timed(entries)
+    console.print(plan_table(entries, engine.workers, sweep.shard, shared))
+    if engine.name == "local" and not engine.gpus and (warning := _too_many_threads(sweep, engine.workers or 1)):
+        say_aside(warning)
     if known.dry_run:
         return 0
     with SweepDisplay(sweep.planned(), engine.workers, console, accuracy_text, _best) as display:
@@ -122,6 +133,14 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace) -> int:
     for problem in (*(problem for _, problem in problems), *cell.verdict[1], *left_out):
         print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
+
+
+def _too_many_threads(sweep: runner.Sweep, workers: int) -> str | None:
+    """The warning if the workers have more threads than this process may use cores."""
+    import torch
+    from joblib import cpu_count
+
+    return threads_warning(workers, sweep.config["threads"] or torch.get_num_threads(), cpu_count())
 
 
 def _best(rows: Sequence[Row]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from nola_vision.common.local_files import read_file, remembered
+from nola_vision.common.stopwatch import timed
 from nola_vision.data.sampling import Indices
 from nola_vision.data.sources import FileSource, ImageSource
 from nola_vision.images.decoding import MOST_BYTES, decode_image, decoder_versions, to_rgb
 
 
+@timed("images")
 def refuse_unreadable(source: ImageSource, indices: Indices) -> None:
     """Decodes image files in full; files that were decoded before and have not changed are not read again.
 

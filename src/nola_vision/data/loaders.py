@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import keyed_hashes
 from nola_vision.common.progress import count_aside
+from nola_vision.common.stopwatch import timed
 from nola_vision.data.sampling import Indices
 from nola_vision.data.sources import ImageSource
 from nola_vision.images.transforms import Transform
@@ -69,6 +70,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would set the GPUs' generators too
             return self._transform(pixels), int(self._source.labels[index])
 
+    @timed("images")
     def __getitems__(self, keys: Sequence[Any]) -> list[tuple[torch.Tensor, int] | NolaVisionError]:
         """The items of one batch. If an image cannot be read, the error is the only item: an error raised in a worker
         process arrives as the text of a traceback.
@@ -88,6 +90,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         """What is kept at some positions."""
         return [self._kept[position] if position < len(self._kept) else None for position in positions]
 
+    @timed("images")
     def keep(self, limit_bytes: int) -> list[Kept]:
         """Keeps images in memory, in their order: as many as fit into the limit prepared, then the contents of files,
         as many as fit into the same limit again.

@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq, minimize_scalar
 from scipy.special import log_softmax, softmax
-from sklearn.model_selection import GroupKFold
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.validation import plain_number, quoted
@@ -90,6 +88,8 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     Raises:
         ValueError: there are no images, or logits and labels differ in length.
     """
+    from scipy.optimize import brentq, minimize_scalar  # takes a while to import
+
     scores, true = _checked(logits, labels)
     spreads = scores.max(axis=1) - scores.mean(axis=1)
     if not spreads.any():
@@ -129,6 +129,8 @@ def cross_fitted(logits: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.Array
     Raises:
         ValueError: as `fit_temperature`.
     """
+    from sklearn.model_selection import GroupKFold  # takes a while to import
+
     scores, true = _checked(logits, labels)
     temperature = fit_temperature(scores, true)
     members = np.arange(len(true)) if groups is None else np.asarray(groups)

@@ -7,19 +7,15 @@ trains on every image; its row has the estimate.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-
-import torch
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs import run_id, runner
 from nola_vision.runs.completed import completed_row
-from nola_vision.runs.parsing import build, open_data, quiet
+from nola_vision.runs.parsing import open_data
 from nola_vision.runs.record import Row, search_rank
 from nola_vision.runs.run_id import Config
 
@@ -128,28 +124,3 @@ def _with_best_rate(
     chosen = copy.deepcopy(run_config)
     chosen["model"]["method"]["init_args"]["lr"] = min(completed)[1]
     return chosen
-
-
-def training_seconds(run_config: Config) -> float:
-    """Estimates how long one training takes: the time of the setup, and that of one step times the number of steps."""
-    began = time.perf_counter()
-    with TemporaryDirectory() as scratch, quiet():
-        built = build(run_config, Path(scratch))
-        built.datamodule.setup("fit")
-        device, precision = built.trainer.strategy.root_device, built.trainer.precision_plugin
-        task = precision.convert_module(built.model).to(device)
-        loader = built.datamodule.train_dataloader()
-        setting_up, seconds = time.perf_counter() - began, 0.0
-        for _ in range(2):
-            clock = time.perf_counter()
-            images, labels = next(iter(loader))
-            with precision.train_step_context():
-                logits = task(precision.convert_input(images.to(device)))
-                loss = torch.nn.functional.cross_entropy(logits.float(), labels.to(device))
-            loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - clock
-        epochs, steps = built.trainer.max_epochs or 1, built.trainer.max_steps
-    total = epochs * len(loader)
-    return setting_up + seconds * (min(total, steps) if steps > 0 else total)

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.stopwatch import timed
 from nola_vision.evaluation.calibration import cross_fitted
 from nola_vision.evaluation.estimates import CrossValidated
 from nola_vision.models.loading import check_saved, set_temperature
@@ -62,7 +63,8 @@ def measure(
         if is_main_process():
             _keep_old_log(folder)
         clock = time.perf_counter()
-        _fit(built, ckpt_path)
+        with timed("training"):
+            _fit(built, ckpt_path)
         measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
         measured |= {"epoch": task.epoch, "monitor": task.monitor}
         measured["train_loss"] = _number(task.train_loss)
@@ -79,16 +81,18 @@ def measure(
                     _reset_peak_memory(device)
     elif isinstance(task, FrozenClassifier):
         clock = time.perf_counter()
-        if stage == "final" and not data.has_test and data.fold is None:
-            pooled = evaluate_frozen(task, data, trainer)
-        else:
-            task.fit_to(data, trainer)
+        with timed("training"):
+            if stage == "final" and not data.has_test and data.fold is None:
+                pooled = evaluate_frozen(task, data, trainer)
+            else:
+                task.fit_to(data, trainer)
         measured["seconds_fit"] = round(time.perf_counter() - clock, 3)
         if trainer.is_global_zero and task.savable:
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
     quiet = {"datamodule": data, "verbose": False}
     if task.validated is None and "validate" in data.evaluations:
-        trainer.validate(task, **quiet)
+        with timed("validation"):
+            trainer.validate(task, **quiet)
     if task.validated is not None:
         measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
         measured["val_loss"] = _number(trainer.callback_metrics.get("val_loss"))
@@ -103,7 +107,8 @@ def measure(
         measured |= write_estimate(pooled, temperature, folder, data.class_names, data.tested_source)
     if stage != "search" and data.test_name is not None:
         clock = time.perf_counter()
-        trainer.test(task, **quiet)
+        with timed("test"):
+            trainer.test(task, **quiet)
         measured["seconds_test"] = round(time.perf_counter() - clock, 3)
         measured |= {column: _number(trainer.callback_metrics.get(name)) for column, name in LOGGED.items()}
         if task.predictions is not None and trainer.is_global_zero:

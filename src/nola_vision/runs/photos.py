@@ -16,6 +16,7 @@ import yaml
 from nola_vision.common.devices import parse_device
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import why_not_a_file
+from nola_vision.common.imports import without_collections
 from nola_vision.common.progress import say_start
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import split_tag
@@ -204,10 +205,11 @@ def _side_and_targets(backbone: Config) -> tuple[int | None, list[str]]:
         NolaVisionError: timm does not have the model.
     """
     say_start(f"the check of {backbone['tag']}")
-    from nola_vision.models.backbones.creation import skeleton
-    from nola_vision.models.backbones.image_size import largest_side
-    from nola_vision.models.backbones.spec import BackboneSpec
-    from nola_vision.models.targets import find_targets
+    with without_collections():
+        from nola_vision.models.backbones.creation import skeleton
+        from nola_vision.models.backbones.image_size import largest_side
+        from nola_vision.models.backbones.spec import BackboneSpec
+        from nola_vision.models.targets import find_targets
 
     spec = BackboneSpec(**backbone)
     side = largest_side(spec, LARGEST_SIDE)

@@ -47,9 +47,10 @@ class Row:
     epoch, counted from 0, whose weights were saved and tested: the last one, or the best by the metric `monitor` of a
     ModelCheckpoint. `train_loss` is that of the last epoch. `test_nll` is the mean cross-entropy of the test images.
     `estimate` is the accuracy by cross-validation of a data set without a test split, as `Estimate.to_dict` returns it;
-    `seconds_total` then includes the runs of its folds. `temperature` divides the logits of the adapter file; it was
-    fitted on the predictions for `calibrated_on` ("folds" or "validation" images), whose NLL and expected calibration
-    error are the columns `held_out_...`.
+    `seconds_total` then includes the runs of its folds. `seconds` is this run's own time by part of the work: building
+    the model, decoding and transforming images, features, training, validation, test. `temperature` divides the logits
+    of the adapter file; it was fitted on the predictions for `calibrated_on` ("folds" or "validation" images), whose
+    NLL and expected calibration error are the columns `held_out_...`.
     `folder` is not a column: it is where the row was read from, None for a row that was not read.
     """
 
@@ -92,6 +93,7 @@ class Row:
     seconds_fit: float | None = None
     seconds_test: float | None = None
     seconds_total: float | None = None
+    seconds: dict[str, Any] = field(default_factory=dict)
     peak_memory_mib: float | None = None
     threads: int | None = None
     device: str | None = None

@@ -18,6 +18,7 @@ import torch
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.interrupts import Interrupts
+from nola_vision.common.stopwatch import spent, timed
 from nola_vision.runs import record, run_id
 from nola_vision.runs.checkpoints import (
     CheckpointError,
@@ -33,7 +34,7 @@ from nola_vision.runs.measuring import measure
 from nola_vision.runs.parsing import RunCLI, build, quiet
 from nola_vision.runs.record import Row
 from nola_vision.runs.store import LOCK_FILE, drop_aside, lock_run, set_aside, write_row
-from nola_vision.training.callbacks import CHECKPOINTS, LAST_CHECKPOINT, Heartbeat, close_loggers
+from nola_vision.training.callbacks import CHECKPOINTS, LAST_CHECKPOINT, Heartbeat, ValidationTime, close_loggers
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.distributed import is_main_process
 from nola_vision.training.trainer_settings import check_monitors
@@ -114,6 +115,7 @@ def _run(
     held_out: Sequence[Row],
 ) -> Row:
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    before = spent()
     measured: dict[str, Any] = {}
     status: record.Status = "failed"
     begun = keep_going
@@ -124,6 +126,7 @@ def _run(
                 pooled = pool_folds(held_out)
                 built = _prepared(run_config, folder, stage, ckpt_path)
                 begun = True
+                built.trainer.callbacks.append(ValidationTime())  # type: ignore[attr-defined]
                 if heartbeat is not None:
                     built.trainer.callbacks.append(Heartbeat(heartbeat))  # type: ignore[attr-defined]
                 try:
@@ -151,6 +154,7 @@ def _run(
                 status,
                 started=started,
                 seconds_total=round(time.perf_counter() - clock + total_seconds(held_out), 3),
+                seconds={part: round(seconds, 3) for part, seconds in (spent() - before).items()},
                 **{"threads": torch.get_num_threads(), "learning_rate": learning_rate, **measured},
             )
             # the other processes of a distributed run have the same numbers
@@ -162,6 +166,7 @@ def _run(
     return dataclasses.replace(finished, folder=folder)
 
 
+@timed("building")
 def _prepared(run_config: run_id.Config, folder: Path, stage: run_id.Stage, ckpt_path: str | None) -> RunCLI:
     """Module, datamodule and trainer of a run, with the training images open and the checkpoint validated."""
     if run_config["model"].get("compile"):

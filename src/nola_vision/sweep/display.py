@@ -11,30 +11,52 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nola_vision.common.progress import PlainLines, is_live, say, time_left
+from nola_vision.common.progress import PlainLines, duration, is_live, say, time_left
 from nola_vision.common.text import printable
 from nola_vision.runs.record import Row
 from nola_vision.sweep.plan import RunSpec
 from nola_vision.sweep.progress import EntryProgress, planned_seconds, remaining_seconds
 
 
-def plan_table(entries: Sequence[EntryProgress], workers: int | None, shard: tuple[int, int]) -> Table:
+def threads_warning(workers: int, threads: int, cores: int) -> str | None:
+    """What to say if the threads of all workers are more than the cores: they would wait for each other."""
+    if workers * threads <= cores:
+        return None
+    fits = [f"--workers {cores // threads}"] if threads <= cores and workers > 1 else []
+    fits += [f"--threads {cores // workers}"] if workers <= cores else []
+    if not fits:
+        fits = [f"--workers {cores} --threads 1"]
+    used = f"{workers} workers x {threads} threads" if workers > 1 else f"{threads} threads"
+    return f"{used} on {cores} {'core' if cores == 1 else 'cores'} is slow: give {' or '.join(fits)}"
+
+
+def plan_table(
+    entries: Sequence[EntryProgress], workers: int | None, shard: tuple[int, int], shared: float = 0.0
+) -> Table:
     """The plan as a table: runs of each method, those that are done, and the time that the others take.
 
     Args:
         entries: of the sweep.
         workers: runs at a time; None if a cluster decides.
         shard: which part of the final runs this is.
+        shared: estimated seconds of what the runs of a worker share.
     """
+    estimated = any(entry.estimated for entry in entries)
     table = Table("method", "search runs", "final runs", "done", "seconds per run", box=None)
+    if estimated:
+        table.add_column("time left")
     for entry in entries:
-        seconds = "-" if entry.seconds is None else f"{entry.seconds:.1f}"
-        table.add_row(entry.method, str(entry.search), str(entry.final), str(entry.done), seconds)
-    runs, done = sum(entry.search + entry.final for entry in entries), sum(entry.done for entry in entries)
+        seconds = "-" if entry.seconds is None else f"{'~' if entry.estimated else ''}{entry.seconds:.1f}"
+        left = None if entry.seconds is None else planned_seconds([entry], workers or 1)
+        cells = [entry.method, str(entry.search), str(entry.final), str(entry.done), seconds]
+        table.add_row(*cells, *(["-" if left is None else duration(left)] if estimated else []))
+    runs, done = sum(entry.runs for entry in entries), sum(entry.done for entry in entries)
     caption = f"{runs} runs, {done} done"
     if (seconds_left := planned_seconds(entries, workers or 1)) is not None:
-        caption += f"; {time_left(seconds_left)} {f'with {workers} at a time' if workers else 'one after another'}"
-    table.caption = caption + (f"; shard {shard[0]} of {shard[1]} of the final runs" if shard[1] > 1 else "")
+        caption += f"; {time_left(seconds_left + shared)} "
+        caption += f"with {workers} at a time" if workers else "one after another"
+    caption += f"; shard {shard[0]} of {shard[1]} of the final runs" if shard[1] > 1 else ""
+    table.caption = caption + ("\n~ is an estimate from a few timed steps" if estimated else "")
     return table
 
 

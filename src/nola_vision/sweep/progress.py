@@ -18,13 +18,27 @@ from nola_vision.sweep.search import choose_learning_rates
 
 @dataclass(frozen=True)
 class EntryProgress:
-    """The runs of one entry; `seconds` is the median of its completed runs, None before the first."""
+    """The runs of one entry.
+
+    `seconds` is the median of its completed runs; before the first None, or an estimate from timed steps, `estimated`.
+    """
 
     method: str
     search: int
     final: int
     done: int
     seconds: float | None
+    estimated: bool = False
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are."""
+        return self.search + self.final
+
+    @property
+    def left(self) -> int:
+        """How many runs are not completed."""
+        return self.runs - self.done
 
 
 def entry_progress(
@@ -57,7 +71,7 @@ def entry_progress(
 
 def planned_seconds(entries: Sequence[EntryProgress], workers: int) -> float | None:
     """How long the runs that are not completed will take; None before the first run of all is completed."""
-    left = {entry.method: entry.search + entry.final - entry.done for entry in entries}
+    left = {entry.method: entry.left for entry in entries}
     finished = {entry.method: [entry.seconds] for entry in entries if entry.seconds is not None}
     return seconds_left(left, finished, workers)
 

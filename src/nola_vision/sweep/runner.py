@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.imports import without_collections
 from nola_vision.runs import run_id, store
 from nola_vision.runs.record import Row
 from nola_vision.sweep import plan, search
@@ -17,6 +19,7 @@ from nola_vision.sweep.plan import RunSpec
 from nola_vision.sweep.progress import EntryProgress, entry_progress
 from nola_vision.sweep.queue import RunCallback
 
+TIMING_SECONDS = 60.0  # that `--dry-run` times steps for, about
 # A sweep has a progress bar, and starts an interrupted run again instead of resuming it
 SWEEP_SETTINGS = ("--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")
 
@@ -62,6 +65,30 @@ class Sweep:
             raise NolaVisionError("; ".join(problem for _, problem in problems[:5]))
         return entry_progress(self.config, self.splits, self.inits, rows, self.shard)
 
+    def timed(self, entries: Sequence[EntryProgress]) -> tuple[list[EntryProgress], float]:
+        """Estimates the seconds of entries without a completed run, from a few timed steps of each; writes no row.
+
+        Args:
+            entries: what `progress` returns.
+
+        Returns:
+            The entries, and the seconds for what a worker's runs share: decoded images and features.
+        """
+        from nola_vision.runs.cross_validation import number_of_folds
+        from nola_vision.runs.timing import time_run
+
+        pending = [entry for entry in entries if entry.seconds is None and entry.left]
+        estimates, shared = {}, 0.0
+        with process_cache.keeping():
+            for entry in pending:
+                run_config = run_id.resolve(self.config, entry.method)
+                time = time_run(run_config, TIMING_SECONDS / len(pending))
+                final = time.training * (number_of_folds(run_config) or 1) + time.test  # a fold leaves out one part
+                each = (entry.search * (time.training + time.validation) + entry.final * final) / entry.runs
+                estimates[entry.method] = replace(entry, seconds=each, estimated=True)
+                shared = max(shared, time.once)
+        return [estimates.get(entry.method, entry) for entry in entries], shared
+
     def run(self, execute: Callable[[Sequence[RunSpec]], list[Row]]) -> list[Row]:
         """Chooses the learning rate of each entry on validation images, then does the final runs.
 
@@ -106,8 +133,9 @@ def prepare(
         NolaVisionError: the config is invalid, or its manifest is of another split.
     """
     # Lightning takes seconds to import; a user error before this is reported at once
-    from nola_vision.data.manifest import read_manifest
-    from nola_vision.runs.parsing import has_validation_images, parse
+    with without_collections():
+        from nola_vision.data.manifest import read_manifest
+        from nola_vision.runs.parsing import has_validation_images, parse
 
     config = plan.complete(raw, methods, lambda entry: parse(entry, [*SWEEP_SETTINGS, *options], allow_import))
     if (path := config["data"]["manifest"]) is not None:

@@ -40,7 +40,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     from nola_vision.common import process_cache
-    from nola_vision.runs.cross_validation import run_with_estimate
+    from nola_vision.sweep.worker_imports import run_with_estimate
 
     process_cache.keep()
     handle_first_interrupt()

@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
+from nola_vision.common import stopwatch
 from nola_vision.common.errors import NolaVisionError
 
 CHECKPOINTS = "checkpoints"
@@ -62,6 +63,16 @@ class Heartbeat(L.Callback):
 
     def on_features_batch_end(self, *_: Any) -> None:
         self._heartbeat()
+
+
+class ValidationTime(L.Callback):
+    """Counts validation during training as the part "validation" of the process's time."""
+
+    def on_validation_start(self, *_: Any) -> None:
+        stopwatch.begin("validation")
+
+    def on_validation_end(self, *_: Any) -> None:
+        stopwatch.end()
 
 
 def monitoring(callbacks: Sequence[L.Callback]) -> ModelCheckpoint | None:

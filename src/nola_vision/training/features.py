@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nola_vision.common import process_cache
 from nola_vision.common.local_files import file_digest
+from nola_vision.common.stopwatch import timed
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.loaders import ImageSubset
 from nola_vision.models.adapted_model import AdaptedModel
@@ -85,6 +86,7 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     return process_cache.latest("features", key, make, lambda tensor: tensor.nbytes, _MOST_KEPT)
 
 
+@timed("features")
 def _computed(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> Tensor:
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     total, done, parts = len(loader.dataset), 0, []  # type: ignore[arg-type]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +22,29 @@ from nola_vision.sweep.queue import FIRST_BATCH, HANG_SECONDS, POLL_SECONDS, Run
 from nola_vision.sweep.worker import ALIVE, READY, Answer, serve
 
 _END_SECONDS = 20.0  # for a worker to write the row of an interrupted run
+_FORKS = sys.platform == "linux"
+
+
+def import_ahead() -> None:
+    """Starts the process that workers on the CPU are forked from; it imports what they need, in the background.
+
+    The imports take seconds of processor time. A worker that is forked starts at once, also after a crash. The process
+    ends with this one.
+    """
+    if _FORKS:
+        forkserver.set_forkserver_preload(["nola_vision.sweep.worker_imports"])
+        with _sigint_ignored():
+            forkserver.ensure_running()
+
+
+@contextmanager
+def _sigint_ignored() -> Iterator[None]:
+    """For the start of a process, which inherits it: Ctrl-C during its imports would print a traceback."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @dataclass
@@ -36,15 +61,17 @@ class _Worker:
     last_message: float = field(default_factory=time.monotonic)
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
+        # a worker with a GPU gets imports of its own: CUDA does not survive a fork
+        forks = _FORKS and self.gpu is None
+        if forks:
+            import_ahead()
+        context = multiprocessing.get_context("forkserver" if forks else "spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=self.work, args=(theirs, self.gpu))  # no daemon: it may start loaders
-        # inherited: Ctrl-C during its imports would print a traceback
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            self.process.start()
+            with _sigint_ignored():
+                self.process.start()
         finally:
-            signal.signal(signal.SIGINT, handler)
             theirs.close()
         self.ready = False
 
