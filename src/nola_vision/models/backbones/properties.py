@@ -10,6 +10,8 @@ from torch import nn
 
 from nola_vision.common.hashing import sha256_of_tensors
 
+_RESAMPLED = re.compile("pos_embed|relative_position")  # names of tables that depend on the image size
+
 
 def probe_batch(backbone: nn.Module) -> torch.Tensor:
     """Two images of noise of the backbone's image size, for `injection.attach`; the same ones every time."""
@@ -31,5 +33,10 @@ def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
         without: further names to leave out.
     """
     state = backbone.state_dict()
-    resampled = [name for name in state if re.search(r"pos_embed|relative_position", name)]
-    return sha256_of_tensors({name: state[name] for name in state.keys() - set(without) - set(resampled)})
+    return sha256_of_tensors({name: state[name] for name in state.keys() - set(without) if not _RESAMPLED.search(name)})
+
+
+def position_digest(backbone: nn.Module) -> str:
+    """SHA-256 over the tables that `fingerprint` leaves out, at the backbone's image size."""
+    state = backbone.state_dict()
+    return sha256_of_tensors({name: state[name] for name in state if _RESAMPLED.search(name)})
