@@ -165,7 +165,15 @@ def _notify(trainer: L.Trainer, hook: str, *counts: int) -> None:
 
 
 def drops_nothing(model: AdaptedModel) -> bool:
-    """Whether the backbone gives the same features in training mode as in eval mode: no dropout, no jitter."""
+    """Whether the backbone gives the same features in training mode as in eval mode: no dropout, no jitter.
+
+    With a `process_cache` it is tried once per backbone.
+    """
+    key = (model.metadata.backbone, model.fingerprint)
+    return process_cache.once("drops nothing", key, partial(_drops_nothing, model))
+
+
+def _drops_nothing(model: AdaptedModel) -> bool:
     backbone = model.backbone
     for module in backbone.modules():
         rates = (getattr(module, name, None) for name in _RANDOM)
