@@ -17,6 +17,7 @@ os.environ.setdefault(
     "MPLCONFIGDIR", str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache/")).expanduser() / "matplotlib")
 )
 os.environ["XDG_CACHE_HOME"] = _cache.name
+os.environ["NOLA_VISION_CACHE_GIB"] = "0"  # features are computed in every test that does not ask for their cache
 
 
 @pytest.fixture

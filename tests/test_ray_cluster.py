@@ -55,7 +55,9 @@ def test_its_rows_are_the_local_engines(cluster, tmp_path: Path) -> None:
     assert [row.started for row in again] == [row.started for row in rows]
 
 
-def scripted(config, stage, cwd: str, hang_seconds: float, versions: dict[str, str]) -> dict[str, bytes]:
+def scripted(
+    config, stage, cwd: str, hang_seconds: float, versions: dict[str, str], cache_gib: str | None
+) -> dict[str, bytes]:
     """Work that trains nothing: what goes wrong with a run is written in a file."""
     os.chdir(cwd)
     script = Path(f"split{config['data']['split_seed']}.txt")

@@ -17,6 +17,7 @@ from nola_vision.cli.options import (
     photo_settings,
     refuse_strays,
     refuse_without_photos,
+    switch_cache_off,
     take_photos,
 )
 from nola_vision.common import process_cache, stopwatch
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     rest = ["--help" if word == "--help=all" else word for word in rest]
     place, rest = take_photos(rest) if verb == "fit" else (None, rest)
     refuse_strays(rest, options)
+    switch_cache_off(known)
     raw = config = _config(known, place, rest, verb)
     if "methods" in config:
         config = run_id.resolve(config, known.method)

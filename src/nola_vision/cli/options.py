@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.runs import run_id
+from nola_vision.training import feature_cache
 
 CONFIG_DIR = "folder with your configs and parts (default: $NOLA_VISION_CONFIGS, if that is set)"
 _MOST_DIGITS = 4300  # that Python reads
@@ -100,7 +102,20 @@ def config_options(verb: str, help: bool = False) -> Options:
     parser.add_argument("--out", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
     allowed = "a package whose classes the config may name, such as a custom callback; may be repeated"
     parser.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE", help=allowed)
+    uncached = "neither read nor write the features that are cached on disk"
+    parser.add_argument("--no-cache", action="store_true", help=uncached)
     return parser
+
+
+def switch_cache_off(known: argparse.Namespace) -> None:
+    """Carries out --no-cache: in the environment, which worker processes inherit, and not in a run's config.
+
+    Raises:
+        NolaVisionError: the environment variable is not a size.
+    """
+    if known.no_cache:
+        os.environ[feature_cache.VARIABLE] = "0"
+    feature_cache.most_bytes()
 
 
 def shots_number(text: str) -> int | str:

@@ -14,7 +14,15 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from nola_vision.cli.options import config_options, parse_methods, parse_range, parse_shard, refuse_strays, whole_number
+from nola_vision.cli.options import (
+    config_options,
+    parse_methods,
+    parse_range,
+    parse_shard,
+    refuse_strays,
+    switch_cache_off,
+    whole_number,
+)
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.mappings import value_at
 from nola_vision.common.progress import say_aside, say_start
@@ -38,6 +46,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.workers == 0:
         raise NolaVisionError("--workers is 0: give at least 1, the number of runs at a time")
     refuse_strays(rest, options)
+    switch_cache_off(known)
     if known.engine == "local" and (known.address != "auto" or known.gpus_per_run is not None):
         raise NolaVisionError("--address and --gpus-per-run are for --engine ray: give that too")
     if not known.config:

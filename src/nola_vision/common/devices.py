@@ -1,8 +1,11 @@
-"""The values of `--device`. Does not import torch, so that a typo is reported immediately."""
+"""Names of devices: the values of `--device`, and the processor. Does not import torch: a typo is reported early."""
 
 from __future__ import annotations
 
+import functools
+import platform
 import re
+from pathlib import Path
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.suggestions import did_you_mean
@@ -18,3 +21,14 @@ def parse_device(name: str) -> tuple[str, int | None]:
         return name.partition(":")[0], None if found[1] is None else int(found[1])
     hint = did_you_mean("cuda" if name == "gpu" else name, ("cpu", "cuda", "mps"), "use cpu, cuda, cuda:1 or mps")
     raise NolaVisionError(f"--device is '{name}': {hint}")
+
+
+@functools.cache
+def processor_name() -> str:
+    """The name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -213,18 +213,18 @@ def write_cache(path: Path | None, entries: Entries) -> None:
     """Writes a cache file for `read_cache`; warns once per process where it cannot be written."""
     text = json.dumps(entries, separators=(",", ":")).encode()  # ASCII, so file names of any bytes are kept
     if path is None:
-        return _warn_not_stored("there is no home folder")
+        return warn_not_stored("there is no home folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, sha256(text).encode() + b"\n" + text)
     except OSError as error:
-        _warn_not_stored(f"{path.parent}: {error.strerror}")
+        warn_not_stored(f"{path.parent}: {error.strerror}")
 
 
 _warned = False
 
 
-def _warn_not_stored(reason: str) -> None:
+def warn_not_stored(reason: str) -> None:
     """Warns once per process."""
     global _warned
     if not _warned:
@@ -232,7 +232,7 @@ def _warn_not_stored(reason: str) -> None:
         _log.warning(
             "%s",
             printable(
-                f"cannot store what was computed from files ({reason}), so every process reads all of them again: "
+                f"cannot store what was computed from files ({reason}), so every process computes it again: "
                 "set XDG_CACHE_HOME to a folder that can be written"
             ),
         )

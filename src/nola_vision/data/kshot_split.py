@@ -58,6 +58,7 @@ class KShotSplit:
         self.shots, self.split_seed, self.manifest = shots, split_seed, manifest
         self.test_limit, self.fold, self.hold_out = test_limit, fold, hold_out
         self.warnings: list[str] = []
+        self._sources: dict[Split, ImageSource] = {}  # the open ones
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -168,8 +169,10 @@ class KShotSplit:
             )
 
     def _open(self, split: Split) -> ImageSource:
-        open_it = partial(open_split, self.entry, self.root, split, self.download)
-        return process_cache.once(f"{split} source", (self.dataset, self.root), open_it)
+        if split not in self._sources:
+            open_it = partial(open_split, self.entry, self.root, split, self.download)
+            self._sources[split] = process_cache.once(f"{split} source", (self.dataset, self.root), open_it)
+        return self._sources[split]
 
     @cached_property
     def _train_set(self) -> Images:

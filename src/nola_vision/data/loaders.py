@@ -13,11 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.hashing import keyed_hashes
+from nola_vision.common.hashing import keyed_hashes, sha256
 from nola_vision.common.progress import count_aside
 from nola_vision.common.stopwatch import timed
+from nola_vision.data.duplicates import digests
 from nola_vision.data.sampling import Indices
-from nola_vision.data.sources import ImageSource
+from nola_vision.data.sources import ArraySource, ImageSource
 from nola_vision.images.transforms import Transform
 
 Kept = torch.Tensor | bytes | None  # uint8 pixels [3, h, w]; an image file's content; or not kept
@@ -60,6 +61,23 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
     def key(self) -> tuple[Hashable, ...]:
         """Identifies these images while their source is open, without keeping the source in memory."""
         return weakref.ref(self._source), self._indices.tobytes()
+
+    def contents(self) -> list[str]:
+        """A text per image, which only images of equal content share: SHA-256 of its file, or its size and SHA-256 of
+        its pixels. The files are looked at now.
+        """
+        source, indices = self._source, self._indices.tolist()
+        if isinstance(source, ArraySource):
+            images = map(source.image, indices)
+            return [f"{image.width} x {image.height}: {sha256(image.tobytes())}" for image in images]
+        return digests(source, self._indices)
+
+    def read_as(self, contents: Sequence[str]) -> bool:
+        """Whether the images that this process has read, and may have kept, had the given `contents`."""
+        read = self._source.first_read
+        return all(
+            read.get(index, known) == known for index, known in zip(self._indices.tolist(), contents, strict=True)
+        )
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
         position, seed = key if isinstance(key, tuple) else (key, key)

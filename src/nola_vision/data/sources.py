@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256
 from nola_vision.common.local_files import read_file
 from nola_vision.common.text import name_text, printable
 from nola_vision.images.decoding import MOST_BYTES, decode_image, decoding_error, to_rgb
@@ -21,11 +22,15 @@ class ImageSource:
     Args:
         labels: `[n]` class indices.
         class_names: the name of each class index.
+
+    Attributes:
+        first_read: SHA-256 of the content of each image file that this process has read, when it first did.
     """
 
     def __init__(self, labels: npt.ArrayLike, class_names: tuple[str, ...]) -> None:
         self.labels: npt.NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
         self.class_names = class_names
+        self.first_read: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,6 +73,12 @@ class ImageSource:
     def _decode(self, index: int) -> Image.Image:
         raise NotImplementedError
 
+    def _noted(self, index: int, content: bytes) -> bytes:
+        """Fills in `first_read`."""
+        if index not in self.first_read:
+            self.first_read[index] = sha256(content)
+        return content
+
 
 class ArraySource(ImageSource):
     """Images in one uint8 array `[n, h, w]` or `[n, h, w, 3]`."""
@@ -109,14 +120,17 @@ class FileSource(ImageSource):
 
     def encoded(self, index: int) -> bytes:
         try:
-            return read_file(self.paths[index], MOST_BYTES)
+            return self._read(index)
         except OSError as error:
             raise NolaVisionError(
                 f"cannot read the image {self.where(index)} ({error.strerror}): fix, replace or remove it"
             ) from error
 
     def _decode(self, index: int) -> Image.Image:
-        return decode_image(read_file(self.paths[index], MOST_BYTES))
+        return decode_image(self._read(index))
+
+    def _read(self, index: int) -> bytes:
+        return self._noted(index, read_file(self.paths[index], MOST_BYTES))
 
 
 def name_under(base: Path, path: Path) -> str:

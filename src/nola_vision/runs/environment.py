@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import subprocess
 from importlib import metadata
-from pathlib import Path
 from typing import Any
+
+from nola_vision.common.devices import processor_name
 
 _PACKAGES = (
     "nola-vision",
@@ -33,7 +34,7 @@ def environment() -> dict[str, str]:
             continue
     versions["python"] = platform.python_version()
     versions["platform"] = platform.platform()
-    versions["cpu"] = _cpu()
+    versions["cpu"] = processor_name()
     return versions
 
 
@@ -53,12 +54,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

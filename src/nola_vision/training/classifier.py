@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -106,8 +107,12 @@ class Classifier(ClassificationTask):
             and all(isinstance(limit, float) and limit == 1 for limit in limits)  # 1 is one batch, 1.0 all
             and all(type(c).__module__.startswith(_OWN_CALLBACKS) for c in trainer.callbacks)  # type: ignore[attr-defined]
             and count * self.model.bank.num_features * 4 <= data.memory_limit_mib * 2**20
-            and drops_nothing(self.model)
+            and self._drops_nothing
         )
+
+    @cached_property
+    def _drops_nothing(self) -> bool:
+        return drops_nothing(self.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Starts quantisation-aware training at the step that `quantise_from` sets."""

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone: computed once per process for the same images, and shared by its runs.
+"""Features of a frozen backbone: computed once for the same images, and shared by runs and, on disk, by processes.
 
 Methods that only need features (1-NN, nearest mean, logistic regression, a linear probe without augmentation) run on
 them instead of on images: their task calls `use_features` at the start of a stage, and the datamodule's loaders then
@@ -7,8 +7,12 @@ give features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import lightning as L
@@ -17,15 +21,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nola_vision.common import process_cache
+from nola_vision.common.devices import processor_name
 from nola_vision.common.local_files import file_digest
 from nola_vision.common.stopwatch import timed
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.loaders import ImageSubset
 from nola_vision.models.adapted_model import AdaptedModel
-from nola_vision.models.backbones.properties import probe_batch
+from nola_vision.models.backbones.properties import position_digest, probe_batch
 from nola_vision.models.backbones.sources import local_files
+from nola_vision.training import feature_cache
 
 _MOST_KEPT = 512 * 2**20  # bytes: 10,000 images with 1,024 features take 40 MB
+_PACKAGES = ("nola-vision", "torch", "torchvision", "timm", "pillow", "pi-heif", "torchao")  # decide the last digits
 _RANDOM = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # attributes of modules that drop values at random
 
 
@@ -64,29 +71,75 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     """The features of a loader's images in its order: `[n, width]`, on the CPU, in the dtype that the backbone gives.
 
     They are those of the model's forward pass on the same batches in eval mode, with the trainer's device and
-    precision. With a `process_cache` they are computed once per process for the same backbone, images, device,
-    precision, batch size and number of threads; it stores up to 512 MB.
+    precision, to the last digit. For the same backbone, images, device, precision, batch size and number of threads
+    they are computed once: a `process_cache` stores up to 512 MB, and `feature_cache` stores them on disk.
 
     Args:
         model: its backbone must be frozen and on the trainer's device.
         trainer: of the run. While features are computed, its callbacks' methods `on_features_start(trainer, total)`,
             `on_features_batch_end(trainer, done, total)` and `on_features_end(trainer)` are called, with numbers of
-            images; those that a callback lacks are skipped.
+            images, or `on_features_loaded(trainer, total)` if they come from the disk; those that a callback lacks are
+            skipped.
         loader: of an `ImageSubset` with the evaluation transform.
     """
     images = loader.dataset
     assert isinstance(images, ImageSubset)
-    spec = model.metadata.backbone
-    weights = tuple(file_digest(path) for path in local_files(spec.tag, spec.file).values())
-    # the fingerprint leaves position tables out
-    backbone = (spec, model.metadata.basis_seed, model.fingerprint, weights)
-    machine = (str(trainer.strategy.root_device), trainer.precision, torch.get_num_threads())
-    key = (backbone, machine, model.metadata.input, images.key, loader.batch_size)
-    make = partial(_computed, model, trainer, loader)
+    description = _described(model, trainer, loader)
+    key = (feature_cache.key_of(description), images.key)
+    make = partial(_stored_or_computed, model, trainer, loader, description)
     return process_cache.latest("features", key, make, lambda tensor: tensor.nbytes, _MOST_KEPT)
 
 
+def _described(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> dict[str, Any]:
+    """All that features depend on, down to their last digits, but the images."""
+    spec, device = model.metadata.backbone, trainer.strategy.root_device
+    is_gpu = device.type == "cuda"
+    return {
+        "backbone": dataclasses.asdict(dataclasses.replace(spec, file=None)),
+        # the fingerprint leaves position tables out
+        "weights": [model.fingerprint, position_digest(model.backbone)],
+        "files": {name: file_digest(path) for name, path in local_files(spec.tag, spec.file).items()},
+        "basis_seed": model.metadata.basis_seed if spec.base == "random" else None,
+        "input": dataclasses.asdict(model.metadata.input),
+        "device": [device.type, torch.cuda.get_device_name(device) if is_gpu else processor_name()],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "precision": [str(trainer.precision), torch.get_float32_matmul_precision()],
+        "threads": torch.get_num_threads(),
+        "batch_size": loader.batch_size,
+        "versions": _versions(),
+    }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed
+
+
 @timed("features")
+def _stored_or_computed(
+    model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any], description: Mapping[str, Any]
+) -> Tensor:
+    images = loader.dataset
+    assert isinstance(images, ImageSubset)
+    if not feature_cache.most_bytes():
+        return _computed(model, trainer, loader)
+    contents = images.contents()
+    key = feature_cache.key_of({**description, "images": contents})
+    stored = feature_cache.load(key, (len(images), model.bank.num_features))
+    if stored is not None:
+        _notify(trainer, "on_features_loaded", len(images))
+        return stored
+    computed = _computed(model, trainer, loader)
+    # a file may have changed after it was read into memory, or meanwhile
+    if images.read_as(contents) and images.contents() == contents:
+        feature_cache.store(key, computed)
+    return computed
+
+
 def _computed(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> Tensor:
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     total, done, parts = len(loader.dataset), 0, []  # type: ignore[arg-type]
@@ -114,7 +167,15 @@ def _notify(trainer: L.Trainer, hook: str, *counts: int) -> None:
 
 
 def drops_nothing(model: AdaptedModel) -> bool:
-    """Whether the backbone gives the same features in training mode as in eval mode: no dropout, no jitter."""
+    """Whether the backbone gives the same features in training mode as in eval mode: no dropout, no jitter.
+
+    With a `process_cache` it is tried once per backbone.
+    """
+    key = (model.metadata.backbone, model.fingerprint)
+    return process_cache.once("drops nothing", key, partial(_drops_nothing, model))
+
+
+def _drops_nothing(model: AdaptedModel) -> bool:
     backbone = model.backbone
     for module in backbone.modules():
         rates = (getattr(module, name, None) for name in _RANDOM)

@@ -26,6 +26,11 @@ class LiveProgress(RichProgressBar):
     def on_features_end(self, trainer: L.Trainer) -> None:
         self._stop_progress()
 
+    def on_features_loaded(self, trainer: L.Trainer, total: int) -> None:
+        self._init_progress(trainer)
+        self._update(self._add_task(total, "Cached features") if self.is_enabled else None, total)
+        self._stop_progress()
+
 
 class PlainProgress(ProgressBar):
     """A line when training starts, at most one every ten seconds, and one when it ends; also for validation, testing
@@ -87,6 +92,10 @@ class PlainProgress(ProgressBar):
     def on_features_batch_end(self, trainer: L.Trainer, done: int, total: int) -> None:
         if self._enabled:
             self._features.show(done, total)
+
+    def on_features_loaded(self, trainer: L.Trainer, total: int) -> None:
+        if self._enabled:
+            say(f"features of {total:,} images: from the cache")
 
     def _epochs(self, trainer: L.Trainer) -> str:
         epochs = trainer.max_epochs

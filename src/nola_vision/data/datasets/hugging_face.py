@@ -49,7 +49,7 @@ class HubSource(ImageSource):
             raise NolaVisionError(
                 f"cannot read the image {self.where(index)} ({error.strerror}): fix, replace or remove it"
             ) from error
-        return content
+        return self._noted(index, content)
 
     def _decode(self, index: int) -> Image.Image:
         return decode_image(self.encoded(index))

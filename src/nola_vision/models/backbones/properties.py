@@ -10,6 +10,7 @@ from torch import nn
 
 from nola_vision.common.hashing import sha256_of_tensors
 
+_RESAMPLED = re.compile("pos_embed|relative_position")  # names of tables that depend on the image size
 _EVAL_BYTES = 512 * 2**20
 _MOST_DOUBLINGS = 8  # 256 images
 
@@ -52,5 +53,10 @@ def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
         without: further names to leave out.
     """
     state = backbone.state_dict()
-    resampled = [name for name in state if re.search(r"pos_embed|relative_position", name)]
-    return sha256_of_tensors({name: state[name] for name in state.keys() - set(without) - set(resampled)})
+    return sha256_of_tensors({name: state[name] for name in state.keys() - set(without) if not _RESAMPLED.search(name)})
+
+
+def position_digest(backbone: nn.Module) -> str:
+    """SHA-256 over the tables that `fingerprint` leaves out, at the backbone's image size."""
+    state = backbone.state_dict()
+    return sha256_of_tensors({name: state[name] for name in state if _RESAMPLED.search(name)})

@@ -23,6 +23,7 @@ from nola_vision.runs.record import Row
 from nola_vision.runs.store import LOCK_FILE, ROW_FILE, BusyError, lock_run, read_row, write_row
 from nola_vision.sweep.plan import RunSpec
 from nola_vision.sweep.queue import FIRST_BATCH, HANG_SECONDS, POLL_SECONDS, RunCallback, RunQueue, crashed_row
+from nola_vision.training import feature_cache
 
 NODE_TRIES = 5  # the runs did not cause the death of their node
 _REACH_SECONDS = 10.0
@@ -40,7 +41,7 @@ def execute(
     workers: int | None = None,
     gpus: float | None = None,
     hang_seconds: float = HANG_SECONDS,
-    work: Callable[[run_id.Config, run_id.Stage, str, float, Mapping[str, str]], Files] | None = None,
+    work: Callable[[run_id.Config, run_id.Stage, str, float, Mapping[str, str], str | None], Files] | None = None,
 ) -> list[Row]:
     """Does every run that is not completed yet, as `local.execute` does, on a running Ray cluster.
 
@@ -73,7 +74,7 @@ def execute(
         # a process keeps GPU memory until it ends; options() does not accept max_calls
         once = {"max_calls": 1} if own_gpus else {}
         do = ray.remote(num_cpus=needs["CPU"], num_gpus=own_gpus, max_retries=0, **once)(work or _work)
-        waited = False
+        waited, cache_gib = False, os.environ.get(feature_cache.VARIABLE)
         while not queue.ended:
             room = _room(ray.nodes(), needs)
             if not room and not waited:
@@ -83,7 +84,8 @@ def execute(
             most = room + 1  # a waiting run makes an autoscaling cluster grow
             while len(running) < min(most, workers or most) and (spec := queue.take()) is not None:
                 if (lock := _lock(queue, spec)) is not None:
-                    running[do.remote(spec.config, spec.stage, os.getcwd(), hang_seconds, _versions())] = spec, lock
+                    call = spec.config, spec.stage, os.getcwd(), hang_seconds, _versions(), cache_gib
+                    running[do.remote(*call)] = spec, lock
             if not running:
                 time.sleep(0 if queue.ended else POLL_SECONDS)
                 continue
@@ -175,7 +177,12 @@ def _versions() -> dict[str, str]:
 
 
 def _work(
-    config: run_id.Config, stage: run_id.Stage, cwd: str, hang_seconds: float, versions: Mapping[str, str]
+    config: run_id.Config,
+    stage: run_id.Stage,
+    cwd: str,
+    hang_seconds: float,
+    versions: Mapping[str, str],
+    cache_gib: str | None,
 ) -> Files:
     """Does a run on a node, and returns the files of its folder by name.
 
@@ -185,6 +192,7 @@ def _work(
         cwd: the driver's, for relative paths in the config.
         hang_seconds: the process exits if no batch ends for so long.
         versions: of the driver's packages.
+        cache_gib: the driver's `feature_cache.VARIABLE`; without one, that of the node applies.
 
     Raises:
         NolaVisionError: the node has other versions, so its rows might differ from the driver's.
@@ -195,6 +203,8 @@ def _work(
                 f"the node {socket.gethostname()} has {name} {own} and the driver {versions[name]}: install the same"
             )
     let_idle_threads_sleep()  # the environment is that of `ray start`
+    if cache_gib is not None:
+        os.environ[feature_cache.VARIABLE] = cache_gib
     faulthandler.dump_traceback_later(FIRST_BATCH * hang_seconds, exit=True)
     import ray
 
