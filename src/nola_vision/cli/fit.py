@@ -50,6 +50,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if "--help" not in rest:
         early_checks.check_run(config, rest, known.ckpt_path)
     say_start(verb)
+    if place is not None:
+        config = photos.for_this_machine(config)
     from nola_vision.runs.parsing import parse
 
     run_config = parse(config, rest, known.allow_import)

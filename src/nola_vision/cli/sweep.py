@@ -7,7 +7,8 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ def main(arguments: Sequence[str], verb: str) -> int:
     for name in methods:
         early_checks.check_run(run_id.resolve(raw, name), rest)
     say_start(verb)
-    status = 0
+    status, fastest = 0, _fastest(known)
     for settings in itertools.product(*of_config):
         suffix = "".join(variations.suffix(*setting) for setting in settings)
         named, names = variations.rename(raw, methods, suffix)
         changed = [f"--{key}={_option(value)}" for key, value in settings]
-        sweep = runner.prepare(named, names, [*rest, *changed], known.allow_import, splits, inits, shard)
+        sweep = runner.prepare(named, names, [*rest, *changed], known.allow_import, splits, inits, shard, fastest)
         status = max(status, _run(sweep, known))
     return status
 
@@ -122,6 +123,15 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace) -> int:
     for problem in (*(problem for _, problem in problems), *cell.verdict[1], *left_out):
         print(problem, file=sys.stderr)
     return 1 if any(row.status != "completed" for row in rows) else 0
+
+
+def _fastest(known: argparse.Namespace) -> Callable[[Any], str] | None:
+    """What `trainer.precision: auto` asks, where it is not this machine; a cluster is asked once."""
+    if known.engine != "ray":
+        return None
+    from nola_vision.sweep.engines.ray import fastest_precision
+
+    return cache(partial(fastest_precision, address=known.address, gpus=known.gpus_per_run))
 
 
 def _best(rows: Sequence[Row]) -> str:

@@ -9,11 +9,11 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning as L
 import torch
@@ -43,6 +43,7 @@ from nola_vision.runs.config_errors import TOP_KEYS, explain
 from nola_vision.runs.early_checks import load_value, option_pairs
 from nola_vision.runs.yaml_files import plain
 from nola_vision.training.callbacks import LAST_CHECKPOINT, LastCheckpoint, checkpoint_folder, early_stopping
+from nola_vision.training import precision
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.progress import LiveProgress, PlainProgress
 from nola_vision.training.task import make_task
@@ -143,6 +144,8 @@ class RunCLI(LightningCLI):
             kinds = get_args(getattr(action, "_typehint", None))
             if len(kinds) == 3 and all(kind in kinds for kind in (int, float, type(None))):
                 action._typehint = int | float | None  # type: ignore[attr-defined]
+            if action.dest == "trainer.precision":
+                action._typehint |= Literal["auto"]  # type: ignore[attr-defined]
         for field in (field.name for field in fields(BackboneSpec)):
             parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
         parser.link_arguments("model.run_seed", "data.run_seed")
@@ -179,7 +182,12 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: Sequence[str] = ()) -> run_id.Config:
+def parse(
+    config: Mapping[str, Any],
+    options: Sequence[str] = (),
+    allow_import: Sequence[str] = (),
+    fastest: Callable[[Any], str] = precision.fastest,
+) -> run_id.Config:
     """The full run config, every default written out.
 
     Two spellings of one run give the same full config, so hashes are taken of what this returns.
@@ -188,6 +196,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         config: a run config, as `run_id.resolve` returns it.
         options: command-line options that override it, such as `--data.shots=10`.
         allow_import: packages whose classes the config may name too, see `import_policy`.
+        fastest: the precision that `auto` stands for, by the trainer's accelerator. A row and its hash have that value.
 
     Raises:
         NolaVisionError: an unknown key, method or setting, a value of the wrong type, or a class that a config may not
@@ -246,6 +255,8 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
             f"model.class_weights is balanced, but data.shots is {full['data']['shots']} and all classes have equally "
             "many images: leave it out, or give data.shots all"
         )
+    if full["trainer"]["precision"] == "auto":
+        full["trainer"]["precision"] = fastest(full["trainer"]["accelerator"])
     check_precision(full["trainer"]["precision"], registry.from_dict(full["model"]["method"]))
     if full["threads"] is not None and not 1 <= full["threads"] <= _MOST_THREADS:
         raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
