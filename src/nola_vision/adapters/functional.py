@@ -142,18 +142,21 @@ def merged_linear(
 
 
 def additive_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The additive path: `x W' + bias + (x scale A) B`.
+    """The additive path: `x W' + bias + (x scale A) B`, the last product added into the layer's output in place.
 
     With A `[batch, m, r]` and B `[batch, r, o]` every sample of x, whose first dimension is then the batch or a
     multiple of it in batch-major order, goes through its own factors.
     """
-    y = F.linear(x, layer.weight, layer.bias)
+    if torch.is_autocast_enabled(x.device.type):  # cast once, where each of the two products would do it
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     # scaled before the products: unscaled ones may be too large for float16
     a, b = (scale * a).to(x.dtype), b.to(x.dtype)
-    if a.dim() == 2:
-        return y + (x @ a) @ b
-    routed = x.reshape(a.shape[0], -1, x.shape[-1])
-    return y + ((routed @ a) @ b).view_as(y)
+    routed = x.reshape(*a.shape[:-2], -1, x.shape[-1])
+    y = F.linear(routed, layer.weight, layer.bias)
+    # F.linear may give a view of its product, and autograd would copy the gradient of a view that is written to
+    y = torch.ops.aten._unsafe_view(y, y.shape)
+    added = y.addmm_ if a.dim() == 2 else y.baddbmm_
+    return added(routed @ a, b).view(*x.shape[:-1], -1)
 
 
 def computes_plainly(layer: nn.Module) -> bool:

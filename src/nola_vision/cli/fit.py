@@ -57,6 +57,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     with without_collections():
         from nola_vision.runs import checkpoints
         from nola_vision.runs.parsing import parse
+    if place is not None:
+        config = photos.for_this_machine(config)
 
     run_config = parse(config, rest, known.allow_import)
     if run_config["data"]["fold"] is not None or run_config["data"]["hold_out"]:

@@ -7,7 +7,8 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,12 @@ def main(arguments: Sequence[str], verb: str) -> int:
     given = dict(early_checks.option_pairs(rest)).get("trainer.accelerator", value_at(raw, "trainer", "accelerator"))
     if known.engine == "local" and given == "cpu" and not known.dry_run and "torch" not in sys.modules:
         local.import_ahead()  # on another core, while this process imports the same
-    status = 0
+    status, fastest = 0, _fastest(known)
     for settings in itertools.product(*of_config):
         suffix = "".join(variations.suffix(*setting) for setting in settings)
         named, names = variations.rename(raw, methods, suffix)
         changed = [f"--{key}={_option(value)}" for key, value in settings]
-        sweep = runner.prepare(named, names, [*rest, *changed], known.allow_import, splits, inits, shard)
+        sweep = runner.prepare(named, names, [*rest, *changed], known.allow_import, splits, inits, shard, fastest)
         status = max(status, _run(sweep, known))
     return status
 
@@ -150,6 +151,15 @@ def _too_many_threads(sweep: runner.Sweep, workers: int) -> str | None:
     from joblib import cpu_count
 
     return threads_warning(workers, sweep.config["threads"] or torch.get_num_threads(), cpu_count())
+
+
+def _fastest(known: argparse.Namespace) -> Callable[[Any], str] | None:
+    """What `trainer.precision: auto` asks, where it is not this machine; a cluster is asked once."""
+    if known.engine != "ray":
+        return None
+    from nola_vision.sweep.engines.ray import fastest_precision
+
+    return cache(partial(fastest_precision, address=known.address, gpus=known.gpus_per_run))
 
 
 def _best(rows: Sequence[Row]) -> str:

@@ -12,9 +12,11 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_checkpoint_file
 from nola_vision.models.adapted_model import first_not_finite
 from nola_vision.runs import run_id
-from nola_vision.runs.parsing import build, quiet
+from nola_vision.runs.lightning_messages import quiet
+from nola_vision.runs.parsing import build
 from nola_vision.training.callbacks import LAST_CHECKPOINT, checkpoint_folder, current_path, monitoring
 from nola_vision.training.distributed import is_main_process
+from nola_vision.training.precision import tf32
 
 
 class CheckpointError(NolaVisionError):
@@ -145,6 +147,7 @@ def evaluate(run_config: run_id.Config, out: str | Path, verb: str, ckpt_path: s
             raise NolaVisionError("no test images in the data set: use `nola-vision fit` for an estimate by folds")
         step = built.trainer.validate if verb == "validate" else built.trainer.test
         try:
-            step(built.model, datamodule=built.datamodule)
+            with tf32(built.trainer):  # as in training
+                step(built.model, datamodule=built.datamodule)
         except SystemExit:  # what Lightning raises on Ctrl-C
             raise KeyboardInterrupt from None

@@ -54,7 +54,6 @@ def measure(
     """
     trainer, task, data = built.trainer, built.model, built.datamodule
     device = trainer.strategy.root_device
-    measured["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     _reset_peak_memory(device)
     measured |= {**_counts(task), "warnings": data.warnings}
     peak = None
@@ -126,6 +125,13 @@ def measure(
     if isinstance(task, FrozenClassifier) and not task.savable:
         measured["test_nll"] = None  # 1-NN's logits are cosines on an arbitrary scale
     measured["data"] = data.describe()
+
+
+def device_name(trainer: L.Trainer, in_tf32: bool) -> str:
+    """The device of a run as its row states it, `NVIDIA H100 (TF32)` where float32 products use TF32."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name} (TF32)" if in_tf32 else name
 
 
 def _calibrate(task: Classifier | FrozenClassifier, pooled: CrossValidated | None) -> dict[str, Any]:

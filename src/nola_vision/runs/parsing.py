@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning as L
 import torch
@@ -42,7 +40,9 @@ from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import import_policy, run_id
 from nola_vision.runs.config_errors import TOP_KEYS, explain
 from nola_vision.runs.early_checks import load_value, option_pairs, plain_value
+from nola_vision.runs.lightning_messages import quiet
 from nola_vision.runs.yaml_files import plain
+from nola_vision.training import precision
 from nola_vision.training.callbacks import LAST_CHECKPOINT, LastCheckpoint, checkpoint_folder, early_stopping
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.progress import LiveProgress, PlainProgress
@@ -155,6 +155,8 @@ class RunCLI(LightningCLI):
             kinds = get_args(getattr(action, "_typehint", None))
             if len(kinds) == 3 and all(kind in kinds for kind in (int, float, type(None))):
                 action._typehint = int | float | None  # type: ignore[attr-defined]
+            if action.dest == "trainer.precision":
+                action._typehint |= Literal["auto"]  # type: ignore[attr-defined]
         for field in (field.name for field in fields(BackboneSpec)):
             parser.link_arguments(f"model.backbone.{field}", f"data.backbone.{field}")
         parser.link_arguments("model.run_seed", "data.run_seed")
@@ -199,7 +201,12 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: Sequence[str] = ()) -> run_id.Config:
+def parse(
+    config: Mapping[str, Any],
+    options: Sequence[str] = (),
+    allow_import: Sequence[str] = (),
+    fastest: Callable[[Any], str] = precision.fastest,
+) -> run_id.Config:
     """The full run config, every default written out.
 
     Two spellings of one run give the same full config, so hashes are taken of what this returns.
@@ -208,6 +215,7 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
         config: a run config, as `run_id.resolve` returns it.
         options: command-line options that override it, such as `--data.shots=10`.
         allow_import: packages whose classes the config may name too, see `import_policy`.
+        fastest: the precision that `auto` stands for, by the trainer's accelerator. A row and its hash have that value.
 
     Raises:
         NolaVisionError: an unknown key, method or setting, a value of the wrong type, or a class that a config may not
@@ -267,6 +275,8 @@ def parse(config: Mapping[str, Any], options: Sequence[str] = (), allow_import: 
             f"model.class_weights is balanced, but data.shots is {full['data']['shots']} and all classes have equally "
             "many images: leave it out, or give data.shots all"
         )
+    if full["trainer"]["precision"] == "auto":
+        full["trainer"]["precision"] = fastest(full["trainer"]["accelerator"])
     check_precision(full["trainer"]["precision"], registry.from_dict(full["model"]["method"]))
     if full["threads"] is not None and not 1 <= full["threads"] <= _MOST_THREADS:
         raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
@@ -376,28 +386,3 @@ def has_validation_images(run_config: run_id.Config) -> bool:
     data = open_data(run_config)
     data.prepare_data()
     return data.describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides what Lightning prints in every healthy run: tips, a device report, and advice that is wrong here."""
-    loggers = [logging.getLogger(f"lightning.{n}") for n in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for advice in (
-            ".*does not have many workers.*",  # workers cost more than they bring for a set kept in memory
-            ".*in eval mode at the start of training.*",  # frozen batch norms are meant to be
-            ".*treespec.*is deprecated.*",
-            ".*Total length of `.*` across ranks is zero.*",  # no validation pool: the run reports it
-            ".*The dirpath has changed from.*",  # `validate` and `test` write next to the run
-            ".*Checkpoint directory .* exists and is not empty.*",
-            ".*Experiment logs directory .* exists and is not empty.*",
-        ):
-            warnings.filterwarnings("ignore", message=advice)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -63,7 +63,7 @@ def config(
     for name, value in (("shots", shots), ("epochs", epochs)):
         if isinstance(value, int) and value < 1:
             raise NolaVisionError(f"--{name} is {value}: give 1 or more{', or all' if name == 'shots' else ''}")
-    trainer = _device(device)
+    trainer = {**_device(device), "precision": "32-true"}
     made: Config = {
         "protocol": "photos",
         "method": method or "nola",
@@ -91,6 +91,15 @@ def config(
         made["model"]["backbone"] |= {} if side is None else {"img_size": side}
     whole = cells.assemble([cells.read_part("protocols", "default"), made])
     return {section: _in_order(value, whole[section]) for section, value in made.items()}
+
+
+def for_this_machine(made: Config) -> Config:
+    """A config with 16-bit precision if this machine has a GPU that the config uses. Imports torch."""
+    from nola_vision.training.precision import MIXED, gpu_has_bfloat16
+
+    if not gpu_has_bfloat16(made["trainer"].get("accelerator", "auto")):
+        return made
+    return {**made, "trainer": {**made["trainer"], "precision": MIXED}}
 
 
 def open_images(place: str) -> ImageSource:
@@ -258,6 +267,8 @@ long, so that it is at most {LARGEST_SIDE} unless set here.""",
     "trainer.check_val_every_n_epoch": """\
 Validation after so many epochs: once, after training, to calibrate the adapter's probabilities, if the data have a
 validation pool. With model.stop_early give 1.""",
+    "trainer.precision": """\
+32-true is float32. On a GPU bf16-mixed is faster, and `fit PHOTOS` takes it there. auto: whichever is faster here.""",
     "trainer.max_epochs": f"""\
 Passes over the training images: as many as make {STEPS} steps of the optimizer, but {EPOCHS[0]} to {EPOCHS[1]}.""",
 }

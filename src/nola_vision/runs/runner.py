@@ -30,13 +30,15 @@ from nola_vision.runs.checkpoints import (
 from nola_vision.runs.completed import completed_row
 from nola_vision.runs.environment import environment, git_state
 from nola_vision.runs.fold_results import add_estimate, pool_folds, total_seconds
-from nola_vision.runs.measuring import measure
-from nola_vision.runs.parsing import RunCLI, build, quiet
+from nola_vision.runs.lightning_messages import quiet
+from nola_vision.runs.measuring import device_name, measure
+from nola_vision.runs.parsing import RunCLI, build
 from nola_vision.runs.record import Row
 from nola_vision.runs.store import LOCK_FILE, drop_aside, lock_run, set_aside, write_row
 from nola_vision.training.callbacks import CHECKPOINTS, LAST_CHECKPOINT, Heartbeat, ValidationTime, close_loggers
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.distributed import is_main_process
+from nola_vision.training.precision import tf32
 from nola_vision.training.trainer_settings import check_monitors
 
 _log = logging.getLogger(__name__)
@@ -130,7 +132,9 @@ def _run(
                 if heartbeat is not None:
                     built.trainer.callbacks.append(Heartbeat(heartbeat))  # type: ignore[attr-defined]
                 try:
-                    measure(built, folder, stage, ckpt_path, pooled, measured)
+                    with tf32(built.trainer) as in_tf32:
+                        measured["device"] = device_name(built.trainer, in_tf32)
+                        measure(built, folder, stage, ckpt_path, pooled, measured)
                 finally:
                     close_loggers(built.trainer)
                 status = "completed"

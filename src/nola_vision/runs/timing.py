@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.runs.parsing import RunCLI, build, quiet
+from nola_vision.runs.lightning_messages import quiet
+from nola_vision.runs.parsing import RunCLI, build
 from nola_vision.runs.run_id import Config
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.features import features

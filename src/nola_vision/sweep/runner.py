@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def prepare(
     splits: Sequence[int] | None,
     inits: Sequence[int],
     shard: tuple[int, int],
+    fastest: Callable[[Any], str] | None = None,
 ) -> Sweep:
     """The sweep of a config.
 
@@ -128,6 +130,7 @@ def prepare(
         splits: the default is 0 to 3, or the split of the config's manifest.
         inits: as in `Sweep`.
         shard: as in `Sweep`.
+        fastest: as in `parse`; the default asks this machine.
 
     Raises:
         NolaVisionError: the config is invalid, or its manifest is of another split.
@@ -137,7 +140,9 @@ def prepare(
         from nola_vision.data.manifest import read_manifest
         from nola_vision.runs.parsing import has_validation_images, parse
 
-    config = plan.complete(raw, methods, lambda entry: parse(entry, [*SWEEP_SETTINGS, *options], allow_import))
+    resolver = {} if fastest is None else {"fastest": fastest}
+    parsed = partial(parse, options=[*SWEEP_SETTINGS, *options], allow_import=allow_import, **resolver)
+    config = plan.complete(raw, methods, parsed)
     if (path := config["data"]["manifest"]) is not None:
         drawn = read_manifest(path).split_seed
         if splits not in (None, [drawn]):

@@ -69,7 +69,7 @@ def execute(
     running: dict[Any, tuple[RunSpec, ExitStack]] = {}
     try:
         on_cpu = all((spec.config.get("trainer") or {}).get("accelerator") == "cpu" for spec in specs)
-        own_gpus = gpus if gpus is not None else 0.0 if on_cpu else min(1.0, ray.cluster_resources().get("GPU", 0))
+        own_gpus = _gpus(ray, gpus, on_cpu)
         needs = {"CPU": max([spec.config.get("threads") or 1 for spec in specs], default=1), "GPU": own_gpus}
         # a process keeps GPU memory until it ends; options() does not accept max_calls
         once = {"max_calls": 1} if own_gpus else {}
@@ -100,6 +100,55 @@ def execute(
                 write_row(queue.folder(spec), crashed_row(spec, "interrupted", "interrupted before it ended"))
         ray.shutdown()
     return queue.rows()
+
+
+def fastest_precision(accelerator: Any, address: str = "auto", gpus: float | None = None) -> str:
+    """The value of `trainer.precision` that `auto` stands for on a cluster.
+
+    Every node that has the resources for a run is asked, and a 16-bit format is chosen if it is fastest on all of them,
+    since all runs of a sweep have one value.
+
+    Args:
+        accelerator: the config's `trainer.accelerator`.
+        address: as in `execute`.
+        gpus: as in `execute`.
+
+    Raises:
+        NolaVisionError: as `execute`.
+    """
+    ray = _connected(address)
+    try:
+        own_gpus = _gpus(ray, gpus, accelerator == "cpu")
+        needs = {"CPU": 1, "GPU": own_gpus}
+        ask = ray.remote(num_cpus=1, num_gpus=own_gpus)(_fastest)
+        on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        nodes = [on(node["NodeID"], soft=False) for node in ray.nodes() if _room([node], needs)]
+        asked = [ask.options(scheduling_strategy=node).remote(accelerator) for node in nodes or ["DEFAULT"]]
+        found = set(ray.get(asked))
+    except (ray.exceptions.RayTaskError, ray.exceptions.RayError) as error:
+        raise NolaVisionError(
+            f"no node of the cluster states its fastest precision ({' '.join(str(error).split())[:200]}): give "
+            "--trainer.precision bf16-mixed or 32-true"
+        ) from error
+    finally:
+        ray.shutdown()
+    return str(found.pop()) if len(found) == 1 else "32-true"
+
+
+def _fastest(accelerator: Any) -> str:
+    """The fastest precision of a node."""
+    import ray
+
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as in `_work`
+    from nola_vision.training.precision import fastest
+
+    return fastest(accelerator)
+
+
+def _gpus(ray: Any, asked: float | None, on_cpu: bool) -> float:
+    """The GPUs of a run."""
+    return asked if asked is not None else 0.0 if on_cpu else min(1.0, ray.cluster_resources().get("GPU", 0))
 
 
 def _connected(address: str) -> Any:
