@@ -210,7 +210,7 @@ def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> R
     from nola_vision.evaluation.predictions import load_predictions
     from nola_vision.runs import cross_validation, photos, run_id
     from nola_vision.runs.lightning_messages import quiet
-from nola_vision.runs.parsing import parse
+    from nola_vision.runs.parsing import parse
 
     drawn, outside = data.draw(counts, seed)
     if len(outside) > ADAPTER_TRUTH:
