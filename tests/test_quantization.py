@@ -1,5 +1,7 @@
 """Quantised numbers against a decoder of their own, and what a file of them gives back."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -76,10 +78,14 @@ def test_a_quantised_file_gives_what_was_rounded(method: NOLA, tmp_path) -> None
             parameter.add_(0.3 * torch.randn(parameter.shape))
     exact = model(IMAGES)
     model.compute_with_stored_bits()
-    seen = model(IMAGES)
+    seen, features = model(IMAGES), model.features(IMAGES)
     model.compute_with_stored_bits(False)
     model.round_to_stored_bits()
     assert not torch.equal(model(IMAGES), exact) and torch.allclose(model(IMAGES), seen, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(model.features(IMAGES), features, rtol=1e-4, atol=1e-5)
+    doubled = copy.deepcopy(model)
+    doubled.backbone.double()  # the bank stays in float32
+    assert torch.allclose(doubled(IMAGES.double()), model(IMAGES).double(), rtol=1e-4, atol=1e-5)
     size = model.save(tmp_path / "a.safetensors")
     assert size == (tmp_path / "a.safetensors").stat().st_size
     assert torch.equal(load_adapter(tmp_path / "a.safetensors")(IMAGES), model(IMAGES))

@@ -137,6 +137,7 @@ def merged_linear(
         a, b, scale: its change.
         made_by: what produced x, if the backward pass is to recompute it instead of keeping it.
     """
+    a, b = a.to(layer.weight.dtype), b.to(layer.weight.dtype)
     out: Tensor = _MergedLinear.apply(x, layer.weight, layer.bias, a, b, scale, made_by)
     return out
 
