@@ -128,7 +128,12 @@ def test_the_least_recently_used_files_are_deleted(folder: Path, monkeypatch: py
     old, new = (folder / f".{KEY}.safetensors.{letter * 32}.tmp" for letter in "12")
     for path in (old, new, folder / "notes.txt", folder / "photo.safetensors"):
         path.write_bytes(b"x")
-    os.utime(old, (1, 1))  # of a process that died
+        os.utime(path, None if path == new else (0, 0))  # `old` is of a process that died
+    monkeypatch.setenv(feature_cache.VARIABLE, "1")
+    feature_cache.store(KEY, FEATURES)
+    assert not old.exists() and len(list(folder.iterdir())) == 6
+    os.utime(folder / f"{KEY}.safetensors")
+    monkeypatch.setenv(feature_cache.VARIABLE, str(3 * size / 2**30))
     feature_cache.store("d" * 64, FEATURES)
     left = {path.name for path in folder.iterdir()}
     # `new` counts, so two are deleted
