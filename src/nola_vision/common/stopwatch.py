@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 _SHOWN = 0.03  # of the total; shorter parts are in `other`
@@ -12,7 +11,7 @@ _SHOWN = 0.03  # of the total; shorter parts are in `other`
 _began = time.monotonic()
 _since = _began  # the seconds up to here are counted
 _running: list[str] = []  # the parts that are being done, the innermost last
-_spent: Counter[str] = Counter()  # type: ignore[type-arg]
+_spent: dict[str, float] = {}
 
 
 def start(began: float) -> None:
@@ -53,17 +52,18 @@ def end() -> None:
     _running.pop()
 
 
-def spent() -> Counter[str]:
-    """Seconds by part, in the order in which the parts were first done; two of them can be subtracted."""
+def spent(before: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Seconds by part since `start`, or since an earlier `spent()`; parts that were not done are left out."""
     _count()
-    return Counter(_spent)
+    parts = {part: seconds - (before or {}).get(part, 0.0) for part, seconds in _spent.items()}
+    return {part: seconds for part, seconds in parts.items() if seconds > 0}
 
 
 def summary() -> str:
     """The seconds since `start`, and those of the longest parts: `40.1, of which training 27.0, other 13.1`."""
-    parts = spent()
+    parts = sorted(spent().items(), key=lambda part: -part[1])
     total = _since - _began
-    shown = {part: seconds for part, seconds in parts.most_common() if seconds >= _SHOWN * total}
+    shown = {part: seconds for part, seconds in parts if seconds >= _SHOWN * total}
     shown["other"] = total - sum(shown.values())
     return f"{total:,.1f}, of which {', '.join(f'{part} {seconds:,.1f}' for part, seconds in shown.items())}"
 
@@ -72,5 +72,5 @@ def _count() -> None:
     global _since
     now = time.monotonic()
     if _running:
-        _spent[_running[-1]] = _spent[_running[-1]] + now - _since
+        _spent[_running[-1]] = _spent.get(_running[-1], 0.0) + now - _since
     _since = now

@@ -158,7 +158,7 @@ def _run(
                 status,
                 started=started,
                 seconds_total=round(time.perf_counter() - clock + total_seconds(held_out), 3),
-                seconds={part: round(seconds, 3) for part, seconds in (spent() - before).items()},
+                seconds={part: round(seconds, 3) for part, seconds in spent(before).items()},
                 **{"threads": torch.get_num_threads(), "learning_rate": learning_rate, **measured},
             )
             # the other processes of a distributed run have the same numbers

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -77,7 +77,7 @@ def _evaluation_seconds(built: RunCLI, limit: float) -> float:
     """Seconds per image of the forward pass in evaluation, its transform included."""
     task, precision, device = built.model, built.trainer.precision_plugin, built.trainer.strategy.root_device
     model = task.model.features if isinstance(task, FrozenClassifier) else task
-    dataset = built.datamodule.reference_dataloader().dataset
+    dataset: Any = built.datamodule.reference_dataloader().dataset
 
     def evaluate(count: int) -> None:
         images = torch.stack([dataset[position % len(dataset)][0] for position in range(count)]).to(device)
@@ -93,9 +93,9 @@ def _step_seconds(built: RunCLI, on_features: bool, limit: float) -> float:
     task, precision, device = built.model, built.trainer.precision_plugin, built.trainer.strategy.root_device
     assert isinstance(task, Classifier)
     data: KShotDataModule = built.datamodule
-    dataset, size = data.train_dataloader().dataset, data.batch_size
+    dataset: Any = data.train_dataloader().dataset
     task.train().on_features = on_features
-    optimizer = task.optimizer(task.parameter_groups())  # type: ignore[arg-type]
+    optimizer = task.optimizer(task.parameter_groups())
 
     def step(count: int) -> None:
         items = [dataset[position % len(dataset)] for position in range(1 if on_features else count)]
@@ -113,7 +113,7 @@ def _step_seconds(built: RunCLI, on_features: bool, limit: float) -> float:
     if on_features:
         with torch.no_grad(), precision.forward_context():
             known = task.model.features(precision.convert_input(dataset[0][0][None].to(device)))
-    return _per_image(step, size, limit)
+    return _per_image(step, data.batch_size, limit)
 
 
 def _fit_seconds(built: RunCLI) -> float:

@@ -14,12 +14,16 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs.record import Row
 from nola_vision.sweep.plan import RunSpec
 from nola_vision.sweep.queue import FIRST_BATCH, HANG_SECONDS, POLL_SECONDS, RunCallback, RunQueue
 from nola_vision.sweep.worker import ALIVE, READY, Answer, serve
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 _END_SECONDS = 20.0  # for a worker to write the row of an interrupted run
 _FORKS = sys.platform == "linux"
@@ -65,7 +69,9 @@ class _Worker:
         forks = _FORKS and self.gpu is None
         if forks:
             import_ahead()
-        context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        context: ForkServerContext | SpawnContext = (
+            multiprocessing.get_context("forkserver") if forks else multiprocessing.get_context("spawn")
+        )
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=self.work, args=(theirs, self.gpu))  # no daemon: it may start loaders
         try:
