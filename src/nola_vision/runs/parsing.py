@@ -42,8 +42,8 @@ from nola_vision.runs import import_policy, run_id
 from nola_vision.runs.config_errors import TOP_KEYS, explain
 from nola_vision.runs.early_checks import load_value, option_pairs
 from nola_vision.runs.yaml_files import plain
-from nola_vision.training.callbacks import LAST_CHECKPOINT, LastCheckpoint, checkpoint_folder, early_stopping
 from nola_vision.training import precision
+from nola_vision.training.callbacks import LAST_CHECKPOINT, LastCheckpoint, checkpoint_folder, early_stopping
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.progress import LiveProgress, PlainProgress
 from nola_vision.training.task import make_task
