@@ -7,6 +7,8 @@ within a round. Run it on an idle machine.
              pass of the frozen backbone (with a trainable leaf before block 0)
     basis    basis entries per second, as a multiple of torch.rand's float32
     route    one forward pass of a ViT-B/16 at 224 pixels, batch 8, of two adapters of n = 2, 100 and 1,000
+    mixed    the same with 64 images of 64 adapters of n = 64, and of 16 adapters of n = 300, as a multiple of the plain
+             backbone's pass; float32, or with --bf16 under autocast
     scratch  one training step of ResNet-20 on CIFAR shapes with NOLA and PRANC, with Table 8's parameter counts
     input    images per second of image loading on one core, 500-pixel JPEG files at 224 pixels with the `released`
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
@@ -29,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,6 +190,25 @@ def route(rounds: int) -> None:
 
         contenders[f"n = {count}"] = forward
     table(interleave(contenders, rounds), "n = 2")
+
+
+def mixed(rounds: int, bf16: bool) -> None:
+    images, contenders = torch.randn(64, 3, 224, 224), {}
+    for count, distinct in ((0, 0), (64, 64), (300, 16)):
+        model, index = vit(), torch.empty(0)
+        if count:
+            bank = make_bank(model, STEP_METHODS["NOLA-MLP shared cached"], 10, num_adapters=count)
+            bank.attach(model)
+            index = torch.randperm(count)[:distinct].repeat(64 // distinct)
+
+        def forward(model: nn.Module = model, bank: Any = bank if count else None, index: torch.Tensor = index) -> None:
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                with nullcontext() if bank is None else bank.route(index):
+                    model(images)
+
+        contenders[f"{distinct} of {count} adapters" if count else "plain"] = forward
+    table(interleave(contenders, rounds), "plain")
+    print("bf16 autocast" if bf16 else "float32")
 
 
 # --- making a basis --------------------------------------------------------------------------------------------------
@@ -461,8 +483,9 @@ def write_many(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "route", "basis", "scratch", "input", "sweep", "run", "peak"])
+    parser.add_argument("what", choices=["step", "route", "mixed", "basis", "scratch", "input", "sweep", "run", "peak"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--bf16", action="store_true", help="16-bit autocast in mixed")
     parser.add_argument("--rank", type=int, default=4, help="NOLA's rank in scratch")
     parser.add_argument("--workers", type=int, default=2, help="of the sweep")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="of the sweep")
@@ -475,6 +498,8 @@ def main() -> None:
         step(known.rounds)
     elif known.what == "route":
         route(known.rounds)
+    elif known.what == "mixed":
+        mixed(known.rounds, known.bf16)
     elif known.what == "basis":
         basis(known.rounds)
     elif known.what == "scratch":

@@ -567,6 +567,31 @@ def test_routing_sends_each_sample_to_its_adapter() -> None:
             bank(IMAGES)
 
 
+@pytest.mark.parametrize("samples", [(), (4,)], ids=["one adapter", "routed"])
+def test_the_additive_path_keeps_its_input_once_and_no_output(samples: tuple[int, ...]) -> None:
+    layer = nn.Linear(6, 64).requires_grad_(False)
+    x = torch.randn(4, 5, 6, requires_grad=True)
+    a, b = torch.randn(*samples, 6, 2, requires_grad=True), torch.randn(*samples, 2, 64, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        y = additive_linear(x, layer, a, b, 0.5)
+    assert y.dtype == torch.bfloat16 and y.shape == (4, 5, 64)
+    assert [t.numel() for t in kept].count(x.numel()) == 1 and not [t for t in kept if t.numel() == y.numel()]
+    y.float().square().sum().backward()
+    assert {x.grad.dtype, a.grad.dtype, b.grad.dtype} == {torch.float32}
+    values = [value.detach().double().requires_grad_() for value in (x, a, b)]
+    double = layer.double()
+    assert torch.autograd.gradcheck(lambda x, a, b: additive_linear(x, double, a, b, 0.5), values)
+    expected = double(values[0]) + 0.5 * values[0] @ values[1] @ values[2]
+    assert torch.allclose(additive_linear(values[0], double, values[1], values[2], 0.5), expected)
+    assert (y.double() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def test_bfloat16_autocast_does_not_round_the_change_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """A change of about 1e-3 of W, on one layer: the additive path keeps it, merging in 16 bits loses most of it."""
     layer = nn.Linear(64, 64)

@@ -312,13 +312,14 @@ def test_sixteen_bit_weights_are_refused_where_the_backbone_trains(method: str) 
         parse(run_id.resolve(overlay(TINY, changes), "x"))
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
 def test_trained_values_move_in_a_16_bit_model(precision: str, tmp_path: Path) -> None:
     config = tiny(trainer={"precision": precision}, model={"method": {"init_args": {"lr": 1e-4}}})
     row = runner.run(config, tmp_path)
     assert row.status == "completed"
     checkpoint = torch.load(run_id.run_folder(tmp_path, config, "final") / LAST_CHECKPOINT, weights_only=True)
-    assert {tensor.dtype for tensor in checkpoint["state_dict"].values()} == {torch.float32}
+    adam = [value for state in checkpoint["optimizer_states"][0]["state"].values() for value in state.values()]
+    assert {tensor.dtype for tensor in (*checkpoint["state_dict"].values(), *adam)} == {torch.float32}
     exact = runner.run(tiny(model={"method": {"init_args": {"lr": 1e-4}}}), tmp_path)
     assert row.train_loss == pytest.approx(exact.train_loss, rel=0.02)
 

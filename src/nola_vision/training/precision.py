@@ -54,9 +54,12 @@ def tf32(trainer: L.Trainer) -> Iterator[bool]:
         yield False
         return
     before = setting.fp32_precision
-    if before == "none":
-        setting.allow_tf32 = True  # torch.compile and Lightning read the setting by its older name
+    unset = before == "none"
+    if unset:
+        setting.allow_tf32 = True  # the older name, which torch.compile and Lightning read
     try:
         yield setting.fp32_precision == "tf32"
     finally:
-        setting.fp32_precision = before
+        if unset:
+            setting.allow_tf32 = False
+            setting.fp32_precision = before
