@@ -1,10 +1,14 @@
 """What only a GPU can show; skipped where there is none."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from nola_vision import NOLA, adapt
 from nola_vision.adapters.random_basis import basis_bytes, basis_key
+from nola_vision.runs import runner
+from tiny import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -23,3 +27,30 @@ def test_an_adapted_model_moves_to_a_gpu_and_agrees() -> None:
     expected = model(images)
     torch.backends.cuda.matmul.allow_tf32 = False
     assert torch.allclose(model.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_float32_run_uses_tf32_and_a_16_bit_run_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    rows = {p: runner.run(tiny(trainer={"accelerator": "gpu", "precision": p}), tmp_path) for p in ("32-true", "auto")}
+    assert str(rows["32-true"].device).endswith(" (TF32)") == torch.cuda.is_tf32_supported()
+    assert torch.backends.cuda.matmul.fp32_precision == "none"
+    assert rows["auto"].train_loss == pytest.approx(rows["32-true"].train_loss, rel=0.02)
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        assert rows["auto"].config["trainer"]["precision"] == "bf16-mixed"
+        assert "TF32" not in str(rows["auto"].device)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_routed_batch_agrees_with_the_cpu(dtype: torch.dtype | None) -> None:
+    method = NOLA(targets=["qkv", "mlp"], num_basis=16)
+    model = adapt("vit_glyph_patch4_32.glyphs", method, ["a", "b"], num_adapters=3).eval()
+    with torch.no_grad():
+        for parameter in model.bank.parameters():
+            parameter.normal_()
+    images, index = torch.randn(4, 3, 32, 32), torch.tensor([2, 0, 2, 1])
+    with model.bank.route(index):
+        expected = model(images)
+    with torch.autocast("cuda", dtype, enabled=dtype is not None), model.cuda().bank.route(index):
+        found = model(images.cuda()).cpu().float()
+    tolerance = 1e-3 if dtype is None else 5e-2
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 
 import fuzz_configs
 from fuzzing import cheap
-from nola_vision import BackboneSpec, LoRAXS, adapt, load_adapter
+from nola_vision import BackboneSpec, LoRAXS, VeRA, adapt, load_adapter
 from nola_vision.adapters.methods import Adapter, registry
 from nola_vision.adapters.target import Dense
 from nola_vision.cli.main import main
@@ -206,8 +206,9 @@ def test_another_class_starts_from_its_own_defaults() -> None:
     for option in ("--model.method=LoRAXS", "--model.method.class_path=LoRAXS", "--model.method={class_path: LoRAXS}"):
         settings = parse(QUICK, ["--method=x", option, "--model.method.lr=0.5"])["model"]["method"]["init_args"]
         assert {**settings, "targets": ("qkv",)} == {**dataclasses.asdict(LoRAXS()), "lr": 0.5}
-    nola = run_id.resolve(load_configs(["quickstart.yaml"]), "nola")
-    assert parse(nola, ["--model.method=NOLA"])["model"]["method"]["init_args"]["num_basis"] == 192
+    lora = run_id.resolve(load_configs(["quickstart.yaml"]), "lora-r4")
+    assert parse(lora, ["--model.method=LoRA"])["model"]["method"]["init_args"]["targets"] == ["qkv"]
+    assert parse(lora, ["--model.method=VeRA"])["model"]["method"]["init_args"]["rank"] == VeRA().rank
 
 
 def test_what_a_method_states_wrongly_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

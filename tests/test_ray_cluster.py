@@ -17,6 +17,7 @@ from nola_vision.runs.record import Row
 from nola_vision.sweep.engines import local
 from nola_vision.sweep.engines import ray as ray_engine
 from nola_vision.sweep.plan import RunSpec
+from nola_vision.training import precision
 from test_local_engine import light, results, specs
 
 pytestmark = pytest.mark.slow  # processes of their own, each of which imports torch
@@ -53,6 +54,11 @@ def test_its_rows_are_the_local_engines(cluster, tmp_path: Path) -> None:
         assert folders[0] == folders[1] != []
     again = ray_engine.execute(specs(), tmp_path / "ray", lambda *_: None, cluster.address)
     assert [row.started for row in again] == [row.started for row in rows]
+
+
+def test_the_nodes_are_asked_for_the_fastest_precision(cluster) -> None:
+    found = ray_engine.fastest_precision("cpu", cluster.address)
+    assert found == precision.fastest("cpu")  # all nodes are this machine
 
 
 def scripted(

@@ -157,7 +157,8 @@ def additive_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: fl
     # F.linear may give a view of its product, and autograd would copy the gradient of a view that is written to
     y = torch.ops.aten._unsafe_view(y, y.shape)
     added = y.addmm_ if a.dim() == 2 else y.baddbmm_
-    return added(routed @ a, b).view(*x.shape[:-1], -1)
+    out: Tensor = added(routed @ a, b).view(*x.shape[:-1], -1)
+    return out
 
 
 def computes_plainly(layer: nn.Module) -> bool:

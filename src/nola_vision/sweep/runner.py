@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +138,11 @@ def prepare(
     with without_collections():
         from nola_vision.data.manifest import read_manifest
         from nola_vision.runs.parsing import has_validation_images, parse
+        from nola_vision.training import precision
 
-    resolver = {} if fastest is None else {"fastest": fastest}
-    parsed = partial(parse, options=[*SWEEP_SETTINGS, *options], allow_import=allow_import, **resolver)
+    def parsed(entry: run_id.Config) -> run_id.Config:
+        return parse(entry, [*SWEEP_SETTINGS, *options], allow_import, fastest or precision.fastest)
+
     config = plan.complete(raw, methods, parsed)
     if (path := config["data"]["manifest"]) is not None:
         drawn = read_manifest(path).split_seed

@@ -77,7 +77,7 @@ def from_dict(described: dict[str, Any]) -> Method:
     path = described.get("class_path")
     name = path.rpartition(".")[2] if isinstance(path, str) else None
     if name is None:
-        raise NolaVisionError(f"the class_path of the method is {quoted(path)}: give the name of a class, such as NOLA")
+        raise NolaVisionError(f"unknown method {quoted(path)}: give the name of a class, such as NOLA")
     known_method(name)
     given = described.get("init_args")
     given = {} if given is None else given

@@ -58,5 +58,5 @@ def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
 
 def position_digest(backbone: nn.Module) -> str:
     """SHA-256 over the tables that `fingerprint` leaves out, at the backbone's image size."""
-    state = backbone.state_dict()
-    return sha256_of_tensors({name: state[name] for name in state if _RESAMPLED.search(name)})
+    state = backbone.state_dict(keep_vars=True)  # torchao's tensors cannot be detached in inference mode
+    return sha256_of_tensors({name: state[name].detach() for name in state if _RESAMPLED.search(name)})
