@@ -26,7 +26,8 @@ def threads_warning(workers: int, threads: int, cores: int) -> str | None:
     fits += [f"--threads {cores // workers}"] if workers <= cores else []
     if not fits:
         fits = [f"--workers {cores} --threads 1"]
-    used = f"{workers} workers x {threads} threads" if workers > 1 else f"{threads} threads"
+    each = f"{threads} {'thread' if threads == 1 else 'threads'}"
+    used = f"{workers} workers x {each}" if workers > 1 else each
     return f"{used} on {cores} {'core' if cores == 1 else 'cores'} is slow: give {' or '.join(fits)}"
 
 
