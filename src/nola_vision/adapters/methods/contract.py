@@ -81,6 +81,7 @@ def check_change(method: Method, target: Target, change: object, adapters: int) 
         NolaVisionError: as above, or there is no change.
     """
     given: dict[str, Any]
+    needed: dict[str, tuple[int, ...]]
     if isinstance(change, LowRank):
         rank = change.a.shape[-1]
         given = {"A": change.a.shape, "B": change.b.shape}
