@@ -115,3 +115,14 @@ def test_class_weights_equal_scikit_learn(tmp_path: Path) -> None:
     built.model.label_smoothing = 0.0
     means = [F.cross_entropy(logits[labels == c], labels[labels == c]) for c in range(4)]
     assert float(built.model._loss(logits, labels)) == pytest.approx(float(sum(means)) / 4, rel=1e-5)
+
+
+def test_the_loss_weights_each_image_equally(tmp_path: Path) -> None:
+    """Batches of 16, 16, ... and a smaller last one; the validated logits are those of the whole pool."""
+    built = build(tiny("linear", data={"eval_batch_size": 16}), tmp_path)
+    built.datamodule.setup("validate")
+    assert len(built.datamodule.val_dataloader().dataset) % 16 not in (0, 15)
+    built.trainer.validate(built.model, datamodule=built.datamodule, verbose=False)
+    logits, labels = built.model.validated
+    expected = F.cross_entropy(logits.double(), labels)
+    assert float(built.trainer.callback_metrics["val_loss"]) == pytest.approx(float(expected), rel=1e-5)

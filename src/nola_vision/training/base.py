@@ -71,7 +71,8 @@ class ClassificationTask(L.LightningModule):
         logits = self(inputs)
         if self.has_probabilities:
             metric = cast(MeanMetric, self.loss[stage])
-            metric(F.cross_entropy(logits, labels), weight=len(labels))
+            # one value per image: with this `nan_strategy` torchmetrics 1.9 ignores the weight of a batch
+            metric(F.cross_entropy(logits, labels, reduction="none"))
             self.log(f"{stage}_loss", metric, on_epoch=True, batch_size=len(labels))
         log_accuracy(self, self.accuracy, stage, logits, labels)
         if stage == "val":
