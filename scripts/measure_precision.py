@@ -1,4 +1,4 @@
-"""bf16-mixed against 32-true: test accuracy, NLL and loss curves of equal runs that differ in `trainer.precision` alone.
+"""bf16-mixed against 32-true: accuracy, NLL and loss curves of equal runs that differ in `trainer.precision` alone.
 
     python scripts/measure_precision.py OUT                                              12 runs of the quick start
     python scripts/measure_precision.py OUT --fashion-mnist /usr/share/datasets/fashion-mnist     8 of Fashion-MNIST
