@@ -1,4 +1,4 @@
-"""bf16-mixed against 32-true: test accuracy and loss curves of equal runs that differ in `trainer.precision` alone.
+"""bf16-mixed against 32-true: accuracy, NLL and loss curves of equal runs that differ in `trainer.precision` alone.
 
     python scripts/measure_precision.py OUT                                              12 runs of the quick start
     python scripts/measure_precision.py OUT --fashion-mnist /usr/share/datasets/fashion-mnist     8 of Fashion-MNIST
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import math
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -49,6 +50,15 @@ def curve(row: Row) -> list[float]:
     return losses
 
 
+def interval(differences: Sequence[float]) -> str:
+    """The mean of paired differences and its 95 % interval (Student's t), which equal pairs do not have."""
+    count, mean = len(differences), fmean(differences)
+    if (spread := stdev(differences)) == 0:
+        return f"{mean:+.5f} (all {count} pairs equal: no interval)"
+    half = float(stdtrit(count - 1, 0.975)) * spread / math.sqrt(count)
+    return f"{mean:+.5f} ({mean - half:+.5f} to {mean + half:+.5f}, n = {count} pairs)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -64,17 +74,12 @@ def main() -> None:
                 row = runner.run(parse(run_id.resolve(config, "nola"), [*options, "--threads=1"]), known.out)
                 rows[precision].append(row)
                 named = f"split {split} init {init} {precision:10s}"
-                print(f"{named} {row.test_accuracy:.4f} {row.seconds_fit} s", flush=True)
+                print(f"{named} {row.test_accuracy:.4f} {row.test_nll:.5f} {row.seconds_fit} s", flush=True)
     exact, mixed = (rows[precision] for precision in PRECISIONS)
-    differences = [100 * ((a.test_accuracy or 0) - (b.test_accuracy or 0)) for a, b in zip(mixed, exact, strict=True)]
-    count = len(differences)
-    half = float(stdtrit(count - 1, 0.975)) * stdev(differences) / math.sqrt(count)
-    for precision, found in rows.items():
-        print(f"{precision:10s} mean accuracy {100 * fmean(row.test_accuracy or 0 for row in found):.2f} %")
-    mean = fmean(differences)
-    interval = f"{mean - half:+.3f} to {mean + half:+.3f}"
-    print(f"bf16-mixed minus 32-true, percentage points: mean {mean:+.3f}, 95 % interval (Student's t) {interval}")
-    print(f"n = {count} pairs, from {min(differences):+.2f} to {max(differences):+.2f}")
+    for name, unit, factor in (("test_accuracy", "percentage points", 100), ("test_nll", "nats", 1)):
+        means = [factor * fmean(getattr(row, name) for row in found) for found in (exact, mixed)]
+        apart = [factor * (getattr(a, name) - getattr(b, name)) for a, b in zip(mixed, exact, strict=True)]
+        print(f"{name}: 32-true {means[0]:.4f}, bf16-mixed {means[1]:.4f}; difference {interval(apart)} {unit}")
     pairs = [(curve(a), curve(b)) for a, b in zip(mixed, exact, strict=True)]
     print("epoch   loss 32-true   bf16-mixed   largest relative difference of a pair")
     epochs = len(pairs[0][0])
