@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nola_vision import NOLA, adapt
+from nola_vision import NOLA, BackboneSpec, adapt
 from nola_vision.adapters.random_basis import basis_bytes, basis_key
+from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.building import make_bank
 from nola_vision.runs import runner
 from tiny import tiny
 
@@ -43,14 +45,17 @@ def test_a_float32_run_uses_tf32_and_a_16_bit_run_agrees(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_routed_batch_agrees_with_the_cpu(dtype: torch.dtype | None) -> None:
     method = NOLA(targets=["qkv", "mlp"], num_basis=16)
-    model = adapt("vit_glyph_patch4_32.glyphs", method, ["a", "b"], num_adapters=3).eval()
+    backbone = create_backbone(BackboneSpec("vit_glyph_patch4_32.glyphs"), 0).eval()
+    bank = make_bank(backbone, method, 2, num_adapters=3)
+    bank.attach(backbone)
     with torch.no_grad():
-        for parameter in model.bank.parameters():
+        for parameter in bank.parameters():
             parameter.normal_()
     images, index = torch.randn(4, 3, 32, 32), torch.tensor([2, 0, 2, 1])
-    with model.bank.route(index):
-        expected = model(images)
-    with torch.autocast("cuda", dtype, enabled=dtype is not None), model.cuda().bank.route(index):
-        found = model(images.cuda()).cpu().float()
+    with bank.route(index):
+        expected = bank(images)
+    backbone.cuda(), bank.cuda()
+    with torch.autocast("cuda", dtype, enabled=dtype is not None), bank.route(index):
+        found = bank(images.cuda()).cpu().float()
     tolerance = 1e-3 if dtype is None else 5e-2
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
