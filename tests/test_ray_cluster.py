@@ -108,7 +108,7 @@ def test_a_node_that_can_do_no_run_ends_the_sweep(cluster, tmp_path: Path, monke
         ray_engine.execute(light(3), Path("runs"), lambda *_: None, cluster.address, workers=1, work=scripted)
     assert [row.split for row in store.read_rows("runs")[0]] == [0]
     with pytest.raises(NolaVisionError, match="has torch .* and the driver 1.0"):
-        ray_engine._work({}, "final", ".", 1.0, {**ray_engine._versions(), "torch": "1.0"})
+        ray_engine._work({}, "final", ".", 1.0, {**ray_engine._versions(), "torch": "1.0"}, None)
 
 
 def test_a_worker_that_hangs_exits(cluster, tmp_path: Path) -> None:
