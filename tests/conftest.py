@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +42,19 @@ def kept() -> Iterator[None]:
 
     with process_cache.keeping():
         yield
+
+
+@pytest.fixture
+def images_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many images went through a backbone, call after call."""
+    from nola_vision.models.adapted_model import AdaptedModel
+
+    seen: list[int] = []
+    original = AdaptedModel.features
+
+    def counted(self: AdaptedModel, images: Any) -> Any:
+        seen.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(AdaptedModel, "features", counted)
+    yield seen

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from nola_vision.common import local_files, process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.loaders import ImageSubset
 from nola_vision.data.sources import ArraySource, FileSource
-from nola_vision.models.adapted_model import AdaptedModel
 from nola_vision.runs import runner
 from nola_vision.runs.parsing import RunCLI, build
 from nola_vision.runs.record import Row
@@ -39,20 +37,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv(feature_cache.VARIABLE)
     monkeypatch.setattr(local_files, "_warned", False)
     return tmp_path / "cache" / "nola-vision" / "features"
-
-
-@pytest.fixture
-def images_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many images went through a backbone, call after call."""
-    seen: list[int] = []
-    original = AdaptedModel.features
-
-    def counted(self: AdaptedModel, images: torch.Tensor) -> torch.Tensor:
-        seen.append(len(images))
-        return original(self, images)
-
-    monkeypatch.setattr(AdaptedModel, "features", counted)
-    yield seen
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

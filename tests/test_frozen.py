@@ -1,6 +1,5 @@
 """Methods on frozen features against scikit-learn; features that are computed once; linear probes on them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.data.folds import folds
 from nola_vision.evaluation.estimates import Estimate
 from nola_vision.evaluation.predictions import load_predictions
-from nola_vision.models.adapted_model import AdaptedModel
 from nola_vision.runs import run_id, runner, store
 from nola_vision.runs.cells import compose
 from nola_vision.runs.config_files import load_configs
@@ -42,20 +40,6 @@ ENTRIES = {name: {"class_path": kind} for name, kind in CLASSES.items()}
 @pytest.fixture
 def keeping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_cache, "_kept", {})
-
-
-@pytest.fixture
-def images_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many images went through a backbone, call after call."""
-    seen: list[int] = []
-    original = AdaptedModel.features
-
-    def counted(self: AdaptedModel, images: torch.Tensor) -> torch.Tensor:
-        seen.append(len(images))
-        return original(self, images)
-
-    monkeypatch.setattr(AdaptedModel, "features", counted)
-    yield seen
 
 
 def blobs(counts: list[int], width: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

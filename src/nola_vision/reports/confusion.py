@@ -48,7 +48,7 @@ def read_confusion(path: Path) -> pd.DataFrame:
         for true, predicted, count in lines:
             at.setdefault(true, len(at))
             if (true, predicted) in counts or len(at) > MOST_CLASSES or not _NUMBER.fullmatch(count):
-                raise ValueError("a pair that is there twice, too many classes, or a count that is no number")
+                raise ValueError("a pair that is there twice, too many classes, or a count that is not a number")
             counts[true, predicted] = count
         if not at:
             raise ValueError("no classes")

@@ -120,9 +120,9 @@ def assemble(parts: Sequence[Mapping[str, object]]) -> Config:
         config = overlay(config, part)
     defaults = {_class_name(path): settings for path, settings in config.pop("method_defaults", {}).items()}
     entries = [_class_name(entry.get("class_path", "")) for entry in config.get("methods", {}).values()]
-    known = [*registry.METHODS, *registry.plugins(), *entries]
     for name in defaults:
-        if name not in known:
+        if name not in registry.METHODS and name not in entries and name not in (plugins := registry.plugins()):
+            known = [*registry.METHODS, *entries, *plugins]
             raise NolaVisionError(f"`method_defaults` names an unknown method '{name}': {did_you_mean(name, known)}")
     config["methods"] = {name: _with_defaults(entry, defaults) for name, entry in config.get("methods", {}).items()}
     return config

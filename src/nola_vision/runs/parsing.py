@@ -215,7 +215,7 @@ def parse(
         config: a run config, as `run_id.resolve` returns it.
         options: command-line options that override it, such as `--data.shots=10`.
         allow_import: packages whose classes the config may name too, see `import_policy`.
-        fastest: the precision that `auto` stands for, by the trainer's accelerator. A row and its hash have that value.
+        fastest: gives the precision that `auto` resolves to for an accelerator; the row and its hash have that value.
 
     Raises:
         NolaVisionError: an unknown key, method or setting, a value of the wrong type, or a class that a config may not

@@ -265,8 +265,8 @@ long, so that it is at most {LARGEST_SIDE} unless set here.""",
     "data.augmentation": "Random crops, and mirrored images, since most photos look much the same mirrored.",
     "data.flip": "Set flip: false where left and right differ in meaning: text, traffic signs, left and right hands.",
     "trainer.check_val_every_n_epoch": """\
-Validation after so many epochs: once, after training, to calibrate the adapter's probabilities, if the data have a
-validation pool. With model.stop_early give 1.""",
+Epochs between validations. Here there is one, after training, to calibrate the adapter's probabilities, if the data
+have a validation pool. With model.stop_early give 1.""",
     "trainer.precision": """\
 32-true is float32. On a GPU bf16-mixed is faster, and `fit PHOTOS` takes it there. auto: whichever is faster here.""",
     "trainer.max_epochs": f"""\

@@ -43,7 +43,7 @@ def check_groups(method: Method, groups: Sequence[Group], targets: Sequence[Targ
 
 
 def check_initial(method: Method, group: Group, values: Mapping[str, Tensor], num_adapters: int) -> None:
-    """Refuses initial values that are no float tensors `[n, *shape]` of the group's shapes.
+    """Refuses initial values that are not float tensors `[n, *shape]` of the group's shapes.
 
     Raises:
         NolaVisionError: as above.

@@ -21,7 +21,7 @@ def register(method: type[M]) -> type[M]:
     """Makes a method known to configs and adapter files by the name of its class; a decorator.
 
     Raises:
-        NolaVisionError: it is not a subclass of `Method` or no dataclass, or another class has the name.
+        NolaVisionError: it is not a subclass of `Method`, not a dataclass, or another class has the name.
     """
     if not isinstance(method, type) or not issubclass(method, Method):
         raise NolaVisionError(
@@ -29,7 +29,7 @@ def register(method: type[M]) -> type[M]:
         )
     if "__annotations__" in vars(method) and "__dataclass_params__" not in vars(method):
         raise NolaVisionError(
-            f"the fields of {method.__name__} are no settings yet: put @dataclass(frozen=True, kw_only=True) below "
+            f"the fields of {method.__name__} are not settings yet: put @dataclass(frozen=True, kw_only=True) below "
             "@register"
         )
     known = METHODS.setdefault(method.__name__, method)
@@ -56,7 +56,7 @@ def check(method: Method) -> Method:
     try:
         json.dumps(to_dict(method))
     except TypeError as error:
-        raise NolaVisionError(f"a setting of {name} is no plain value ({error}): files could not state it") from error
+        raise NolaVisionError(f"a setting of {name} is not a plain value ({error}): no file could state it") from error
     return method
 
 

@@ -65,7 +65,7 @@ class _Worker:
     last_message: float = field(default_factory=time.monotonic)
 
     def start(self) -> None:
-        # a worker with a GPU gets imports of its own: CUDA does not survive a fork
+        # a worker with a GPU imports everything itself: CUDA does not survive a fork
         forks = _FORKS and self.gpu is None
         if forks:
             import_ahead()

@@ -103,7 +103,7 @@ def execute(
 
 
 def fastest_precision(accelerator: Any, address: str = "auto", gpus: float | None = None) -> str:
-    """The value of `trainer.precision` that `auto` stands for on a cluster.
+    """The value of `trainer.precision` that `auto` resolves to on a cluster.
 
     Every node that has the resources for a run is asked, and a 16-bit format is chosen if it is fastest on all of them,
     since all runs of a sweep have one value.
