@@ -14,9 +14,10 @@ within a round. Run it on an idle machine.
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
     sweep    the 68 runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the total training and
              test time of the runs divided by the number of workers (one sweep into an empty folder --out; no rounds)
-    run      whole commands, start-up included, of this checkout and of another one (--before): `fit` on 5 digits per
-             class with the ViT-S/14 of --weights at 224 pixels, or what else --case names. Checks that the results
-             are equal
+    run      whole commands, start-up included, of another checkout (--before) and of this one (for `fit` also with
+             features of the frozen backbone that an earlier command stored): `fit` on 5 digits per class, a validation
+             pool of 397 images and 500 test images, with the ViT-S/14 of --weights at 224 pixels, or what else --case
+             names. Checks that the results are equal
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import argparse
 import gc
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
@@ -388,8 +391,8 @@ def sweep(workers: int, out: Path) -> None:
 # --- whole commands of two checkouts ---------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
-_VIT_FIT = ["fit", "--config=bench_digits_5shot_released", "--config-dir=parts", "--data.batch_size=16"]
-_VIT_FIT += ["--data.test_limit=500", "--threads=2", "--trainer.precision=32-true"]
+_VIT_FIT = ["fit", "--config=bench_fewdigits_5shot_released", "--config-dir=parts", "--data.batch_size=16"]
+_VIT_FIT += ["--threads=2", "--trainer.precision=32-true"]
 CASES: dict[str, list[str]] = {
     "3 epochs": [*_VIT_FIT, "--trainer.max_epochs=3"],
     "50 epochs": [*_VIT_FIT, "--trainer.max_epochs=50"],
@@ -405,50 +408,56 @@ CASES: dict[str, list[str]] = {
         "--threads=2",
     ],
 }
+STORED = "now, features stored"
 _MANY = {"classes": 100, "train": 30, "test": 100, "size": 56}
 
 
 def run(case: str, before: Path, rounds: int, weights: Path) -> None:
     """Interleaves one command of this checkout and of another, and compares the rows that both wrote."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_parts(folder / "parts", folder / "many", weights.resolve())
-        if case == "100 classes":
-            write_many(folder / "many")
-        results: dict[str, dict[str, tuple[Any, ...]]] = {}
+    folder = Path(tempfile.mkdtemp(prefix="nola-benchmark-"))
+    print(f"all runs: {folder}", flush=True)
+    write_parts(folder / "parts", folder, weights.resolve())
+    if case == "100 classes":
+        write_many(folder / "many")
+    else:
+        write_digits(folder / "digits")
+    results: dict[str, dict[str, tuple[Any, ...]]] = {}
 
-        def command(name: str, root: Path) -> None:
-            out = folder / f"{name}{time.monotonic_ns()}"
-            # an empty cache: nothing is reused from one command to the next
-            others = {"PYTHONPATH": str(root / "src"), "XDG_CACHE_HOME": str(out / "cache")}
-            done = subprocess.run(
-                [sys.executable, "-m", "nola_vision.cli.main", *CASES[case], f"--out={out / 'runs'}"],
-                cwd=folder,
-                env={**os.environ, **others},
-                stdout=subprocess.DEVNULL,
-            )
-            if done.returncode:
-                sys.exit(f"the command failed in {root}: {' '.join(CASES[case])}")
-            rows = read_rows(out / "runs")[0]
-            found = {
-                f"{row.method} {row.stage} {row.split} {row.init} {row.learning_rate}": (
-                    row.train_loss, row.test_accuracy, row.test_nll, row.adapter_file_bytes,
-                ) for row in rows
-            }  # fmt: skip
-            if results.setdefault(name, found) != found:
-                print(f"{name}: two rounds differ")
+    def command(name: str, root: Path) -> None:
+        out, cache = folder / f"{name}{time.monotonic_ns()}", folder / root.name / "cache"
+        if name != STORED:
+            shutil.rmtree(cache, ignore_errors=True)
+        others = {"PYTHONPATH": str(root / "src"), "XDG_CACHE_HOME": str(cache)}
+        done = subprocess.run(
+            [sys.executable, "-m", "nola_vision.cli.main", *CASES[case], f"--out={out / 'runs'}"],
+            cwd=folder,
+            env={**os.environ, **others},
+            stdout=subprocess.DEVNULL,
+        )
+        if done.returncode:
+            sys.exit(f"the command failed in {root}: {' '.join(CASES[case])}")
+        rows = read_rows(out / "runs")[0]
+        found = {
+            f"{row.method} {row.stage} {row.split} {row.init} {row.learning_rate}": (
+                row.train_loss, row.test_accuracy, row.test_nll, row.adapter_file_bytes,
+            ) for row in rows
+        }  # fmt: skip
+        if results.setdefault(name, found) != found:
+            print(f"{name}: two rounds differ")
 
-        roots = {"before": before.resolve(), "now": ROOT}
-        seconds = interleave({name: partial(command, name, root) for name, root in roots.items()}, rounds, warm_up=0)
+    roots = {"before": before.resolve(), "now": ROOT} | ({STORED: ROOT} if CASES[case][0] == "fit" else {})
+    seconds = interleave({name: partial(command, name, root) for name, root in roots.items()}, rounds, warm_up=0)
     table(seconds, "before")
     print("seconds: " + "; ".join(f"{name} {' '.join(f'{t:.1f}' for t in times)}" for name, times in seconds.items()))
     for name in sorted(results["before"].keys() | results["now"].keys()):
         one, other = (results[which].get(name) for which in ("before", "now"))
         print(f"{name}: {'equal' if one == other else 'DIFFERS'}: {one}{'' if one == other else f', now {other}'}")
+    if results.get(STORED, results["now"]) != results["now"]:
+        print("results with stored features DIFFER from those without")
 
 
-def write_parts(parts: Path, many: Path, weights: Path) -> None:
-    """The parts of the cells `bench_digits_5shot_released` and `bench_many_5shot`."""
+def write_parts(parts: Path, data: Path, weights: Path) -> None:
+    """The parts of the cells `bench_fewdigits_5shot_released` and `bench_many_5shot`."""
     backbone = f"{{tag: vit_small_patch14_dinov2.lvd142m, file: {weights}, img_size: %d}}"
     methods = (
         "methods:\n  lora-r4: {class_path: LoRA, init_args: {targets: [qkv], rank: 4}}\n"
@@ -456,13 +465,22 @@ def write_parts(parts: Path, many: Path, weights: Path) -> None:
     )
     files = {
         "backbones/bench.yaml": f"{methods}model: {{backbone: {backbone % 224}}}\n",
-        "datasets/digits.yaml": "data: {dataset: digits}\ntrainer: {accelerator: cpu}\n",
-        "datasets/many.yaml": f"data: {{dataset: folder, root: {many}}}\nmodel: {{backbone: {{img_size: 56}}}}\n"
+        "datasets/fewdigits.yaml": f"data: {{dataset: folder, root: {data}/digits}}\ntrainer: {{accelerator: cpu}}\n",
+        "datasets/many.yaml": f"data: {{dataset: folder, root: {data}/many}}\nmodel: {{backbone: {{img_size: 56}}}}\n"
         "trainer: {accelerator: cpu, max_epochs: 5, precision: 32-true}\n",
     }
     for name, text in files.items():
         (parts / name).parent.mkdir(parents=True, exist_ok=True)
         (parts / name).write_text(text)
+
+
+def write_digits(folder: Path) -> None:
+    """The first 447 of scikit-learn's digits for training and validation, and the next 500 for the test."""
+    images, labels = load_digits(return_X_y=True)
+    for number, (pixels, label) in enumerate(zip(images[:947], labels[:947], strict=True)):
+        target = folder / ("train" if number < 447 else "test") / str(label) / f"{number}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(target)
 
 
 def write_many(folder: Path) -> None:

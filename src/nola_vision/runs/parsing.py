@@ -91,7 +91,7 @@ class RunCLI(LightningCLI):
 
     Attributes:
         validates: whether validation during training is asked for: by `trainer.check_val_every_n_epoch` or
-            `val_check_interval`, a callback that monitors a validation metric, or a logger.
+            `val_check_interval`, or a callback that monitors a validation metric.
     """
 
     _shared: ClassVar[LightningArgumentParser | None] = None  # making the parser takes as long as using it
@@ -188,7 +188,7 @@ class RunCLI(LightningCLI):
         kwargs["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
         # any of the user's settings of when to validate; null and a number of batches is Lightning's own way
         when = given["check_val_every_n_epoch"], given["val_check_interval"]
-        self.validates = when != (None, None) or monitors_validation(callbacks) or len(loggers) > 1
+        self.validates = when != (None, None) or monitors_validation(callbacks)
         if when[0] is None and not isinstance(when[1], int):
             kwargs["check_val_every_n_epoch"] = 1
         return super().instantiate_trainer(callbacks=callbacks, logger=loggers, default_root_dir=self.folder, **kwargs)
@@ -277,6 +277,10 @@ def parse(
         )
     if full["trainer"]["precision"] == "auto":
         full["trainer"]["precision"] = fastest(full["trainer"]["accelerator"])
+    when = full["trainer"]["check_val_every_n_epoch"], full["trainer"]["val_check_interval"]
+    if when == (None, None) and full["trainer"]["logger"] not in (None, False, True, []):
+        # for its curves; written out, since the hash leaves loggers out and a validation calibrates the adapter
+        full["trainer"]["check_val_every_n_epoch"] = 1
     check_precision(full["trainer"]["precision"], registry.from_dict(full["model"]["method"]))
     if full["threads"] is not None and not 1 <= full["threads"] <= _MOST_THREADS:
         raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
