@@ -107,6 +107,8 @@ class Method:
         quantise_from: share of the training after which the forward pass computes with the stored bits.
         cuttable: names of trained tensors whose last axis may be cut to its first entries: a cut file and
             `bank.using(prefix=...)` do that.
+        size_setting: the setting that decides how large an adapter file is, such as `rank`. A byte budget (`max_bytes`)
+            solves for it, so a larger value must not give a smaller file. Empty: no budget is possible.
     """
 
     on_frozen_features = False
@@ -119,6 +121,7 @@ class Method:
     nested = False
     quantise_from = 1.0
     cuttable = frozenset[str]()
+    size_setting = ""
 
     # --- settings ------------------------------------------------------------------------------------------------
 
@@ -145,7 +148,7 @@ class Method:
         return None
 
     def with_count(self, count: int) -> Self:
-        """The method with `count` in the setting that a byte budget solves for, and without the budget."""
+        """The method with `count` as its `size_setting`, and without the budget."""
         raise NotImplementedError(f"{type(self).__name__} does not support a byte budget")
 
     def with_bits(self, bits: int) -> Self:
@@ -267,6 +270,8 @@ class Adapter(Method):
         head_bits: the same for the head's matrix; `bits` if not given.
         quantise_from: share of the training after which the forward pass computes with the stored bits already
             (quantisation-aware training, the gradient goes straight through); 1 is post-training quantisation.
+        max_bytes: a budget for the whole adapter file. The largest `size_setting` (`rank`, `num_basis`, ...) whose file
+            is within it replaces the method's own.
     """
 
     targets: Sequence[str] | str = ("mlp",)
@@ -276,9 +281,13 @@ class Adapter(Method):
     bits: int = 32
     head_bits: int | None = None
     quantise_from: float = 1.0
+    max_bytes: int | None = None
 
     def check(self) -> None:
         name = type(self).__name__
+        check_positive(self, "max_bytes")
+        if self.max_bytes is not None and not self.size_setting:
+            raise NolaVisionError(f"{name} has no setting that a budget could choose: leave max_bytes out")
         check_positive(self, "lr", "head_lr")
         check_bits(f"bits of {name}", self.bits)
         if self.head_bits is not None:
@@ -304,8 +313,18 @@ class Adapter(Method):
     def target_names(self) -> tuple[str, ...]:
         return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
 
+    @property
+    def byte_budget(self) -> int | None:
+        return self.max_bytes
+
+    def with_count(self, count: int) -> Self:
+        return replace(self, **{self.size_setting: count, "max_bytes": None})
+
     def with_bits(self, bits: int) -> Self:
         return replace(self, bits=bits, head_bits=None)
+
+    def from_file(self, path: Path) -> Self:
+        return replace(self, max_bytes=None)  # a budget is for training: a file's values are counted
 
     def unfreeze(self, backbone: nn.Module) -> None:
         from nola_vision.adapters.layers import batch_norms

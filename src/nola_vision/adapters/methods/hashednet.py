@@ -34,6 +34,8 @@ class HashedNet(Adapter):
     max_parameters: int = 10_000
     c: float = 1.0
 
+    size_setting = "max_parameters"
+
     def check(self) -> None:
         super().check()
         check_positive(self, "c")

@@ -35,6 +35,8 @@ class LoRA(Adapter):
     rank: int = 4
     c: float = 8.0
 
+    size_setting = "rank"
+
     def check(self) -> None:
         super().check()
         check_positive(self, "c")

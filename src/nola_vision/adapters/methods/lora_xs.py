@@ -53,6 +53,8 @@ class LoRAXS(Adapter):
     rank: int = 16
     c: float = 16.0
 
+    size_setting = "rank"
+
     def check(self) -> None:
         super().check()
         check_positive(self, "c")

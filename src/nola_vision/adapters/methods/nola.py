@@ -26,8 +26,6 @@ from nola_vision.adapters.target import HEAD, Change, Target, low_rank_changes
 from nola_vision.common.errors import NolaVisionError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 Scope = Literal["shared", "per_layer"]
@@ -58,7 +56,6 @@ class NOLA(Adapter):
             with a low rank it would only see a few random directions of the features.
         max_parameters: instead of `num_basis`, a budget of trained coefficients (without the head's) that is spread
             evenly over the targets.
-        max_bytes: instead of `num_basis`, a budget for the adapter file.
         c: the scale's numerator (PEFT's `lora_alpha`); the scale is c / rank.
         scope: `shared`, one basis for all weights of a shape, or `per_layer`.
         start: `a0`, a fixed random A0 (keyed by the weight's name) and zero coefficients, so that B = 0 and training
@@ -76,7 +73,6 @@ class NOLA(Adapter):
     head_num_basis: int | None = None
     head_rank: int | None = None
     max_parameters: int | None = None
-    max_bytes: int | None = None
     c: float = 2.0
     scope: Scope = "shared"
     start: Start | None = None
@@ -85,6 +81,7 @@ class NOLA(Adapter):
     memory_mib: float = 16.0
 
     cuttable = frozenset({"coefficients_a", "coefficients_b"})
+    size_setting = "num_basis"
 
     def check(self) -> None:
         super().check()
@@ -95,13 +92,6 @@ class NOLA(Adapter):
         if (self.max_parameters or self.max_bytes) and self.num_basis_b is not None:
             raise NolaVisionError("NOLA has a budget and num_basis_b: a budget is spread evenly over A and B")
 
-    @property
-    def byte_budget(self) -> int | None:
-        return self.max_bytes
-
-    def with_count(self, count: int) -> Self:
-        return replace(self, num_basis=count, max_bytes=None)
-
     def cut(self, counts: Mapping[tuple[str, str], int]) -> Self:
         named = {"coefficients_a": "num_basis", "coefficients_b": "num_basis_b"}
         left = {"head_num_basis" if group == HEAD else named[name]: count for (group, name), count in counts.items()}
@@ -109,9 +99,6 @@ class NOLA(Adapter):
 
     def for_base(self, base: Base) -> Self:
         return self if self.start is not None else replace(self, start="a0" if base == "pretrained" else "random")
-
-    def from_file(self, path: Path) -> Self:
-        return replace(self, max_bytes=None)  # a budget is for training: the coefficients are counted
 
     def for_loading(self, targets: Sequence[Target]) -> Self:
         each = {t.name if self.scope == "per_layer" else t.group: t for t in targets}.values()

@@ -59,6 +59,7 @@ class PRANC(Adapter):
     memory_mib: float = 16.0
 
     cuttable = frozenset({"coefficients"})
+    size_setting = "num_basis"
 
     def check(self) -> None:
         super().check()

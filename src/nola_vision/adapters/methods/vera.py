@@ -42,6 +42,8 @@ class VeRA(Adapter):
     rank: int = 256
     c: float = 1.0
 
+    size_setting = "rank"
+
     def check(self) -> None:
         super().check()
         check_positive(self, "rank", "c")
