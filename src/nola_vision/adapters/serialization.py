@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -79,6 +80,22 @@ def adapter_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], bi
             if width == 16 and not kept[name].isfinite().all():
                 raise NolaVisionError(f"{name} has a value that 16 bits cannot represent (above 65,504): use 32 bits")
     return _content({**metadata, "packed": packed}, kept)
+
+
+def adapter_size(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], bits: Mapping[str, int]) -> int:
+    """The bytes of an adapter file whose float tensors have these shapes; other arguments as in `write_adapter`."""
+    kept: dict[str, Tensor] = {}
+    packed: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        width = bits.get(name, 32)
+        if width in FLOAT_BITS:
+            kept[name] = torch.empty(*shape, dtype=torch.float16 if width == 16 else torch.float32)
+        else:
+            rows, count = _rows_and_count(shape)
+            kept[f"{name}.levels"] = torch.empty(-(-rows * count * width // 8), dtype=torch.uint8)
+            kept[f"{name}.scales"] = torch.empty(rows, -(-count // GROUP), dtype=torch.bfloat16)
+            packed[name] = {"bits": width, "shape": list(shape)}
+    return len(_content({**metadata, "packed": packed}, kept))
 
 
 def _content(metadata: Mapping[str, Any], stored: Mapping[str, Tensor]) -> bytes:

@@ -93,6 +93,21 @@ def parse_methods(text: str, config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def parse_budgets(text: str) -> list[int]:
+    """Parses `10KB`, or sizes separated by commas, as bytes; a KB has 1,000 bytes.
+
+    Raises:
+        NolaVisionError: one of them is not a size.
+    """
+    sizes = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([1-9][0-9]{0,8})\s*(|B|KB)\s*", part)
+        if found is None:
+            raise NolaVisionError(f"--budgets {text!r} is not a list of file sizes: write it like 10KB or 2KB,2500")
+        sizes.append(int(found[1]) * (1000 if found[2] == "KB" else 1))
+    return sizes
+
+
 def config_options(verb: str, help: bool = False) -> Options:
     """A parser for the options of all verbs with a config; Lightning's parser handles the others."""
     parser = Options(verb, add_help=help)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from nola_vision.cli.options import (
     config_options,
+    parse_budgets,
     parse_methods,
     parse_range,
     parse_shard,
@@ -34,7 +35,7 @@ from nola_vision.runs import early_checks, run_id, store
 from nola_vision.runs.config_files import load_configs, user_folder
 from nola_vision.runs.record import Row
 from nola_vision.runs.yaml_files import load_yaml
-from nola_vision.sweep import runner, variations
+from nola_vision.sweep import budgets, runner, variations
 from nola_vision.sweep.display import SweepDisplay, plan_table, threads_warning
 from nola_vision.sweep.engines import local
 
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     for key, values in varied:
         if "." not in key:
             raw, methods = variations.vary(raw, methods, key, values, _has_setting)
+    methods = budgets.expand(raw, methods, None if known.budgets is None else parse_budgets(known.budgets))
     for name in methods:
         early_checks.check_run(run_id.resolve(raw, name), rest)
     say_start(verb)
@@ -96,6 +98,8 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--splits", help="such as 0-3 or 0,2 (default: 0-3, or that of --data.manifest)")
     options.add_argument("--inits", default="0-2", help="such as 0-2 (default: 0-2)")
     options.add_argument("--methods", default="all", help="entries of the config's `methods`, or all (default)")
+    sizes = "such as 10KB,20KB: of the entries with `budgets`, only these (default: all)"
+    options.add_argument("--budgets", metavar="SIZE,...", help=sizes)
     workers = "runs at a time (default: one per GPU; 1 on the CPU)"
     options.add_argument("--workers", type=whole_number, metavar="N", help=workers)
     vary = "a method's setting (rank), or the config's (data.shots)"
@@ -126,11 +130,14 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace) -> int:
     if known.dry_run and engine.name != "ray" and any(entry.seconds is None and entry.left for entry in entries):
         say_aside("timing a few steps of each method, for at most about a minute")
         entries, shared = sweep.timed(entries)
-    console.print(plan_table(entries, engine.workers, sweep.shard, shared))
+    console.print(plan_table(entries, engine.workers, sweep.shard, shared, sweep.sizes()))
+    for line in (*sweep.notes, *(f"{name} is not run: {why.reason}" for name, why in sweep.not_run.items())):
+        console.print(line, highlight=False, markup=False)
     if engine.name == "local" and not engine.gpus and (warning := _too_many_threads(sweep, engine.workers or 1)):
         say_aside(warning)
     if known.dry_run:
         return 0
+    sweep.note_not_run(out)
     with SweepDisplay(sweep.planned(), engine.workers, console, accuracy_text, _best) as display:
         rows = sweep.run(lambda specs: engine.execute(specs, out, display.update))
     from nola_vision.reports.cell import cell_of  # scipy takes a while to import

@@ -27,3 +27,19 @@ class NolaVisionError(Exception):
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+
+class UnreachableBudgetError(NolaVisionError):
+    """No size of a method gives an adapter file within its budget.
+
+    Attributes:
+        least: bytes of the smallest file.
+        smallest: the setting that gives it, such as `rank 1`.
+    """
+
+    def __init__(self, budget: int, least: int, smallest: str) -> None:
+        super().__init__(
+            f"max_bytes is {budget:,}, but the smallest file ({smallest}) has {least:,} bytes: give more, fewer bits, "
+            "or fewer targets"
+        )
+        self.least, self.smallest = least, smallest

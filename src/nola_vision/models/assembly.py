@@ -89,7 +89,7 @@ def assemble(
     if verify and weights is None:
         weights = known_weights.origin(spec)
     if method.byte_budget is not None and target_names is None:  # a file's values are counted already
-        metadata = dataclasses.replace(metadata, method=spend_bytes(backbone, metadata, weights, method.byte_budget))
+        metadata = dataclasses.replace(metadata, method=spend_bytes(backbone, metadata, weights))
     bank = make_bank(
         backbone,
         metadata.method,

@@ -1,58 +1,133 @@
-"""Budgets: the most coefficients whose adapter file is within a number of bytes."""
+"""Budgets: the largest size of a method whose whole adapter file is within a number of bytes."""
 
 from __future__ import annotations
 
 import bisect
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
-from nola_vision.adapters.methods.base import Method
+from nola_vision.adapters.methods.base import Adapter, Group, Method
 from nola_vision.adapters.methods.registry import check
-from nola_vision.adapters.serialization import adapter_bytes
-from nola_vision.common.errors import NolaVisionError
+from nola_vision.adapters.serialization import adapter_size
+from nola_vision.adapters.target import Target
+from nola_vision.common.errors import NolaVisionError, UnreachableBudgetError
+from nola_vision.common.validation import MOST_COUNT
+from nola_vision.models import known_weights
 from nola_vision.models.adapted_model import backbone_tensors, file_bits, file_metadata
+from nola_vision.models.backbones.creation import skeleton
 from nola_vision.models.building import feature_width, file_shapes, method_targets
 from nola_vision.models.known_weights import WeightsOrigin
-from nola_vision.models.metadata import AdapterMetadata, Calibrated
+from nola_vision.models.metadata import MAX_SEED, AdapterMetadata, Calibrated
 
 _LONGEST_CALIBRATED = Calibrated(temperature=0.000123456, calibrated_on="validation", images=10**9)
+_LONGEST_RATE = 1.2345678901234567e-05
 
 
-def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata, weights: WeightsOrigin | None, budget: int) -> Method:
-    """The method with the most coefficients per target whose adapter file, calibrated, is within a budget of bytes."""
-    method, classes, width = metadata.method, len(metadata.class_names), feature_width(backbone)
-    targets = method_targets(backbone, method, classes)
-    fixed = backbone_tensors(backbone, method)
+def solve_budget(metadata: AdapterMetadata) -> Method:
+    """The method with the largest `size_setting` whose file is within its `max_bytes`.
+
+    Only the shapes of the backbone are used: its weights are not read or downloaded.
+
+    Args:
+        metadata: of the model. Seeds, learning rates and calibration do not matter: a file is counted with the longest
+            of them.
+
+    Raises:
+        UnreachableBudgetError: the smallest file is larger.
+        NolaVisionError: the method cannot be used on this backbone.
+    """
+    return spend_bytes(skeleton(metadata.backbone), metadata, known_weights.origin(metadata.backbone))
+
+
+def most_file_bytes(metadata: AdapterMetadata) -> int:
+    """The bytes of the longest adapter file of a model, by its shapes; arguments as in `solve_budget`."""
+    backbone, method = skeleton(metadata.backbone), metadata.method
+    files = _Files.of(backbone, metadata, known_weights.origin(metadata.backbone))
+    return files.size(method)
+
+
+def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata, weights: WeightsOrigin | None) -> Method:
+    """As `solve_budget`, for a backbone that may be on the meta device and the file of its weights."""
+    method, budget = metadata.method, metadata.method.byte_budget
+    assert budget is not None
+    files = _Files.of(backbone, metadata, weights)
+
+    def is_allowed(count: int) -> bool:
+        try:
+            return bool(files.groups(method.with_count(count)))
+        except NolaVisionError:
+            return False
 
     def size(count: int) -> int:
-        counted = check(method.with_count(count))
-        groups = counted.groups(targets)
-        tensors = {name: torch.zeros(shape) for name, shape in file_shapes(groups, classes, width).items()} | fixed
-        group_of = {target.name: group.name for group in groups for target in group.targets}
-        described = file_metadata(
-            dataclasses.replace(metadata, method=counted),
-            [(target.name, target.shape, group_of[target.name]) for target in targets],
-            "0" * 64,
+        return files.size(method.with_count(count))
+
+    if (least := smallest(is_allowed)) is None:
+        files.groups(method.with_count(1))  # raises why every size is refused
+        raise NolaVisionError(f"{type(method).__name__} adapts no weight of this backbone: give it targets")
+    if size(least) > budget:
+        raise UnreachableBudgetError(budget, size(least), f"{method.size_setting} {least}")
+    return method.with_count(largest(lambda count: is_allowed(count) and size(count) <= budget, MOST_COUNT, least))
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The adapter files of a backbone, for methods that differ in their size alone."""
+
+    metadata: AdapterMetadata
+    weights: WeightsOrigin | None
+    targets: Sequence[Target]
+    width: int
+    fixed: Mapping[str, tuple[int, ...]]  # shapes of the stored tensors of the backbone itself
+
+    @classmethod
+    def of(cls, backbone: nn.Module, metadata: AdapterMetadata, weights: WeightsOrigin | None) -> _Files:
+        method = metadata.method
+        return cls(
+            replace(metadata, run_seed=MAX_SEED, basis_seed=MAX_SEED),
             weights,
+            method_targets(backbone, method, len(metadata.class_names)),
+            feature_width(backbone),
+            {name: tuple(tensor.shape) for name, tensor in backbone_tensors(backbone, method).items()},
+        )
+
+    def groups(self, method: Method) -> list[Group]:
+        """Of the trained values; raises NolaVisionError for a size that the targets cannot have."""
+        return check(method).groups(self.targets)
+
+    def size(self, method: Method) -> int:
+        """The bytes of the longest file: what is chosen later, or differs between runs, is as long as it can be."""
+        method = method.for_base(self.metadata.backbone.base)
+        groups, classes = self.groups(method), len(self.metadata.class_names)
+        shapes = file_shapes(groups, classes, self.width) | dict(self.fixed)
+        group_of = {target.name: group.name for group in groups for target in group.targets}
+        rates = {"lr": _LONGEST_RATE, "head_lr": _LONGEST_RATE} if isinstance(method, Adapter) else {}
+        described = file_metadata(
+            replace(self.metadata, method=replace(method, **rates)),
+            [(target.name, target.shape, group_of[target.name]) for target in self.targets],
+            "0" * 64,
+            self.weights,
             _LONGEST_CALIBRATED,
         )
-        return len(adapter_bytes(described, tensors, file_bits(tensors, counted)))
-
-    if size(1) > budget:
-        raise NolaVisionError(
-            f"max_bytes is {budget}, but a file with one coefficient per factor and target takes {size(1)}: give more, "
-            "fewer bits, or fewer targets"
-        )
-    return method.with_count(largest(lambda count: size(count) <= budget, budget))
+        return adapter_size(described, shapes, file_bits(shapes, method))
 
 
-def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number from 1 to `limit` that fits, where 1 does and no number after a misfit does."""
-    high = 2
+def smallest(is_allowed: Callable[[int], bool]) -> int | None:
+    """The smallest allowed number, where the allowed ones follow each other; None if there is none.
+
+    Powers of two are tried first, so they must include an allowed one.
+    """
+    high = next((2**power for power in range(MOST_COUNT.bit_length()) if is_allowed(2**power)), None)
+    if high is None:
+        return None
+    return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=is_allowed) if high > 1 else 1
+
+
+def largest(fits: Callable[[int], bool], limit: int, first: int = 1) -> int:
+    """The largest number from `first` to `limit` that fits, where `first` does and no number after a misfit does."""
+    low, high = first, 2 * first
     while high <= limit and fits(high):  # trying a number may cost memory in proportion to it
-        high *= 2
-    between = range(high // 2 + 1, min(high, limit + 1))
-    return high // 2 + bisect.bisect_left(between, True, key=lambda number: not fits(number))
+        low, high = high, 2 * high
+    between = range(low + 1, min(high, limit + 1))
+    return low + bisect.bisect_left(between, True, key=lambda number: not fits(number))

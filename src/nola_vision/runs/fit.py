@@ -15,6 +15,7 @@ from nola_vision.common.progress import duration, say, time_left
 from nola_vision.common.text import printable
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs import cross_validation, run_id, runner, store
+from nola_vision.runs.budget_names import split_budget
 from nola_vision.runs.completed import completed_row
 from nola_vision.runs.parsing import open_data, parse
 from nola_vision.runs.record import Row
@@ -144,7 +145,7 @@ def _summary(run_config: run_id.Config, data: KShotDataModule) -> str:
 
 def _learning_rates(raw: run_id.Config, run_config: run_id.Config) -> list[float]:
     """The learning rates of the entry, for --search."""
-    entry = raw.get("methods", {}).get(run_config["method"]) or {}
+    entry = raw.get("methods", {}).get(split_budget(run_config["method"])[0]) or {}
     rates = [float(rate) for rate in entry.get("learning_rates") or []]
     if len(rates) < 2:
         raise NolaVisionError(

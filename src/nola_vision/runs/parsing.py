@@ -37,7 +37,7 @@ from nola_vision.data.manifest import MOST_BYTES
 from nola_vision.models.backbones.properties import eval_batch_size
 from nola_vision.models.backbones.sources import input_config, local_files
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.runs import import_policy, run_id
+from nola_vision.runs import budgets, import_policy, run_id
 from nola_vision.runs.config_errors import TOP_KEYS, explain
 from nola_vision.runs.early_checks import load_value, option_pairs, plain_value
 from nola_vision.runs.lightning_messages import quiet
@@ -286,6 +286,8 @@ def parse(
         raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
     full["content"] = _content(full)
     full["model"]["method"].setdefault("init_args", {})
+    if full["model"]["method"]["init_args"].get("max_bytes") is not None:
+        full["model"]["method"] = budgets.solved(full)
     asked = str(value_at(config, "model", "method", "class_path") or "").rpartition(".")[2]
     if full.get("method") is None or run_id.method_class(full) != asked:  # another class by --model.method
         full["method"] = run_id.method_class(full).lower()

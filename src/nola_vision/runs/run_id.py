@@ -19,6 +19,7 @@ from nola_vision.common.mappings import flattened
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import short_dataset, short_tag
 from nola_vision.common.text import last_part
+from nola_vision.runs.budget_names import budgets_of, split_budget, with_budget
 
 Config = dict[str, Any]
 Stage = Literal["final", "search", "fold"]
@@ -91,6 +92,8 @@ def resolve(config: Mapping[str, Any], method: str | None = None) -> Config:
     """
     name = method if method is not None else need(config, "method")
     settings = entry(config, name)
+    if sizes := budgets_of(name, settings):
+        raise NolaVisionError(f"the method {name!r} has several budgets: name one, as {with_budget(name, sizes[-1])}")
     run_config = copy.deepcopy({key: value for key, value in config.items() if key not in ("methods", "published")})
     run_config["method"] = name
     need(run_config, "model")["method"] = {
@@ -101,22 +104,31 @@ def resolve(config: Mapping[str, Any], method: str | None = None) -> Config:
 
 
 def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return the settings of the entry `name`, or raise a NolaVisionError that lists the names close to it."""
+    """Return the settings of the entry `name`, or raise a NolaVisionError that lists the names close to it.
+
+    An entry with `budgets` has one more entry for each, such as `nola@2KB`, with that `max_bytes`.
+    """
     methods = need(config, "methods")
     if isinstance(name, list | dict) or not isinstance(methods, Mapping):
         raise NolaVisionError(f"the config's `methods` must be a mapping and its `method` a name, not {name!r}")
+    if name not in methods and isinstance(name, str):
+        base, budget = split_budget(name)
+        if budget in (budgets_of(base, settings := entry(config, base)) if base in methods else ()):
+            args = {**(settings.get("init_args") or {}), "max_bytes": budget}
+            return {**{key: value for key, value in settings.items() if key != "budgets"}, "init_args": args}
     if name not in methods:
         raise NolaVisionError(f"unknown method {name!r} in the config: {did_you_mean(name, map(str, methods))}")
-    if not isinstance(name, str) or name != _safe(name):
+    if not isinstance(name, str) or name != _safe_entry(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]
     if isinstance(settings, Mapping) and not isinstance(settings.get("init_args") or {}, Mapping):
         raise NolaVisionError(f"`init_args` of the method {name!r} must be a mapping: write it like {{rank: 4}}")
     if not isinstance(settings, Mapping) or not isinstance(settings.get("class_path"), str):
         raise NolaVisionError(f"the method {name!r} lacks `class_path`: name its class, such as `class_path: NOLA`")
-    if stray := [key for key in settings if key not in ("class_path", "init_args", "learning_rates")]:
+    if stray := [key for key in settings if key not in ("class_path", "init_args", "learning_rates", "budgets")]:
         raise NolaVisionError(
-            f"unknown key {stray[0]!r} in the method {name!r}: it takes class_path, init_args and learning_rates"
+            f"unknown key {stray[0]!r} in the method {name!r}: it takes class_path, init_args, learning_rates and "
+            "budgets"
         )
     return settings
 
@@ -221,8 +233,8 @@ def run_folder(out: str | Path, run_config: Mapping[str, Any], stage: Stage) -> 
     fold = need(run_config, "data").get("fold")
     prefix = "search-" if stage == "search" else ""
     prefix += f"fold{fold}-" if fold is not None else ""
-    method = _safe(str(need(run_config, "method")))
-    return Path(out) / cell_name(run_config) / method / f"{prefix}{name}{run_hash(run_config, stage)}"
+    folder = method_folder(Path(out) / cell_name(run_config), str(need(run_config, "method")))
+    return folder / f"{prefix}{name}{run_hash(run_config, stage)}"
 
 
 def _relevant(run_config: Mapping[str, Any]) -> Config:
@@ -313,6 +325,16 @@ def _root_name(run_config: Mapping[str, Any]) -> str:
     if name in ("", ".."):
         raise NolaVisionError(f"`data.root: {root}` does not end in the data set's name: write out the folder's name")
     return name
+
+
+def method_folder(cell_folder: Path, method: str) -> Path:
+    """Return the folder of an entry's runs, by its name."""
+    return cell_folder / _safe_entry(method)
+
+
+def _safe_entry(name: str) -> str:
+    base, budget = split_budget(name)
+    return _safe(name) if budget is None else with_budget(_safe(base), budget)
 
 
 def _safe(name: str) -> str:

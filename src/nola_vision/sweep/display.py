@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -32,7 +32,11 @@ def threads_warning(workers: int, threads: int, cores: int) -> str | None:
 
 
 def plan_table(
-    entries: Sequence[EntryProgress], workers: int | None, shard: tuple[int, int], shared: float = 0.0
+    entries: Sequence[EntryProgress],
+    workers: int | None,
+    shard: tuple[int, int],
+    shared: float = 0.0,
+    sizes: Mapping[str, tuple[str, int]] | None = None,
 ) -> Table:
     """The plan as a table: runs of each method, those that are done, and the time that the others take.
 
@@ -41,15 +45,19 @@ def plan_table(
         workers: runs at a time; None if a cluster decides.
         shard: which part of the final runs this is.
         shared: estimated seconds of what the runs of a worker share.
+        sizes: of entries with byte budgets: the setting that was solved for, and the bytes of the file.
     """
     estimated = any(entry.estimated for entry in entries)
-    table = Table("method", "search runs", "final runs", "done", "seconds per run", box=None)
+    sized = ["size", "file, bytes"] if sizes else []
+    table = Table("method", *sized, "search runs", "final runs", "done", "seconds per run", box=None)
     if estimated:
         table.add_column("time left")
     for entry in entries:
         seconds = "-" if entry.seconds is None else f"{'~' if entry.estimated else ''}{entry.seconds:.1f}"
         left = None if entry.seconds is None else planned_seconds([entry], workers or 1)
-        cells = [entry.method, str(entry.search), str(entry.final), str(entry.done), seconds]
+        setting, size = (sizes or {}).get(entry.method, ("", None))
+        shown = [setting, "-" if size is None else f"{size:,}"] if sizes else []
+        cells = [entry.method, *shown, str(entry.search), str(entry.final), str(entry.done), seconds]
         table.add_row(*cells, *(["-" if left is None else duration(left)] if estimated else []))
     runs, done = sum(entry.runs for entry in entries), sum(entry.done for entry in entries)
     caption = f"{runs} runs, {done} done"

@@ -57,7 +57,7 @@ def final_specs(
 
 
 def search_specs(config: Mapping[str, Any], methods: Sequence[str]) -> list[RunSpec]:
-    """Plan the search runs: one per learning rate of every entry that has several.
+    """Plan the search runs: one per learning rate of every entry that has several, or whose choice another takes.
 
     They use init 0 and split 0, or the split of the config's manifest, so that every sweep of a config chooses the same
     rates whatever its splits are.
@@ -66,7 +66,7 @@ def search_specs(config: Mapping[str, Any], methods: Sequence[str]) -> list[RunS
     split = data["split_seed"] if data.get("manifest") is not None else 0
     return [
         _spec(config, method, split, 0, "search", rate)
-        for method in methods
+        for method in dict.fromkeys(searched_at(config, method) for method in methods)
         if len(rates_to_try(config, method)) > 1
         for rate in rates_to_try(config, method)
     ]
@@ -91,7 +91,7 @@ def complete(
     full = {name: parse(run_id.resolve(raw, name)) for name in methods}
     first = full[methods[0]]
     entries = {
-        name: {**run_config["model"]["method"], "learning_rates": raw["methods"][name].get("learning_rates")}
+        name: {**run_config["model"]["method"], "learning_rates": run_id.entry(raw, name).get("learning_rates")}
         for name, run_config in full.items()
     }
     model = {key: value for key, value in first["model"].items() if key != "method"}
@@ -124,6 +124,12 @@ def _spec(
         config=run_config,
         run_hash=run_id.run_hash(run_config, stage),
     )
+
+
+def searched_at(config: Mapping[str, Any], method: str) -> str:
+    """The entry whose search chooses the learning rate of an entry: itself, or the one that `learning_rates` names."""
+    named = run_id.entry(config, method).get("learning_rates")
+    return named if isinstance(named, str) and named in config["methods"] else method
 
 
 def rates_to_try(config: Mapping[str, Any], method: str) -> list[float]:

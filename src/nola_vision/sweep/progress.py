@@ -12,7 +12,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import seconds_left
 from nola_vision.runs import run_id
 from nola_vision.runs.record import Row, count_once
-from nola_vision.sweep.plan import final_specs, search_specs, shard_of
+from nola_vision.sweep.plan import final_specs, search_specs, searched_at, shard_of
 from nola_vision.sweep.search import choose_learning_rates
 
 
@@ -47,25 +47,28 @@ def entry_progress(
     inits: Sequence[int],
     rows: Iterable[Row],
     shard: tuple[int, int] = (1, 1),
+    final: Sequence[str] | None = None,
 ) -> list[EntryProgress]:
-    """The progress of each entry of a sweep, from the rows so far."""
+    """The progress of each entry of a sweep, from the rows so far; `final` names those with final runs, if not all."""
     rows = count_once(rows)
     completed = [row for row in rows if row.status == "completed"]
     hashes = {(row.method, row.run_hash) for row in completed}
     methods = list(run_id.need(config, "methods"))
-    mine = {(s.method, s.split, s.init) for s in shard_of(final_specs(config, splits, inits, methods, {}), shard)}
+    finals = final_specs(config, splits, inits, methods if final is None else final, {})
+    mine = {(s.method, s.split, s.init) for s in shard_of(finals, shard)}
     found = []
     for method in methods:
-        search = search_specs(config, [method])
+        choices = search_specs(config, [method])
+        search = choices if searched_at(config, method) == method else []
         try:
             rates = choose_learning_rates(config, rows, [method])
         except NolaVisionError:  # its search has not ended
             rates = {}
         every = final_specs(config, splits, inits, [method], rates)
-        final = [spec for spec in every if (spec.method, spec.split, spec.init) in mine]
+        own = [spec for spec in every if (spec.method, spec.split, spec.init) in mine]
         seconds = [row.seconds_total for row in completed if row.method == method and row.seconds_total is not None]
-        done = sum((method, spec.run_hash) in hashes for spec in (*search, *(final if rates or not search else ())))
-        found.append(EntryProgress(method, len(search), len(final), done, median(seconds) if seconds else None))
+        done = sum((method, spec.run_hash) in hashes for spec in (*search, *(own if rates or not choices else ())))
+        found.append(EntryProgress(method, len(search), len(own), done, median(seconds) if seconds else None))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import without_collections
 from nola_vision.runs import run_id, store
+from nola_vision.runs.budget_names import split_budget
+from nola_vision.runs.not_run import NotRun, note_not_run
 from nola_vision.runs.record import Row
-from nola_vision.sweep import plan, search
+from nola_vision.sweep import budgets, plan, search
 from nola_vision.sweep.engines import local, multi_device
 from nola_vision.sweep.plan import RunSpec
 from nola_vision.sweep.progress import EntryProgress, entry_progress
@@ -34,6 +36,9 @@ class Sweep:
         inits: the values of `model.run_seed`.
         shard: (i, n) for part i of n of the final runs. All shards search; in one folder they share that work.
         searches: whether learning rates are chosen; otherwise there is no validation pool.
+        methods: names of the entries with final runs, if not all.
+        not_run: the entries that are not run.
+        notes: sentences on the plan.
     """
 
     config: run_id.Config
@@ -41,6 +46,14 @@ class Sweep:
     inits: Sequence[int]
     shard: tuple[int, int]
     searches: bool = True
+    methods: Sequence[str] | None = None
+    not_run: Mapping[str, NotRun] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def final(self) -> Sequence[str]:
+        """Names of the entries with final runs."""
+        return list(self.config["methods"]) if self.methods is None else self.methods
 
     @property
     def cell(self) -> str:
@@ -49,9 +62,8 @@ class Sweep:
 
     def planned(self) -> list[RunSpec]:
         """All runs; the final ones with the learning rates of the config."""
-        methods = list(self.config["methods"])
-        final = plan.final_specs(self.config, self.splits, self.inits, methods, {})
-        return [*plan.search_specs(self.config, methods), *plan.shard_of(final, self.shard)]
+        final = plan.final_specs(self.config, self.splits, self.inits, self.final, {})
+        return [*plan.search_specs(self.config, self.final), *plan.shard_of(final, self.shard)]
 
     def progress(self, out: Path) -> list[EntryProgress]:
         """The progress of each entry, from the rows in the folder of all runs.
@@ -63,7 +75,22 @@ class Sweep:
         rows, problems = store.read_rows(folder) if folder.is_dir() else ([], [])
         if problems:
             raise NolaVisionError("; ".join(problem for _, problem in problems[:5]))
-        return entry_progress(self.config, self.splits, self.inits, rows, self.shard)
+        return entry_progress(self.config, self.splits, self.inits, rows, self.shard, self.final)
+
+    def sizes(self) -> dict[str, tuple[str, int]]:
+        """The setting that decides the size of each entry's file, and its bytes, if an entry has a byte budget."""
+        from nola_vision.runs.budgets import size_and_bytes
+
+        if not any(split_budget(name)[1] for name in (*self.config["methods"], *self.not_run)):
+            return {}
+        sizes = {name: size_and_bytes(run_id.resolve(self.config, name)) for name in self.config["methods"]}
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    def note_not_run(self, out: Path) -> None:
+        """Writes into the folders of entries why they are not run, for reports."""
+        for name in (*self.final, *self.not_run):
+            if split_budget(name)[1] is not None:
+                note_not_run(run_id.method_folder(out / self.cell, name), self.not_run.get(name))
 
     def timed(self, entries: Sequence[EntryProgress]) -> tuple[list[EntryProgress], float]:
         """Estimates the seconds of entries without a completed run, from a few timed steps of each; writes no row.
@@ -75,14 +102,20 @@ class Sweep:
             The entries, and the seconds for what a worker's runs share: decoded images and features.
         """
         from nola_vision.runs.cross_validation import number_of_folds
-        from nola_vision.runs.timing import time_run
+        from nola_vision.runs.timing import RunTime, time_run
 
         pending = [entry for entry in entries if entry.seconds is None and entry.left]
         estimates, shared = {}, 0.0
+        alike = {split_budget(entry.method)[0]: entry.method for entry in pending}  # one budget of each method
+        timed: dict[str, RunTime] = {}
         with process_cache.keeping():
             for entry in pending:
                 run_config = run_id.resolve(self.config, entry.method)
-                time = time_run(run_config, TIMING_SECONDS / len(pending))
+                base = split_budget(entry.method)[0]
+                if base not in timed:
+                    one = run_id.resolve(self.config, alike[base])
+                    timed[base] = time_run(one, TIMING_SECONDS / len(alike))
+                time = timed[base]
                 final = time.training * (number_of_folds(run_config) or 1) + time.test  # a fold leaves out one part
                 each = (entry.search * (time.training + time.validation) + entry.final * final) / entry.runs
                 estimates[entry.method] = replace(entry, seconds=each, estimated=True)
@@ -99,14 +132,14 @@ class Sweep:
             The rows of the final runs. For an entry whose search runs all failed there is no final run: the rows of its
             search runs instead.
         """
-        methods = list(self.config["methods"])
-        found = execute(plan.search_specs(self.config, methods))
-        failed = [method for method in methods if search.search_failed(self.config, found, method)]
-        kept = [method for method in methods if method not in failed]
+        found = execute(plan.search_specs(self.config, self.final))
+        failed = [method for method in self.final if search.search_failed(self.config, found, method)]
+        kept = [method for method in self.final if method not in failed]
         rates = search.choose_learning_rates(self.config, found, kept)
         final = plan.final_specs(self.config, self.splits, self.inits, kept, rates)
         rows = execute(plan.shard_of(final, self.shard))
-        return [*(row for row in found if row.method in failed), *rows]
+        of_failed = {plan.searched_at(self.config, method) for method in failed}
+        return [*(row for row in found if row.method in of_failed), *rows]
 
 
 def prepare(
@@ -143,18 +176,21 @@ def prepare(
     def parsed(entry: run_id.Config) -> run_id.Config:
         return parse(entry, [*SWEEP_SETTINGS, *options], allow_import, fastest or precision.fastest)
 
-    config = plan.complete(raw, methods, parsed)
+    entries = budgets.complete(raw, methods, parsed)
+    config = entries.config
     if (path := config["data"]["manifest"]) is not None:
         drawn = read_manifest(path).split_seed
         if splits not in (None, [drawn]):
             raise NolaVisionError(f"the manifest {path} has only split {drawn}: leave --splits out")
         splits, config["data"]["split_seed"] = [drawn], drawn
-    searches = has_validation_images(run_id.resolve(config, methods[0]))  # missing images are reported here
+    searches = has_validation_images(run_id.resolve(config, entries.methods[0]))  # missing images are reported here
     if not searches:
         config = plan.without_search(config)
     if config["trainer"]["num_nodes"] != 1:
         raise NolaVisionError("a run of a sweep takes one machine: use --trainer.num_nodes with `nola-vision fit`")
-    return Sweep(config, range(4) if splits is None else splits, inits, shard, searches)
+    splits = range(4) if splits is None else splits
+    notes = entries.notes if searches else ()
+    return Sweep(config, splits, inits, shard, searches, entries.methods, entries.not_run, notes)
 
 
 @dataclass(frozen=True)

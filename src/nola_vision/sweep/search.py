@@ -9,7 +9,7 @@ from typing import Any
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs import run_id
 from nola_vision.runs.record import Row, count_once, search_rank
-from nola_vision.sweep.plan import RunSpec, rates_to_try, search_specs
+from nola_vision.sweep.plan import RunSpec, rates_to_try, search_specs, searched_at
 
 
 def choose_learning_rates(
@@ -33,7 +33,7 @@ def choose_learning_rates(
     for method in methods if methods is not None else run_id.need(config, "methods"):
         specs = search_specs(config, [method])
         if specs:
-            chosen[method] = _best_rate(method, specs, searched)
+            chosen[method] = _best_rate(searched_at(config, method), specs, searched)
         elif rates := rates_to_try(config, method):
             chosen[method] = rates[0]
     return chosen
@@ -41,7 +41,8 @@ def choose_learning_rates(
 
 def search_failed(config: Mapping[str, Any], rows: Iterable[Row], method: str) -> bool:
     """Whether an entry has search runs and all of them failed."""
-    failed = {row.run_hash for row in count_once(rows) if (row.method, row.status) == (method, "failed")}
+    where = searched_at(config, method)
+    failed = {row.run_hash for row in count_once(rows) if (row.method, row.status) == (where, "failed")}
     specs = search_specs(config, [method])
     return bool(specs) and all(spec.run_hash in failed for spec in specs)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs import run_id
+from nola_vision.runs.budget_names import split_budget
 
 
 def vary(
@@ -31,24 +32,31 @@ def vary(
     Raises:
         NolaVisionError: none of the entries has the setting.
     """
-    entries, names = dict(run_id.need(config, "methods")), []
+    entries, names = dict(run_id.need(config, "methods")), list[str]()
     for name in methods:
-        settings = run_id.entry(config, name)
+        base = _without_budget(config, name)
+        settings = run_id.entry(config, base)
         if not has_setting(settings["class_path"].rpartition(".")[2], key):
             names.append(name)
             continue
         for value in values:
-            if (varied := name + suffix(key, value)) in entries:
+            varied = base + suffix(key, value)
+            if varied in config["methods"] or (new := varied + name.removeprefix(base)) in names:
                 raise NolaVisionError(
                     f"the config already has a method {varied!r}: give each value once, and each setting once"
                 )
             entries[varied] = {**settings, "init_args": {**(settings.get("init_args") or {}), key: value}}
             if key == "lr":  # the search would choose it
                 entries[varied]["learning_rates"] = None
-            names.append(varied)
+            names.append(new)
     if names == list(methods):
         raise NolaVisionError(f"none of {', '.join(methods)} has a setting {key!r}: vary one of a method's settings")
     return {**config, "methods": entries}, names
+
+
+def _without_budget(config: Mapping[str, Any], name: str) -> str:
+    """The entry of a config that a name belongs to: `nola` for `nola@2KB`."""
+    return name if name in config["methods"] else split_budget(name)[0]
 
 
 def suffix(key: str, value: Any) -> str:
@@ -59,6 +67,7 @@ def suffix(key: str, value: Any) -> str:
 
 def rename(config: Mapping[str, Any], methods: Sequence[str], suffix: str) -> tuple[run_id.Config, list[str]]:
     """A config with copies of some entries under names with a suffix, and these names."""
-    names = [name + suffix for name in methods]
-    entries = {name + suffix: run_id.entry(config, name) for name in methods}
+    bases = [_without_budget(config, name) for name in methods]
+    names = [base + suffix + name.removeprefix(base) for base, name in zip(bases, methods, strict=True)]
+    entries = {base + suffix: run_id.entry(config, base) for base in bases}
     return {**config, "methods": {**run_id.need(config, "methods"), **entries}}, names

@@ -1,0 +1,110 @@
+"""The entries of a sweep that have byte budgets: which can be reached, and where their learning rates are searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from nola_vision.common.errors import NolaVisionError, UnreachableBudgetError
+from nola_vision.runs import run_id
+from nola_vision.runs.budget_names import budgets_of, search_budgets, split_budget, with_budget
+from nola_vision.runs.not_run import NotRun
+from nola_vision.sweep import plan
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of a sweep.
+
+    Args:
+        config: a full config, as `plan.complete` returns it; also with entries that are only searched, for others.
+        methods: names of the entries with final runs.
+        not_run: the entries without runs.
+        notes: one sentence for each method whose learning rate is not searched at the budget for it.
+    """
+
+    config: run_id.Config
+    methods: Sequence[str]
+    not_run: Mapping[str, NotRun]
+    notes: Sequence[str]
+
+
+def expand(raw: Mapping[str, Any], methods: Sequence[str], budgets: Sequence[int] | None = None) -> list[str]:
+    """The names of entries, with one name per budget for those that have budgets.
+
+    Args:
+        raw: a config with `methods`.
+        methods: names of entries; `nola@2KB` is one too.
+        budgets: in bytes; only these of the entries that have budgets.
+
+    Raises:
+        NolaVisionError: no entry has one of the budgets.
+    """
+    names, had = [], set()
+    for method in methods:
+        sizes = budgets_of(method, run_id.entry(raw, method))
+        had |= {*sizes, split_budget(method)[1]}
+        kept = [size for size in sizes if budgets is None or size in budgets]
+        names += [with_budget(method, size) for size in kept] if sizes else [method]
+    if missing := [size for size in budgets or () if size not in had]:
+        raise NolaVisionError(f"none of {', '.join(methods)} has the budget {missing[0]:,}: give one of the config's")
+    return list(dict.fromkeys(names))
+
+
+def complete(
+    raw: Mapping[str, Any], methods: Sequence[str], parse: Callable[[run_id.Config], run_id.Config]
+) -> Entries:
+    """Solves the budgets of entries, and fills in the defaults of all.
+
+    Of two budgets with the same solution the smaller one is run. Learning rates are searched once for all budgets of a
+    method, at `search_budgets`.
+
+    Args:
+        raw: a config with `methods`, as the user wrote it.
+        methods: names of entries, as `expand` returns them.
+        parse: completes a run config, and solves its budget.
+
+    Raises:
+        UnreachableBudgetError: no entry can be run.
+    """
+    parsed = cache(lambda name: parse(run_id.resolve(raw, name)))
+    runs: list[str] = []
+    not_run: dict[str, NotRun] = {}
+    unreachable: UnreachableBudgetError | None = None
+    for name in sorted(methods, key=lambda name: split_budget(name)[1] or 0):
+        base, budget = split_budget(name)
+        try:
+            config = parsed(name)
+        except UnreachableBudgetError as error:
+            unreachable = error
+            not_run[name] = NotRun(f"the smallest file ({error.smallest}) has {error.least:,} bytes")
+            continue
+        same = [other for other in runs if split_budget(other)[0] == base and parsed(other)["model"] == config["model"]]
+        if budget is not None and same:
+            not_run[name] = NotRun(f"no larger file is within it than that of {same[0]}", same[0])
+        else:
+            runs.append(name)
+    if not runs and unreachable is not None:
+        raise unreachable
+    runs.sort(key=methods.index)
+    sources, notes = dict[str, str](), []
+    for base in dict.fromkeys(split_budget(name)[0] for name in runs if name not in raw["methods"]):
+        wanted, *larger = (with_budget(base, size) for size in search_budgets(budgets_of(base, raw["methods"][base])))
+        for name in (wanted, *larger):
+            try:
+                parsed(name)
+            except UnreachableBudgetError:
+                continue
+            sources[base] = not_run[name].same_as or name if name in not_run else name
+            break
+        if (used := sources[base]) != wanted and plan.rates_to_try(raw, base)[1:]:
+            reason = "which is the same" if wanted in not_run and not_run[wanted].same_as else "the next within reach"
+            notes.append(f"the learning rate of {base} is searched at {used}, {reason}, instead of {wanted}")
+    config = plan.complete(raw, [*dict.fromkeys([*runs, *sources.values()])], lambda one: parsed(one["method"]))
+    for name, settings in config["methods"].items():
+        source = sources.get(split_budget(name)[0], name) if name not in raw["methods"] else name
+        if source != name and settings["learning_rates"]:
+            settings["learning_rates"] = source
+    return Entries(config, runs, not_run, notes)
