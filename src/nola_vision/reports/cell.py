@@ -9,8 +9,10 @@ from functools import cached_property
 from nola_vision.common.text import excerpt, printable
 from nola_vision.reports.description import cell_title
 from nola_vision.reports.entries import Entry, Kind, Summary, entries, rivals, subject
+from nola_vision.reports.league import budget_table
 from nola_vision.reports.tables import Table, cell_tables
 from nola_vision.reports.verdict import cell_verdict
+from nola_vision.runs.not_run import NotRun, read_not_run
 from nola_vision.runs.record import Row, count_once
 
 
@@ -61,9 +63,16 @@ class Cell:
         return cell_verdict(self.entries, self.subject, self.rivals)
 
     @cached_property
+    def not_run(self) -> Mapping[str, NotRun]:
+        """The entries with a byte budget that were not run, as a sweep noted them next to the runs."""
+        folders = {row.folder.parents[1] for row in self.rows if row.folder is not None}
+        return {name: why for folder in sorted(folders) for name, why in read_not_run(folder).items()}
+
+    @cached_property
     def tables(self) -> list[Table]:
         """The tables."""
-        return cell_tables(self.rows, self.entries, self.columns)
+        by_budget = budget_table(self.entries, self.not_run)
+        return [*([by_budget] if by_budget else []), *cell_tables(self.rows, self.entries, self.columns)]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from nola_vision.reports.statistics import (
     run_accuracy,
     variance_parts,
 )
+from nola_vision.runs.budget_names import split_budget
 from nola_vision.runs.record import Row, count_once
 from nola_vision.runs.run_id import FROZEN_METHODS, entry_settings
 
@@ -114,6 +115,11 @@ def entries(rows: Iterable[Row]) -> list[Entry]:
         )
     }
     return [Entry(_summary(runs, labels[key]), runs) for key, runs in sorted(found.items(), key=lambda item: item[0])]
+
+
+def of_method(summary: Summary) -> str:
+    """The label of an entry without its byte budget: `nola` for `nola@2KB`."""
+    return split_budget(summary.method)[0] + summary.label.removeprefix(summary.method)
 
 
 def kind(summary: Summary) -> Kind:

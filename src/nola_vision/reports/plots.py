@@ -10,16 +10,20 @@ from nola_vision.common.files import write_file
 from nola_vision.common.hashing import sha256
 from nola_vision.reports.cell import Cell
 from nola_vision.reports.charts.drawing import Chart, plain_text, png
+from nola_vision.reports.charts.league import league_chart
 from nola_vision.reports.charts.learning_curves import entry_curves, learning_curves
 from nola_vision.reports.charts.looks import entry_looks
 from nola_vision.reports.charts.matrices import class_differences_plot, confusion_plot
 from nola_vision.reports.charts.pareto import pareto_chart
 from nola_vision.reports.charts.splits import split_chart
 from nola_vision.reports.confusion import entry_confusions
+from nola_vision.reports.league import has_budgets
 
 
 def cell_charts(cell: Cell) -> tuple[list[Chart], list[str]]:
     """The charts `pareto`, `by-split` and `learning-curves` of a cell, those that it has data for.
+
+    Of a cell with byte budgets, `pareto` alone: the others would have a line for each method and budget.
 
     Training logs are read from the folders of the runs.
 
@@ -27,6 +31,10 @@ def cell_charts(cell: Cell) -> tuple[list[Chart], list[str]]:
         The charts, and one message per file that could not be used.
     """
     looks = entry_looks(cell.summaries)
+    if has_budgets(cell.summaries):
+        with plain_text():
+            chart = league_chart(cell.entries, looks)
+        return [] if chart is None else [chart], []
     curves, problems = entry_curves(cell.entries)
     with plain_text():
         charts = [pareto_chart(cell.entries, looks), split_chart(cell.entries, looks), learning_curves(curves, looks)]

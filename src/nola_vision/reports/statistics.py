@@ -18,6 +18,13 @@ LEAST_SPLITS = 3  # for an interval of a difference: that of two splits is too w
 ROUNDING = 1e-4  # points; rounding error of an accuracy in float32
 
 
+def student_half_width(values: Sequence[float]) -> float:
+    """Half of Student's t 95 % interval of a mean: `t(0.975, n - 1) s / sqrt(n)`, with s the std (ddof 1)."""
+    from scipy.special import stdtrit  # takes a while to import
+
+    return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
+
+
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (ddof 0: divided by n, not n - 1) of at least one value."""
     return fmean(values), pstdev(values)
@@ -164,12 +171,23 @@ def paired_difference(rows: Iterable[Row], others: Iterable[Row]) -> Difference 
         return None
     low = high = None
     folds = any(map(cross_validated, (*rows, *others)))
-    if not folds and (count := len(differences)) >= LEAST_SPLITS and stdev(differences) > ROUNDING:
-        from scipy.special import stdtrit  # takes a while to import
-
-        half = float(stdtrit(count - 1, 0.975)) * stdev(differences) / math.sqrt(count)
+    if not folds and len(differences) >= LEAST_SPLITS and stdev(differences) > ROUNDING:
+        half = student_half_width(differences)
         low, high = fmean(differences) - half, fmean(differences) + half
     return Difference(fmean(differences), low, high, len(differences), folds)
+
+
+def split_interval(rows: Iterable[Row]) -> tuple[float, float] | None:
+    """Student's t 95 % interval of an entry's mean accuracy over splits, in per cent.
+
+    None for fewer than `LEAST_SPLITS` splits, and for cross-validated runs, whose splits divide the same images.
+    """
+    rows = list(rows)
+    means = [fmean(inits.values()) for inits in accuracies_by_split(rows).values()]
+    if len(means) < LEAST_SPLITS or any(map(cross_validated, rows)):
+        return None
+    half = student_half_width(means)
+    return fmean(means) - half, fmean(means) + half
 
 
 def first_pair(rows: Iterable[Row], others: Iterable[Row]) -> tuple[Row, Row]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from nola_vision.common.text import excerpt, printable
-from nola_vision.reports.entries import Entry, Summary
+from nola_vision.reports.entries import Entry, Summary, of_method
 from nola_vision.reports.formatting import NOT_MEASURED, count_text, interval_text, points, signed
 from nola_vision.reports.published import published_result
 from nola_vision.reports.statistics import LEAST_SPLITS, paired_difference
+from nola_vision.runs.budget_names import split_budget
 from nola_vision.runs.record import Row
 from nola_vision.runs.run_id import FROZEN_METHODS, differing_settings
 
@@ -87,7 +88,7 @@ def cell_tables(rows: Sequence[Row], entries: Sequence[Entry], columns: Sequence
     measured = [entry for entry in shown if entry.summary.mean is not None]
     several = any(item.completed > 1 for item, _ in measured)
     both = several or (any(published_result(runs[0]) for _, runs in measured))
-    return [_printable(table) for table in ([results, _comparison(measured)] if both else [results])]
+    return [printable_table(table) for table in ([results, _comparison(measured)] if both else [results])]
 
 
 def _shown(entries: Sequence[Entry]) -> list[Entry]:
@@ -228,7 +229,8 @@ def _last_error(runs: Sequence[Row]) -> str:
     return f"; the last failure: {excerpt(failed[-1].error or 'unknown')}" if failed else ""
 
 
-def _printable(table: Table) -> Table:
+def printable_table(table: Table) -> Table:
+    """The table with all texts made printable."""
     return replace(
         table,
         columns=tuple(map(printable, table.columns)),
@@ -237,6 +239,7 @@ def _printable(table: Table) -> Table:
     )
 
 
-def _rank(item: Summary) -> tuple[int, str, str]:
+def _rank(item: Summary) -> tuple[int, str, str, int]:
     place = [index for index, start in enumerate(_ORDER) if item.method_class.startswith(start)]
-    return (place[0], "", item.label) if place else (len(_ORDER), item.method_class, item.label)
+    name = of_method(item), split_budget(item.method)[1] or 0
+    return (place[0], "", *name) if place else (len(_ORDER), item.method_class, *name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from nola_vision.reports.charts.labels import short_names
-from nola_vision.reports.entries import Summary, kind, subject
+from nola_vision.reports.entries import Summary, kind, of_method, subject
 
 # The subject of a cell has the first colour; the contrast of text in any of them on PAPER is at least 4.5
 PALETTE = ("#0072b2", "#b84a00", "#007a5a", "#8f4b8f", "#8a5a00", "#c2285c", "#0a7c91", "#5f6b00")
@@ -52,21 +52,27 @@ class Look(NamedTuple):
 def entry_looks(summaries: Sequence[Summary]) -> dict[str, Look]:
     """The look of each entry of a cell by its label, sorted by importance, the subject first.
 
-    Methods that train have a colour and a marker; methods on frozen features, the baselines, are grey broken lines.
+    Methods that train have a colour and a marker; methods on frozen features, the baselines, are grey broken lines. The
+    entries of a method at several byte budgets look the same.
     """
     first = subject(summaries)
     ranked = sorted(summaries, key=lambda item: (item is not first, -(item.mean or 0), item.label))
-    names = short_names([item.label for item in ranked], _MOST_CHARACTERS)
+    names = short_names(list(dict.fromkeys(map(of_method, ranked))), _MOST_CHARACTERS)
     looks: dict[str, Look] = {}
+    of_methods: dict[str, Look] = {}
     trained = frozen = 0
     for item in ranked:
+        method = of_method(item)
+        if method in of_methods:
+            looks[item.label] = of_methods[method]
+            continue
         if kind(item) == "frozen":
-            look = Look(names[item.label], MUTED, "", _DASHES[frozen % len(_DASHES)], item is first)
+            look = Look(names[method], MUTED, "", _DASHES[frozen % len(_DASHES)], item is first)
             frozen += 1
         else:
             around = trained // len(PALETTE)  # repeats the colours with other markers
             marker = _MARKERS[(trained + around) % len(_MARKERS)]
-            look = Look(names[item.label], PALETTE[trained % len(PALETTE)], marker, "-", item is first)
+            look = Look(names[method], PALETTE[trained % len(PALETTE)], marker, "-", item is first)
             trained += 1
-        looks[item.label] = look
+        looks[item.label] = of_methods[method] = look
     return looks

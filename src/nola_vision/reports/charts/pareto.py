@@ -90,7 +90,7 @@ def pareto_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
     bars = ["std"] * any(item.n > 1 for item in sized) + ["95 % interval"] * any(item.interval for item in sized)
     heading = "top-1 accuracy, %" + (f"; bars: {' or '.join(bars)}" if bars else "")
     margin = label_margin([look for _, _, look in lines[:MOST_LABELS]])
-    sizes = _size_range([mark.size for mark in own])
+    sizes = size_range([mark.size for mark in own])
     ticks = {tick: bytes_text(tick) for tick in size_ticks(*sizes, WIDTH - LEFT - margin)}
     means = [mean for _, mean, _ in lines]
     heights = axis_range([*(height for mark in [*own, *papers] for height in mark.bar), *means], least=2.0, bound=100.0)
@@ -182,7 +182,7 @@ def _bar_text(item: Summary) -> str:
     return "" if item.std is None else f" (std {item.std:.1f})"
 
 
-def _size_range(sizes: Sequence[float]) -> tuple[float, float]:
+def size_range(sizes: Sequence[float]) -> tuple[float, float]:
     """The range of a logarithmic axis of sizes, with a margin for labels."""
     room = max(0.3, 0.12 * (math.log10(max(sizes)) - math.log10(min(sizes))))
     return min(sizes) / 10**room, max(sizes) * 10**room

@@ -9,7 +9,7 @@ from nola_vision.common.text import excerpt, last_part, printable
 from nola_vision.reports.cell import Cell
 from nola_vision.reports.charts.looks import CSS_COLOURS, entry_looks
 from nola_vision.reports.description import cell_facts, how_measured
-from nola_vision.reports.entries import Entry, kind
+from nola_vision.reports.entries import Entry, kind, of_method
 from nola_vision.reports.entry_predictions import read_entry_predictions
 from nola_vision.reports.formatting import bytes_text, plural, points, short_printable
 from nola_vision.reports.html.classes import ClassesView, classes_view
@@ -89,6 +89,7 @@ def cell_view(cell: Cell, title: str, anchor: str, image_bytes: int, problems: l
     of_other = read_entry_predictions(*other, problems) if other and tested else None
     looks = entry_looks(cell.summaries)
     colours = {printable(label): CSS_COLOURS[look.colour].lstrip("-") for label, look in looks.items()}
+    colours |= {printable(of_method(item)): colours[printable(item.label)] for item in cell.summaries}
     charts, unusable = cell_charts(cell)
     verdict, not_compared = cell.verdict
     problems += [*unusable, *not_compared]
