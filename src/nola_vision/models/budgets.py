@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,7 +69,13 @@ def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata, weights: Weights
         raise NolaVisionError(f"{type(method).__name__} adapts no weight of this backbone: give it targets")
     if size(least) > budget:
         raise UnreachableBudgetError(budget, size(least), f"{method.size_setting} {least}")
-    return method.with_count(largest(lambda count: is_allowed(count) and size(count) <= budget, MOST_COUNT, least))
+    most = largest(lambda count: is_allowed(count) and size(count) <= budget, MOST_COUNT, least)
+    # where a larger setting adds no values, the smallest that has them
+    values = files.values(method.with_count(most))
+    count = bisect.bisect_left(
+        range(most + 1), values, lo=least, key=lambda count: files.values(method.with_count(count))
+    )
+    return method.with_count(count)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,10 @@ class _Files:
     def groups(self, method: Method) -> list[Group]:
         """Of the trained values; raises NolaVisionError for a size that the targets cannot have."""
         return check(method).groups(self.targets)
+
+    def values(self, method: Method) -> int:
+        """The number of trained values, without the head's."""
+        return sum(math.prod(shape) for group in self.groups(method) for shape in group.shapes.values())
 
     def size(self, method: Method) -> int:
         """The bytes of the longest file: what is chosen later, or differs between runs, is as long as it can be."""

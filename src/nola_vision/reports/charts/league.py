@@ -62,7 +62,7 @@ def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
             size, label = _size(entry), entry.summary.label
             if bar := bars[label]:
                 ends = [min(100.0, max(0.0, end)) for end in bar]
-                panel.draw([size, size], ends, color=look.colour, linewidth=1.1, label=f"bar of {label}")
+                panel.draw([size, size], ends, color=look.colour, linewidth=1.1, alpha=0.6, label=f"bar of {label}")
             panel.draw(
                 [size], [entry.summary.mean or 0.0],
                 color=look.colour, marker=look.marker or "o", markersize=7 if look.strong else 5, label=label,

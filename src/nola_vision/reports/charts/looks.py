@@ -9,7 +9,10 @@ from nola_vision.reports.charts.labels import short_names
 from nola_vision.reports.entries import Summary, kind, of_method, subject
 
 # The subject of a cell has the first colour; the contrast of text in any of them on PAPER is at least 4.5
-PALETTE = ("#0072b2", "#b84a00", "#007a5a", "#8f4b8f", "#8a5a00", "#c2285c", "#0a7c91", "#5f6b00")
+PALETTE = (
+    "#0072b2", "#b84a00", "#007a5a", "#8f4b8f", "#8a5a00", "#c2285c", "#0a7c91", "#5f6b00",
+    "#4a4fc4", "#a8249b", "#6e4a2f", "#b3261e",
+)  # fmt: skip
 INK, MUTED, GRID, PAPER = "#1f2328", "#595f69", "#e1e4e8", "#ffffff"  # text, axes, grid lines, background
 # CSS variable that replaces each colour in an SVG; the colour is its fallback
 CSS_COLOURS: Mapping[str, str] = {
@@ -29,6 +32,10 @@ DARK_COLOURS: Mapping[str, str] = {
     "--c5": "#ff86a5",
     "--c6": "#4fc4d6",
     "--c7": "#b9c540",
+    "--c8": "#a3a8ff",
+    "--c9": "#f08be6",
+    "--c10": "#cba582",
+    "--c11": "#ff8a80",
     "--ink": "#e6e9ee",
     "--muted": "#a6aebb",
     "--grid": "#333a45",

@@ -1,0 +1,275 @@
+"""Byte budgets: the solver against written files, the plan of a league, and its report."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from fake_runs import Method as FakeMethod
+from fake_runs import write_runs
+from nola_vision.adapters.methods import NOLA, PRANC, Adapter, HashedNet, LinearProbe, LoRA, LoRAXS, VeRA
+from nola_vision.cli.main import main
+from nola_vision.common.errors import NolaVisionError, UnreachableBudgetError
+from nola_vision.models.adapted_model import AdaptedModel
+from nola_vision.models.assembly import adapt
+from nola_vision.models.backbones.sources import input_config
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.models.budgets import largest, most_file_bytes, smallest, solve_budget
+from nola_vision.models.metadata import AdapterMetadata
+from nola_vision.reports.cell import cell_of
+from nola_vision.reports.league import budget_table
+from nola_vision.reports.statistics import split_interval
+from nola_vision.runs import run_id
+from nola_vision.runs.budget_names import split_budget, with_budget
+from nola_vision.runs.not_run import NotRun, note_not_run, read_not_run
+from nola_vision.runs.parsing import parse
+from nola_vision.runs.store import read_rows
+from nola_vision.sweep import budgets, plan, variations
+from nola_vision.sweep.search import choose_learning_rates, search_failed
+
+GLYPHS = BackboneSpec("vit_glyph_patch4_32.glyphs")
+TEN = tuple("0123456789")
+METHODS = [
+    NOLA(bits=4), NOLA(targets=["qkv", "head"], bits=8), LoRA(bits=3), LoRAXS(bits=4), VeRA(bits=4), PRANC(bits=4),
+    HashedNet(bits=4, head_bits=8),
+]  # fmt: skip
+
+
+def described(method: Adapter) -> AdapterMetadata:
+    return AdapterMetadata(GLYPHS, method, TEN, 0, 0, input_config(GLYPHS))
+
+
+def bytes_of(method: Adapter, path: Path) -> int:
+    model: AdaptedModel = adapt(GLYPHS, method, TEN, run_seed=7)
+    model.calibrated_on, model.temperature, model.calibration_images = "validation", 0.123456, 400
+    return model.save(path)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_the_largest_file_within_a_budget_is_written(method: Adapter, tmp_path: Path) -> None:
+    budget = 9_000
+    asked = dataclasses.replace(method, max_bytes=budget)
+    found = solve_budget(described(asked))
+    count = getattr(found, found.size_setting)
+    assert found.byte_budget is None and count > 1
+    size = bytes_of(found, tmp_path / "a")
+    assert bytes_of(asked, tmp_path / "b") == size <= most_file_bytes(described(found)) <= budget
+    # the count covers seeds and learning rates of any length, and no more than that
+    assert most_file_bytes(described(found)) - size <= 160
+    more = dataclasses.replace(
+        found, **{found.size_setting: count + (12 if method == HashedNet(bits=4, head_bits=8) else 1)}
+    )
+    assert most_file_bytes(described(more)) > budget
+
+
+def test_a_budget_out_of_reach_states_the_smallest_file(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableBudgetError, match=r"max_bytes is 1,000, but the smallest file \(rank 1\) has") as e:
+        solve_budget(described(LoRA(max_bytes=1000)))
+    assert e.value.least == most_file_bytes(described(LoRA(rank=1)))
+    assert solve_budget(described(LoRA(max_bytes=e.value.least))) == LoRA(rank=1)
+    with pytest.raises(UnreachableBudgetError, match=r"\(max_parameters 12\)"):  # one for each target
+        solve_budget(described(HashedNet(max_bytes=1000)))
+    # a method with a largest size takes that, whatever the budget is
+    assert solve_budget(described(LoRA(max_bytes=10**9))) == LoRA(rank=160)
+
+
+@pytest.mark.parametrize("budget", [0, -1, "ten", 10**10, True, 2.5])
+def test_hostile_budgets(budget: Any) -> None:
+    with pytest.raises(NolaVisionError, match="max_bytes of LoRA is"):
+        adapt(GLYPHS, LoRA(max_bytes=budget), TEN)
+    with pytest.raises(NolaVisionError, match="`budgets` of the method 'a' has"):
+        run_id.resolve({"methods": {"a": {"class_path": "LoRA", "budgets": [2000, budget]}}}, "a")
+
+
+def test_search_for_a_number() -> None:
+    for first in range(1, 40):
+        assert smallest(lambda n, f=first: f <= n <= 100) == first
+        for last in range(first, 60):
+            assert largest(lambda n, f=first, e=last: f <= n <= e, 50, first) == min(last, 50)
+    assert smallest(lambda n: False) is None
+
+
+LEAGUE: dict[str, Any] = {
+    "protocol": "league",
+    "threads": 1,
+    "methods": {
+        "logistic": {"class_path": "LogisticRegression"},
+        "linear": {"class_path": "LinearProbe", "learning_rates": [0.01, 0.001]},
+        "lora": {
+            "class_path": "LoRA",
+            "init_args": {"bits": 2},
+            "learning_rates": [0.01, 0.001],
+            "budgets": [9000, 1000, 8990, 20000, 30000],
+        },
+        "vera": {
+            "class_path": "VeRA",
+            "init_args": {"bits": 2, "lr": 0.02},
+            "budgets": [500, 100000, 200000],
+        },
+    },
+    "model": {"backbone": {"tag": GLYPHS.tag}},
+    "data": {"dataset": "digits", "shots": 1, "batch_size": 16, "num_workers": 0, "augmentation": "none"},
+    "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+}  # fmt: skip
+QUIET = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="module")
+def entries() -> budgets.Entries:
+    names = budgets.expand(LEAGUE, list(LEAGUE["methods"]))
+    return budgets.complete(LEAGUE, names, lambda one: parse(one, QUIET))
+
+
+def test_entries_of_a_league(entries: budgets.Entries) -> None:
+    assert entries.methods == ["logistic", "linear", "lora@8990B", "lora@20KB", "lora@30KB", "vera@100KB"]
+    assert set(entries.not_run) == {"lora@1KB", "lora@9KB", "vera@500B", "vera@200KB"}
+    assert "the smallest file (rank 1) has" in entries.not_run["lora@1KB"].reason
+    assert entries.not_run["lora@9KB"].same_as == "lora@8990B"
+    assert entries.not_run["vera@200KB"].same_as == "vera@100KB"
+    args = entries.config["methods"]["lora@20KB"]["init_args"]
+    assert args["max_bytes"] is None and args["rank"] > entries.config["methods"]["lora@8990B"]["init_args"]["rank"]
+    # the run is named by what was solved: the hash is that of the same rank given by hand
+    budgeted = run_id.resolve(entries.config, "lora@20KB")
+    by_hand = {
+        **LEAGUE,
+        "method": "x",
+        "methods": {"x": {"class_path": "LoRA", "init_args": {"bits": 2, "rank": args["rank"]}}},
+    }
+    assert run_id.run_hash(parse(run_id.resolve(by_hand), QUIET), "final") == run_id.run_hash(budgeted, "final")
+    assert run_id.run_folder("out", budgeted, "final").parent.name == "lora@20KB"
+
+
+def test_one_search_per_method(entries: budgets.Entries) -> None:
+    specs = plan.search_specs(entries.config, entries.methods)
+    # the middle budget is 9 KB, and its solution that of 8,990 bytes
+    assert [(one.method, one.learning_rate) for one in specs] == [
+        ("linear", 0.01), ("linear", 0.001), ("lora@8990B", 0.01), ("lora@8990B", 0.001),
+    ]  # fmt: skip
+    assert entries.notes == [
+        "the learning rate of lora is searched at lora@8990B, which is the same, instead of lora@9KB"
+    ]
+    from nola_vision.runs.record import Row
+
+    rows = [Row.of(s.config, "search", "completed", val_accuracy=0.5 + 0.1 * n) for n, s in enumerate(specs)]
+    assert choose_learning_rates(entries.config, rows, ["lora@30KB", "lora@8990B"]) == {
+        "lora@30KB": 0.001, "lora@8990B": 0.001,
+    }  # fmt: skip
+    final = plan.final_specs(entries.config, [0, 1], [0], ["lora@30KB"], {"lora@30KB": 0.001})
+    assert [one.config["model"]["method"]["init_args"]["lr"] for one in final] == [0.001, 0.001]
+    failed = [dataclasses.replace(row, status="failed", error="x") for row in rows]
+    assert search_failed(entries.config, failed, "lora@30KB") and not search_failed(entries.config, rows, "lora@30KB")
+
+
+def test_a_part_of_the_budgets_searches_where_all_do() -> None:
+    names = budgets.expand(LEAGUE, ["lora"], [30_000])
+    one = budgets.complete(LEAGUE, names, lambda config: parse(config, QUIET))
+    assert names == one.methods == ["lora@30KB"]
+    assert {spec.method for spec in plan.search_specs(one.config, one.methods)} == {"lora@9KB"}
+    with pytest.raises(NolaVisionError, match="none of lora has the budget 7: give one of the config's"):
+        budgets.expand(LEAGUE, ["lora"], [7])
+    with pytest.raises(UnreachableBudgetError):
+        budgets.complete(LEAGUE, ["lora@1KB"], lambda config: parse(config, QUIET))
+
+
+def test_names_of_budgets() -> None:
+    for budget in (1, 999, 1000, 2500, 50_000, 999_999_999):
+        assert split_budget(with_budget("a-b", budget)) == ("a-b", budget)
+    assert split_budget("nola") == ("nola", None) and split_budget("a@0KB") == ("a@0KB", None)
+    with pytest.raises(NolaVisionError, match="'lora' has several budgets: name one, as lora@30KB"):
+        run_id.resolve(LEAGUE, "lora")
+    assert run_id.resolve(LEAGUE, "lora@30KB")["model"]["method"]["init_args"] == {"bits": 2, "max_bytes": 30_000}
+    with pytest.raises(NolaVisionError, match="unknown method 'lora@31KB'"):
+        run_id.resolve(LEAGUE, "lora@31KB")
+    varied, names = variations.vary(LEAGUE, ["lora", "vera@100KB"], "c", [1, 2], lambda *_: True)
+    assert names == ["lora-c1", "lora-c2", "vera-c1@100KB", "vera-c2@100KB"]
+    assert run_id.resolve(varied, "vera-c2@100KB")["model"]["method"]["init_args"]["max_bytes"] == 100_000
+    renamed, names = variations.rename(LEAGUE, ["lora@30KB", "linear"], "-shots2")
+    assert names == ["lora-shots2@30KB", "linear-shots2"] and run_id.resolve(renamed, names[0])
+    assert LinearProbe().size_setting == ""
+
+
+CELL = "backbone-data-5shot-league"
+FAKE = [
+    FakeMethod("logistic", "LogisticRegression", 0.8, 1500),
+    FakeMethod("1nn", "NearestNeighbor", 0.7),
+    *(FakeMethod(f"nola@{kb}KB", "NOLA", 0.85 + 0.005 * kb, 1000 * kb - 3) for kb in (2, 10)),
+    *(FakeMethod(f"lora@{kb}KB", "LoRA", 0.84 + 0.005 * kb, 1000 * kb - 5) for kb in (5, 10)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def league(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("league")
+    write_runs(folder, TEN, FAKE, splits=4, inits=1, images=20, cell=CELL)
+    note_not_run(folder / CELL / "lora@2KB", NotRun("the smallest file (rank 1) has 3,110 bytes"))
+    note_not_run(folder / CELL / "nola@5KB", NotRun("no larger file is within it than that of nola@2KB", "nola@2KB"))
+    (folder / CELL / "broken").mkdir()
+    (folder / CELL / "broken" / "not_run.json").write_text('{"reason": 1}')
+    return folder
+
+
+def test_table_by_budget(league: Path) -> None:
+    cell = cell_of(read_rows(league)[0], CELL)
+    table = budget_table(cell.entries, cell.not_run)
+    assert table is not None and cell.tables[0] == table
+    assert table.columns == ("method", "2 KB, %", "5 KB, %", "10 KB, %")
+    lines = {line[0].text: line[1:] for line in table.lines}
+    assert list(lines) == ["logistic", "lora", "nola"]
+    accuracy = {e.summary.method: [100 * (row.test_accuracy or 0) for row in e.runs] for e in cell.entries}
+    assert lines["lora"][0].text == "-" and lines["nola"][1].text == lines["nola"][0].text
+    assert "lora at 2 KB: the smallest file (rank 1) has 3,110 bytes" in table.notes
+    places = {("nola", 0): "nola@2KB", ("nola", 1): "nola@2KB", ("nola", 2): "nola@10KB"}
+    places |= {("lora", 1): "lora@5KB", ("lora", 2): "lora@10KB"} | {("logistic", n): "logistic" for n in range(3)}
+    for column in range(3):
+        means = {name: np.mean(accuracy[entry]) for (name, at), entry in places.items() if at == column}
+        best = max(means, key=lambda name: means[name])
+        for name, mean in means.items():
+            text, mark = lines[name][column]
+            assert text == f"{mean:.1f}"
+            test = scipy.stats.ttest_rel(accuracy[places[name, column]], accuracy[places[best, column]])
+            expected = "best" if name == best else "close" if test.pvalue > 0.05 else "plain"
+            assert mark == expected, (name, column)
+    assert {cell.mark for line in table.lines for cell in line[1:]} == {"best", "close", "plain"}
+    entry = next(e for e in cell.entries if e.summary.method == "lora@10KB")
+    values = accuracy["lora@10KB"]
+    low, high = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
+    assert split_interval(entry.runs) == pytest.approx((low, high))
+    assert split_interval(entry.runs[:2]) is None
+    assert set(read_not_run(league / CELL)) == {"lora@2KB", "nola@5KB"}
+    assert budget_table([e for e in cell.entries if "@" not in e.summary.method], {}) is None
+
+
+def test_report_of_a_league(league: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, plots = tmp_path / "r.html", tmp_path / "plots"
+    assert main(["report", str(league), "--format", "latex", "--html", str(page), "--plots", str(plots)]) == 0
+    assert r"\underline{" in capsys.readouterr().out
+    assert main(["report", str(league), "--format", "markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "### Accuracy by budget of the whole file" in out and "<u>" in out
+    text = page.read_text()
+    assert "Pareto front, the points that no smaller file reaches" in text and "95 % interval over splits" in text
+    assert (plots / f"{CELL}-pareto.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_league_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "runs"
+    config.write_text(json.dumps(LEAGUE))
+    words = ["sweep", "--config", str(config), "--splits", "0-2", "--inits", "0", "--out", str(out)]
+    assert main([*words, "--dry-run"]) == 0
+    assert "lora@1KB is not run: the smallest file" in capsys.readouterr().out and not out.exists()
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "Accuracy by budget of the whole file" in printed
+    rows, problems = read_rows(out)
+    assert not problems and {row.status for row in rows} == {"completed"}
+    assert {row.method for row in rows if row.stage == "search"} == {"linear", "lora@8990B"}
+    for row in rows:
+        budget = split_budget(row.method)[1]
+        assert budget is None or row.stage == "search" or (row.adapter_file_bytes or 0) <= budget
+    assert main(words) == 0  # everything is completed
+    assert len(read_rows(out)[0]) == len(rows)
