@@ -196,11 +196,11 @@ def test_budgets(tmp_path: Path) -> None:
     for bits, limit in ((32, 40_000), (4, 9_000)):
         model = adapt(glyphs, NOLA(targets=["mlp"], max_bytes=limit, bits=bits), TEN)
         size = model.save(tmp_path / "a.safetensors")
-        assert limit - 24 * bits / 8 - 120 <= size <= limit
+        assert limit - 24 * bits / 8 - 280 <= size <= limit  # seeds and learning rates may take up to 160 bytes more
         assert load_adapter(tmp_path / "a.safetensors").metadata.method.max_bytes is None
         set_temperature(tmp_path / "a.safetensors", 0.000123456, "validation", 10**6)  # the longest there is
         assert size < (tmp_path / "a.safetensors").stat().st_size <= limit
-    with pytest.raises(NolaVisionError, match=r"one coefficient per factor and target takes \d+"):
+    with pytest.raises(NolaVisionError, match=r"the smallest file \(num_basis 1\) has [\d,]+ bytes"):
         adapt(glyphs, NOLA(max_bytes=500), TEN)
     with pytest.raises(NolaVisionError, match="give one budget"):
         adapt(glyphs, NOLA(max_bytes=50_000, max_parameters=500), TEN)
