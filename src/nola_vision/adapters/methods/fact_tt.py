@@ -53,8 +53,8 @@ class FacT(Adapter):
         side = math.gcd(*(side for target in targets for side in (target.inputs, target.outputs)))
         if not 1 <= self.rank <= side:
             raise NolaVisionError(
-                f"rank {self.rank} of FacT is not possible: the greatest common divisor of the targets' sides is {side}, "
-                f"so use a rank from 1 to {side}, or other targets"
+                f"rank {self.rank} of FacT is not possible: {side} is the greatest common divisor of the targets' "
+                f"sides, so use a rank from 1 to {side}, or other targets"
             )
         pieces = sum(target.inputs // side * (target.outputs // side) for target in targets)
         shapes = {"u": (self.rank, side), "v": (self.rank, side), "core": (pieces, self.rank, self.rank)}
