@@ -517,6 +517,7 @@ REFUSED = {
     "uni-lora's head": (UniLoRA(targets=["qkv", "head"]), "UniLoRA does not adapt the head"),
     "no values": (UniLoRA(max_parameters=0), "max_parameters of UniLoRA is 0: it must be above zero"),
     "uni-lora's rank": (UniLoRA(rank=49), "rank 49 is not possible for blocks.0.attn.qkv.weight"),
+    "too many entries": (UniLoRA(targets=["re:.*fc."], rank=48), "rank 48 of UniLoRA gives factors of 46,080 entries"),
     "fact's head": (FacT(targets=["qkv", "head"]), "FacT does not adapt the head"),
     "fact's rank": (
         FacT(rank=49),
@@ -526,7 +527,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_settings_that_are_refused(case: str) -> None:
+def test_settings_that_are_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nola_vision.adapters.methods.uni_lora._MOST_ENTRIES", 46_079)
     method, refusal = REFUSED[case]
     with pytest.raises(NolaVisionError, match=refusal):
         make_bank(vit(), method, 5)
