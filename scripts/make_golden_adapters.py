@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nola_vision import NOLA, PRANC, BackboneSpec, HashedNet, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.methods import LoRAXS, Method, VeRA
+from nola_vision.adapters.methods import FacT, LoRAXS, Method, TinyLoRA, UniLoRA, VeRA
 from nola_vision.adapters.serialization import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent.parent / "tests" / "golden"
@@ -34,6 +34,10 @@ CASES: dict[str, tuple[BackboneSpec, Method]] = {
     ),
     "hashednet": (GLYPHS, HashedNet(targets=["qkv"], max_parameters=100)),
     "lora-xs": (GLYPHS, LoRAXS(targets=["qv"], rank=5)),
+    "tiny-lora": (GLYPHS, TinyLoRA(targets=["qv", "re:blocks.0.mlp.fc1"], rank=5, num_basis=9)),
+    "tiny-lora-model": (GLYPHS, TinyLoRA(targets=["qkv"], rank=4, num_basis=20, scope="model")),
+    "uni-lora-4bit": (GLYPHS, UniLoRA(targets=["qv", "re:blocks.0.mlp.fc1"], rank=2, max_parameters=200, bits=4)),
+    "fact": (GLYPHS, FacT(targets=["qkv", "re:blocks.0.*fc."], rank=3)),
     "vera-8bit": (GLYPHS, VeRA(targets=["re:blocks.0.*"], rank=60, bits=8)),
     "linear": (GLYPHS, LinearProbe()),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from PIL import Image
 
 from fuzzing import Outcome, measured
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.methods import LoRAXS, VeRA
+from nola_vision.adapters.methods import FacT, LoRAXS, TinyLoRA, UniLoRA, VeRA
 from nola_vision.adapters.serialization import METADATA_KEY, digest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -36,6 +36,9 @@ METHODS = {
     "hashed": HashedNet(targets=["re:fc1"], max_parameters=30),
     "lora-xs": LoRAXS(targets=["all"], rank=3, bits=4),
     "vera": VeRA(targets=["all"], rank=5),
+    "uni-lora": UniLoRA(targets=["all"], rank=5, max_parameters=90, bits=4),
+    "fact": FacT(targets=["all"], rank=3),
+    "tiny-lora": TinyLoRA(targets=["all"], rank=4, num_basis=7),
     "linear": LinearProbe(head_bits=3),
     "full": FullFinetune(),
     "peft-lora": PEFT(config="peft.LoraConfig", settings={"r": 2, "target_modules": "fc.", "bias": "all"}),

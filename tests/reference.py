@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -90,11 +91,12 @@ def changes(path: str, weights: dict[str, np.ndarray] | None = None) -> dict[str
 
     Args:
         path: the adapter file.
-        weights: of the frozen backbone by name, which LoRA-XS computes with.
+        weights: of the frozen backbone by name, which LoRA-XS and TinyLoRA compute with.
     """
     metadata, tensors = read(path)
     method, fields, seed = metadata["method"]["class_path"], metadata["method"]["init_args"], metadata["basis_seed"]
     scratch = metadata["backbone"]["base"] != "pretrained"
+    every_side = [side for one in metadata["targets"] for side in matrix_sides(one["name"], one["shape"])]
     made: dict[str, np.ndarray] = {}
     position: dict[str, int] = {}
     for target in metadata["targets"]:
@@ -108,8 +110,8 @@ def changes(path: str, weights: dict[str, np.ndarray] | None = None) -> dict[str
             first, last = name[:-1].rpartition("[")[2].split(":")
             rows, shape[0] = slice(int(first), int(last)), int(last) - int(first)
         size, fan_in = math.prod(shape), math.prod(shape[1:])
-        m = fan_in if linear else next(i for i in range(math.isqrt(size), 0, -1) if size % i == 0)
-        o, he = size // m, math.sqrt(2 / fan_in)
+        m, o = matrix_sides(name, target["shape"])
+        he = math.sqrt(2 / fan_in)
         if method in ("NOLA", "LoRA"):
             rank = fields["rank"]
             if name == "head":
@@ -122,10 +124,35 @@ def changes(path: str, weights: dict[str, np.ndarray] | None = None) -> dict[str
             scale = fields["c"] * (he * math.sqrt(m * o / rank) if random else 1 / rank)
             product = scale * a @ b
             made[name] = product.T if linear else product.reshape(shape)
-        elif method == "LoRAXS":
+        elif method in ("LoRAXS", "TinyLoRA"):
+            rank = fields["rank"]
             weight = weights[name.partition("[")[0]].astype(np.float64)[rows]
-            a, b = svd_factors(weight.T if linear else weight.reshape(m, o), fields["rank"])
-            product = fields["c"] / fields["rank"] * a @ own["r"][layer].astype(np.float64) @ b
+            a, b = svd_factors(weight.T if linear else weight.reshape(m, o), rank)
+            if method == "LoRAXS":
+                core = own["r"][layer].astype(np.float64)
+            else:
+                alpha = own["coefficients"][layer if fields["scope"] == "layer" else 0].astype(np.float64)
+                drawn = values(basis(seed, f"weight {name}", "R", len(alpha), rank, rank))
+                core = np.einsum("k,kij->ij", alpha, drawn) / math.sqrt(rank)
+            product = fields["c"] / rank * a @ core @ b
+            made[name] = product.T if linear else product.reshape(shape)
+        elif method == "UniLoRA":
+            rank, theta = fields["rank"], own["theta"].astype(np.float64)
+            if not made:  # one hash for the entries of all targets
+                slots = balanced_slots(seed, rank * sum(every_side), len(theta))
+                normalised = iter((theta / np.sqrt(np.bincount(slots)))[slots])
+            a = np.array([next(normalised) for _ in range(rank * m)]).reshape(rank, m).T
+            b = np.array([next(normalised) for _ in range(rank * o)]).reshape(rank, o)
+            a0 = values(basis(seed, f"weight {name}", "A0", 1, rank, m))[0].T / math.sqrt(m)
+            product = fields["c"] / rank * (a0 + a) @ b
+            made[name] = product.T if linear else product.reshape(shape)
+        elif method == "FacT":
+            u, v = own["u"].astype(np.float64).T, own["v"].astype(np.float64)
+            if not made:
+                side = math.gcd(*every_side)
+                cores = iter(own["core"].astype(np.float64))
+            pieces = [[u @ next(cores) @ v for _ in range(o // side)] for _ in range(m // side)]
+            product = fields["c"] * np.block(pieces)
             made[name] = product.T if linear else product.reshape(shape)
         elif method == "VeRA":
             rank = fields["rank"]
@@ -151,6 +178,23 @@ def changes(path: str, weights: dict[str, np.ndarray] | None = None) -> dict[str
     return made
 
 
+def matrix_sides(name: str, shape: Sequence[int]) -> tuple[int, int]:
+    """m and o of a target: of the rows that its name states, or of the whole weight."""
+    rows = [int(row) for row in name[:-1].rpartition("[")[2].split(":")] if name.endswith("]") else [0, shape[0]]
+    size = (rows[1] - rows[0]) * math.prod(shape[1:])
+    m = shape[1] if len(shape) == 2 else next(i for i in range(math.isqrt(size), 0, -1) if size % i == 0)
+    return m, size // m
+
+
+def balanced_slots(seed: int, size: int, count: int) -> np.ndarray:
+    """Uni-LoRA's slot of each of `size` entries."""
+    drawn = words(seed, "unilora", "slots", 1, 1, -(-size // 4)).view("<i4").ravel()[:size]
+    slots = np.empty(size, np.int64)
+    for place, entry in enumerate(sorted(range(size), key=lambda entry: (drawn[entry], entry))):
+        slots[entry] = place % count
+    return slots
+
+
 def svd_factors(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """LoRA-XS's A `[m, r]` and B `[r, o]` of a matrix `[m, o]`."""
     u, s, vt = np.linalg.svd(weight, full_matrices=False)
@@ -161,10 +205,9 @@ def svd_factors(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     return u[:, :rank] * s[:rank], vt[:rank]
 
 
-def sketch(matrices: np.ndarray, factor: str) -> np.ndarray:
-    """LoRA-XS's sketch of matrices `[layers, rank, length]`."""
-    drawn = values(basis(0, "sketch", factor, 1, *matrices.shape[1:]))[0]
-    return np.array([np.sum(matrix * drawn) for matrix in matrices])
+def sketch(matrices: list[np.ndarray], factor: str) -> np.ndarray:
+    """LoRA-XS's sketch of matrices `[rank, length]`."""
+    return np.array([np.sum(matrix * values(basis(0, "sketch", factor, 1, *matrix.shape))[0]) for matrix in matrices])
 
 
 def _nola_factors(

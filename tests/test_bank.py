@@ -10,7 +10,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nola_vision.adapters.functional import additive_linear, dense_change, merged_linear, merges_exactly
-from nola_vision.adapters.methods import NOLA, PRANC, HashedNet, LinearProbe, LoRA, LoRAXS, Method, VeRA
+from nola_vision.adapters.methods import (
+    NOLA,
+    PRANC,
+    FacT,
+    HashedNet,
+    LinearProbe,
+    LoRA,
+    LoRAXS,
+    Method,
+    TinyLoRA,
+    UniLoRA,
+    VeRA,
+)
 from nola_vision.adapters.methods.base import Group, Source
 from nola_vision.adapters.random_basis import Basis, basis_key, combine
 from nola_vision.adapters.target import Target
@@ -75,6 +87,10 @@ METHODS = [
     HashedNet(targets=["qv", "head"], max_parameters=50),
     LoRAXS(targets=["qv", "mlp"], rank=5),
     VeRA(targets=["qv", "mlp"], rank=60),
+    UniLoRA(targets=["qv", "mlp"], rank=3, max_parameters=70),
+    FacT(targets=["qkv", "mlp"], rank=3),
+    TinyLoRA(targets=["qv", "mlp"], rank=5, num_basis=9),
+    TinyLoRA(targets=["qkv", "mlp"], rank=4, num_basis=20, scope="model"),
 ]
 IDS = [f"{type(m).__name__}-{'+'.join(m.targets)}" for m in METHODS]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -135,7 +151,7 @@ def test_lora_equals_peft() -> None:
             assert torch.allclose(mine.grad[0, layer], expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
 
 
-LOW_RANK = [method for method in METHODS if isinstance(method, NOLA | LoRA | LoRAXS | VeRA)]
+LOW_RANK = [method for method in METHODS if not isinstance(method, PRANC | HashedNet)]
 
 
 @pytest.mark.parametrize("method", LOW_RANK, ids=str)
@@ -357,6 +373,9 @@ class Grouped(nn.Module):
         HashedNet(targets=["conv"], max_parameters=30),
         LoRAXS(targets=["conv"], rank=3),
         VeRA(targets=["conv"], rank=20),
+        UniLoRA(targets=["conv"], rank=3, max_parameters=40),
+        FacT(targets=["conv"], rank=2),
+        TinyLoRA(targets=["conv"], rank=3, num_basis=7),
     ],
     ids=str,
 )

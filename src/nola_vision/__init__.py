@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from nola_vision.adapters.methods import NOLA as NOLA
     from nola_vision.adapters.methods import PEFT as PEFT
     from nola_vision.adapters.methods import PRANC as PRANC
+    from nola_vision.adapters.methods import FacT as FacT
     from nola_vision.adapters.methods import FullFinetune as FullFinetune
     from nola_vision.adapters.methods import HashedNet as HashedNet
     from nola_vision.adapters.methods import LinearProbe as LinearProbe
     from nola_vision.adapters.methods import LoRA as LoRA
     from nola_vision.adapters.methods import LoRAXS as LoRAXS
+    from nola_vision.adapters.methods import TinyLoRA as TinyLoRA
+    from nola_vision.adapters.methods import UniLoRA as UniLoRA
     from nola_vision.adapters.methods import VeRA as VeRA
     from nola_vision.models.adapted_model import AdaptedModel as AdaptedModel
     from nola_vision.models.assembly import adapt as adapt
@@ -36,6 +39,7 @@ __version__ = version("nola-vision")
 # the public names, imported when first used: `nola-vision --help` must not wait for torch
 _PUBLIC = {
     "BackboneSpec": "nola_vision.models.backbones.spec",
+    "FacT": "nola_vision.adapters.methods",
     "FullFinetune": "nola_vision.adapters.methods",
     "HashedNet": "nola_vision.adapters.methods",
     "LinearProbe": "nola_vision.adapters.methods",
@@ -44,6 +48,8 @@ _PUBLIC = {
     "PEFT": "nola_vision.adapters.methods",
     "NOLA": "nola_vision.adapters.methods",
     "PRANC": "nola_vision.adapters.methods",
+    "TinyLoRA": "nola_vision.adapters.methods",
+    "UniLoRA": "nola_vision.adapters.methods",
     "VeRA": "nola_vision.adapters.methods",
     "AdaptedModel": "nola_vision.models.adapted_model",
     "adapt": "nola_vision.models.assembly",

@@ -52,7 +52,8 @@ def basis_key(basis_seed: int, identity: str, factor: str) -> Key:
     Args:
         basis_seed: any integer.
         identity: `shape 768x3072` in shared scope, `weight blocks.0.mlp.fc1.weight` in per-layer scope and for A0.
-        factor: `A`, `B`, `A0` (NOLA); `P` (PRANC), `hash` (HashedNet), `base` (random weights), `head` (its start).
+        factor: `A`, `B`, `A0` (NOLA); `P` (PRANC), `R` (TinyLoRA), `hash` (HashedNet), `slots` (Uni-LoRA), `base`
+            (random weights), `head` (its start).
     """
     text = f"nola-vision basis {BASIS_VERSION}\n{basis_seed}\n{identity}\n{factor}"
     number = sha256_integer(text, 8)
@@ -321,3 +322,18 @@ def buckets(key: Key, size: int, count: int) -> tuple[Tensor, Tensor]:
     """
     words = basis_words(key, (0, 1), (0, 1), (0, -(-size // 2))).flatten().view(-1, 2)[:size].to(torch.int64) & _MASK
     return (words[:, 0] * count) >> 32, 1.0 - 2.0 * (words[:, 1] & 1)
+
+
+def balanced_slots(key: Key, size: int, count: int) -> Tensor:
+    """A slot from 0 to count - 1 for each of `size` entries, each slot equally often up to one (Uni-LoRA's hash).
+
+    Entry p draws word `p % 4` of the counter `(p // 4, 0, 0, 0)`, as a signed integer. In ascending order of their
+    words, equal ones in the order of p, the entries get the slots 0, 1, ..., count - 1, 0, 1, ... in turn.
+
+    Returns:
+        int64 `[size]`.
+    """
+    drawn = basis_words(key, (0, 1), (0, 1), (0, -(-size // 4))).flatten()[:size]
+    slots = torch.empty(size, dtype=torch.int64)
+    slots[drawn.argsort(stable=True)] = torch.arange(size) % count
+    return slots

@@ -1,6 +1,7 @@
 """The methods, one file each: settings, equation, initial values, changes. Importing them loads no torch."""
 
 from nola_vision.adapters.methods.base import Adapter, FrozenMethod, Method
+from nola_vision.adapters.methods.fact_tt import FacT
 from nola_vision.adapters.methods.frozen import LogisticRegression, NearestMean, NearestNeighbor
 from nola_vision.adapters.methods.full import FullFinetune
 from nola_vision.adapters.methods.hashednet import HashedNet
@@ -10,6 +11,8 @@ from nola_vision.adapters.methods.lora_xs import LoRAXS
 from nola_vision.adapters.methods.nola import NOLA
 from nola_vision.adapters.methods.peft import PEFT
 from nola_vision.adapters.methods.pranc import PRANC
+from nola_vision.adapters.methods.tiny_lora import TinyLoRA
+from nola_vision.adapters.methods.uni_lora import UniLoRA
 from nola_vision.adapters.methods.vera import VeRA
 
 __all__ = [
@@ -17,6 +20,7 @@ __all__ = [
     "PEFT",
     "PRANC",
     "Adapter",
+    "FacT",
     "FrozenMethod",
     "FullFinetune",
     "HashedNet",
@@ -27,5 +31,7 @@ __all__ = [
     "Method",
     "NearestMean",
     "NearestNeighbor",
+    "TinyLoRA",
+    "UniLoRA",
     "VeRA",
 ]

@@ -6,7 +6,16 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nola_vision.adapters.methods.base import Adapter, Group, Source, by_shape, check_positive, check_rank, refuse_head
+from nola_vision.adapters.methods.base import (
+    Adapter,
+    Group,
+    Method,
+    Source,
+    by_shape,
+    check_positive,
+    check_rank,
+    refuse_head,
+)
 from nola_vision.adapters.methods.registry import register
 from nola_vision.adapters.target import Change, Target, low_rank_changes
 from nola_vision.common.errors import NolaVisionError
@@ -80,17 +89,10 @@ class LoRAXS(Adapter):
     def fixed(self, group: Group, source: Source) -> dict[str, Any]:
         import torch
 
-        factors = [_factors(target, source.weight(target), self.rank) for target in group.targets]
-        determined = [most for _, _, most in factors]
-        if not source.loading and (most := min(determined)) < self.rank:
-            raise NolaVisionError(
-                f"rank {self.rank} of LoRAXS is not possible for {group.targets[determined.index(most)].name}: its "
-                f"singular value {most + 1} is zero or almost equal to the next, so singular vectors are not "
-                f"determined: " + (f"use a rank of at most {most}" if most else "leave it out of the targets")
-            )
+        factors = svd_factors(self, self.rank, group, source)
         return {
-            "a": torch.stack([a for a, _, _ in factors]),
-            "b": torch.stack([b for _, b, _ in factors]),
+            "a": torch.stack([a for a, _ in factors]),
+            "b": torch.stack([b for _, b in factors]),
             "scale": self.c / self.rank,
         }
 
@@ -102,16 +104,38 @@ class LoRAXS(Adapter):
         return low_rank_changes(group.targets, a @ r, b.expand(len(r), *b.shape), fixed["scale"], wanted)
 
     def sketch(self, group: Group, fixed: Mapping[str, Any]) -> dict[str, Tensor]:
-        import torch
-
-        from nola_vision.adapters.random_basis import basis_bytes, basis_key, decode
-
-        def projected(factor: str, matrices: Tensor) -> Tensor:
-            rank, length = matrices.shape[1:]
-            drawn = basis_bytes(basis_key(0, "sketch", factor), 0, 1, rank, length, device=matrices.device)
-            return (matrices.double() * decode(drawn, torch.float64)).sum((1, 2)).float()
-
         return {"a": projected("A", fixed["a"].transpose(1, 2)), "b": projected("B", fixed["b"])}
+
+
+# --- the singular vectors, which TinyLoRA has too ---------------------------------------------------------------------
+
+
+def svd_factors(method: Method, rank: int, group: Group, source: Source) -> list[tuple[Tensor, Tensor]]:
+    """A `[m, r]` and B `[r, o]` of each target of a group, see `LoRAXS`.
+
+    Raises:
+        NolaVisionError: the singular vectors of a target are not determined, or it has values that are not finite.
+    """
+    factors = [_factors(target, source.weight(target), rank) for target in group.targets]
+    determined = [most for _, _, most in factors]
+    if not source.loading and (most := min(determined)) < rank:
+        raise NolaVisionError(
+            f"rank {rank} of {type(method).__name__} is not possible for {group.targets[determined.index(most)].name}: "
+            f"its singular value {most + 1} is zero or almost equal to the next, so singular vectors are not "
+            f"determined: " + (f"use a rank of at most {most}" if most else "leave it out of the targets")
+        )
+    return [(a, b) for a, b, _ in factors]
+
+
+def projected(factor: str, matrices: Tensor) -> Tensor:
+    """The sketch `[layers]` of factors `[layers, r, length]`: the sum of each times one fixed random matrix."""
+    import torch
+
+    from nola_vision.adapters.random_basis import basis_bytes, basis_key, decode
+
+    rank, length = matrices.shape[1:]
+    drawn = basis_bytes(basis_key(0, "sketch", factor), 0, 1, rank, length, device=matrices.device)
+    return (matrices.double() * decode(drawn, torch.float64)).sum((1, 2)).float()
 
 
 def _factors(target: Target, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, int]:

@@ -1,4 +1,7 @@
-"""LoRA-XS and VeRA against NumPy's SVD, an own generator and PEFT; `test_bank.py` has what holds for every method."""
+"""LoRA-XS, TinyLoRA, VeRA, Uni-LoRA and FacT against NumPy's SVD, an own generator, PEFT and the authors' layers.
+
+`test_bank.py` has what holds for every method.
+"""
 
 import copy
 import functools
@@ -13,7 +16,8 @@ from torch import nn
 import reference
 from fuzz_adapters import _opened, written
 from nola_vision import BackboneSpec, adapt, load_adapter
-from nola_vision.adapters.methods import LoRAXS, Method, VeRA, lora_xs
+from nola_vision.adapters.methods import FacT, LoRAXS, Method, TinyLoRA, UniLoRA, VeRA, lora_xs
+from nola_vision.adapters.random_basis import balanced_slots, basis_key
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.building import make_bank
@@ -27,6 +31,12 @@ CASES = {
     "lora-xs-all-ranks": (GLYPHS, LoRAXS(targets=["re:blocks.1.mlp.fc."], rank=160)),
     "lora-xs-4bit-conv": (SCRATCH, LoRAXS(targets=["conv"], rank=5, bits=4)),
     "lora-xs-int8": (BackboneSpec(GLYPHS.tag, int8=True), LoRAXS(targets=["re:blocks.2.*"], rank=4)),
+    "tiny-lora": (GLYPHS, TinyLoRA(targets=["re:blocks.[03].attn.qkv", "re:blocks.3.*fc1"], rank=6, num_basis=20, c=3)),
+    "tiny-lora-model-4bit-conv": (SCRATCH, TinyLoRA(targets=["conv"], rank=3, num_basis=70, scope="model", bits=4)),
+    "uni-lora": (GLYPHS, UniLoRA(targets=["qv", "re:blocks.3.*fc."], rank=3, max_parameters=300, c=2)),
+    "uni-lora-4bit-conv": (SCRATCH, UniLoRA(targets=["conv"], rank=2, max_parameters=90, bits=4)),
+    "fact": (GLYPHS, FacT(targets=["qkv", "re:blocks.3.*fc."], rank=7, c=2)),
+    "fact-8bit-conv": (SCRATCH, FacT(targets=["re:layers.*conv."], rank=3, bits=8)),
     "vera": (GLYPHS, VeRA(targets=["qv", "re:blocks.3.*fc."], rank=200, c=2)),
     "vera-8bit-conv": (SCRATCH, VeRA(targets=["conv"], rank=9, bits=8)),
 }
@@ -68,7 +78,7 @@ def test_a_saved_adapter_is_what_numpy_decodes_and_comes_back(case: str, tmp_pat
         assert torch.equal(change, changes[target])
     _, stored = reference.read(str(path))
     sketches = {name for name in stored if name.startswith("sketch.")}
-    groups = loaded.bank.groups if isinstance(method, LoRAXS) else ()
+    groups = loaded.bank.groups if isinstance(method, LoRAXS | TinyLoRA) else ()
     assert sketches == {f"sketch.{group}.{factor}" for group in groups for factor in "ab"}
     for group in groups:
         targets = loaded.bank.members(group)
@@ -78,7 +88,7 @@ def test_a_saved_adapter_is_what_numpy_decodes_and_comes_back(case: str, tmp_pat
             weight = weight[slice(*target.rows)] if target.rows else weight
             matrix = weight.T if target.kind == "linear" else weight.reshape(target.inputs, target.outputs)
             pairs.append(reference.svd_factors(matrix, method.rank))
-        for factor, matrices in (("a", np.stack([a.T for a, _ in pairs])), ("b", np.stack([b for _, b in pairs]))):
+        for factor, matrices in (("a", [a.T for a, _ in pairs]), ("b", [b for _, b in pairs])):
             assert stored[f"sketch.{group}.{factor}"] == pytest.approx(
                 reference.sketch(matrices, factor.upper()), rel=1e-4, abs=1e-4
             )
@@ -97,15 +107,23 @@ def test_fewer_bits_leave_the_sketch_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [LoRAXS(targets=["qv", "mlp"], rank=3), VeRA(targets=["qv", "mlp"], rank=9)], ids=str
+    "method",
+    [
+        LoRAXS(targets=["qv", "mlp"], rank=3),
+        VeRA(targets=["qv", "mlp"], rank=9),
+        TinyLoRA(targets=["qv", "mlp"], rank=3, num_basis=5),
+        UniLoRA(targets=["qv", "mlp"], rank=3, max_parameters=50),
+        FacT(targets=["qkv", "mlp"], rank=3),
+    ],
+    ids=str,
 )
 def test_n_adapters_share_what_is_fixed(method: Method) -> None:
     backbone = vit()
     bank = attached(backbone, method, num_adapters=3)
     alone = make_bank(backbone, method, num_classes=5)
     for group in bank.groups:
-        for name in ("a", "b"):
-            assert torch.equal(bank.fixed[group][name], alone.fixed[group][name])
+        for name, fixed in bank.fixed[group].items():
+            assert not isinstance(fixed, torch.Tensor) or torch.equal(fixed, alone.fixed[group][name])
     shake(bank)
     index = torch.tensor([2, 0, 2])
     with bank.route(index):
@@ -128,6 +146,190 @@ def test_lora_xs_can_remove_the_largest_singular_values() -> None:
         weight = backbone.get_parameter(name)
         left, before = torch.linalg.svdvals(weight + change), torch.linalg.svdvals(weight)
         assert torch.allclose(left[:-6], before[6:], rtol=1e-4) and left[-6:].max() < 1e-4
+
+
+def wrapped_by_peft(backbone: nn.Module, config: object) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """PEFT's copy of a backbone, and its layers by the name of their weight."""
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = get_peft_model(copy.deepcopy(backbone), config)
+    layers = {
+        n.partition("base_model.model.")[2]: m for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer)
+    }
+    return wrapped, {f"{name}.weight": layer for name, layer in layers.items() if name}
+
+
+def same_features_and_gradients(
+    backbone: nn.Module, own: nn.Parameter, wrapped: nn.Module, other: list[nn.Parameter]
+) -> None:
+    ours, theirs = backbone(IMAGES), wrapped(IMAGES)
+    assert (ours - vit()(IMAGES)).abs().max() > 1e-2  # the change is no trifle
+    assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    (ours * direction).sum().backward()
+    (theirs * direction).sum().backward()
+    expected = torch.stack([parameter.grad for parameter in other])
+    assert torch.allclose(own.grad[0].view_as(expected), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_tiny_lora_equals_peft(scope: str) -> None:
+    """PEFT has A = sqrt(S) V^T and B = U sqrt(S), so its P are ours between roots of the singular values."""
+    from peft import TinyLoraConfig
+
+    backbone, rank, k = vit(), 4, 9
+    config = TinyLoraConfig(r=rank, u=k, weight_tying=float(scope == "model"), target_modules=["qkv", "fc1", "fc2"])
+    wrapped, layers = wrapped_by_peft(backbone, config)
+    bank = attached(backbone, TinyLoRA(targets=["qkv", "mlp"], rank=rank, num_basis=k, scope=scope, c=2.0))
+    assert list(layers) == [target.name for target in bank.targets]
+    shake(bank)
+    alpha, fixed = bank.groups["model"].coefficients, bank.fixed["model"]
+    theirs = wrapped.base_model.tinylora_v["default"]
+    assert len(theirs) == alpha.shape[1]
+    with torch.no_grad():
+        for vector, own in zip(theirs.values(), alpha[0], strict=True):
+            vector.copy_(own)
+        for target in bank.targets:
+            layer = layers[target.name]
+            a, b = layer.tinylora_A["default"], layer.tinylora_B["default"]  # [r, m], [o, r]
+            roots, sign = a.norm(dim=1), (a @ fixed[f"a {target.name}"]).diag().sign()
+            assert torch.allclose(b.t() * sign[:, None], roots[:, None] * fixed[f"b {target.name}"], atol=1e-4)
+            drawn = reference.values(reference.basis(0, f"weight {target.name}", "R", k, rank, rank))
+            own = torch.from_numpy(drawn).float() * (2.0 / rank / rank**0.5) * sign[:, None] * sign
+            layer.tinylora_P["default"].copy_((own * roots[:, None] / roots).mT)
+    same_features_and_gradients(backbone, alpha, wrapped, list(theirs.values()))
+
+
+def test_tiny_lora_is_lora_xs_with_combined_random_matrices() -> None:
+    """With as many matrices as R has entries, it reaches every R; the first matrices of a basis are a smaller basis."""
+    rank = 3
+    bank = make_bank(vit(), TinyLoRA(targets=["qkv"], rank=rank, num_basis=9, c=5.0), 5)
+    other = make_bank(vit(), LoRAXS(targets=["qkv"], rank=rank, c=5.0), 5)
+    wanted = torch.randn(2, rank, rank, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        other.groups["48x144"].r[0] = wanted
+        for layer, target in enumerate(bank.targets):
+            drawn = reference.values(reference.basis(0, f"weight {target.name}", "R", 9, rank, rank)).reshape(9, 9)
+            solved = np.linalg.solve(drawn.T / rank**0.5, wanted[layer].numpy().ravel())
+            bank.groups["model"].coefficients[0, layer] = torch.from_numpy(solved)
+    for name, change in other.changes().items():
+        assert torch.allclose(bank.changes()[name], change, rtol=0, atol=1e-4 * float(change.abs().max()))
+    fewer = make_bank(vit(), TinyLoRA(targets=["qkv"], rank=rank, num_basis=4, c=5.0), 5)
+    with torch.no_grad():
+        bank.groups["model"].coefficients[..., 4:] = 0
+        fewer.groups["model"].coefficients.copy_(bank.groups["model"].coefficients[..., :4])
+    for name, change in fewer.changes().items():
+        assert torch.allclose(bank.changes()[name], change, rtol=0, atol=1e-5 * float(change.abs().max()))
+
+
+# --- Uni-LoRA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (7, 7), (1000, 1), (1000, 999), (1000, 300), (4099, 64)])
+def test_slots_are_balanced_and_those_of_the_format_page(size: int, count: int) -> None:
+    slots = balanced_slots(basis_key(8, "unilora", "slots"), size, count)
+    assert slots.tolist() == reference.balanced_slots(8, size, count).tolist()
+    counts = torch.bincount(slots, minlength=count)
+    assert len(counts) == count and counts.max() - counts.min() <= 1
+    if size < 4000:
+        return
+    # neighbouring entries have independent slots: chi-squared of pairs of 8 classes, 49 degrees of freedom
+    pairs = torch.bincount(8 * (slots[:-1] // 8) + slots[1:] // 8, minlength=64).double()
+    assert 20 < float(((pairs - pairs.mean()).square() / pairs.mean()).sum()) < 90
+    assert not torch.equal(slots, balanced_slots(basis_key(9, "unilora", "slots"), size, count))
+
+
+def test_uni_lora_equals_peft_without_a0() -> None:
+    from peft import UniLoraConfig
+
+    backbone, rank = vit(), 3
+    config = UniLoraConfig(r=rank, theta_d_length=70, target_modules=["qkv", "fc1", "fc2"])
+    wrapped, layers = wrapped_by_peft(backbone, config)
+    bank = attached(backbone, UniLoRA(targets=["qkv", "mlp"], rank=rank, max_parameters=70, c=float(rank)))
+    theta, fixed = bank.groups["model"].theta, bank.fixed["model"]
+    shake(bank)
+    assert list(layers) == [target.name for target in bank.targets]
+    indices = [layer.unilora_indices_A["default"] for layer in layers.values()]
+    scales = [layer.unilora_scales_A["default"] for layer in layers.values()]
+    assert torch.cat([one.flatten() for one in scales]).unique().tolist() == fixed["normaliser"].unique().tolist()
+    with torch.no_grad():
+        wrapped.base_model.unilora_theta_d["default"].copy_(theta[0])
+        for name, layer in layers.items():
+            fixed[f"a0 {name}"] = torch.zeros_like(fixed[f"a0 {name}"])
+            a, b = fixed[f"a {name}"].t(), fixed[f"b {name}"].t()
+            layer.unilora_indices_A["default"], layer.unilora_indices_B["default"] = a.contiguous(), b.contiguous()
+            layer.unilora_scales_A["default"] = fixed["normaliser"][a]
+            layer.unilora_scales_B["default"] = fixed["normaliser"][b]
+    assert not torch.equal(indices[0], fixed[f"a {bank.targets[0].name}"].t())
+    same_features_and_gradients(backbone, theta, wrapped, [wrapped.base_model.unilora_theta_d["default"]])
+
+
+def test_uni_loras_projection_is_an_isometry_and_starts_at_a0_with_a_gradient() -> None:
+    backbone = vit()
+    bank = attached(backbone, UniLoRA(targets=["qkv", "mlp"], rank=3, max_parameters=50))
+    backbone(IMAGES)[:, 0].sum().backward()
+    (theta,) = bank.adapter_parameters()
+    assert theta.grad.abs().min() > 0  # of every value: each serves some entry of some B
+
+    def entries() -> torch.Tensor:
+        changes = bank.method.changes(bank.group_settings["model"], {"theta": theta}, bank.fixed["model"], bank.targets)
+        return torch.cat([factor.flatten() for change in changes.values() for factor in change[:2]])
+
+    start = entries()
+    assert (start != 0).sum() == 3 * sum(target.inputs for target in bank.targets)
+    shake(bank)
+    assert float((entries() - start).detach().square().sum()) == pytest.approx(
+        float(theta.detach().square().sum()), rel=1e-5
+    )
+    every = make_bank(vit(), UniLoRA(targets=["qkv"], rank=1, max_parameters=10**6), 5)
+    assert [p.numel() for p in every.adapter_parameters()] == [2 * (48 + 144)]  # no more than there are entries
+
+
+# --- FacT -------------------------------------------------------------------------------------------------------------
+
+
+class AuthorsFacT(nn.Module):
+    """What the authors' code adds to the output of a layer, one linear layer after the other."""
+
+    def __init__(self, u: torch.Tensor, v: torch.Tensor, cores: torch.Tensor, inputs: int) -> None:
+        super().__init__()
+        self.u, self.v = u, v  # [r, d] as nn.Linear has it, [d, r]
+        # nn.Linear(r, r) for query, key and value, nn.Linear(r, 4 r) for fc1, nn.Linear(4 r, r) for fc2
+        parts = list(cores.mT)
+        self.core = torch.cat(parts, 0) if inputs == 48 else torch.cat(parts, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = x.unflatten(-1, (-1, 48))
+        inside = nn.functional.linear(nn.functional.linear(pieces, self.u).flatten(-2), self.core)
+        return nn.functional.linear(inside.unflatten(-1, (-1, self.u.shape[0])), self.v).flatten(-2)
+
+
+def test_fact_equals_the_authors_layers() -> None:
+    backbone = vit()
+    edited = copy.deepcopy(backbone)
+    bank = attached(backbone, FacT(targets=["qkv", "mlp"], rank=5, c=0.7))
+    group = bank.groups["model"]
+    shapes = {name: tuple(parameter.shape[1:]) for name, parameter in group.items()}
+    assert shapes == {"u": (5, 48), "v": (5, 48), "core": (2 * (3 + 4 + 4), 5, 5)}
+    assert float(group.u.detach().std()) == pytest.approx((1 / 3 / 48) ** 0.5, rel=0.1) and not group.v.any()
+    assert float(group.core.detach().std()) == pytest.approx((1 / 3 / 5) ** 0.5, rel=0.1)
+    shake(bank)
+    first = 0
+    for target in bank.targets:
+        pieces = target.size // 48**2
+        added = AuthorsFacT(group.u[0], group.v[0].t(), group.core[0, first : first + pieces], target.inputs)
+        edited.get_submodule(target.modules[0]).register_forward_hook(
+            lambda module, args, out, added=added: out + 0.7 * added(args[0])
+        )
+        first += pieces
+    ours, theirs = backbone(IMAGES), edited(IMAGES)
+    assert (ours - vit()(IMAGES)).abs().max() > 1e-2
+    assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    own = torch.autograd.grad((ours * direction).sum(), list(group.values()))
+    for one, other in zip(own, torch.autograd.grad((theirs * direction).sum(), list(group.values())), strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
 # --- what determines singular vectors ---------------------------------------------------------------------------------
@@ -304,11 +506,29 @@ REFUSED = {
     "vera's rank": (VeRA(rank=5000), "rank of VeRA is 5000: it must be at most 4,096"),
     "vera without a rank": (VeRA(rank=0), "rank of VeRA is 0: it must be above zero"),
     "scale": (LoRAXS(c=-1.0), "c of LoRAXS is -1.0"),
+    "tiny-lora's head": (TinyLoRA(targets=["qkv", "head"]), "TinyLoRA does not adapt the head"),
+    "redundant matrices": (
+        TinyLoRA(rank=3, num_basis=10),
+        "num_basis of TinyLoRA is 10, but 9 matrices span .* rank 3",
+    ),
+    "tied ones too": (TinyLoRA(rank=3, num_basis=19, scope="model"), "19, but 18 matrices span"),
+    "no matrices": (TinyLoRA(num_basis=0), "num_basis of TinyLoRA is 0: it must be above zero"),
+    "tiny-lora's rank": (TinyLoRA(rank=49), "rank 49 is not possible for blocks.0.attn.qkv.weight"),
+    "uni-lora's head": (UniLoRA(targets=["qkv", "head"]), "UniLoRA does not adapt the head"),
+    "no values": (UniLoRA(max_parameters=0), "max_parameters of UniLoRA is 0: it must be above zero"),
+    "uni-lora's rank": (UniLoRA(rank=49), "rank 49 is not possible for blocks.0.attn.qkv.weight"),
+    "too many entries": (UniLoRA(targets=["re:.*fc."], rank=48), "rank 48 of UniLoRA gives factors of 46,080 entries"),
+    "fact's head": (FacT(targets=["qkv", "head"]), "FacT does not adapt the head"),
+    "fact's rank": (
+        FacT(rank=49),
+        "rank 49 of FacT .*: 48 is the greatest common divisor of .*, so use a rank from 1 to 48",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_settings_that_are_refused(case: str) -> None:
+def test_settings_that_are_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nola_vision.adapters.methods.uni_lora._MOST_ENTRIES", 46_079)
     method, refusal = REFUSED[case]
     with pytest.raises(NolaVisionError, match=refusal):
         make_bank(vit(), method, 5)
@@ -316,8 +536,10 @@ def test_settings_that_are_refused(case: str) -> None:
 
 def test_a_zero_base_is_refused() -> None:
     zero = BackboneSpec("mlp_784_256.untrained", base="zero")
-    with pytest.raises(NolaVisionError, match="VeRA on base zero would never move"):
-        adapt(zero, VeRA(targets=["all"]), ["a", "b"])
-    with pytest.raises(NolaVisionError, match="fc1.weight: its singular value 1 is zero .*leave it out"):
-        adapt(zero, LoRAXS(targets=["all"]), ["a", "b"])
-    assert attached(resnet(), VeRA(targets=["conv"], rank=5), base="random")
+    for method in (VeRA, UniLoRA, FacT):
+        with pytest.raises(NolaVisionError, match=f"{method.__name__} on base zero would never move"):
+            adapt(zero, method(targets=["all"], rank=1), ["a", "b"])
+        assert attached(resnet(), method(targets=["conv"], rank=2), base="random")
+    for method in (LoRAXS(targets=["all"]), TinyLoRA(targets=["all"])):
+        with pytest.raises(NolaVisionError, match="fc1.weight: its singular value 1 is zero .*leave it out"):
+            adapt(zero, method, ["a", "b"])
