@@ -14,7 +14,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import refuse_existing, write_file
 from nola_vision.common.mappings import value_at
 from nola_vision.common.text import printable
-from nola_vision.runs.cells import KINDS, cells, part_files
+from nola_vision.runs.cells import KINDS, cells, part_files, with_shots
 from nola_vision.runs.config_files import load_config, own_files, shipped_files, user_folder
 from nola_vision.runs.yaml_files import dump
 
@@ -72,3 +72,7 @@ def _list(folder: Path | None) -> None:
     for kind in KINDS:
         yours = ", ".join(part_files(kind, folder).keys() - part_files(kind).keys())
         print(f"  {kind}: {', '.join(part_files(kind))}" + (f"; yours: {printable(yours)}" if yours else ""))
+    if fixed := with_shots(folder):
+        print(
+            f"<backbone>_<dataset> is one too if the data set states its training images: {printable(', '.join(fixed))}"
+        )
