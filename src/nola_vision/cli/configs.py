@@ -68,11 +68,11 @@ def _list(folder: Path | None) -> None:
         texts = [f"{name}.yaml", *("" if value is None else str(value) for value in values)]
         table.add_row(*(escape(printable(text)) for text in texts))
     Console(width=max(Console().width, 140)).print(table, highlight=False)
+    fixed = with_shots(folder)
     print("\nAny <backbone>_<dataset>_<k>shot or <backbone>_<dataset>_<k>shot_<protocol> is a config:")
     for kind in KINDS:
         yours = ", ".join(part_files(kind, folder).keys() - part_files(kind).keys())
-        print(f"  {kind}: {', '.join(part_files(kind))}" + (f"; yours: {printable(yours)}" if yours else ""))
-    if fixed := with_shots(folder):
-        print(
-            f"<backbone>_<dataset> is one too if the data set states its training images: {printable(', '.join(fixed))}"
-        )
+        shipped = [name for name in part_files(kind) if kind != "datasets" or name not in fixed]
+        print(f"  {kind}: {', '.join(shipped)}" + (f"; yours: {printable(yours)}" if yours else ""))
+    print("<backbone>_<dataset> is a config of a data set with published training images:")
+    print(f"  {printable(', '.join(fixed))}")

@@ -73,7 +73,7 @@ class Vtab(DatasetEntry):
             r.label for r in listed
         ):
             raise NolaVisionError(
-                f"{both} has other labels than train800.txt and val200.txt together: get the lists again from one source"
+                f"{both} has other labels than train800.txt and val200.txt together: get all lists from one source"
             )
         return self._source(root, listed)
 
