@@ -32,6 +32,8 @@ SIZES = {
     "sun397": (397, 50, 50),
     "cub200": (200, 12, 2),
     "imagenet100": (100, 12, 2),
+    "vtab_dtd": (47, None, 2),  # of the 19 tasks, one with names and one with numbers
+    "vtab_dmlab": (6, None, 2),
 }
 
 
@@ -137,7 +139,26 @@ def make(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 for label, wnid in enumerate((*DATASETS[name].class_names(str(root)), "n00000000")):
                     for i in range(count):
                         picture(root / split / wnid / f"{wnid}_{i}.JPEG", 100 * label + i)
+        case "vtab_dtd" | "vtab_dmlab":
+            vtab(root / "vtab-1k" / name.removeprefix("vtab_"), classes, test * classes)
     return root
+
+
+def vtab(folder: Path, classes: int, test: int) -> None:
+    """A task of VTAB-1k as NOAH's get_vtab1k.py leaves it: the images of the last list are copies of the first two."""
+    listed = {"train800": range(800), "val200": range(800, 1000), "test": range(1000, 1000 + test)}
+    for name, shades in (listed | {"train800val200": range(1000)}).items():
+        lines = []
+        for number, shade in enumerate(shades):
+            path = f"images/{name}/{number:06d}.jpg"
+            lines.append(f"{path} {number % classes}\n" if name == "test" else f"{path} {shade % classes}\n")
+            copied = f"images/val200/{number - 800:06d}.jpg" if number >= 800 else f"images/train800/{number:06d}.jpg"
+            if name == "train800val200":
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                os.link(folder / copied, folder / path)
+            else:
+                picture(folder / path, shade)
+        (folder / f"{name}.txt").write_text("".join(lines))
 
 
 def cifar(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ VTAB_BACKBONE = "vit_base_patch16_224.orig_in21k"  # of the published results on
 class PublishedVtab(NamedTuple):
     """A published result on VTAB-1k.
 
-    `mean` is the mean of the three groups' mean top-1 accuracies in per cent, `kib` the size of the whole file per task,
-    with the head, and `note` a reason to doubt the figure, or empty.
+    `mean` is the mean of the three groups' mean top-1 accuracies in per cent, `kib` the size of the whole file with its
+    head per task, and `note` a reason to doubt the figure, or empty.
     """
 
     name: str

@@ -65,7 +65,7 @@ def search_specs(config: Mapping[str, Any], methods: Sequence[str]) -> list[RunS
     """
     data = run_id.need(config, "data")
     split = data["split_seed"] if data.get("manifest") is not None else 0
-    if get_dataset(data["dataset"]).trains_on_pool:
+    if get_dataset(run_id.need(data, "dataset")).trains_on_pool:
         config = {**config, "data": {**data, "hold_out": True}}
     return [
         _spec(config, method, split, 0, "search", rate)
