@@ -146,18 +146,20 @@ def make(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def vtab(folder: Path, classes: int, test: int) -> None:
     """A task of VTAB-1k as NOAH's get_vtab1k.py leaves it: the images of the last list are copies of the first two."""
-    listed = {"train800": range(800), "val200": range(800, 1000), "test": range(1000, 1000 + test)}
-    for name, shades in (listed | {"train800val200": range(1000)}).items():
+    noise = pixels(1000 + test, (SIDE, SIDE + 1, 3))
+    written: list[Path] = []
+    for name, count in {"train800": 800, "val200": 200, "test": test, "train800val200": 1000}.items():
+        (folder / "images" / name).mkdir(parents=True)
         lines = []
-        for number, shade in enumerate(shades):
-            path = f"images/{name}/{number:06d}.jpg"
-            lines.append(f"{path} {number % classes}\n" if name == "test" else f"{path} {shade % classes}\n")
-            copied = f"images/val200/{number - 800:06d}.jpg" if number >= 800 else f"images/train800/{number:06d}.jpg"
+        for number in range(count):
+            path = folder / "images" / name / f"{number:06d}.jpg"
+            label = (number + 800 if name == "val200" else number) % classes
+            lines.append(f"{path.relative_to(folder)} {label}\n")
             if name == "train800val200":
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                os.link(folder / copied, folder / path)
+                os.link(written[number], path)
             else:
-                picture(folder / path, shade)
+                Image.fromarray(noise[len(written)]).save(path)
+                written.append(path)
         (folder / f"{name}.txt").write_text("".join(lines))
 
 

@@ -23,6 +23,7 @@ from nola_vision.images.transforms import eval_transform
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.reports.cell import report_of
+from nola_vision.reports.confusion import read_confusion
 from nola_vision.reports.html.page import html_page
 from nola_vision.reports.terminal import benchmark_tables
 from nola_vision.reports.vtab import group_means, vtab_benchmarks
@@ -145,8 +146,9 @@ def test_a_sweep_searches_on_train800_and_trains_on_both(
         transform = row.data["transform"]
         assert transform["crop_pct"] == 1 and transform["crop_mode"] == "squash" and transform["mean"][0] == 0.485
         if row.method != "linear":
-            confusion = np.loadtxt(row.folder / "confusion.csv", delimiter=",", skiprows=1, usecols=range(1, 5))
-            assert confusion.shape == (4, 4) and confusion[:, 2].sum() == 0 < confusion[2].sum()
+            counts = read_confusion(row.folder / "confusion.csv")
+            absent = "over 20 m"
+            assert counts.loc[absent].sum() == 3 and counts[absent].sum() == 0 and counts.to_numpy().sum() == 12
 
 
 def test_an_absent_class_has_the_mean_logit() -> None:
@@ -251,7 +253,7 @@ def test_the_table_over_tasks() -> None:
     assert [line[0].text for line in elsewhere.tables[0].lines] == ["nola"] and "2 of 19" in str(elsewhere.tables[0])
     console = Console(file=io.StringIO(), width=100)
     console.print(benchmark_tables(benchmark))
-    assert "published: Bi-LoRA" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert console.file.getvalue().count("published:") > 9  # type: ignore[attr-defined]
     assert html_page(report).text.count("<caption>") == 0 and "Means over tasks" in html_page(report).text
 
 
