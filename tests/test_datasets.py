@@ -618,7 +618,9 @@ def test_download_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_unknown_names_get_a_hint() -> None:
     with pytest.raises(NolaVisionError, match=r"no data set 'cifar1': did you mean .*cifar10"):
         get_dataset("cifar1")
-    with pytest.raises(NolaVisionError, match="use one of caltech101, cifar10, .*sun397, or hf:NAME"):
+    with pytest.raises(
+        NolaVisionError, match="use one of caltech101, cifar10, .*sun397, vtab_caltech101, .*vtab_svhn, or hf:NAME"
+    ):
         get_dataset("xyz")
 
 

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from nola_vision.common.mappings import overlay, value_at
+from nola_vision.common.mappings import value_at
 from nola_vision.common.text import printable
 from nola_vision.data.datasets.vtab import GROUPS, PREFIX, TASKS
 from nola_vision.reports.cell import Cell
-from nola_vision.reports.description import cell_title
+from nola_vision.reports.description import backbone_name
 from nola_vision.reports.entries import Summary
 from nola_vision.reports.formatting import NOT_MEASURED, points
 from nola_vision.reports.tables import Table, TableCell
-from nola_vision.runs import run_id
 from nola_vision.runs.published import VTAB_BACKBONE, published_vtab
 
 # A method's summary of each task that it was run on
@@ -49,11 +48,9 @@ def vtab_benchmarks(cells: Sequence[Cell]) -> list[Benchmark]:
     """The tables over VTAB-1k's tasks, one benchmark per backbone, shots and protocol with at least two tasks."""
     found: dict[str, dict[str, Cell]] = defaultdict(dict)
     for cell in cells:
-        config = cell.rows[0].config
-        dataset = str(value_at(config, "data", "dataset"))
+        dataset = str(value_at(cell.rows[0].config, "data", "dataset"))
         if (task := dataset.removeprefix(PREFIX)) in TASKS and dataset != task:
-            common = run_id.cell_name(overlay(config, {"data": {"dataset": "VTAB-1k"}}))
-            found[common][task] = cell
+            found[cell.name.replace(f"-{dataset}-", "-VTAB-1k-")][task] = cell
     return [_benchmark(name, tasks) for name, tasks in found.items() if len(tasks) > 1]
 
 
@@ -81,8 +78,10 @@ def _benchmark(name: str, tasks: Mapping[str, Cell]) -> Benchmark:
     first = next(iter(tasks.values()))
     config = first.rows[0].config
     same = (value_at(config, "model", "backbone", "tag"), value_at(config, "data", "shots")) == (VTAB_BACKBONE, "all")
-    title = f"VTAB-1k: {cell_title(first.rows).partition(': ')[2].rpartition('images, ')[2]} ({printable(name)})"
-    return Benchmark(title, [_means(results, with_published=same), _per_task(results)])
+    return Benchmark(
+        f"VTAB-1k: {backbone_name(first.rows[0])} ({printable(name)})",
+        [_means(results, with_published=same), _per_task(results)],
+    )
 
 
 def _means(results: Mapping[str, Results], with_published: bool) -> Table:
@@ -115,13 +114,10 @@ def _means(results: Mapping[str, Results], with_published: bool) -> Table:
     if with_published:
         figures = published_vtab()
         for line in figures:
-            texts = [f"published: {line.name}", f"{line.kib:,.1f}", *[NOT_MEASURED] * len(GROUPS), points(line.mean)]
+            texts = [f"published {line.name}", f"{line.kib:,.1f}", *[NOT_MEASURED] * len(GROUPS), points(line.mean)]
             lines.append(tuple(map(TableCell, (*texts, NOT_MEASURED, f"{len(TASKS)} of {len(TASKS)}"))))
         notes.append(f"published: {'; '.join(dict.fromkeys(line.source for line in figures))}")
-        notes += [
-            f"published {', '.join(line.name for line in figures if line.note == doubt)}: {doubt}"
-            for doubt in dict.fromkeys(line.note for line in figures if line.note)
-        ]
+        notes += dict.fromkeys(f"published {line.name.split()[0]}: {line.note}" for line in figures if line.note)
     explained = _HELP | {group: f"mean over its {len(tasks)} tasks" for group, tasks in GROUPS.items()}
     return Table("Means over tasks", columns, tuple(lines), tuple(notes), tuple(explained[name] for name in columns))
 

@@ -131,7 +131,7 @@ def compose(
     own = {"protocol": protocol, "data": {} if shots is None else {"shots": shots}}
     config = assemble([*(read_part(kind, name, folder) for kind, name in parts), own])
     is_shipped = backbone in part_files("backbones") and dataset in part_files("datasets")
-    config["published"] = published({**config.get("published", {}), "shots": shots}) if is_shipped else []
+    config["published"] = published({**(config.get("published") or {}), "shots": shots}) if is_shipped else []
     if not config["methods"]:
         raise NolaVisionError(f"the protocol '{protocol}' in {folder} lacks `methods`: add `include: default` to it")
     return {key: config[key] for key in _ORDER if key in config}

@@ -34,13 +34,9 @@ def published_vtab() -> list[PublishedVtab]:
     with (resources.files(__package__) / "paper" / "published_vtab_kb.csv").open(encoding="utf-8", newline="") as file:
         return [
             PublishedVtab(
-                name=", ".join(
-                    [
-                        line["method"],
-                        *([f"rank {line['rank']}"] if line["rank"] else []),
-                        f"{line['head_bits']}-bit head",
-                    ]
-                ),
+                name=line["method"]
+                + (f" r={line['rank']}" if line["rank"] else "")
+                + (", 1-bit head" if line["head_bits"] == "1" else ""),
                 kib=float(line["kb_per_task_whole_file"]),
                 mean=float(line["vtab1k_mean_top1"]),
                 source=line["source"],

@@ -68,10 +68,8 @@ class Vtab(DatasetEntry):
         if split == "test":
             return self._source(root, self._listed(root, "test"))
         listed = [row for name in _TRAIN for row in self._listed(root, name)]
-        both = self._file(root, _BOTH)
-        if both.exists() and Counter(row.label for row in self._listed(root, _BOTH)) != Counter(
-            r.label for r in listed
-        ):
+        both, labels = self._file(root, _BOTH), Counter(row.label for row in listed)
+        if both.exists() and Counter(row.label for row in self._listed(root, _BOTH)) != labels:
             raise NolaVisionError(
                 f"{both} has other labels than train800.txt and val200.txt together: get all lists from one source"
             )
