@@ -134,13 +134,16 @@ def test_a_sweep_searches_on_train800_and_trains_on_both(
     options = ["--methods=nearest-mean,logistic,linear", "--splits=0", "--inits=0", f"--data.root={root}", *SMALL_VIT]
     quick = ["--threads=1", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.precision=32"]
     assert main(["sweep", "--config=vitb_in21k_vtab_kitti", "--data.num_workers=0", *options, *quick]) == 0
+    # `fit --search` has the same search runs: it finds them
+    one = ["--method=linear", "--search", f"--data.root={root}", *SMALL_VIT, *quick]
+    assert main(["fit", "--config=vitb_in21k_vtab_kitti", "--data.num_workers=0", *one]) == 0
     rows, problems = store.read_rows("runs")
     assert not problems and {row.status for row in rows} == {"completed"}
     counts = {row.stage: row.data["counts"] for row in rows if row.method == "linear"}
-    assert counts["search"] == {"train": 800, "validation": 200}
+    assert counts["search"] == {"train": 800, "validation": 200} and len(rows) == 3 + 3 + 1
     assert counts["final"] == {"train": 1000, "validation": 0, "test": 12}
     final = [row for row in rows if row.stage == "final"]
-    assert {row.method for row in final} == {"nearest-mean", "logistic", "linear"}
+    assert {row.method for row in final} == {"1nn", "nearest-mean", "logistic", "linear"}
     assert all("1 of the 4 classes have no training images" in row.warnings for row in rows)
     for row in final:
         transform = row.data["transform"]
