@@ -32,6 +32,8 @@ SIZES = {
     "sun397": (397, 50, 50),
     "cub200": (200, 12, 2),
     "imagenet100": (100, 12, 2),
+    "vtab_dtd": (47, None, 2),  # of the 19 tasks, one with names and one with numbers
+    "vtab_dmlab": (6, None, 2),
 }
 
 
@@ -137,7 +139,28 @@ def make(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 for label, wnid in enumerate((*DATASETS[name].class_names(str(root)), "n00000000")):
                     for i in range(count):
                         picture(root / split / wnid / f"{wnid}_{i}.JPEG", 100 * label + i)
+        case "vtab_dtd" | "vtab_dmlab":
+            vtab(root / "vtab-1k" / name.removeprefix("vtab_"), classes, test * classes)
     return root
+
+
+def vtab(folder: Path, classes: int, test: int) -> None:
+    """A task of VTAB-1k as NOAH's get_vtab1k.py leaves it: the images of the last list are copies of the first two."""
+    noise = pixels(1000 + test, (SIDE, SIDE + 1, 3))
+    written: list[Path] = []
+    for name, count in {"train800": 800, "val200": 200, "test": test, "train800val200": 1000}.items():
+        (folder / "images" / name).mkdir(parents=True)
+        lines = []
+        for number in range(count):
+            path = folder / "images" / name / f"{number:06d}.jpg"
+            label = (number + 800 if name == "val200" else number) % classes
+            lines.append(f"{path.relative_to(folder)} {label}\n")
+            if name == "train800val200":
+                os.link(written[number], path)
+            else:
+                Image.fromarray(noise[len(written)]).save(path)
+                written.append(path)
+        (folder / f"{name}.txt").write_text("".join(lines))
 
 
 def cifar(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -349,7 +349,9 @@ def test_a_manifest_of_images_without_files(capsys: pytest.CaptureFixture) -> No
     assert one.data["draw"] == other.data["draw"] and one.test_accuracy == other.test_accuracy
 
 
-@pytest.mark.parametrize("dataset", sorted(part_files("datasets")))
+@pytest.mark.parametrize(
+    "dataset", [name for name in part_files("datasets") if not name.startswith("vtab_") or name == "vtab_dtd"]
+)
 def test_a_cell_of_every_data_set_runs_a_step_through_its_reader(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -618,7 +618,9 @@ def test_download_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_unknown_names_get_a_hint() -> None:
     with pytest.raises(NolaVisionError, match=r"no data set 'cifar1': did you mean .*cifar10"):
         get_dataset("cifar1")
-    with pytest.raises(NolaVisionError, match="use one of caltech101, cifar10, .*sun397, or hf:NAME"):
+    with pytest.raises(
+        NolaVisionError, match="use one of caltech101, cifar10, .*sun397, vtab_caltech101, .*vtab_svhn, or hf:NAME"
+    ):
         get_dataset("xyz")
 
 
@@ -636,6 +638,11 @@ def classes_on_disk(name: str, root: Path, source: ImageSource) -> list[str]:
             return [path.stem.rpartition("_")[0].replace("_", " ").title() for path in paths]
         case "sun397":
             return ["/".join(path.parts[2:-1]) for path in paths]
+        case "vtab_dtd" | "vtab_dmlab":
+            folder = root / paths[0].parents[2]
+            lists = (folder / f"{path}.txt" for path in ("train800", "val200", "test"))
+            labels = dict(line.split() for file in lists for line in file.read_text().splitlines())
+            return [source.class_names[int(labels[(root / path).relative_to(folder).as_posix()])] for path in paths]
     return [path.parent.name for path in paths]
 
 

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datasets.shipped_list import class_of, read_list
-from nola_vision.data.sampling import candidates, classes_without_pool, draw, evenly_spaced, validation_pool
+from nola_vision.data.sampling import classes_without_pool, draw, evenly_spaced, outside, validation_pool
 
 DIGITS = load_digits().target[:898]
 
@@ -75,12 +75,11 @@ def test_all_is_everything_outside_the_pool() -> None:
     assert everything == list(range(37))
 
 
-def test_a_pool_is_left_out_only_where_it_comes_from_the_training_images() -> None:
+def test_a_draw_is_among_the_images_that_it_is_given() -> None:
     labels = mixed(30, 7)
-    assert candidates(labels, ("train", "test")).tolist() == draw(labels, "all", 0).tolist()
-    for splits in (("train",), ("train", "validation", "test")):
-        everything = candidates(labels, splits)
-        assert everything.tolist() == [*range(37)] == draw(labels, "all", 0, among=everything).tolist()
+    assert outside(validation_pool(labels), labels).tolist() == draw(labels, "all", 0).tolist()
+    everything = outside(np.empty(0, dtype=np.int64), labels)
+    assert everything.tolist() == [*range(37)] == draw(labels, "all", 0, among=everything).tolist()
     few = draw(labels, 9, 0, among=everything, at_most=True)
     assert np.bincount(labels[few]).tolist() == [9, 7]
     with pytest.raises(NolaVisionError, match="9 shots need that many images in every class, but '1' has 7"):

@@ -14,7 +14,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import refuse_existing, write_file
 from nola_vision.common.mappings import value_at
 from nola_vision.common.text import printable
-from nola_vision.runs.cells import KINDS, cells, part_files
+from nola_vision.runs.cells import KINDS, cells, part_files, with_shots
 from nola_vision.runs.config_files import load_config, own_files, shipped_files, user_folder
 from nola_vision.runs.yaml_files import dump
 
@@ -68,7 +68,11 @@ def _list(folder: Path | None) -> None:
         texts = [f"{name}.yaml", *("" if value is None else str(value) for value in values)]
         table.add_row(*(escape(printable(text)) for text in texts))
     Console(width=max(Console().width, 140)).print(table, highlight=False)
+    fixed = with_shots(folder)
     print("\nAny <backbone>_<dataset>_<k>shot or <backbone>_<dataset>_<k>shot_<protocol> is a config:")
     for kind in KINDS:
         yours = ", ".join(part_files(kind, folder).keys() - part_files(kind).keys())
-        print(f"  {kind}: {', '.join(part_files(kind))}" + (f"; yours: {printable(yours)}" if yours else ""))
+        shipped = [name for name in part_files(kind) if kind != "datasets" or name not in fixed]
+        print(f"  {kind}: {', '.join(shipped)}" + (f"; yours: {printable(yours)}" if yours else ""))
+    print("<backbone>_<dataset> is a config of a data set with published training images:")
+    print(f"  {printable(', '.join(fixed))}")

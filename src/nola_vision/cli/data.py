@@ -154,12 +154,11 @@ def _print(console: Console, line: str, wrap: bool = False) -> None:
 
 
 def _manifest(name: str, root: str | None, shots: int, split: int, out: Path) -> None:
-    from nola_vision.data.datasets.registry import get_dataset, open_split
+    from nola_vision.data.kshot_split import KShotSplit
     from nola_vision.data.manifest import make_manifest, write_manifest
 
     refuse_existing(out)
-    entry = get_dataset(name)
-    source = open_split(entry, root, "train")
-    made = make_manifest(source, name, shots, split, entry.splits(root))
+    drawn = KShotSplit(name, root, shots, split)
+    made = make_manifest(drawn.train_source, name, shots, split, drawn.candidates)
     write_manifest(made, out)
     print(printable(f"{out}: {len(made.images)} images; train on them with --data.manifest {out}"))

@@ -22,7 +22,8 @@ from nola_vision.reports.frames import frame, text_frame
 from nola_vision.reports.markup import latex_table, markdown_table, markdown_text
 from nola_vision.reports.statistics import on_the_same_images
 from nola_vision.reports.tables import COLUMNS
-from nola_vision.reports.terminal import cell_report
+from nola_vision.reports.terminal import benchmark_tables, cell_report
+from nola_vision.reports.vtab import vtab_benchmarks
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 
@@ -164,6 +165,14 @@ def _tables(report: Report, format: str, problems: list[str], coloured: bool) ->
             case _:
                 console.print(cell_report(cell))
                 problems = [*problems, *cell.verdict[1]]
+    for benchmark in vtab_benchmarks(report.cells):
+        match format:
+            case "markdown":
+                console.file.write(markdown_table(benchmark) + "\n")
+            case "latex":
+                console.file.write(latex_table(benchmark) + "\n")
+            case _:
+                console.print(benchmark_tables(benchmark))
     for name, reason in report.untested.items():
         note = f"{name}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
         problems = [*problems, note]

@@ -17,7 +17,7 @@ from nola_vision.data.datasets.registry import get_dataset, open_split
 from nola_vision.data.duplicates import groups
 from nola_vision.data.folds import folds, hold_out, number_of_folds
 from nola_vision.data.manifest import locate, read_manifest, refuse_other_settings
-from nola_vision.data.sampling import Indices, candidates, classes_without_pool, draw, evenly_spaced, validation_pool
+from nola_vision.data.sampling import Indices, classes_without_pool, draw, evenly_spaced, outside
 from nola_vision.data.sources import ImageSource
 
 Images = tuple[ImageSource, Indices]  # an open source, and positions in it
@@ -87,6 +87,21 @@ class KShotSplit:
         return None if self.fold is None else f"fold {self.fold + 1} of {self.number_of_folds}"
 
     @property
+    def search_holds_out(self) -> bool:
+        """Whether final runs train on all images, so that a search run must set `hold_out`."""
+        return not self.has_test or self.entry.trains_on_pool
+
+    @property
+    def train_source(self) -> ImageSource:
+        """The images of the training split."""
+        return self._open("train")
+
+    @property
+    def candidates(self) -> Indices:
+        """The positions in `train_source` that a draw may take."""
+        return outside(self._pool_positions, self.train_source.labels) if self.has_test else self._parts[0]
+
+    @property
     def train_indices(self) -> Indices:
         """The positions of the training images in their source, in the order of the draw."""
         return self._train_set[1]
@@ -151,7 +166,7 @@ class KShotSplit:
     def _check_settings(self) -> None:
         """Refuses settings that do not fit the data."""
         if self.has_test:
-            if self.fold is not None or self.hold_out:
+            if self.fold is not None or (self.hold_out and not self.entry.trains_on_pool):
                 name = "hold_out" if self.fold is None else "fold"
                 raise NolaVisionError(
                     f"data.{name} is for data without test images, and this data set has some: leave it out"
@@ -180,6 +195,10 @@ class KShotSplit:
         self._check_settings()
         source = self._open("train")
         indices = self._draw(source)
+        if self.entry.trains_on_pool:
+            if lacking := self.num_classes - len(np.unique(source.labels[indices])):
+                self._warn(f"{lacking} of the {self.num_classes} classes have no training images")
+            return source, indices
         if self._splits != ("train", "test"):  # there is no pool, or it is a split
             return source, indices
         small = [source.class_names[label] for label in classes_without_pool(source.labels)]
@@ -193,9 +212,10 @@ class KShotSplit:
 
     def _draw(self, source: ImageSource) -> Indices:
         if self.manifest is None:
-            among = candidates(source.labels, self._splits) if self.has_test else self._parts[0]
+            if self.shots == "all" and self.entry.trains_on_pool:
+                return self.candidates  # of every class that the published lists have
             at_most = self.fold is not None or self.hold_out
-            return draw(source.labels, self.shots, self.split_seed, source.class_names, among, at_most)
+            return draw(source.labels, self.shots, self.split_seed, source.class_names, self.candidates, at_most)
         manifest = read_manifest(self.manifest)
         settings = {"dataset": self.dataset, "shots": self.shots, "split_seed": self.split_seed}
         refuse_other_settings(manifest, self.manifest, **settings)
@@ -208,8 +228,16 @@ class KShotSplit:
             source = self._open("validation")
             return source, np.arange(len(source), dtype=np.int64)
         source, drawn = self._train_set
-        pool = validation_pool(source.labels) if self.has_test else self._parts[1]
-        return source, np.setdiff1d(pool, drawn)  # a manifest may have some of the pool
+        return source, np.setdiff1d(self._pool_positions, drawn)  # a manifest may have some of the pool
+
+    @property
+    def _pool_positions(self) -> Indices:
+        """The validation pool as positions in the training split; empty if it is a split, or is trained on."""
+        if not self.has_test:
+            return self._parts[1]
+        if "validation" in self._splits or (self.entry.trains_on_pool and not self.hold_out):
+            return np.empty(0, dtype=np.int64)
+        return self.entry.pool(self.root, self._open("train").labels)
 
     @cached_property
     def _test_set(self) -> Images:

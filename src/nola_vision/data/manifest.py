@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from nola_vision.common.files import write_file
 from nola_vision.common.hashing import sha256
 from nola_vision.common.local_files import read_file
 from nola_vision.common.validation import check_types
-from nola_vision.data.sampling import Indices, candidates, draw
+from nola_vision.data.sampling import Indices, draw
 from nola_vision.data.sources import ImageSource
 
 FORMAT = "nola-vision k-shot manifest"
@@ -46,7 +45,7 @@ class Manifest:
 
 
 def make_manifest(
-    source: ImageSource, dataset: str, shots: int, split_seed: int, splits: Sequence[str] = ("train", "test")
+    source: ImageSource, dataset: str, shots: int, split_seed: int, among: Indices | None = None
 ) -> Manifest:
     """The manifest of a draw from a data set's training images.
 
@@ -55,12 +54,11 @@ def make_manifest(
         dataset: its name in the registry.
         shots: images per class.
         split_seed: of the draw.
-        splits: what the data set has, see `candidates`.
+        among: as of `draw`.
 
     Raises:
         NolaVisionError: as `draw`, or an image cannot be read.
     """
-    among = candidates(source.labels, splits)
     indices = draw(source.labels, shots, split_seed, source.class_names, among).tolist()
     images = tuple((source.name(i), int(source.labels[i]), content(source, i)) for i in indices)
     return Manifest(dataset, shots, split_seed, source.class_names, images)

@@ -42,20 +42,14 @@ def validation_pool(labels: npt.ArrayLike) -> Indices:
     return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
 
 
-def candidates(labels: npt.ArrayLike, splits: Sequence[str]) -> Indices:
-    """The training images that a draw may take.
+def outside(pool: Indices, labels: npt.ArrayLike) -> Indices:
+    """The images that are not in a pool: sorted indices.
 
     Args:
-        labels: `[n]` class indices of the training split.
-        splits: what the data set has. The validation pool is taken out of the training split only if there is a test
-            split but no validation split.
-
-    Returns:
-        Sorted indices.
+        pool: indices.
+        labels: `[n]` class indices of all images.
     """
-    everything = np.arange(len(np.asarray(labels)), dtype=np.int64)
-    has_pool = "test" in splits and "validation" not in splits
-    return np.setdiff1d(everything, validation_pool(labels)) if has_pool else everything
+    return np.setdiff1d(np.arange(len(np.asarray(labels)), dtype=np.int64), pool)
 
 
 def classes_without_pool(labels: npt.ArrayLike) -> list[int]:
@@ -100,7 +94,7 @@ def draw(
     check_shots(shots)
     by_class = _by_class(labels)
     names = [str(label) for label in range(max(by_class, default=-1) + 1)] if class_names is None else class_names
-    allowed = set((candidates(labels, ("train", "test")) if among is None else among).tolist())
+    allowed = set((outside(validation_pool(labels), labels) if among is None else among).tolist())
     ranked: dict[int, Indices] = {}
     for label in by_class if class_names is None else range(len(names)):
         members = by_class.get(label, np.empty(0, dtype=np.int64)).tolist()

@@ -9,6 +9,7 @@ from typing import Any
 
 from nola_vision.common.tags import HUB_PREFIX, short_dataset, short_tag, split_tag
 from nola_vision.common.text import last_part, printable
+from nola_vision.data.datasets.vtab import PREFIX, TASKS
 from nola_vision.reports.formatting import plural, short_printable
 from nola_vision.reports.statistics import LEAST_SPLITS, cross_validated, is_measured
 from nola_vision.runs.record import Row, count_once
@@ -26,6 +27,7 @@ _DATASETS = {
     "sun397": "SUN397",
     "cub200": "CUB-200-2011",
     "imagenet100": "ImageNet-100",
+    **{f"{PREFIX}{task}": f"VTAB-1k {task}" for task in TASKS},
 }
 _ARCHITECTURES = {"vit_glyph_patch4_32": "small ViT/4", "resnet20_cifar": "ResNet-20", "mlp_784_256": "MLP 784-256-10"}
 _SIDES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g", "gigantic": "G"}
@@ -49,6 +51,7 @@ _PLAIN_PROTOCOLS = ("default", "photos", "quickstart", "scratch")
 _PROTOCOLS = {
     "paper": "as the paper states",
     "released": "as the code of the paper's authors does",
+    "vtab": "as FacT and binary adapters train on VTAB-1k",
     "scratch": "training from scratch",
 }
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from nola_vision.reports.cell import Cell
 from nola_vision.reports.tables import Mark, Table
+from nola_vision.reports.vtab import Benchmark
 
 # Markdown's special characters, the beginnings of blocks, and what GitHub turns into links
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[-+#](?=\s)|(?<=:)/(?=/)|(?<=\bwww)\.")
@@ -25,13 +26,13 @@ _LATEX = {
 _LATEX_FONTS_LACK = re.compile("[^\\x00-\u017f\u2013\u2014\u2018\u2019\u201c\u201d\u2026]")
 
 
-def markdown_table(cell: Cell) -> str:
-    """The tables of a cell as Markdown."""
+def markdown_table(cell: Cell | Benchmark) -> str:
+    """The tables of a cell or of a benchmark as Markdown."""
     return "\n".join([f"## {markdown_text(cell.title)}", "", *map(_markdown, cell.tables)])
 
 
-def latex_table(cell: Cell) -> str:
-    """The tables of a cell as LaTeX, which needs the package booktabs."""
+def latex_table(cell: Cell | Benchmark) -> str:
+    """The tables of a cell or of a benchmark as LaTeX, which needs the package booktabs."""
     return "\n".join(_latex(table, cell.title) for table in cell.tables)
 
 

@@ -14,6 +14,7 @@ from nola_vision.reports.cell import Cell
 from nola_vision.reports.formatting import NOT_MEASURED, accuracy_text, bytes_text, count_text, interval_text, points
 from nola_vision.reports.statistics import run_accuracy
 from nola_vision.reports.tables import COLUMNS, Table
+from nola_vision.reports.vtab import Benchmark
 from nola_vision.runs.record import Row
 
 
@@ -28,13 +29,18 @@ def cell_table(cell: Cell) -> Group:
     return Group(*_head(cell), *_tables(cell))
 
 
+def benchmark_tables(benchmark: Benchmark) -> Group:
+    """Title and tables of a benchmark."""
+    return Group(Text(benchmark.title, style="bold"), *_tables(benchmark))
+
+
 def _head(cell: Cell) -> Iterator[Text]:
     if cell.rows:
         yield Text(cell.title, style="bold")
     yield Text(printable(cell.name), style="dim")
 
 
-def _tables(cell: Cell) -> Iterator[RenderableType]:
+def _tables(cell: Cell | Benchmark) -> Iterator[RenderableType]:
     for table in cell.tables:
         yield ""
         yield _rich(table)

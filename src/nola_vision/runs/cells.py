@@ -1,8 +1,9 @@
 """Cells: configs that are composed of a backbone, a data set, a number of shots and a protocol.
 
 A cell's name is `<backbone>_<dataset>_<k>shot` or `<backbone>_<dataset>_<k>shot_<protocol>`, such as
-`vitl_cifar100_5shot`. The settings of each backbone, data set and protocol are stated once, in a part: a file of
-`configs/parts/` or of the user's folder (docs/configs.md). Later parts win: protocol, backbone, data set, shots.
+`vitl_cifar100_5shot`. A data set whose part states `data.shots` needs no `_<k>shot`, as in `vitb_vtab_svhn`. The
+settings of each backbone, data set and protocol are stated once, in a part: a file of `configs/parts/` or of the user's
+folder (docs/configs.md). Later parts win: protocol, backbone, data set, shots.
 """
 
 from __future__ import annotations
@@ -29,18 +30,30 @@ _ORDER = ("protocol", *_SECTIONS, "published")
 
 
 class Cell(NamedTuple):
-    """The parts of a cell by name, and its number of shots."""
+    """The parts of a cell by name, and its number of shots; None: those of the data set's part."""
 
     backbone: str
     dataset: str
-    shots: int
+    shots: int | None
     protocol: str = "default"
 
 
-def cells() -> Iterator[str]:
-    """The names of the cells of every shipped backbone and data set and the paper's shots, in the default protocol."""
-    for backbone, dataset, shots in itertools.product(part_files("backbones"), part_files("datasets"), SHOTS):
-        yield f"{backbone}_{dataset}_{shots}shot"
+def cells(folder: Path | None = None) -> Iterator[str]:
+    """The names of the cells of every backbone and data set with the paper's shots, in the default protocol; without
+    shots and in its own protocol where the part of the data set states them.
+    """
+    fixed = with_shots(folder)
+    for backbone, dataset in itertools.product(part_files("backbones", folder), part_files("datasets", folder)):
+        if dataset in fixed:
+            yield f"{backbone}_{dataset}"
+        else:
+            yield from (f"{backbone}_{dataset}_{shots}shot" for shots in SHOTS)
+
+
+def with_shots(folder: Path | None = None) -> list[str]:
+    """The data sets whose part states `data.shots`."""
+    parts = {name: read_part("datasets", name, folder) for name in part_files("datasets", folder)}
+    return [name for name, part in parts.items() if "shots" in part.get("data", {})]
 
 
 def part_files(kind: str, folder: Path | None = None) -> dict[str, Path]:
@@ -74,10 +87,14 @@ def split_cell(name: str, folder: Path | None = None) -> Cell | None:
     backbones, datasets, protocols = (part_files(kind, folder) for kind in KINDS)
     found = []
     for backbone, dataset in itertools.product(backbones, datasets):
-        start = f"{backbone}_{dataset}_"
-        rest = re.fullmatch("([1-9][0-9]{0,8})shot(?:_(.+))?", name[len(start) :]) if name.startswith(start) else None
-        if rest and (rest[2] is None or rest[2] in protocols):
-            found.append(Cell(backbone, dataset, int(rest[1]), rest[2] or "default"))
+        start = f"{backbone}_{dataset}"
+        rest = re.fullmatch("(?:_([1-9][0-9]{0,8})shot)?(?:_(.+))?", name.removeprefix(start))
+        if not name.startswith(start) or rest is None or (rest[2] is not None and rest[2] not in protocols):
+            continue
+        part = read_part("datasets", dataset, folder)
+        if rest[1] or "shots" in part.get("data", {}):
+            shots = int(rest[1]) if rest[1] else None
+            found.append(Cell(backbone, dataset, shots, rest[2] or part.get("protocol", "default")))
     if len(found) > 1:
         named = " or ".join(f"'{cell.backbone}' with '{cell.dataset}'" for cell in found)
         raise NolaVisionError(f"the config name '{name}' can be {named}: rename one of these files in {folder}")
@@ -97,17 +114,24 @@ def unknown_part(name: str, folder: Path | None = None) -> tuple[str, str] | Non
     return next((("backbones", backbone) for backbone in ends), None)
 
 
-def compose(backbone: str, dataset: str, shots: int, protocol: str = "default", folder: Path | None = None) -> Config:
+def compose(
+    backbone: str, dataset: str, shots: int | None, protocol: str = "default", folder: Path | None = None
+) -> Config:
     """The config of a cell. It has the paper's figures if backbone and data set are shipped parts.
+
+    Args:
+        backbone, dataset, protocol: names of parts.
+        shots: None for those of the data set's part.
+        folder: of the user's own parts.
 
     Raises:
         NolaVisionError: a part of `folder` cannot be read, or lacks what a config needs.
     """
     parts = [("protocols", protocol), ("backbones", backbone), ("datasets", dataset)]
-    own = {"protocol": protocol, "data": {"shots": shots}}
+    own = {"protocol": protocol, "data": {} if shots is None else {"shots": shots}}
     config = assemble([*(read_part(kind, name, folder) for kind, name in parts), own])
     is_shipped = backbone in part_files("backbones") and dataset in part_files("datasets")
-    config["published"] = published({**config["published"], "shots": shots}) if is_shipped else []
+    config["published"] = published({**(config.get("published") or {}), "shots": shots}) if is_shipped else []
     if not config["methods"]:
         raise NolaVisionError(f"the protocol '{protocol}' in {folder} lacks `methods`: add `include: default` to it")
     return {key: config[key] for key in _ORDER if key in config}
@@ -151,7 +175,7 @@ def read_part(kind: str, name: str, folder: Path | None = None) -> Config:
         path = files[included]
         read.append(included)
         below = read_mapping(path)
-        _check_part(below, path, may_be_published=path.is_relative_to(PARTS))
+        _check_part(below, path, kind, may_be_published=path.is_relative_to(PARTS))
         included = below.pop("include", None)
         part = overlay(below, part)
         if included is not None and included not in files:
@@ -161,8 +185,9 @@ def read_part(kind: str, name: str, folder: Path | None = None) -> Config:
     return part
 
 
-def _check_part(part: Config, path: Path, may_be_published: bool) -> None:
+def _check_part(part: Config, path: Path, kind: str, may_be_published: bool) -> None:
     known = ["include", "method_defaults", *_SECTIONS, *(["published"] if may_be_published else [])]
+    known += ["protocol"] if kind == "datasets" else []
     for key in part:
         if key not in known:
             raise NolaVisionError(f"unknown key '{key}' in {path}: {did_you_mean(key, known)}")

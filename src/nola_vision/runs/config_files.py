@@ -88,13 +88,13 @@ def own_files(folder: Path | None) -> dict[str, Path]:
 
 
 def _hint(bare: str, folder: Path | None) -> str:
-    backbones, datasets, protocols = (cells.part_files(kind, folder) for kind in cells.KINDS)
+    protocols = cells.part_files("protocols", folder)
     if unknown := cells.unknown_part(bare, folder):
         kind, name = unknown
         parts = list(cells.part_files(kind, folder))
         if not did_you_mean(name, parts, otherwise=""):
             return f"'{name}' is not one of the {kind}, {', '.join(parts)}"
-    composed = [f"{b}_{d}_{k}shot" for b in backbones for d in datasets for k in cells.SHOTS]
+    composed = list(cells.cells(folder))
     if "shot_" in bare:
         composed += [f"{cell}_{protocol}" for cell in composed for protocol in protocols]
     known = [*own_files(folder), *(path.stem for path in shipped_files()), *composed]

@@ -56,8 +56,8 @@ def run_with_estimate(
         run_config: as of `runner.run`.
         out: as of `runner.run`.
         stage: as of `runner.run`; only a final run has an estimate.
-        learning_rates: candidates; the best one on a validation pool is used. Without a test split the pool is held out
-            of each fold's training part, and of all images for the final run.
+        learning_rates: candidates; the best one on a validation pool is used. If the final run trains on all images,
+            search runs hold the pool out of them, and out of each fold's training part.
         on_fold: called with the number and the row of each finished fold.
         folds: how many to run, from 0; `number_of_folds` if not given.
         again: repeat completed runs.
@@ -84,8 +84,8 @@ def run_with_estimate(
         held_out.append(runner.run(fold_config, out, "fold", **before))
         if on_fold is not None:
             on_fold(fold, held_out[-1])
-    without_test = learning_rates and not open_data(run_config).has_test
-    run_config = _with_best_rate(run_config, out, learning_rates, bool(without_test), before)
+    holds_out = bool(learning_rates) and open_data(run_config).search_holds_out
+    run_config = _with_best_rate(run_config, out, learning_rates, holds_out, before)
     return runner.run(run_config, out, held_out=held_out, **options)
 
 

@@ -395,5 +395,6 @@ def has_validation_images(run_config: run_id.Config) -> bool:
         NolaVisionError: as `KShotDataModule.prepare_data`.
     """
     data = open_data(run_config)
+    data.hold_out = data.hold_out or data.entry.trains_on_pool  # as search runs do
     data.prepare_data()
     return data.describe()["counts"]["validation"] > 0  # type: ignore[no-any-return]

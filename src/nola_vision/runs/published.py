@@ -1,14 +1,49 @@
-"""The figures that the NOLA paper prints: all of them as a data frame, and those of a cell."""
+"""Published figures: those of the NOLA paper, all as a data frame and those of a cell; and those on VTAB-1k."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+VTAB_BACKBONE = "vit_base_patch16_224.orig_in21k"  # of the published results on VTAB-1k
+
+
+class PublishedVtab(NamedTuple):
+    """A published result on VTAB-1k.
+
+    `mean` is the mean of the three groups' mean top-1 accuracies in per cent, `kib` the size of the whole file with its
+    head per task, and `note` a reason to doubt the figure, or empty.
+    """
+
+    name: str
+    kib: float
+    mean: float
+    source: str
+    note: str
+
+
+def published_vtab() -> list[PublishedVtab]:
+    """The published results of whole files on VTAB-1k, in the order of their table."""
+    with (resources.files(__package__) / "paper" / "published_vtab_kb.csv").open(encoding="utf-8", newline="") as file:
+        return [
+            PublishedVtab(
+                name=line["method"]
+                + (f" r={line['rank']}" if line["rank"] else "")
+                + (", 1-bit head" if line["head_bits"] == "1" else ""),
+                kib=float(line["kb_per_task_whole_file"]),
+                mean=float(line["vtab1k_mean_top1"]),
+                source=line["source"],
+                note=line["note"],
+            )
+            for line in csv.DictReader(file)
+        ]
 
 
 def published_figures() -> pd.DataFrame:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.runs import run_id
 
 
@@ -60,10 +61,12 @@ def search_specs(config: Mapping[str, Any], methods: Sequence[str]) -> list[RunS
     """Plan the search runs: one per learning rate of every entry that has several, or whose choice another takes.
 
     They use init 0 and split 0, or the split of the config's manifest, so that every sweep of a config chooses the same
-    rates whatever its splits are.
+    rates whatever its splits are. They hold the validation pool out if the final runs train on it.
     """
     data = run_id.need(config, "data")
     split = data["split_seed"] if data.get("manifest") is not None else 0
+    if get_dataset(run_id.need(data, "dataset")).trains_on_pool:
+        config = {**config, "data": {**data, "hold_out": True}}
     return [
         _spec(config, method, split, 0, "search", rate)
         for method in dict.fromkeys(searched_at(config, method) for method in methods)

@@ -92,14 +92,17 @@ class FrozenClassifier(ClassificationTask):
         if not self.method.savable:
             self._known = F.normalize(features.float(), dim=1), labels
             return
-        x, y, num_classes = features.double().numpy(), labels.numpy(), self.model.bank.num_classes
+        x, num_classes = features.double().numpy(), self.model.bank.num_classes
+        present, y = np.unique(labels.numpy(), return_inverse=True)
         # on few images several threads are slower than one, especially on busy cores
         with threadpool_limits(torch.get_num_threads() if x.size * num_classes > _MOST_WORK else 1):
             if self.method.regularised:
                 copies = np.arange(len(y)) if groups is None else groups
                 weight, bias, self.chosen_c = logistic_regression(x, y, copies)
             else:
-                weight, bias = nearest_mean(x, y, num_classes)
+                weight, bias = nearest_mean(x, y, len(present))
+        if len(present) < num_classes:
+            weight, bias = with_absent(weight, bias, present, num_classes)
         bank = self.model.bank
         with torch.no_grad():
             bank.head_weight.copy_(torch.from_numpy(weight))
@@ -179,6 +182,19 @@ def logistic_regression(x: Array, y: Indices, groups: Indices) -> tuple[Array, A
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     weight = weight / scale
     return weight, bias - weight @ middle, c
+
+
+def with_absent(weight: Array, bias: Array, present: Indices, num_classes: int) -> tuple[Array, Array]:
+    """Adds classes without a training image to a head: they get the mean logit, so they are never predicted.
+
+    Args:
+        weight, bias: of the classes that are present, in their order.
+        present: their class indices.
+        num_classes: of the whole head.
+    """
+    whole, offset = np.tile(weight.mean(axis=0), (num_classes, 1)), np.full(num_classes, bias.mean())
+    whole[present], offset[present] = weight, bias
+    return whole, offset
 
 
 def choose_c(x: Array, y: Indices, groups: Indices) -> float:

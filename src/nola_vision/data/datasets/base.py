@@ -7,8 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+import numpy.typing as npt
+
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import file_digests
+from nola_vision.data.sampling import Indices, validation_pool
 from nola_vision.data.sources import ImageSource, name_under
 
 Split = Literal["train", "validation", "test"]
@@ -26,6 +29,8 @@ class DatasetEntry:
         needs_root: whether it is read from a folder that the user names.
         in_files: whether each image is stored separately, so that one may be damaged or missing.
         own_images: whether the images are the user's own, so that `fit` reports skipped files and copies.
+        trains_on_pool: whether final runs train on the validation pool too, as the data set's protocol has it. Only
+            search runs hold it out. Classes may then lack training images.
     """
 
     expects: str
@@ -33,6 +38,7 @@ class DatasetEntry:
     needs_root: bool = True
     in_files: bool = True
     own_images: bool = False
+    trains_on_pool: bool = False
 
     def place(self, root: str | None) -> Path:
         """Where the data are: the folder given, else that of the environment.
@@ -81,6 +87,15 @@ class DatasetEntry:
             NolaVisionError: files are missing, unreadable or wrong.
         """
         raise NotImplementedError
+
+    def pool(self, root: str | None, labels: npt.ArrayLike) -> Indices:
+        """Positions of the validation pool in the training split, if it is not a split of its own.
+
+        Args:
+            root: the folder of the data, as for `open`.
+            labels: `[n]` class indices of the training split.
+        """
+        return validation_pool(labels)
 
     def own_content(self, root: str | None) -> bytes:
         """What distinguishes this data set from another of the same name, if users supply it; else empty.

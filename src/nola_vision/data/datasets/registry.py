@@ -24,6 +24,7 @@ from nola_vision.data.datasets.torchvision_readers import (
     TorchvisionArray,
     TorchvisionFiles,
 )
+from nola_vision.data.datasets.vtab import PREFIX, TASKS, Vtab
 from nola_vision.data.sources import ImageSource
 
 _IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, and both for t10k in {}/raw/ under the root"
@@ -67,6 +68,7 @@ DATASETS: dict[str, DatasetEntry] = {
     ),
     "cub200": Cub200(),
     "imagenet100": ImageNet100(),
+    **{f"{PREFIX}{task}": Vtab(task) for task in TASKS},
 }
 
 

@@ -76,7 +76,7 @@ def resolve(spec: BackboneSpec) -> Source:
 
 
 def input_config(spec: BackboneSpec) -> InputConfig:
-    """The image size, normalisation and interpolation in timm's data config of a backbone.
+    """The image size, normalisation, interpolation and crop in timm's data config of a backbone.
 
     Raises:
         NolaVisionError: as `resolve`.
@@ -84,6 +84,8 @@ def input_config(spec: BackboneSpec) -> InputConfig:
     config = resolve_data_config(pretrained_cfg=vars(resolve(spec).cfg))
     if spec.normalisation == "imagenet":
         config |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    if spec.crop == "none":
+        config |= {"crop_pct": 1.0, "crop_mode": "squash"}
     return InputConfig(
         size=spec.img_size or config["input_size"][-1],
         mean=tuple(config["mean"]),

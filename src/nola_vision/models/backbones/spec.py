@@ -22,6 +22,7 @@ class BackboneSpec:
             seed restores them; or `zero`, where all weights of linear layers and convolutions are zero.
         int8: store the weights of linear layers in 8 bits (`pip install 'nola-vision[int8]'`).
         normalisation: mean and std of the images: the backbone's `own`, or always `imagenet`'s.
+        crop: how images become square: the backbone's `own` way, or `none`: all of the image, squashed.
     """
 
     tag: str
@@ -30,3 +31,4 @@ class BackboneSpec:
     base: Base = "pretrained"
     int8: bool = False
     normalisation: Literal["own", "imagenet"] = "own"
+    crop: Literal["own", "none"] = "own"

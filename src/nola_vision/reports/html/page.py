@@ -23,6 +23,7 @@ from nola_vision.reports.charts.looks import CSS_COLOURS, DARK_COLOURS
 from nola_vision.reports.formatting import plural
 from nola_vision.reports.html.gallery import MOST_IMAGE_BYTES
 from nola_vision.reports.html.section import CellView, cell_view
+from nola_vision.reports.vtab import Benchmark, vtab_benchmarks
 from nola_vision.runs.record import Row, count_once
 
 _LETTERS = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]+"
@@ -46,6 +47,7 @@ class PageView:
 
     title: str
     cells: Sequence[CellView]
+    benchmarks: Sequence[Benchmark]
     untested: Sequence[str]
     problems: Sequence[str]
     footer: str
@@ -78,6 +80,7 @@ def html_page(
     view = PageView(
         title=cells[0].title if len(cells) == 1 else _page_title(len(cells), rows),
         cells=cells,
+        benchmarks=vtab_benchmarks(report.cells),
         untested=[
             printable(f"{name}: {reason or 'no error was recorded'}") for name, reason in report.untested.items()
         ],
