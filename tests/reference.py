@@ -70,9 +70,12 @@ def read(path: str) -> tuple[dict, dict[str, np.ndarray]]:
     for name, entry in metadata["packed"].items():
         shape = entry["shape"]
         rows, count = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
-        scales = np.repeat(tensors.pop(f"{name}.scales"), 64, axis=1)[:, :count]
+        scales = tensors.pop(f"{name}.scales")
         whole = levels(tensors.pop(f"{name}.levels"), entry["bits"], rows * count).reshape(rows, count)
-        tensors[name] = (whole.astype(np.float32) * scales).reshape(shape)
+        if entry["bits"] == 1:
+            tensors[name] = np.take_along_axis(scales, whole, axis=1).reshape(shape)
+        else:
+            tensors[name] = (whole.astype(np.float32) * np.repeat(scales, 64, axis=1)[:, :count]).reshape(shape)
     return metadata, tensors
 
 

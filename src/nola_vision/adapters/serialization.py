@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nola_vision.adapters.methods.base import FLOAT_BITS
-from nola_vision.adapters.quantization import GROUP, dequantise, pack, quantise, rows_of, unpack
+from nola_vision.adapters.quantization import dequantise, pack, quantise, rows_of, scales_per_row, unpack
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_adapter_file, write_file
 from nola_vision.common.hashing import sha256_of_tensors
@@ -47,7 +47,7 @@ def write_adapter(
         path: where to; an existing file is replaced.
         metadata: plain JSON values; format, version and digest are added.
         tensors: by name.
-        bits: bits per value of a tensor, by its name: 2 to 8, 16, or 32 if it is not named.
+        bits: bits per value of a tensor, by its name: 1 to 8, 16, or 32 if it is not named.
 
     Returns:
         The file's size in bytes.
@@ -126,7 +126,7 @@ class AdapterFile:
                     levels = unpack(self._stored[f"{name}.levels"], packed[name]["bits"], rows, count)
                 except ValueError as error:
                     raise NolaVisionError(f"the packed values of {name} in {self.path} are wrong: {error}") from error
-                whole[name] = dequantise(levels, self._stored[f"{name}.scales"]).view(shape)
+                whole[name] = dequantise(levels, self._stored[f"{name}.scales"], packed[name]["bits"]).view(shape)
         for name, tensor in whole.items():
             if fault := _fault(tensor):
                 raise NolaVisionError(f"{name} in {self.path} {fault}: train again")
@@ -276,10 +276,10 @@ def _fits(entry: Any, levels: Tensor | None, scales: Tensor | None) -> bool:
     shape, bits = (entry.get("shape"), entry.get("bits")) if isinstance(entry, dict) else (None, None)
     if not (isinstance(shape, list) and 1 <= len(shape) <= 4 and levels is not None and scales is not None):
         return False
-    if not (all(type(side) is int and 0 < side < 2**31 for side in shape) and type(bits) is int and 2 <= bits <= 8):
+    if not (all(type(side) is int and 0 < side < 2**31 for side in shape) and type(bits) is int and 1 <= bits <= 8):
         return False
     rows, count = _rows_and_count(shape)
-    return levels.shape == (-(-rows * count * bits // 8),) and scales.shape == (rows, -(-count // GROUP))
+    return levels.shape == (-(-rows * count * bits // 8),) and scales.shape == (rows, scales_per_row(count, bits))
 
 
 def _rows_and_count(shape: Sequence[int]) -> tuple[int, int]:

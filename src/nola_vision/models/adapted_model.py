@@ -161,14 +161,17 @@ class AdaptedModel(nn.Module):
         """Bits per stored value, by the tensor's name in the file."""
         return file_bits(bank_tensors(self.bank), self.metadata.method)
 
-    def compute_with_stored_bits(self, on: bool = True) -> None:
+    def compute_with_stored_bits(self, most: int = 16) -> None:
         """Makes forward passes compute with the values as a file would contain them; gradients go straight through.
 
         `bank.merge` and `bank.changes` have no part in it: call `round_to_stored_bits` before them.
+
+        Args:
+            most: only values of at most so many bits are rounded; 0 ends it.
         """
         named = {"head.weight": "head_weight"}
         bits = {named.get(name, name.replace("adapter.", "groups.", 1)): width for name, width in self.bits.items()}
-        self._stored_bits = {name: width for name, width in bits.items() if width != 32} if on else {}
+        self._stored_bits = {name: width for name, width in bits.items() if width <= most}
 
     @torch.no_grad()
     def round_to_stored_bits(self) -> None:

@@ -43,7 +43,7 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
         adapter: an adapter file; to cut it, its method must have been trained with `nested: true`.
         out: the new file.
         max_bytes: its largest size; as many coefficients are kept as fit.
-        bits: 2 to 8 or 16, for the coefficients and the head's matrix. Default: unchanged.
+        bits: 1 to 8 or 16, for the coefficients and the head's matrix. Default: unchanged.
 
     Returns:
         The new file's size in bytes.
