@@ -48,7 +48,7 @@ def test_rounding_has_a_zero_and_is_symmetric_and_does_nothing_twice(bits: int) 
     assert torch.equal(rounded(once, bits), once) and torch.equal(rounded(-values, bits), -once)
     assert not once[1].any()  # a scale of 0 decodes to 0
     levels, scales = quantise(values, bits)
-    assert torch.equal(dequantise(levels, scales), once) and not scales[1].any()
+    assert torch.equal(dequantise(levels, scales, bits), once) and not scales[1].any()
     # no scale of a fine grid is much better than the chosen one, over a hundred groups
     most, groups = 2 ** (bits - 1) - 1, torch.randn(100, GROUP, generator=torch.Generator().manual_seed(bits))
     grid = torch.linspace(0.02, 1.2, 2000).view(-1, 1, 1) * groups.abs().amax(1, keepdim=True) / most
@@ -69,10 +69,9 @@ def test_one_bit_is_the_nearer_quartile_of_the_normal_distribution() -> None:
         assert rounded(torch.tensor([kept]), 1).tolist() == [kept]
     assert torch.equal(rounded(values.view(1, 4, 20, 25), 1), once.view(1, 4, 20, 25))  # a layer is a row
     levels, scales = quantise(values, 1)
-    assert scales.shape == (4, 2) and np.array_equal(
-        np.take_along_axis(scales.float().numpy(), reference.levels(pack(levels, 1).numpy(), 1, 2000).reshape(4, -1), 1),
-        once.numpy(),
-    )
+    stream = reference.levels(pack(levels, 1).numpy(), 1, 2000).reshape(4, -1)
+    assert scales.shape == (4, 2)
+    assert np.array_equal(np.take_along_axis(scales.float().numpy(), stream, 1), once.numpy())
 
 
 def test_the_gradient_of_one_bit_is_that_of_the_authors_formula() -> None:

@@ -24,7 +24,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.tags import short_tag
 from nola_vision.common.validation import check_counts
 from nola_vision.images.transforms import eval_transform
-from nola_vision.models.building import feature_width
+from nola_vision.models.building import feature_width, stated_targets
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, Calibrated, check_calibrated
 from nola_vision.models.prediction import (
@@ -200,7 +200,9 @@ class AdaptedModel(nn.Module):
         calibrated = None
         if self.calibrated_on is not None:
             calibrated = check_calibrated(Calibrated(self.temperature, self.calibrated_on, self.calibration_images))
-        targets = [(t.name, t.shape, self.bank.group_of[t.name]) for t in self.bank.every_target]
+        names = [target.name for target in self.bank.every_target]
+        classes = len(self.metadata.class_names)
+        targets = stated_targets(self.backbone, self.metadata.method, classes, names)
         return file_metadata(self.metadata, targets, self.fingerprint, self.weights, calibrated)
 
     def save(self, path: str | Path, adapter: int | None = None) -> int:
@@ -272,7 +274,7 @@ def file_bits(names: Collection[str], method: Method) -> dict[str, int]:
 
 def file_metadata(
     metadata: AdapterMetadata,
-    targets: Sequence[tuple[str, tuple[int, ...], str]],
+    targets: Sequence[str] | str,
     fingerprint: str | None,
     weights: WeightsOrigin | None = None,
     calibrated: Calibrated | None = None,
@@ -281,7 +283,7 @@ def file_metadata(
 
     Args:
         metadata: the model's.
-        targets: name, shape and group of each adapted weight.
+        targets: what `stated_targets` gives.
         fingerprint: of the backbone's weights.
         weights: the file that the backbone's weights were read from.
         calibrated: of the logits.
@@ -297,7 +299,7 @@ def file_metadata(
         "method": registry.to_dict(metadata.method),
         "run_seed": metadata.run_seed,
         "basis_seed": metadata.basis_seed,
-        "targets": [{"name": name, "shape": list(shape), "group": group} for name, shape, group in targets],
+        "targets": targets,
         "class_names": list(metadata.class_names),
         "input": dataclasses.asdict(metadata.input),
     }

@@ -6,40 +6,35 @@ import bisect
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from nola_vision.adapters.methods.base import Method
 from nola_vision.adapters.methods.registry import check
-from nola_vision.adapters.serialization import adapter_bytes
+from nola_vision.adapters.serialization import adapter_size
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.adapted_model import backbone_tensors, file_bits, file_metadata
-from nola_vision.models.building import feature_width, file_shapes, method_targets
+from nola_vision.models.building import feature_width, file_shapes, method_targets, names_in_bank, stated_targets
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, Calibrated
 
-_LONGEST_CALIBRATED = Calibrated(temperature=0.000123456, calibrated_on="validation", images=10**9)
+_CALIBRATIONS = (None, Calibrated(1.0, "folds"), Calibrated(1.0, "validation"))  # training may end with any of them
 
 
 def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata, weights: WeightsOrigin | None, budget: int) -> Method:
     """The method with the most coefficients per target whose adapter file, calibrated, is within a budget of bytes."""
     method, classes, width = metadata.method, len(metadata.class_names), feature_width(backbone)
     targets = method_targets(backbone, method, classes)
-    fixed = backbone_tensors(backbone, method)
+    stated = stated_targets(backbone, method, classes, [target.name for target in targets])
+    fixed = {name: tensor.shape for name, tensor in backbone_tensors(backbone, method).items()}
 
     def size(count: int) -> int:
         counted = check(method.with_count(count))
         groups = counted.groups(targets)
-        tensors = {name: torch.zeros(shape) for name, shape in file_shapes(groups, classes, width).items()} | fixed
-        group_of = {target.name: group.name for group in groups for target in group.targets}
-        described = file_metadata(
-            dataclasses.replace(metadata, method=counted),
-            [(target.name, target.shape, group_of[target.name]) for target in targets],
-            "0" * 64,
-            weights,
-            _LONGEST_CALIBRATED,
-        )
-        return len(adapter_bytes(described, tensors, file_bits(tensors, counted)))
+        shapes = file_shapes(groups, classes, width) | fixed
+        names = stated if isinstance(stated, str) else names_in_bank(groups)
+        bits, ended = file_bits(shapes, counted), dataclasses.replace(metadata, method=counted)
+        described = [file_metadata(ended, names, None, weights, calibrated) for calibrated in _CALIBRATIONS]
+        return max(adapter_size(one, shapes, bits) for one in described)
 
     if size(1) > budget:
         raise NolaVisionError(
