@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+import fuzz_adapters
 import reference
 from nola_vision import NOLA, BackboneSpec, FullFinetune, LinearProbe, LoRA, adapt, load_adapter
 from nola_vision.adapters.format_v1 import digest

@@ -101,7 +101,8 @@ def test_a_header_that_asks_for_too_much_is_refused_at_once(tmp_path: Path) -> N
         assert "do not exist" in refusal or "do not have the bytes" in refusal, (entry, refusal)
     for text, reason in [
         ("[" * 10**5, "recursion"), ('{"a":1e999}', "1.8e308"), ("[]", "it is not a mapping"),
-        ('{"class_names":[],"targets":[]}', "lists no tensors"), ('{"tensors":{"a\\n":[32]}}', "a name that no weight has"),
+        ('{"class_names":[],"targets":[]}', "lists no tensors"),
+        ('{"tensors":{"a\\n":[32]}}', "a name that no weight has"),
         (" " * 2**21 + "{}", "has more than 2,097,152 bytes"),
     ]:  # fmt: skip
         assert reason in refused(contained(prefix(), b"", compressed(text)), tmp_path)
