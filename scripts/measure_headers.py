@@ -7,6 +7,7 @@ Only the shapes of the backbone are used, so nothing is downloaded.
 
 from __future__ import annotations
 
+import functools
 import timeit
 
 from nola_vision import NOLA, LoRA
@@ -24,9 +25,8 @@ from nola_vision.models.metadata import AdapterMetadata
 TAG = "vit_base_patch16_224.augreg_in21k_ft_in1k"
 WEIGHTS = WeightsOrigin(f"timm/{TAG}", "model.safetensors", 346_284_714, "0" * 64)
 INPUT = InputConfig(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9)
-CLASSES = [f"{adjective} {noun}" for adjective in ("small", "large", "red", "old", "wild") for noun in
-           ("dog", "cat", "house", "tree", "car", "bird", "fish", "chair", "cup", "boat", "road", "hill", "lamp", "coat",
-            "shoe", "book", "clock", "horse", "train", "bridge")]  # fmt: skip
+NOUNS = "dog cat house tree car bird fish chair cup boat road hill lamp coat shoe book clock horse train bridge".split()
+CLASSES = [f"{adjective} {noun}" for adjective in ("small", "large", "red", "old", "wild") for noun in NOUNS]
 CASES: dict[str, Method] = {
     "NOLA k=1024 MLP, 4 bits, NOLA head": NOLA(targets=["mlp", "head"], bits=4, start="a0"),
     "NOLA k=1024 MLP, 4 bits, linear head": NOLA(targets=["mlp"], bits=4, start="a0"),
@@ -49,14 +49,16 @@ def main() -> None:
         bits = file_bits(shapes, method)
         stated = stated_targets(backbone, method, len(CLASSES), names_in_bank(groups))
 
-        def size(names: list[str], method=method, stated=stated, shapes=shapes, bits=bits) -> int:  # type: ignore[no-untyped-def]
-            metadata = AdapterMetadata(spec, method, tuple(names), 0, 0, INPUT)
-            return adapter_size(file_metadata(metadata, stated, None, WEIGHTS), shapes, bits)
-
+        named, nameless = (
+            file_metadata(AdapterMetadata(spec, method, tuple(names), 0, 0, INPUT), stated, None, WEIGHTS)
+            for names in (CLASSES, ())
+        )
         tensors = sum(byte_count(bits.get(one, 32), shape) for one, shape in shapes.items())
-        whole, nameless = size(CLASSES), size([])
-        milliseconds = min(timeit.repeat(lambda: size(CLASSES), number=1, repeat=5)) * 1e3
-        print(f"{name:40s}{whole:9,d}{tensors:9,d}{nameless - tensors:9,d}{whole - nameless:8,d}{milliseconds:8.2f}")
+        whole, nameless = (adapter_size(one, shapes, bits) for one in (named, nameless))
+        times = timeit.repeat(functools.partial(adapter_size, named, shapes, bits), number=1, repeat=5)
+        print(
+            f"{name:40s}{whole:9,d}{tensors:9,d}{nameless - tensors:9,d}{whole - nameless:8,d}{1e3 * min(times):8.2f}"
+        )
 
 
 if __name__ == "__main__":
