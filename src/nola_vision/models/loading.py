@@ -98,8 +98,9 @@ def _check_agreement(file: AdapterFile, header: Header) -> list[str]:
         _, backbone = edited(backbone, method, metadata.run_seed)
     inside = backbone_tensors(backbone, method)
     shapes |= {name: tuple(tensor.shape) for name, tensor in inside.items()}
-    for name in sorted(shapes.keys() | file.shapes.keys()):
-        wanted, stored = shapes.get(name), file.shapes.get(name)
+    there = file.shapes
+    for name in sorted(shapes.keys() | there.keys()):
+        wanted, stored = shapes.get(name), there.get(name)
         if wanted != stored:
             if wanted is None or stored is None:
                 fault = "does not belong there" if wanted is None else "is missing"
