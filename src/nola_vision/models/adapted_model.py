@@ -164,7 +164,7 @@ class AdaptedModel(nn.Module):
     def compute_with_stored_bits(self, most: int = 16) -> None:
         """Makes forward passes compute with the values as a file would contain them; gradients go straight through.
 
-        `bank.merge` and `bank.changes` have no part in it: call `round_to_stored_bits` before them.
+        Does not affect `bank.merge` and `bank.changes`: call `round_to_stored_bits` before them.
 
         Args:
             most: only values of at most so many bits are rounded; 0 ends it.
