@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import struct
 import subprocess
 import sys
 import tempfile
@@ -132,15 +131,13 @@ def adapter(path: Path) -> dict[str, Any]:
     """An adapter file's size, and type, shape and digest of each tensor, in an order that no name decides."""
     if not path.exists():
         return {"file_bytes": None, "tensors": []}
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    header.pop("__metadata__")
+    from nola_vision.adapters.serialization import read_adapter
+
     tensors = [
-        [one["dtype"], one["shape"], hashlib.sha256(data[slice(*one["data_offsets"])]).hexdigest()[:16]]
-        for one in header.values()
+        [str(one.dtype), list(one.shape), hashlib.sha256(one.contiguous().numpy().tobytes()).hexdigest()[:16]]
+        for one in read_adapter(path)[1].values()
     ]
-    return {"file_bytes": len(content), "tensors": sorted(tensors)}
+    return {"file_bytes": path.stat().st_size, "tensors": sorted(tensors)}
 
 
 def differences(before: Any, after: Any, place: str = "") -> list[str]:

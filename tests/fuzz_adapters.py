@@ -7,9 +7,12 @@ outcome is always the same: it loads and predicts, or one line of NolaVisionErro
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import hashlib
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,11 @@ from PIL import Image
 
 from fuzzing import Outcome, measured
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
+from nola_vision.adapters.format_v1 import digest
+from nola_vision.adapters.header import compressed, decompressed
 from nola_vision.adapters.methods import FacT, LoRAXS, TinyLoRA, UniLoRA, VeRA
-from nola_vision.adapters.serialization import METADATA_KEY, digest
+from nola_vision.adapters.serialization import METADATA_KEY, _container, adapter_bytes
+from nola_vision.adapters.stored import byte_count
 
 GOLDEN = Path(__file__).parent / "golden"
 MLP = BackboneSpec("mlp_784_256.untrained", base="random")
@@ -40,6 +46,7 @@ METHODS = {
     "fact": FacT(targets=["all"], rank=3),
     "tiny-lora": TinyLoRA(targets=["all"], rank=4, num_basis=7),
     "linear": LinearProbe(head_bits=3),
+    "one-bit": LoRA(targets=["all"], rank=2, bits=1),
     "full": FullFinetune(),
     "peft-lora": PEFT(config="peft.LoraConfig", settings={"r": 2, "target_modules": "fc.", "bias": "all"}),
     "peft-vera": PEFT(config="VeraConfig", settings={"r": 4, "target_modules": ["fc1"], "projection_prng_key": 3}),
@@ -59,7 +66,11 @@ NASTY_NUMBERS = (
 
 @functools.cache
 def originals() -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """Metadata and stored tensors of valid files by name: the golden ones, and each method on a tiny backbone."""
+    """Header and stored tensors of valid files by name: the golden ones, and each method on a tiny backbone.
+
+    The header of a file of version 2 has the list `tensors` of the file, and what is stored in front of it as `prefix`;
+    its tensors are bytes.
+    """
     found = {path.name: _opened(path.read_bytes()) for path in sorted(GOLDEN.glob("*.safetensors"))}
     for name, method in {**METHODS, "calibrated": LinearProbe()}.items():
         model = adapt(GLYPHS if name == "calibrated" else MLP, method, ["a", "b", "b"])
@@ -68,20 +79,33 @@ def originals() -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.01)
-        from nola_vision.adapters.serialization import adapter_bytes
-
         found[name] = _opened(adapter_bytes(model.file_metadata(), model.file_tensors(), model.bits))
     return found
 
 
 def _opened(content: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    return json.loads(header["__metadata__"][METADATA_KEY]), safetensors.torch.load(content)
+    metadata = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][METADATA_KEY])
+    if metadata != 2:
+        return metadata, safetensors.torch.load(content)
+    data = content[8 + size :]
+    _, fingerprint, weights, temperature, images, length = struct.unpack("<32s32s32sfII", data[:108])
+    header = json.loads(decompressed(data[len(data) - length :], Path()))
+    tensors, place = {}, 108
+    for name, (bits, *shape) in header["tensors"].items():
+        count = byte_count(bits, shape)
+        tensors[name] = torch.frombuffer(bytearray(data[place : place + count]), dtype=torch.uint8)
+        place += count
+    prefix = {"fingerprint": fingerprint.hex(), "weights": weights.hex(), "temperature": temperature, "images": images}
+    return {**header, "prefix": prefix}, tensors
 
 
 def written(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
-    """A file with a digest that fits."""
+    """A file with a digest that fits, of the version that the metadata has the form of."""
+    if isinstance(metadata.get("prefix"), dict):
+        header = json.dumps({key: value for key, value in metadata.items() if key != "prefix"}, sort_keys=True)
+        data = [tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes() for name in sorted(tensors)]
+        return contained(prefix(**metadata["prefix"]), b"".join(data), compressed(header))
     metadata = {key: value for key, value in metadata.items() if key != "digest"}
     try:
         metadata["digest"] = digest(metadata, tensors)
@@ -89,6 +113,23 @@ def written(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes
         metadata["digest"] = "0" * 64
     # ASCII: so a surrogate gets into the file, and each reader makes the same text of the rest
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def prefix(fingerprint: Any = "", weights: Any = "", temperature: Any = 0, images: Any = 0, **_: Any) -> bytes:
+    """What a file of version 2 has between digest and length; of values that have no bytes, zeros."""
+    packed = b""
+    for kind, value in (("32s", fingerprint), ("32s", weights), ("f", temperature), ("I", images)):
+        one = bytes(struct.calcsize("<" + kind))
+        with contextlib.suppress(struct.error, OverflowError, TypeError, ValueError):
+            one = struct.pack("<" + kind, bytes.fromhex(value) if kind == "32s" else value)
+        packed += one
+    return packed
+
+
+def contained(front: bytes, data: bytes, header: bytes, length: int | None = None) -> bytes:
+    """A file of version 2 with a digest that fits, of bytes that may mean nothing."""
+    rest = front + struct.pack("<I", len(header) if length is None else length) + data + header
+    return _container(32 + len(rest)) + hashlib.sha256(rest).digest() + rest
 
 
 # --- the strategies --------------------------------------------------------------------------------------------------
@@ -158,6 +199,13 @@ def _change_tensor(draw: st.DrawFn, metadata: dict[str, Any], tensors: dict[str,
         return
     name = draw(st.sampled_from(sorted(tensors)))
     tensor = tensors.pop(name)
+    if isinstance(metadata.get("prefix"), dict):  # bytes, which the list in the header gives a meaning
+        match draw(st.sampled_from(["gone", "grown", "filled"])):
+            case "grown":
+                tensors[name] = torch.cat([tensor, torch.zeros(draw(st.sampled_from([1, 4, 1000])), dtype=torch.uint8)])
+            case "filled":
+                tensors[name] = torch.full_like(tensor, draw(st.sampled_from([0, 1, 127, 255])))
+        return
     match draw(st.sampled_from(["gone", "renamed", "dtype", "shape", "scaled", "filled", "copied"])):
         case "renamed":
             tensors[draw(st.sampled_from([name + "x", "head.weight", "adapter.head.a", "x" * 400, "a\nb", ""]))] = (
@@ -189,6 +237,12 @@ def _change_both(draw: st.DrawFn, metadata: dict[str, Any], tensors: dict[str, t
     grown = [name for name in tensors if "coefficients" in name and tensors[name].dtype == torch.float32]
     for name in grown:
         tensors[name] = torch.randn(*tensors[name].shape[:-1], count) * draw(st.sampled_from([0.1, 10.0, 1e6]))
+    table = metadata.get("tensors")
+    for name in table if isinstance(table, dict) else ():
+        if "coefficients" in name and name in tensors and isinstance(table[name], list) and table[name][:1] == [32]:
+            table[name] = [*table[name][:-1], count]
+            values = torch.randn(*table[name][1:]) * draw(st.sampled_from([0.1, 10.0, 1e6]))
+            tensors[name] = values.flatten().view(torch.uint8)
     settings.update(
         dict.fromkeys(
             ["num_basis", "num_basis_b", "head_num_basis"] if "num_basis_b" in settings else ["num_basis"], count

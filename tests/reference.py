@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import struct
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -53,28 +55,70 @@ def values(stored: np.ndarray) -> np.ndarray:
     return (2 * stored.astype(np.float64) + 1) / 256
 
 
+def dictionary() -> bytes:
+    """The preset dictionary of the header: the block of the format page, without line breaks."""
+    page = (Path(__file__).parent.parent / "docs" / "adapter-format.md").read_text().partition("## The dictionary")[2]
+    return "".join(line[4:] for line in page.partition("\n## ")[0].splitlines() if line.startswith("    ")).encode()
+
+
 def read(path: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """Metadata and tensors of a safetensors file, by its own specification."""
+    """Metadata and tensors of an adapter file of version 1 or 2, by the format page and safetensors' specification."""
     with open(path, "rb") as file:
         content = file.read()
     (size,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + size])
-    metadata = json.loads(header.pop("__metadata__")["nola_vision"])
+    container, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    metadata = json.loads(container.pop("__metadata__")["nola_vision"])
+    return _read_v2(data) if metadata == 2 else _read_v1(metadata, container, data)
+
+
+def _read_v2(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
+    digest, fingerprint, weights, temperature, images, length = struct.unpack("<32s32s32sfII", data[:108])
+    assert digest == hashlib.sha256(data[32:]).digest()
+    inflated = zlib.decompressobj(-15, dictionary()).decompress(data[len(data) - length :], 2**21)
+    metadata = json.loads(inflated) | {"backbone_fingerprint": fingerprint.hex(), "temperature": temperature}
+    tensors, place = {}, 108
+    for name, (bits, *shape) in sorted(metadata.pop("tensors").items()):
+        if bits > 8:
+            dtype = np.dtype({16: "<f2", 32: "<f4", 64: "<i8"}[bits])
+            tensors[name] = np.frombuffer(data, dtype, math.prod(shape), place).reshape(shape)
+            place += tensors[name].nbytes
+            tensors[name] = tensors[name].astype(np.float32 if bits < 64 else np.int64)
+            continue
+        rows, count = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
+        groups = 2 if bits == 1 else -(-count // 64)
+        scales = _bfloat16(np.frombuffer(data, "<u2", rows * groups, place)).reshape(rows, groups)
+        place += 2 * rows * groups
+        stream = np.frombuffer(data, "u1", -(-rows * count * bits // 8), place)
+        place += len(stream)
+        tensors[name] = _dequantised(levels(stream, bits, rows * count).reshape(rows, count), scales, bits, shape)
+    assert place == len(data) - length
+    return metadata, tensors
+
+
+def _read_v1(metadata: dict, container: dict, data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
     kinds = {"F32": "<f4", "F16": "<f2", "U8": "u1", "BF16": "<u2"}
     tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        raw = np.frombuffer(content[8 + size + first : 8 + size + last], kinds[entry["dtype"]])
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            raw = (raw.astype("<u4") << 16).view("<f4")
+    for name, entry in container.items():
+        raw = np.frombuffer(data[slice(*entry["data_offsets"])], kinds[entry["dtype"]])
+        raw = _bfloat16(raw) if entry["dtype"] == "BF16" else raw
         tensors[name] = raw.astype(np.float32).reshape(entry["shape"]) if entry["dtype"] != "U8" else raw
     for name, entry in metadata["packed"].items():
-        shape = entry["shape"]
+        shape, bits = entry["shape"], entry["bits"]
         rows, count = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
-        scales = np.repeat(tensors.pop(f"{name}.scales"), 64, axis=1)[:, :count]
-        whole = levels(tensors.pop(f"{name}.levels"), entry["bits"], rows * count).reshape(rows, count)
-        tensors[name] = (whole.astype(np.float32) * scales).reshape(shape)
+        whole = levels(tensors.pop(f"{name}.levels"), bits, rows * count).reshape(rows, count)
+        tensors[name] = _dequantised(whole, tensors.pop(f"{name}.scales"), bits, shape)
     return metadata, tensors
+
+
+def _bfloat16(upper: np.ndarray) -> np.ndarray:
+    """Numbers that are the upper half of a float32."""
+    return (upper.astype("<u4") << 16).view("<f4")
+
+
+def _dequantised(whole: np.ndarray, scales: np.ndarray, bits: int, shape: list[int]) -> np.ndarray:
+    if bits == 1:
+        return np.take_along_axis(scales, whole, axis=1).reshape(shape)
+    return (whole.astype(np.float32) * np.repeat(scales, 64, axis=1)[:, : whole.shape[1]]).reshape(shape)
 
 
 def levels(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -84,23 +128,26 @@ def levels(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.array(unsigned) - (2 ** (bits - 1) - 1)
 
 
-def changes(path: str, weights: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+def changes(
+    path: str, targets: list[tuple[str, tuple[int, ...], str]], weights: dict[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
     """The change of every target of an adapter file, in the weight's layout, and the head as `[classes, features + 1]`.
 
     The head is that of a file with the target `head`: its fixed start and its change.
 
     Args:
         path: the adapter file.
+        targets: name, shape of the whole weight, and group of each adapted weight, in the order of the bank.
         weights: of the frozen backbone by name, which LoRA-XS and TinyLoRA compute with.
     """
     metadata, tensors = read(path)
     method, fields, seed = metadata["method"]["class_path"], metadata["method"]["init_args"], metadata["basis_seed"]
     scratch = metadata["backbone"]["base"] != "pretrained"
-    every_side = [side for one in metadata["targets"] for side in matrix_sides(one["name"], one["shape"])]
+    every_side = [side for name, shape, _ in targets for side in matrix_sides(name, shape)]
     made: dict[str, np.ndarray] = {}
     position: dict[str, int] = {}
-    for target in metadata["targets"]:
-        group, name, shape = target["group"], target["name"], list(target["shape"])
+    for name, whole, group in targets:
+        shape = list(whole)
         layer = position.setdefault(group, 0)
         position[group] += 1
         own = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.startswith(f"adapter.{group}.")}
@@ -110,7 +157,7 @@ def changes(path: str, weights: dict[str, np.ndarray] | None = None) -> dict[str
             first, last = name[:-1].rpartition("[")[2].split(":")
             rows, shape[0] = slice(int(first), int(last)), int(last) - int(first)
         size, fan_in = math.prod(shape), math.prod(shape[1:])
-        m, o = matrix_sides(name, target["shape"])
+        m, o = matrix_sides(name, whole)
         he = math.sqrt(2 / fan_in)
         if method in ("NOLA", "LoRA"):
             rank = fields["rank"]
@@ -193,6 +240,11 @@ def balanced_slots(seed: int, size: int, count: int) -> np.ndarray:
     for place, entry in enumerate(sorted(range(size), key=lambda entry: (drawn[entry], entry))):
         slots[entry] = place % count
     return slots
+
+
+def targets_of(bank) -> list[tuple[str, tuple[int, ...], str]]:
+    """The targets of a model's bank, as `changes` takes them."""
+    return [(target.name, target.shape, bank.group_of[target.name]) for target in bank.every_target]
 
 
 def svd_factors(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:

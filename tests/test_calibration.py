@@ -10,7 +10,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
 from nola_vision import LinearProbe, adapt, load_adapter
-from nola_vision.adapters.serialization import read_adapter
+from nola_vision.adapters.serialization import open_adapter, read_adapter
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.evaluation.calibration import ECE_FROM, cross_fitted, expected_calibration_error, fit_temperature
 from nola_vision.models.loading import set_temperature
@@ -108,11 +108,11 @@ def test_a_temperature_in_a_file(tmp_path: Path) -> None:
     model = adapt("vit_glyph_patch4_32.glyphs", LinearProbe(), ["a", "b", "c"])
     model.save(path)
     size, (metadata, tensors) = path.stat().st_size, read_adapter(path)
-    assert metadata["format_version"] == 2 and metadata["calibration"] is None
+    assert open_adapter(path).version == 2 and metadata["calibration"] is None
     set_temperature(path, 1 / 3, "validation", 40)
     loaded = load_adapter(path)
     assert (loaded.temperature, loaded.calibrated_on, loaded.calibration_images) == (0.333333, "validation", 40)
-    assert path.stat().st_size - size < 80
+    assert abs(path.stat().st_size - size) <= 8  # the name of the images; numbers have their place in any file
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_adapter(path)[1].items())
     image = torch.rand(3, 40, 40)
     batch = loaded.transform(image)[None]
@@ -142,4 +142,4 @@ def test_a_temperature_in_a_file(tmp_path: Path) -> None:
     old.write_bytes((GOLDEN / "v1-linear.safetensors").read_bytes())
     assert load_adapter(old).calibrated_on is None and load_adapter(old).temperature == 1
     set_temperature(old, 2, "folds")
-    assert load_adapter(old).temperature == 2 and read_adapter(old)[0]["format_version"] == 2
+    assert load_adapter(old).temperature == 2 and open_adapter(old).version == 2

@@ -241,7 +241,7 @@ MISTAKES = {
     "no key of a method": (["sweep", *CONFIG, "--methods=nola", "--config=key.yaml"], "unknown setting 'rnk'"),
     "no adapter": (["predict", "--adapter=none.safetensors", "one.png"], "none.safetensors does not exist"),
     "no device": (["predict", "--adapter=one.png", "--device=gpu", "one.png"], "cuda"),
-    "bits of export": (["export", "--adapter=one.png", "--bits=9", "--out=x"], "bits is 9: use 2 to 8"),
+    "bits of export": (["export", "--adapter=one.png", "--bits=9", "--out=x"], "bits is 9: use 1 to 8"),
     "no adapter to export": (["export", "--adapter=a.safetensors", "--bits=4", "--out=x"], "a.safetensors does not"),
 }
 

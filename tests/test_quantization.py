@@ -4,10 +4,11 @@ import copy
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import reference
-from nola_vision import NOLA, PRANC, LoRA, adapt, load_adapter
+from nola_vision import NOLA, PRANC, LinearProbe, LoRA, adapt, load_adapter
 from nola_vision.adapters.quantization import (
     GROUP,
     dequantise,
@@ -19,15 +20,18 @@ from nola_vision.adapters.quantization import (
 )
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.runs.parsing import build
+from nola_vision.training.classifier import Classifier
+from tiny import tiny
 
 SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(1, 9))
 def test_packed_levels_come_back_and_take_their_bits(bits: int) -> None:
     most = 2 ** (bits - 1) - 1
-    levels = torch.randint(-most, most + 1, (3, 101), dtype=torch.int8)
+    levels = torch.randint(-most, max(1, most) + 1, (3, 101), dtype=torch.int8)
     stream = pack(levels, bits)
     assert stream.dtype == torch.uint8 and len(stream) == -(-3 * 101 * bits // 8)
     assert torch.equal(unpack(stream, bits, 3, 101), levels)
@@ -44,12 +48,47 @@ def test_rounding_has_a_zero_and_is_symmetric_and_does_nothing_twice(bits: int) 
     assert torch.equal(rounded(once, bits), once) and torch.equal(rounded(-values, bits), -once)
     assert not once[1].any()  # a scale of 0 decodes to 0
     levels, scales = quantise(values, bits)
-    assert torch.equal(dequantise(levels, scales), once) and not scales[1].any()
+    assert torch.equal(dequantise(levels, scales, bits), once) and not scales[1].any()
     # no scale of a fine grid is much better than the chosen one, over a hundred groups
     most, groups = 2 ** (bits - 1) - 1, torch.randn(100, GROUP, generator=torch.Generator().manual_seed(bits))
     grid = torch.linspace(0.02, 1.2, 2000).view(-1, 1, 1) * groups.abs().amax(1, keepdim=True) / most
     errors = ((groups / grid).round().clamp(-most, most) * grid - groups).square().sum(-1)
     assert (rounded(groups, bits) - groups).square().sum() <= 1.25 * errors.amin(0).sum()
+
+
+def test_one_bit_is_the_nearer_quartile_of_the_normal_distribution() -> None:
+    values = (torch.randn(4, 500, generator=torch.Generator().manual_seed(1)) + 0.2) * torch.logspace(-3, 1, 4)[:, None]
+    mean, std = values.mean(1, keepdim=True), values.std(1, correction=0, keepdim=True)
+    expected = mean + float(scipy.stats.norm.ppf(0.75)) * std * (values - mean).sign()
+    once = rounded(values, 1)
+    near = ((values - mean).abs() < 0.02 * std) | torch.isclose(once, expected, rtol=0, atol=float("inf"))
+    assert ((once - expected).abs() <= 2**-8 * expected.abs() + near * ((values - mean).abs() < 0.02 * std) * 9).all()
+    assert all(len(row.unique()) == 2 for row in once) and torch.equal(once, once.bfloat16().float())
+    assert torch.equal(rounded(once, 1), once)
+    for kept in ([0.0] * 5, [0.25, -0.5, 0.25], [3.0]):  # two values at most stay as they are
+        assert rounded(torch.tensor([kept]), 1).tolist() == [kept]
+    assert torch.equal(rounded(values.view(1, 4, 20, 25), 1), once.view(1, 4, 20, 25))  # a layer is a row
+    levels, scales = quantise(values, 1)
+    stream = reference.levels(pack(levels, 1).numpy(), 1, 2000).reshape(4, -1)
+    assert scales.shape == (4, 2)
+    assert np.array_equal(np.take_along_axis(scales.float().numpy(), stream, 1), once.numpy())
+
+
+def test_the_gradient_of_one_bit_is_that_of_the_authors_formula() -> None:
+    """`w = (w - mean) / std; (q(w) - w).detach() + w) * std + mean`, differentiated by autograd, in float64."""
+    values = torch.randn(3, 80, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 80, dtype=torch.float64)
+    mean, std = values.mean(1, keepdim=True), values.std(1, correction=0, keepdim=True)
+    z = (values - mean) / std
+    formula = ((z.sign() * float(scipy.stats.norm.ppf(0.75)) - z).detach() + z) * std + mean
+    (expected,) = torch.autograd.grad((formula * weights).sum(), values)
+    seen = rounded_straight_through(values, 1)
+    assert torch.equal(seen, rounded(values.detach(), 1)) or (seen - rounded(values.detach(), 1)).abs().max() < 1e-12
+    (found,) = torch.autograd.grad((seen * weights).sum(), values)
+    assert (found - expected).abs().max() < 0.01 < (found - weights).abs().max()  # the numbers are bfloat16
+    zeros = torch.zeros(2, 70, requires_grad=True)  # where training starts
+    (rounded_straight_through(zeros, 1) * weights[:2, :70]).sum().backward()
+    assert torch.equal(zeros.grad, weights[:2, :70].float())
 
 
 def test_gradients_go_straight_through() -> None:
@@ -67,6 +106,9 @@ METHODS = [
     LoRA(targets=["qkv"], rank=2, bits=8),
     PRANC(targets=["qkv"], num_basis=90, bits=2, scope="layer"),
     NOLA(targets=["mlp"], num_basis=30, bits=16, head_bits=32),
+    NOLA(targets=["mlp", "head"], num_basis=100, bits=1, head_num_basis=30),
+    LoRA(targets=["qkv"], rank=2, bits=1),
+    LinearProbe(head_bits=1),
 ]
 
 
@@ -79,7 +121,7 @@ def test_a_quantised_file_gives_what_was_rounded(method: NOLA, tmp_path) -> None
     exact = model(IMAGES)
     model.compute_with_stored_bits()
     seen, features = model(IMAGES), model.features(IMAGES)
-    model.compute_with_stored_bits(False)
+    model.compute_with_stored_bits(most=0)
     model.round_to_stored_bits()
     assert not torch.equal(model(IMAGES), exact) and torch.allclose(model(IMAGES), seen, rtol=1e-4, atol=1e-5)
     assert torch.allclose(model.features(IMAGES), features, rtol=1e-4, atol=1e-5)
@@ -97,15 +139,45 @@ def test_a_quantised_file_gives_what_was_rounded(method: NOLA, tmp_path) -> None
     assert size < numbers + 2 * 8 * groups + 8000
 
 
+@pytest.mark.parametrize("method", [LoRA(rank=2, bits=1), NOLA(bits=1, head_bits=4, num_basis=20)], ids=str)
+def test_one_bit_starts_at_the_pretrained_model_and_trains_from_the_first_step(
+    method: LoRA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapt(SPEC, method, ["a", "b"])
+    model.compute_with_stored_bits()
+    model.bank.detach()
+    pretrained = model.backbone(IMAGES)
+    model.bank.attach(model.backbone)
+    assert torch.equal(model.features(IMAGES), pretrained)
+    optimizer = torch.optim.AdamW(model.bank.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(IMAGES), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    assert not torch.allclose(model.features(IMAGES), pretrained, atol=1e-3)
+
+    fields = {"targets": ["mlp"], "bits": 1, "head_bits": 4}
+    computed: list[set[int]] = []
+    step = Classifier.training_step
+    monkeypatch.setattr(
+        Classifier,
+        "training_step",
+        lambda task, *batch: computed.append(set(task.model._stored_bits.values())) or step(task, *batch),
+    )
+    run = build(tiny("one", methods={"one": {"class_path": type(method).__name__, "init_args": fields}}))
+    run.trainer.fit(run.model, datamodule=run.datamodule)
+    assert len(computed) > 5 and all(widths == {1} for widths in computed)  # the head's 4 bits come after training
+
+
 def test_bits_that_do_not_exist_are_refused() -> None:
-    for bits in (1, 9, 0, 64):
-        with pytest.raises(NolaVisionError, match="2 to 8 for integers, 16 or 32"):
+    for bits in (9, 0, 64):
+        with pytest.raises(NolaVisionError, match="1 to 8 for integers, 16 or 32"):
             adapt(SPEC, NOLA(bits=bits), ["a", "b"])
 
 
 def test_what_is_not_a_level_is_refused() -> None:
-    for bits in (1, 0, 9, 16):
-        with pytest.raises(ValueError, match="2 to 8 bits"):
+    for bits in (0, 9, 16):
+        with pytest.raises(ValueError, match="1 to 8 bits"):
             unpack(torch.zeros(4, dtype=torch.uint8), bits, 1, 4)
     with pytest.raises(ValueError, match="255 is not a level of 8 bits"):  # -127 to 127 are 255 levels
         unpack(torch.tensor([0, 255], dtype=torch.uint8), 8, 1, 2)

@@ -15,11 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 
 import fuzz_adapters
-from fuzz_adapters import MLP, originals, outcome, written
+from fuzz_adapters import MLP, contained, originals, outcome, prefix, written
 from fuzzing import cheap
 from nola_vision import NOLA, PEFT, BackboneSpec, LoRA, adapt, load_adapter
+from nola_vision.adapters.header import compressed
 from nola_vision.adapters.methods.peft import CONFIGS
-from nola_vision.adapters.serialization import METADATA_KEY
+from nola_vision.adapters.serialization import METADATA_KEY, _container
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.export import shorten
@@ -71,13 +72,64 @@ def test_a_header_that_asks_for_too_much_is_refused_at_once(tmp_path: Path) -> N
     assert "class_names has 70,000 names" in asks(class_names=["n"] * 70_000)
     assert "head.bias has the shape [5] and not [60000]" in asks(class_names=["n"] * 60_000)
     head = asks(class_names=["n"] * 4, targets=[*originals()[GLYPHS][0]["targets"], {**target, "name": "head"}])
-    assert "made for other weight shapes: head" in head
+    assert "the tensor adapter.head.coefficients_a is missing" in head
     big = {"head.weight.levels": torch.zeros(64 * 2**20, dtype=torch.uint8)}
     big["head.weight.scales"] = torch.zeros(1, dtype=torch.bfloat16)
     for bits, shape in ((1, [2**29]), (2, [2**28]), (8, [2**26]), (2, [2**31, 2**31])):
         packed = {"head.weight": {"bits": bits, "shape": shape}}
         assert "does not have the bytes" in asks(big, packed=packed)
-    assert "rank 100" in ending(TINY, tmp_path, settings__rank=100 * 10)
+    asks = functools.partial(ending, TINY, tmp_path)
+    assert "rank 100" in asks(settings__rank=100 * 10)
+    assert "has the shape [1, 5] and not [1, 1000000]" in asks(settings__num_basis=10**6)
+    assert "names 5,000 targets" in asks(targets=["n"] * 5000)
+    assert "head.bias has the shape [3] and not [60000]" in asks(class_names=["n"] * 60_000)
+    for entry in (
+        [32, 2**30, 2**30],
+        [32] * 9,
+        [1, 2**31],
+        [4],
+        [4, 0],
+        [32, -1],
+        [33, 2],
+        [64, 2],
+        [None],
+        [],
+        7,
+        [2.0, 3],
+    ):
+        refusal = asks(tensors__a=entry)
+        assert "do not exist" in refusal or "do not have the bytes" in refusal, (entry, refusal)
+    for text, reason in [
+        ("[" * 10**5, "recursion"), ('{"a":1e999}', "1.8e308"), ("[]", "it is not a mapping"),
+        ('{"class_names":[],"targets":[]}', "lists no tensors"),
+        ('{"tensors":{"a\\n":[32]}}', "a name that no weight has"),
+        (" " * 2**21 + "{}", "has more than 2,097,152 bytes"),
+    ]:  # fmt: skip
+        assert reason in refused(contained(prefix(), b"", compressed(text)), tmp_path)
+    bomb = compressed(" " * 2**28)  # 256 MiB in 256 KiB
+    assert len(bomb) < 300_000 and "has more than" in refused(contained(prefix(), b"", bomb), tmp_path)
+    good = compressed('{"tensors":{}}')
+    for header, length in ((good[:-1], None), (good + b"x", None), (b"\xff" * 9, None), (good, 2**31), (good, 1)):
+        assert "is damaged" in refused(contained(prefix(), b"", header, length), tmp_path)
+    assert "too short" in refused(_container(9) + bytes(9), tmp_path)
+
+
+def refused(content: bytes, folder: Path) -> str:
+    """The refusal of a file, which is cheap."""
+    ended = outcome(content, folder)
+    cheap(ended)
+    assert ended.refusal is not None
+    return ended.refusal
+
+
+def test_targets_that_a_file_does_not_name_are_those_of_its_method(tmp_path: Path) -> None:
+    asks = functools.partial(ending, TINY, tmp_path)
+    assert "other targets than all selects in mlp_784_256" in asks(targets="0" * 8)
+    assert "a file's patterns are not run" in asks(settings__targets=["re:((((.+)+)+)+)+z"])
+    assert "a file's patterns are not run" in asks(settings__targets=["all", "x"])
+    assert "matches no weight" in asks(settings__targets=["qkv"])
+    assert asks(targets=["fc1.weight"], settings__targets=["re:((((.+)+)+)+)+z"]) is None
+    assert "does not fit its method and backbone" in asks(targets=["fc1.weight[0:9]"])
 
 
 def test_a_basis_too_large_for_memory_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,41 +186,34 @@ def test_headers_that_mean_nothing_are_refused(tmp_path: Path) -> None:
         ),
         ({"targets": originals()[GLYPHS][0]["targets"] * 2}, "the targets"),
         ({"targets__0__name": "blocks.0.attn.qkv.weight"}, "is adapted twice"),
-        ({"targets__0__name": "blocks.0.attn.qkv.weight[0:161]"}, "other weight shapes"),
+        ({"targets__0__name": "blocks.0.attn.qkv.weight[0:161]"}, "does not fit its method and backbone"),
         ({"targets__0__name": "blocks.0.attn.qkv.weight[0:999]"}, "not a part of a weight"),
         ({"targets__0__name": "blocks.0.norm1.weight"}, "not a weight of this VisionTransformer"),
-        ({"targets__0__shape": [480, 161]}, "other weight shapes"),
-        ({"targets__0__group": "head"}, "other weight shapes"),
     ]
     for changes, reason in wrong:
         refusal = asks(**changes)
         assert refusal is not None and reason in refusal, (changes, refusal)
     for changes, reason in [
-        ({"calibration__temperature": 0}, "the temperature is 0"),
-        ({"calibration__temperature": nan}, "NaN is not a JSON number"),
-        ({"calibration__temperature": 1e38}, r"the temperature is 1e+38: it must be a number from 0.0001 to 10,000"),
-        ({"calibration__temperature": 10**400}, "the temperature is 1"),
-        ({"calibration__temperature": True}, "the temperature is True"),
-        ({"calibration__calibrated_on": "\x1b[31m"}, "not a name or setting"),
-        ({"calibration__calibrated_on": "x" * 41}, "calibrated_on is"),
-        ({"calibration__images": 0}, "fitted on 0 images"),
-        ({"calibration__more": 1}, "not what this release writes"),
-        ({"calibration": []}, "not what this release writes"),
+        ({"prefix__temperature": nan}, "the temperature is nan"),
+        ({"prefix__temperature": -1.5}, "the temperature is -1.5"),
+        ({"prefix__temperature": 1e38}, r"the temperature is 1e+38: it must be a number from 0.0001 to 10,000"),
+        ({"calibrated_on": "\x1b[31m"}, "not a name or setting"),
+        ({"calibrated_on": "x" * 41}, "calibrated_on is"),
+        ({"calibrated_on": None}, "calibrated_on"),
+        ({"prefix__images": 2**31}, "fitted on 2147483648 images"),
         ({"weights__file": "/etc/passwd"}, "cannot be one"),
         ({"weights__file": "../x"}, "cannot be one"),
         ({"weights__file": ""}, "cannot be one"),
         ({"weights__file": "a\x1b[31m"}, "not a name or setting"),
-        ({"weights__sha256": "0" * 63}, "cannot be one"),
-        ({"weights__sha256": "0" * 64 + "\n"}, "not a name or setting"),
         ({"weights__bytes": -1}, "cannot be one"),
         ({"weights__bytes": 1.5}, "bytes of WeightsOrigin"),
         ({"weights__path": "/home/a"}, "not what this release writes"),
     ]:
         refusal = ending("calibrated", tmp_path, **changes)
         assert refusal is not None and reason in refusal, (changes, refusal)
-    unknown = {"repository": None, "file": "x", "bytes": 1, "sha256": "0" * 64}
+    unknown = {"repository": None, "file": "x", "bytes": 1}
     for name in ("calibrated", "full", TINY):  # found or not, the fingerprint decides
-        assert ending(name, tmp_path, weights=unknown, calibration=None) is None
+        assert ending(name, tmp_path, weights=unknown, prefix__weights="0" * 64, prefix__temperature=0) is None
     assert asks(class_names=["crane", "crane", "\x1b[31m", "", "é"]) is None  # names are the user's own
     for text, reason in [
         ('{"a":1,"a":2}', "a key occurs twice"),
@@ -193,22 +238,23 @@ def test_headers_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_only_the_formats_own_dtypes_are_read(kind: torch.dtype, reason: str, tmp_path: Path) -> None:
-    name = "adapter.784x256.coefficients_a"
-    assert reason in ending(TINY, tmp_path, {name: originals()[TINY][1][name].to(kind)})
+    name = "adapter.160x640.coefficients_a"
+    assert reason in ending(GLYPHS, tmp_path, {name: originals()[GLYPHS][1][name].to(kind)})
 
 
 def test_integers_where_the_backbone_has_floats_are_refused(tmp_path: Path) -> None:
-    weight = originals()["full"][1]["backbone.fc1.bias"]
-    assert "another dtype" in ending("full", tmp_path, {"backbone.fc1.bias": weight.long()})
+    name, data = "backbone.fc1.bias", torch.zeros(256 * 8, dtype=torch.uint8)
+    assert "another dtype" in ending("full", tmp_path, {name: data}, **{f"tensors__{name}": [64, 256]})
 
 
 def test_numbers_that_no_training_gives_are_refused(tmp_path: Path) -> None:
     name = "adapter.784x256.coefficients_b"
-    stored = originals()[TINY][1][name]
+    stored = originals()[TINY][1][name].view(torch.float32)
     for value, reason in [(1e38, "has the value 1e+38"), (float("nan"), "not finite"), (-1e10, "has the value 1e+10")]:
         assert reason in ending(TINY, tmp_path, {name: torch.full_like(stored, value)})
-    scales = originals()["linear"][1]["head.weight.scales"]
-    assert "has the value" in ending("linear", tmp_path, {"head.weight.scales": torch.full_like(scales, 1e38)})
+    packed = originals()["linear"][1]["head.weight"].clone()
+    packed[:8] = torch.full([4], 1e38).bfloat16().view(torch.uint8)
+    assert "has the value" in ending("linear", tmp_path, {"head.weight": packed})
     model = adapt(MLP, LoRA(targets=["all"]), ["a", "b"])
     with torch.no_grad():
         model.bank.head_bias.fill_(1e10)

@@ -1,8 +1,18 @@
-"""Quantised coefficients: symmetric integer levels with one scale per group (paper, section 3.2), and their packing.
+"""Quantised coefficients: integer levels with scales per group of values, and their packing.
 
-A row of values is cut into groups of 64. In a group with scale s the level q, from -(2**(bits-1) - 1) to
-2**(bits-1) - 1, is the value q s; zero is a level, and a scale of 0 decodes to 0. Of 24 candidates, 0.3 to 1 times what
-the largest value needs, the scale is the one with the least squared error; it is stored in bfloat16.
+2 to 8 bits (NOLA, section 3.2): a row of values is cut into groups of 64. In a group with scale s the level q, from
+-(2**(bits-1) - 1) to 2**(bits-1) - 1, is the value q s; zero is a level, and a scale of 0 decodes to 0. Of 24
+candidates, 0.3 to 1 times what the largest value needs, the scale is the one with the least squared error; it is stored
+in bfloat16.
+
+1 bit (Bi-LoRA and Bi-AdaptFormer: Jie et al., ICCV 2023, arXiv:2307.16867): a row is one group. Its values become the
+nearer of two numbers,
+
+    mean - 0.6745 std   and   mean + 0.6745 std,
+
+the quartiles of the normal distribution with the row's mean and standard deviation (ddof 0). Both are stored in
+bfloat16. A row that has only two different values keeps them. So rounding twice changes nothing, and a row of zeros
+stays zero: training starts at the pretrained model exactly.
 """
 
 from __future__ import annotations
@@ -14,6 +24,7 @@ from torch import Tensor
 
 GROUP = 64
 _CLIPS = 24
+_QUARTILE = 0.6744897501960817  # of the normal distribution: 3/4 of its values are below
 _UNPACKED_AT_ONCE = 2**20  # levels, a multiple of 8: each takes a byte per bit meanwhile
 
 
@@ -22,11 +33,14 @@ def quantise(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Args:
         values: `[rows, count]`.
-        bits: 2 to 8.
+        bits: 1 to 8.
 
     Returns:
-        int8 levels `[rows, count]` and bfloat16 scales `[rows, groups]`.
+        int8 levels `[rows, count]` and bfloat16 scales `[rows, scales_per_row(count, bits)]`. Those of 1 bit are 0 and
+        1, and their scales the two numbers that they represent, the lower one first.
     """
+    if bits == 1:
+        return _to_two_numbers(values.float())
     rows, count = values.shape
     most = 2 ** (bits - 1) - 1
     groups = -(-count // GROUP)
@@ -41,13 +55,29 @@ def quantise(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return _levels(padded, best, most).to(torch.int8).view(rows, -1)[:, :count], best
 
 
+def _to_two_numbers(values: Tensor) -> tuple[Tensor, Tensor]:
+    least, most = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    only_two = ((values == least) | (values == most)).all(1, keepdim=True)
+    mean, step = values.mean(1, keepdim=True), _QUARTILE * values.std(1, correction=0, keepdim=True)
+    low, high = torch.where(only_two, least, mean - step), torch.where(only_two, most, mean + step)
+    scales = torch.cat([low, high], 1).bfloat16()
+    return (values >= scales.float().mean(1, keepdim=True)).to(torch.int8), scales
+
+
+def scales_per_row(count: int, bits: int) -> int:
+    """How many scales are stored for a row of `count` values: one per group of 64; with 1 bit two per row."""
+    return 2 if bits == 1 else -(-count // GROUP)
+
+
 def _levels(values: Tensor, scales: Tensor, most: int) -> Tensor:
     safe = torch.where(scales == 0, 1, scales).float().unsqueeze(-1)
     return (values / safe).round().clamp(-most, most) * (scales != 0).unsqueeze(-1)
 
 
-def dequantise(levels: Tensor, scales: Tensor) -> Tensor:
-    """float32 `[rows, count]` of int8 levels `[rows, count]` and scales `[rows, groups]`."""
+def dequantise(levels: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """float32 `[rows, count]` of what `quantise` returned."""
+    if bits == 1:
+        return scales.float().gather(1, levels.long())
     return levels.float() * scales.float().repeat_interleave(GROUP, dim=1)[:, : levels.shape[1]]
 
 
@@ -62,12 +92,20 @@ def rounded(values: Tensor, bits: int) -> Tensor:
         return values
     if bits == 16:
         return values.half().to(values.dtype)
-    return dequantise(*quantise(rows_of(values), bits)).view_as(values).to(values.dtype)
+    return dequantise(*quantise(rows_of(values), bits), bits).view_as(values).to(values.dtype)
 
 
 def rounded_straight_through(values: Tensor, bits: int) -> Tensor:
-    """`rounded` in the forward pass; in the backward pass the gradient goes through unchanged."""
-    return values + (rounded(values.detach(), bits) - values.detach())
+    """`rounded` in the forward pass; in the backward pass the gradient goes through unchanged.
+
+    With 1 bit, as in Bi-LoRA, it also goes through a row's mean and standard deviation: only the sign of a value's
+    distance to the mean is taken as the distance itself.
+    """
+    error = rounded(values.detach(), bits) - values.detach()
+    if bits == 1:
+        std = rows_of(values).std(1, correction=0, keepdim=True)
+        error = (rows_of(error) * (std / std.detach().clamp(min=torch.finfo(std.dtype).tiny))).view_as(values)
+    return values + error
 
 
 def pack(levels: Tensor, bits: int) -> Tensor:
@@ -81,11 +119,11 @@ def unpack(stream: Tensor, bits: int, rows: int, count: int) -> Tensor:
     """The int8 levels `[rows, count]` that `pack` packed.
 
     Raises:
-        ValueError: `bits` is not 2 to 8, the stream has another length than these levels take, or contains a number
+        ValueError: `bits` is not 1 to 8, the stream has another length than these levels take, or contains a number
             that is not a level.
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"levels have 2 to 8 bits, not {bits}")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"levels have 1 to 8 bits, not {bits}")
     packed = stream.numpy()
     if packed.shape != (-(-rows * count * bits // 8),):
         raise ValueError(f"{rows} x {count} levels of {bits} bits are not {packed.size} bytes")
@@ -96,7 +134,7 @@ def unpack(stream: Tensor, bits: int, rows: int, count: int) -> Tensor:
         stored = packed[start : start + -(-part.size * bits // 8)]
         flags = np.unpackbits(stored, count=part.size * bits, bitorder="little").reshape(-1, bits)
         unsigned = np.packbits(flags, axis=1, bitorder="little")[:, 0]
-        if unsigned.max() > 2**bits - 2:
+        if unsigned.max() > max(1, 2**bits - 2):
             raise ValueError(f"{unsigned.max()} is not a level of {bits} bits")
         part[:] = unsigned.astype(np.int16) - (2 ** (bits - 1) - 1)
     return torch.from_numpy(levels).view(rows, count)

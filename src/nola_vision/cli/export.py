@@ -28,7 +28,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         "--max-bytes", type=whole_number, metavar="N", help="cut it to N bytes (trained with `nested: true`)"
     )
     options.add_argument(
-        "--bits", type=whole_number, metavar="B", help="bits per stored value, the head's included: 2 to 8, or 16"
+        "--bits", type=whole_number, metavar="B", help="bits per stored value, the head's included: 1 to 8, or 16"
     )
     options.add_argument("--weights", metavar="FILE", help="local file with the backbone's weights, to merge with")
     options.add_argument("--dequantise", action="store_true", help="write floats where the backbone holds int8")

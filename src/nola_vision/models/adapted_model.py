@@ -24,7 +24,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.tags import short_tag
 from nola_vision.common.validation import check_counts
 from nola_vision.images.transforms import eval_transform
-from nola_vision.models.building import feature_width
+from nola_vision.models.building import feature_width, stated_targets
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, Calibrated, check_calibrated
 from nola_vision.models.prediction import (
@@ -161,14 +161,17 @@ class AdaptedModel(nn.Module):
         """Bits per stored value, by the tensor's name in the file."""
         return file_bits(bank_tensors(self.bank), self.metadata.method)
 
-    def compute_with_stored_bits(self, on: bool = True) -> None:
+    def compute_with_stored_bits(self, most: int = 16) -> None:
         """Makes forward passes compute with the values as a file would contain them; gradients go straight through.
 
         Does not affect `bank.merge` and `bank.changes`: call `round_to_stored_bits` before them.
+
+        Args:
+            most: only values of at most so many bits are rounded; 0 ends it.
         """
         named = {"head.weight": "head_weight"}
         bits = {named.get(name, name.replace("adapter.", "groups.", 1)): width for name, width in self.bits.items()}
-        self._stored_bits = {name: width for name, width in bits.items() if width != 32} if on else {}
+        self._stored_bits = {name: width for name, width in bits.items() if width <= most}
 
     @torch.no_grad()
     def round_to_stored_bits(self) -> None:
@@ -197,7 +200,9 @@ class AdaptedModel(nn.Module):
         calibrated = None
         if self.calibrated_on is not None:
             calibrated = check_calibrated(Calibrated(self.temperature, self.calibrated_on, self.calibration_images))
-        targets = [(t.name, t.shape, self.bank.group_of[t.name]) for t in self.bank.every_target]
+        names = [target.name for target in self.bank.every_target]
+        classes = len(self.metadata.class_names)
+        targets = stated_targets(self.backbone, self.metadata.method, classes, names)
         return file_metadata(self.metadata, targets, self.fingerprint, self.weights, calibrated)
 
     def save(self, path: str | Path, adapter: int | None = None) -> int:
@@ -269,7 +274,7 @@ def file_bits(names: Collection[str], method: Method) -> dict[str, int]:
 
 def file_metadata(
     metadata: AdapterMetadata,
-    targets: Sequence[tuple[str, tuple[int, ...], str]],
+    targets: Sequence[str] | str,
     fingerprint: str | None,
     weights: WeightsOrigin | None = None,
     calibrated: Calibrated | None = None,
@@ -278,7 +283,7 @@ def file_metadata(
 
     Args:
         metadata: the model's.
-        targets: name, shape and group of each adapted weight.
+        targets: what `stated_targets` gives.
         fingerprint: of the backbone's weights.
         weights: the file that the backbone's weights were read from.
         calibrated: of the logits.
@@ -294,7 +299,7 @@ def file_metadata(
         "method": registry.to_dict(metadata.method),
         "run_seed": metadata.run_seed,
         "basis_seed": metadata.basis_seed,
-        "targets": [{"name": name, "shape": list(shape), "group": group} for name, shape, group in targets],
+        "targets": targets,
         "class_names": list(metadata.class_names),
         "input": dataclasses.asdict(metadata.input),
     }

@@ -18,11 +18,11 @@ from nola_vision.common.validation import MOST_COUNT
 from nola_vision.models import known_weights
 from nola_vision.models.adapted_model import backbone_tensors, file_bits, file_metadata
 from nola_vision.models.backbones.creation import skeleton
-from nola_vision.models.building import feature_width, file_shapes, method_targets
+from nola_vision.models.building import feature_width, file_shapes, method_targets, names_in_bank, stated_targets
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import MAX_SEED, AdapterMetadata, Calibrated
 
-_LONGEST_CALIBRATED = Calibrated(temperature=0.000123456, calibrated_on="validation", images=10**9)
+_CALIBRATIONS = (None, Calibrated(1.0, "folds"), Calibrated(1.0, "validation"))  # training may end with any of them
 _LONGEST_RATE = 1.2345678901234567e-05
 
 
@@ -86,16 +86,20 @@ class _Files:
     weights: WeightsOrigin | None
     targets: Sequence[Target]
     width: int
+    stated: str | None  # the checksum of the targets, where a file has it instead of their names
     fixed: Mapping[str, tuple[int, ...]]  # shapes of the stored tensors of the backbone itself
 
     @classmethod
     def of(cls, backbone: nn.Module, metadata: AdapterMetadata, weights: WeightsOrigin | None) -> _Files:
-        method = metadata.method
+        method, classes = metadata.method, len(metadata.class_names)
+        targets = method_targets(backbone, method, classes)
+        stated = stated_targets(backbone, method, classes, [target.name for target in targets])
         return cls(
             replace(metadata, run_seed=MAX_SEED, basis_seed=MAX_SEED),
             weights,
-            method_targets(backbone, method, len(metadata.class_names)),
+            targets,
             feature_width(backbone),
+            stated if isinstance(stated, str) else None,
             {name: tuple(tensor.shape) for name, tensor in backbone_tensors(backbone, method).items()},
         )
 
@@ -112,16 +116,11 @@ class _Files:
         method = method.for_base(self.metadata.backbone.base)
         groups, classes = self.groups(method), len(self.metadata.class_names)
         shapes = file_shapes(groups, classes, self.width) | dict(self.fixed)
-        group_of = {target.name: group.name for group in groups for target in group.targets}
+        names = names_in_bank(groups) if self.stated is None else self.stated
         rates = {"lr": _LONGEST_RATE, "head_lr": _LONGEST_RATE} if isinstance(method, Adapter) else {}
-        described = file_metadata(
-            replace(self.metadata, method=replace(method, **rates)),
-            [(target.name, target.shape, group_of[target.name]) for target in self.targets],
-            "0" * 64,
-            self.weights,
-            _LONGEST_CALIBRATED,
-        )
-        return adapter_size(described, shapes, file_bits(shapes, method))
+        metadata, bits = replace(self.metadata, method=replace(method, **rates)), file_bits(shapes, method)
+        described = (file_metadata(metadata, names, None, self.weights, ended) for ended in _CALIBRATIONS)
+        return max(adapter_size(one, shapes, bits) for one in described)
 
 
 def smallest(is_allowed: Callable[[int], bool]) -> int | None:

@@ -15,8 +15,8 @@ from nola_vision.adapters.methods.registry import check
 from nola_vision.adapters.random_basis import basis_key, uniform
 from nola_vision.adapters.target import HEAD, Target
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.hashing import sha256_integer
-from nola_vision.models.targets import find_targets, named_targets
+from nola_vision.common.hashing import sha256, sha256_integer
+from nola_vision.models.targets import TARGETS, find_targets, named_targets
 
 
 def make_bank(
@@ -85,6 +85,40 @@ def method_targets(
     if HEAD in named:
         targets.append(Target(HEAD, (), "linear", (num_classes, feature_width(backbone) + 1)))
     return targets
+
+
+def stated_targets(backbone: nn.Module, method: Method, num_classes: int, names: Sequence[str]) -> list[str] | str:
+    """What a file states of its targets: a checksum where the method's own names select them, else their names.
+
+    Args:
+        backbone: what they are weights of.
+        method: what adapts them.
+        num_classes: classes of the head.
+        names: the exact names of the targets, in the order of the bank or in that of `method_targets`.
+    """
+    if not names or not selects_by_structure(method):
+        return list(names)
+    try:
+        found = method_targets(backbone, method, num_classes)
+        orders = [target.name for target in found], names_in_bank(method.groups(found))
+    except NolaVisionError:  # the targets of a loaded file were not found by its method's names
+        return list(names)
+    return targets_checksum(orders[0]) if list(names) in orders else list(names)
+
+
+def names_in_bank(groups: Sequence[Group]) -> list[str]:
+    """The names of the targets in the order of the bank: group by group, the head last."""
+    return sorted((target.name for group in groups for target in group.targets), key=lambda name: name == HEAD)
+
+
+def selects_by_structure(method: Method) -> bool:
+    """Whether a method's targets are names such as `mlp` only, without patterns: a file's patterns are not run."""
+    return set(method.target_names or ["none"]) <= {*TARGETS, HEAD}
+
+
+def targets_checksum(names: Sequence[str]) -> str:
+    """The first 8 hexadecimal digits of SHA-256 over the names, separated by line breaks."""
+    return sha256("\n".join(names))[:8]
 
 
 def file_shapes(groups: Sequence[Group], num_classes: int, width: int) -> dict[str, tuple[int, ...]]:

@@ -43,7 +43,7 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
         adapter: an adapter file; to cut it, its method must have been trained with `nested: true`.
         out: the new file.
         max_bytes: its largest size; as many coefficients are kept as fit.
-        bits: 2 to 8 or 16, for the coefficients and the head's matrix. Default: unchanged.
+        bits: 1 to 8 or 16, for the coefficients and the head's matrix. Default: unchanged.
 
     Returns:
         The new file's size in bytes.
@@ -55,7 +55,6 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
     file = open_adapter(adapter)
     parse_header(file.metadata, file.path)
     metadata, tensors = file.metadata, file.tensors()
-    described = {key: value for key, value in metadata.items() if key not in ("packed", "digest")}
     if Path(out).exists() and Path(out).samefile(adapter):
         raise NolaVisionError(f"{out} is the adapter itself, and a cut cannot be undone: give another file")
     method = from_dict(metadata["method"])
@@ -66,7 +65,7 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
         method = method.with_bits(bits)
     widths = file_bits(tensors, method)
     if max_bytes is None:
-        content = adapter_bytes({**described, "method": to_dict(method)}, tensors, widths)
+        content = adapter_bytes({**metadata, "method": to_dict(method)}, tensors, widths)
     else:
         if not method.nested:
             raise NolaVisionError(f"{adapter} was not trained to be cut: train it with `nested: true`")
@@ -78,7 +77,7 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
                 if name.startswith("adapter.") and own in method.cuttable:
                     counts[group, own] = prefix_length(tensor.shape[-1], step / _STEPS)
                     kept[name] = tensor[..., : counts[group, own]]
-            return adapter_bytes({**described, "method": to_dict(method.cut(counts))}, kept, widths)
+            return adapter_bytes({**metadata, "method": to_dict(method.cut(counts))}, kept, widths)
 
         if len(cut(1)) > max_bytes:
             raise NolaVisionError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nola_vision.adapters.serialization import AdapterFile, open_adapter
 from nola_vision.common.errors import NolaVisionError
@@ -18,7 +18,14 @@ from nola_vision.models.assembly import assemble
 from nola_vision.models.backbones.creation import skeleton
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.backbones.weights import weights_file
-from nola_vision.models.building import edited, feature_width, file_shapes, method_targets
+from nola_vision.models.building import (
+    edited,
+    feature_width,
+    file_shapes,
+    method_targets,
+    selects_by_structure,
+    targets_checksum,
+)
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, Calibrated, Header, check_calibrated, parse_header
 from nola_vision.models.prediction import run_in_eval_mode
@@ -43,9 +50,9 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     """
     file = open_adapter(path)
     header, missing = _with_weights(parse_header(file.metadata, file.path, weights), path)
-    _check_agreement(file, header)
+    names = _check_agreement(file, header)
     tensors = file.tensors()
-    model = _assemble(header, missing, path)
+    model = _assemble(header, names, missing, path)
     _fill(model, tensors, path)
     if header.calibrated is not None:
         model.temperature, model.calibrated_on = header.calibrated.temperature, header.calibrated.calibrated_on
@@ -72,8 +79,11 @@ def _with_weights(header: Header, path: str | Path) -> tuple[Header, WeightsOrig
     return header, missing
 
 
-def _check_agreement(file: AdapterFile, header: Header) -> None:
+def _check_agreement(file: AdapterFile, header: Header) -> list[str]:
     """Compares the header with the stored tensors and with the backbone's shapes, before anything of that size is made.
+
+    Returns:
+        The names of the targets.
 
     Raises:
         NolaVisionError: a target, a count or a tensor that the backbone, the method or the file does not have.
@@ -81,22 +91,16 @@ def _check_agreement(file: AdapterFile, header: Header) -> None:
     metadata, path = header.metadata, file.path
     method, classes = metadata.method, len(metadata.class_names)
     backbone = skeleton(metadata.backbone)
-    targets = method_targets(backbone, method, classes, [name for name, _, _ in header.targets])
-    groups = method.groups(targets)
-    group_of = {target.name: group.name for group in groups for target in group.targets}
-    for target, (name, shape, group) in zip(targets, header.targets, strict=True):
-        if target.shape != shape or group != group_of[name]:
-            raise NolaVisionError(
-                f"{path} was made for other weight shapes: {name} is {list(shape)} (group {group}) there and "
-                f"{list(target.shape)} ({group_of[name]}) in {metadata.backbone.tag} here"
-            )
+    names = _target_names(backbone, header, path)
+    groups = method.groups(method_targets(backbone, method, classes, names))
     shapes = file_shapes(groups, classes, feature_width(backbone))
     with torch.device("meta"):
         _, backbone = edited(backbone, method, metadata.run_seed)
     inside = backbone_tensors(backbone, method)
     shapes |= {name: tuple(tensor.shape) for name, tensor in inside.items()}
-    for name in sorted(shapes.keys() | file.shapes.keys()):
-        wanted, stored = shapes.get(name), file.shapes.get(name)
+    there = file.shapes
+    for name in sorted(shapes.keys() | there.keys()):
+        wanted, stored = shapes.get(name), there.get(name)
         if wanted != stored:
             if wanted is None or stored is None:
                 fault = "does not belong there" if wanted is None else "is missing"
@@ -108,12 +112,28 @@ def _check_agreement(file: AdapterFile, header: Header) -> None:
     for name, tensor in inside.items():
         if tensor.is_floating_point() != file.floats(name):
             raise NolaVisionError(f"the tensor {name} of {path} has another dtype than the backbone's")
+    return names
 
 
-def _assemble(header: Header, missing: WeightsOrigin | None, path: str | Path) -> AdaptedModel:
+def _target_names(backbone: nn.Module, header: Header, path: Path) -> list[str]:
+    """The exact names of the targets: those in the header, or those that the method selects, if the checksum fits."""
+    method = header.metadata.method
+    if isinstance(header.targets, list):
+        return header.targets
+    if not selects_by_structure(method):
+        raise NolaVisionError(f"{path} does not name its targets, and a file's patterns are not run: get another file")
+    names = [target.name for target in method_targets(backbone, method, len(header.metadata.class_names))]
+    if targets_checksum(names) != header.targets:
+        raise NolaVisionError(
+            f"{path} was trained with other targets than {', '.join(method.target_names or ())} selects in "
+            f"{header.metadata.backbone.tag} here: use the release that it was trained with"
+        )
+    return names
+
+
+def _assemble(header: Header, names: list[str], missing: WeightsOrigin | None, path: str | Path) -> AdaptedModel:
     """The model that the header describes, with the weights that it was made for."""
     metadata, spec = header.metadata, header.metadata.backbone
-    names = [name for name, _, _ in header.targets]
     try:
         model = assemble(_to_fill(metadata), metadata, names, header.weights)
     except NolaVisionError as error:

@@ -82,14 +82,14 @@ class Header:
     Args:
         metadata: what it states for `adapt`.
         fingerprint: of the backbone's weights; None for a fully fine-tuned model.
-        targets: name, shape and group of each adapted weight, in the order of the bank.
+        targets: the names of the adapted weights in the order of the bank, or their checksum; see `stated_targets`.
         weights: the file that the backbone's weights were read from, if it is known.
         calibrated: of the logits; None if they are not calibrated.
     """
 
     metadata: AdapterMetadata
     fingerprint: str | None
-    targets: list[tuple[str, tuple[int, ...], str]]
+    targets: list[str] | str
     weights: WeightsOrigin | None = None
     calibrated: Calibrated | None = None
 
@@ -170,12 +170,11 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
         NolaVisionError: a field that is missing, of another type, or out of range, or a pattern that would have to be
             run.
     """
-    if not (isinstance(metadata.get("class_names"), list) and isinstance(metadata.get("targets"), list)):
+    targets = metadata.get("targets")
+    if not (isinstance(metadata.get("class_names"), list) and isinstance(targets, list | str)):
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: it lists no classes or targets")
-    if len(metadata["targets"]) > MAX_TARGETS:
-        raise NolaVisionError(
-            f"{path} names {len(metadata['targets']):,} targets: at most {MAX_TARGETS:,} are possible"
-        )
+    if len(targets) > MAX_TARGETS:
+        raise NolaVisionError(f"{path} names {len(targets):,} targets: at most {MAX_TARGETS:,} are possible")
     for text in _texts({key: value for key, value in metadata.items() if key != "class_names"}):
         if not _is_setting(text):
             raise NolaVisionError(f"the metadata of {path} has {quoted(text)}, not a name or setting: get another file")
@@ -191,10 +190,7 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
         names = tuple(metadata["class_names"])
         seeds = metadata["run_seed"], metadata["basis_seed"]
         stated = check_metadata(AdapterMetadata(spec, method, names, *seeds, config))
-        targets = [
-            (_checked(t["name"], str), tuple(_checked(side, int) for side in _checked(t["shape"], list)), _group(t))
-            for t in metadata["targets"]
-        ]
+        targets = targets if isinstance(targets, str) else [_checked(name, str) for name in targets]
         fingerprint = metadata["backbone_fingerprint"]
         origin = None if metadata["weights"] is None else check_types(WeightsOrigin(**metadata["weights"]))
         calibrated = (
@@ -204,9 +200,10 @@ def parse_header(metadata: dict[str, Any], path: Path, weights: str | None = Non
         raise NolaVisionError(f"the metadata of {path} is not what this release writes: {error!r}") from error
     if (fingerprint is None) != method.trains_backbone or not isinstance(fingerprint, str | None):
         raise NolaVisionError(f"the metadata of {path} does not state which weights it was made for: get another file")
-    if len({name for name, _, _ in targets}) < len(targets) or bool(targets) != (method.target_names is not None):
+    twice = isinstance(targets, list) and len(set(targets)) < len(targets)
+    if twice or bool(targets) != (method.target_names is not None):
         raise NolaVisionError(f"the targets of {path} are not those of {type(method).__name__}: get another file")
-    if HEAD in [name for name, _, _ in targets[:-1]]:
+    if isinstance(targets, list) and HEAD in targets[:-1]:
         raise NolaVisionError(f"the targets of {path} name the head before other weights: get another file")
     if origin is not None and not (
         is_file_name(origin.file) and re.fullmatch("[0-9a-f]{64}", origin.sha256) and 0 < origin.bytes < 2**63
@@ -242,10 +239,6 @@ def _checked(value: Any, kind: type[T]) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{quoted(value)} is not {kind.__name__}")
     return value
-
-
-def _group(target: dict[str, Any]) -> str:
-    return _checked(target["group"], str)
 
 
 def _is_setting(text: str) -> bool:

@@ -117,11 +117,11 @@ class Classifier(ClassificationTask):
         return drops_nothing(self.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Starts quantisation-aware training at the step that `quantise_from` sets."""
+        """Starts quantisation-aware training at the step that `quantise_from` sets, that of 1 bit at the first."""
         self.validated = None  # of the weights before this step
         bits_from = self.method.quantise_from
         begun = self.global_step >= bits_from * self.trainer.estimated_stepping_batches
-        self.model.compute_with_stored_bits(bits_from < 1 and begun)
+        self.model.compute_with_stored_bits(most=16 if bits_from < 1 and begun else 1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -180,7 +180,7 @@ class Classifier(ClassificationTask):
         best = monitoring(self.trainer.callbacks)  # type: ignore[attr-defined]
         if best is not None and (path := self.trainer.strategy.broadcast(best.best_model_path)):
             self.epoch, self.monitor = self.load_best(path), best.monitor
-        self.model.compute_with_stored_bits(False)
+        self.model.compute_with_stored_bits(most=0)
         self.model.round_to_stored_bits()
 
     def load_best(self, path: str) -> int:

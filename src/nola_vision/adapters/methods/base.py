@@ -104,7 +104,8 @@ class Method:
         edits_backbone: it trains parameters that it adds to the backbone itself.
         train_norms: the backbone's batch norms are trained and stored with their statistics.
         nested: training uses a random share of the coefficients, so that a file can be cut.
-        quantise_from: share of the training after which the forward pass computes with the stored bits.
+        quantise_from: share of the training after which the forward pass computes with the stored bits; values of 1
+            bit do so from the first step.
         cuttable: names of trained tensors whose last axis may be cut to its first entries: a cut file and
             `bank.using(prefix=...)` do that.
         size_setting: the setting that decides how large an adapter file is, such as `rank`. A byte budget (`max_bytes`)
@@ -265,11 +266,12 @@ class Adapter(Method):
         lr: learning rate of the adapter's values (and of batch norms, if they are trained).
         head_lr: learning rate of the head; the same as `lr` if not given.
         train_norms: train the backbone's batch norms too, and store them with their statistics.
-        bits: bits per stored value: 2 to 8 for integers with a scale per group of 64, 16 or 32 for floats. What is
-            tested is what the file contains.
+        bits: bits per stored value: 1 for one of two numbers per layer, 2 to 8 for integers with a scale per group of
+            64, 16 or 32 for floats. What is tested is what the file contains.
         head_bits: the same for the head's matrix; `bits` if not given.
         quantise_from: share of the training after which the forward pass computes with the stored bits already
-            (quantisation-aware training, the gradient goes straight through); 1 is post-training quantisation.
+            (quantisation-aware training, the gradient goes straight through); 1 is post-training quantisation. Values
+            of 1 bit are trained so from the first step, whatever it is.
         max_bytes: a budget for the whole adapter file. The largest `size_setting` (`rank`, `num_basis`, ...) whose file
             is within it replaces the method's own.
     """
@@ -354,9 +356,9 @@ def check_positive(method: Method, *settings: str, most: int = 10**9) -> None:
 
 
 def check_bits(name: str, bits: int) -> None:
-    """Raises NolaVisionError unless `bits` is 2 to 8, 16 (float16) or 32 (float32)."""
-    if not (2 <= bits <= 8 or bits in FLOAT_BITS):
-        raise NolaVisionError(f"{name} is {bits}: use 2 to 8 for integers, 16 or 32 for floats")
+    """Raises NolaVisionError unless `bits` is 1 to 8, 16 (float16) or 32 (float32)."""
+    if not (1 <= bits <= 8 or bits in FLOAT_BITS):
+        raise NolaVisionError(f"{name} is {bits}: use 1 to 8 for integers, 16 or 32 for floats")
 
 
 def check_rank(rank: int, targets: Sequence[Target]) -> None:

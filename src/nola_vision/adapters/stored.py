@@ -1,0 +1,95 @@
+"""One tensor of an adapter file: a trained tensor to the bytes that a file contains of it, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nola_vision.adapters.quantization import dequantise, pack, quantise, rows_of, scales_per_row, unpack
+
+_WHOLE = {16: torch.float16, 32: torch.float32, 64: torch.int64}  # what is not quantised, by its bits
+INTEGERS = 64
+_MOST_DIMENSIONS = 8
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as an adapter file contains it.
+
+    Args:
+        bits: per value: 1 to 8 for quantised ones, 16 (float16), 32 (float32), or 64 for integers.
+        shape: of the tensor.
+        data: `[byte_count(bits, shape)]` of uint8. Quantised values are bfloat16 scales and packed levels.
+    """
+
+    bits: int
+    shape: tuple[int, ...]
+    data: Tensor
+
+    def tensor(self) -> Tensor:
+        """The tensor in float32, or in int64.
+
+        Raises:
+            ValueError: quantised values have levels that do not exist.
+        """
+        if self.bits in _WHOLE:
+            whole = _viewed(self.data, _WHOLE[self.bits]).view(self.shape)
+            return whole if self.bits == INTEGERS else whole.float()
+        rows, count = rows_and_count(self.shape)
+        per_row = scales_per_row(count, self.bits)
+        scales = _viewed(self.data[: 2 * rows * per_row], torch.bfloat16).view(rows, per_row)
+        levels = unpack(self.data[2 * rows * per_row :], self.bits, rows, count)
+        return dequantise(levels, scales, self.bits).view(self.shape)
+
+
+def stored(tensor: Tensor, bits: int) -> Stored:
+    """A tensor of floats as bytes; one of integers is stored as it is."""
+    bits = bits if tensor.is_floating_point() else INTEGERS
+    shape = tuple(tensor.shape)
+    if bits in _WHOLE:
+        return Stored(bits, shape, as_bytes(tensor.to(_WHOLE[bits])))
+    levels, scales = quantise(rows_of(tensor.unsqueeze(0)), bits)
+    return Stored(bits, shape, torch.cat([as_bytes(scales), pack(levels, bits)]))
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be a tensor's name in a file: short and printable, so that a message may contain it."""
+    return text.isprintable() and len(text) <= 300
+
+
+def is_storable(bits: int, shape: Sequence[int]) -> bool:
+    """Whether a file may state these bits and this shape."""
+    if not (all(type(one) is int for one in (bits, *shape)) and len(shape) <= _MOST_DIMENSIONS):
+        return False
+    if bits in _WHOLE:
+        return all(0 <= side < 2**31 for side in shape)
+    return 1 <= bits <= 8 and 1 <= len(shape) <= 4 and all(0 < side < 2**31 for side in shape)
+
+
+def byte_count(bits: int, shape: Sequence[int]) -> int:
+    """The bytes of a tensor in a file."""
+    if bits in _WHOLE:
+        return math.prod(shape) * bits // 8
+    rows, count = rows_and_count(shape)
+    return 2 * rows * scales_per_row(count, bits) + -(-rows * count * bits // 8)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, `[count]` of uint8."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers, without a copy where they are aligned."""
+    aligned = data.storage_offset() % dtype.itemsize == 0
+    return (data if aligned else data.clone()).view(dtype)
+
+
+def rows_and_count(shape: Sequence[int]) -> tuple[int, int]:
+    """A quantised tensor as rows of values: the first dimension; a vector is one row."""
+    rows = shape[0] if len(shape) > 1 else 1
+    return rows, math.prod(shape) // rows
