@@ -271,7 +271,7 @@ def test_files_for_something_else_are_refused(adapter: Path, tmp_path: Path) -> 
     refused(rewritten(adapter, tmp_path, method=method), "unknown method 'MAGIC'")
     method = {"class_path": "NOLA", "init_args": {**metadata["method"]["init_args"], "num_basis": 9}}
     refused(rewritten(adapter, tmp_path, method=method), r"does not fit .*coefficients_a has the shape \[6, 8\]")
-    refused(rewritten(adapter, tmp_path, targets=metadata["targets"][::-1]), "other targets than mlp selects")
+    refused(rewritten(adapter, tmp_path, targets=metadata["targets"][::-1]), "other targets than qkv, mlp selects")
     refused(rewritten(adapter, tmp_path, input=None), "not what this release writes")
 
     other = create_backbone(SPEC).state_dict()
