@@ -1,6 +1,6 @@
 """Test accuracy of trained adapters after shortening their files without training: fewer bits, or a cut.
 
-    python scripts/measure_files.py runs nola lora-r4                  32, 16, 8, 4, 3 and 2 bits per coefficient
+    python scripts/measure_files.py runs nola lora-r4                  32, 16, 8, 4, 3, 2 and 1 bits per coefficient
     python scripts/measure_files.py runs nested --cut                  all, 1/2, 1/4 and 1/8 of the bytes
 
 Reads every completed final run of the named methods, shortens its adapter file, loads it and tests it on the digits'
@@ -29,10 +29,9 @@ from nola_vision.runs.store import ADAPTER_FILE
 def fewer_bits(source: Path, out: Path, head_bits: int = 32) -> Iterator[str]:
     """Writes the file with fewer bits for the coefficients, and the head's matrix in `head_bits`."""
     metadata, tensors = read_adapter(source)
-    described = {key: value for key, value in metadata.items() if key not in ("packed", "digest")}
-    for bits in (32, 16, 8, 4, 3, 2):
+    for bits in (32, 16, 8, 4, 3, 2, 1):
         widths = {name: bits for name in tensors if name.startswith("adapter.")} | {"head.weight": head_bits}
-        out.write_bytes(adapter_bytes(described, tensors, widths))
+        out.write_bytes(adapter_bytes(metadata, tensors, widths))
         yield f"{bits} bits"
 
 

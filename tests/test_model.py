@@ -265,13 +265,13 @@ def test_files_for_something_else_are_refused(adapter: Path, tmp_path: Path) -> 
         safetensors.torch.save_file(others, path, {METADATA_KEY: "2"})
         refused(path, "it has other tensors than the format")
 
-    refused(rewritten(adapter, tmp_path, backbone_fingerprint="0" * 64), "made for other weights of vit_glyph")
+    refused(rewritten(adapter, tmp_path, backbone_fingerprint="1" * 64), "made for other weights of vit_glyph")
     refused(rewritten(adapter, tmp_path, backbone={"tag": "vit_nowhere", "img_size": None}), "unknown timm model")
     method = {**metadata["method"], "class_path": "MAGIC"}
     refused(rewritten(adapter, tmp_path, method=method), "unknown method 'MAGIC'")
     method = {"class_path": "NOLA", "init_args": {**metadata["method"]["init_args"], "num_basis": 9}}
     refused(rewritten(adapter, tmp_path, method=method), r"does not fit .*coefficients_a has the shape \[6, 8\]")
-    refused(rewritten(adapter, tmp_path, targets=metadata["targets"][::-1]), "other targets than mlp selects")
+    refused(rewritten(adapter, tmp_path, targets=metadata["targets"][::-1]), "other targets than qkv, mlp selects")
     refused(rewritten(adapter, tmp_path, input=None), "not what this release writes")
 
     other = create_backbone(SPEC).state_dict()

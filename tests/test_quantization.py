@@ -1,6 +1,7 @@
 """Quantised numbers against a decoder of their own, and what a file of them gives back."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_a_quantised_file_gives_what_was_rounded(method: NOLA, tmp_path) -> None
 
 @pytest.mark.parametrize("method", [LoRA(rank=2, bits=1), NOLA(bits=1, head_bits=4, num_basis=20)], ids=str)
 def test_one_bit_starts_at_the_pretrained_model_and_trains_from_the_first_step(
-    method: LoRA, monkeypatch: pytest.MonkeyPatch
+    method: LoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapt(SPEC, method, ["a", "b"])
     model.compute_with_stored_bits()
@@ -164,7 +165,7 @@ def test_one_bit_starts_at_the_pretrained_model_and_trains_from_the_first_step(
         "training_step",
         lambda task, *batch: computed.append(set(task.model._stored_bits.values())) or step(task, *batch),
     )
-    run = build(tiny("one", methods={"one": {"class_path": type(method).__name__, "init_args": fields}}))
+    run = build(tiny("one", methods={"one": {"class_path": type(method).__name__, "init_args": fields}}), tmp_path)
     run.trainer.fit(run.model, datamodule=run.datamodule)
     assert len(computed) > 5 and all(widths == {1} for widths in computed)  # the head's 4 bits come after training
 

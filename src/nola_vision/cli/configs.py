@@ -72,7 +72,7 @@ def _list(folder: Path | None) -> None:
     print("\nAny <backbone>_<dataset>_<k>shot or <backbone>_<dataset>_<k>shot_<protocol> is a config:")
     for kind in KINDS:
         yours = ", ".join(part_files(kind, folder).keys() - part_files(kind).keys())
-        shipped = [name for name in part_files(kind) if kind != "datasets" or name not in fixed]
-        print(f"  {kind}: {', '.join(shipped)}" + (f"; yours: {printable(yours)}" if yours else ""))
+        listed = [name for name in part_files(kind) if kind != "datasets" or name not in fixed]
+        print(f"  {kind}: {', '.join(listed)}" + (f"; yours: {printable(yours)}" if yours else ""))
     print("<backbone>_<dataset> is a config of a data set with published training images:")
     print(f"  {printable(', '.join(fixed))}")

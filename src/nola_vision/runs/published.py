@@ -31,7 +31,7 @@ class PublishedVtab(NamedTuple):
 
 def published_vtab() -> list[PublishedVtab]:
     """The published results of whole files on VTAB-1k, in the order of their table."""
-    with (resources.files(__package__) / "paper" / "published_vtab_kb.csv").open(encoding="utf-8", newline="") as file:
+    with (resources.files(__package__) / "paper" / "published_vtab_kb.csv").open(encoding="utf-8") as file:
         return [
             PublishedVtab(
                 name=line["method"]
