@@ -44,9 +44,8 @@ def serve(connection: Connection, gpu: str | None) -> None:
         if event == "busy":
             connection.send(BUSY)
             continue
-        row = Row.of(
-            config, stage, "failed" if event == "fail" else "completed", device=f"{os.getpid()} {gpu} {imported}"
-        )
+        device = f"{os.getpid()} {gpu} {imported} {os.environ.get('NOLA_VISION_TEST')}"
+        row = Row.of(config, stage, "failed" if event == "fail" else "completed", device=device)
         folder = run_id.run_folder(out, config, stage)
         folder.mkdir(parents=True, exist_ok=True)
         write_row(folder, row)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from nola_vision.common.mappings import overlay
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs import checkpoints, run_id, runner, store
 from nola_vision.runs.parsing import build, parse
+from nola_vision.training import classifier
 from nola_vision.training.base import ClassificationTask
 from nola_vision.training.callbacks import LAST_CHECKPOINT
 from nola_vision.training.classifier import Classifier
@@ -26,6 +28,14 @@ from nola_vision.training.distributed import is_main_process
 from tiny import TINY, tiny
 
 pytestmark = pytest.mark.usefixtures("kept")
+
+
+class Watcher(L.Callback):
+    """Of another package, which uses validations."""
+
+    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        assert "val_loss" in trainer.callback_metrics
+
 
 OWN_LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "own-log"}}
 
@@ -57,7 +67,7 @@ def test_the_best_epoch_is_saved_validated_and_tested(tmp_path: Path, capsys: py
     folder = run_id.run_folder(tmp_path, config, "final")
     assert (row.status, row.epoch, row.monitor) == ("completed", 0, "val_loss")
     losses = [float(line["val_loss"]) for line in log(folder) if line.get("val_loss")]
-    assert len(losses) == 4 and row.val_loss == pytest.approx(max(losses[:3]), rel=1e-5)
+    assert len(losses) == 3 and row.val_loss == pytest.approx(max(losses), rel=1e-5)
     (best,) = (folder / "checkpoints" / "val_loss").glob("*.ckpt")
     assert "epoch=0" in best.name
     last = torch.load(folder / LAST_CHECKPOINT, weights_only=True)
@@ -113,6 +123,7 @@ def test_stop_early_stops_and_keeps_the_best_epoch(tmp_path: Path, monkeypatch: 
         ("nola", "final", 3, {"trainer": {"logger": OWN_LOGGER}}),
         ("nola", "final", 0, {"trainer": {"callbacks": [callback("ModelCheckpoint", monitor="train_loss")]}}),
         ("nola", "final", 3, {"model": {"stop_early": 5}}),  # the last epoch is the best
+        ("nola", "final", 3, {"trainer": {"callbacks": [{"class_path": f"{__name__}.Watcher"}]}}),
         ("nola", "final", 2, {"trainer": {"num_sanity_val_steps": 1, "check_val_every_n_epoch": 3}}),
         ("nola", "final", 0, {"trainer": {"check_val_every_n_epoch": 1, "limit_val_batches": 0}}),
         ("1nn", "final", 0, {"trainer": {"check_val_every_n_epoch": 3}}),
@@ -129,17 +140,18 @@ def test_no_weights_are_validated_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # for the logger
-    row = runner.run(tiny(method, **changes), tmp_path, stage)
+    config = parse(run_id.resolve(overlay(TINY, changes), method), allow_import=[__name__])
+    row = runner.run(config, tmp_path, stage)
     assert row.status == "completed" and evaluated == ["val"] * passes + ["test"] * (stage == "final")
     assert (row.val_accuracy is not None) == (passes > 0)
     assert (row.val_loss is not None) == (passes > 0 and method == "nola")  # 1-NN has no probabilities
     assert (row.temperature is not None) == (passes > 0 and stage == "final")
-    monitors = changes.get("trainer", {}).get("callbacks") or changes.get("model")
+    monitors = "monitor" in str(changes) or "stop_early" in str(changes)
     assert (row.epoch, row.monitor is None) == (None if method == "1nn" else 2, not monitors)
     if stage == "final" and method == "nola":  # as given
-        assert row.config["trainer"]["check_val_every_n_epoch"] == changes.get("trainer", {}).get(
-            "check_val_every_n_epoch"
-        )
+        given = changes.get("trainer", {})
+        expected = 1 if "logger" in given else given.get("check_val_every_n_epoch")
+        assert row.config["trainer"]["check_val_every_n_epoch"] == expected
 
 
 @pytest.fixture
@@ -153,10 +165,13 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return stages
 
 
+VALIDATED = {"check_val_every_n_epoch": 3}
 RESULTS = ("val_loss", "val_accuracy", "temperature", "held_out_nll", "held_out_nll_calibrated", "test_accuracy")
 
 
-def test_reused_validations_are_those_of_a_separate_pass(tmp_path: Path, evaluated: list[str]) -> None:
+def test_reused_validations_are_those_of_a_separate_pass(
+    tmp_path: Path, evaluated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the last digit with few stored bits: training validates with rounded values, then the model is rounded."""
 
     def results(every: int, **trainer: Any) -> list[float | None]:
@@ -168,6 +183,33 @@ def test_reused_validations_are_those_of_a_separate_pass(tmp_path: Path, evaluat
     assert results(3) == separate and None not in separate and evaluated == ["val", "test"]
     best = callback("ModelCheckpoint", monitor="val_loss")  # the last epoch
     assert results(1, callbacks=[best]) == separate and evaluated == ["val"] * 3 + ["test"]
+    worst = callback("ModelCheckpoint", monitor="val_loss", mode="max")  # the first epoch
+    reused = results(1, callbacks=[worst])
+    assert reused != separate and evaluated == ["val"] * 3 + ["test"]
+    monkeypatch.setattr(classifier, "Validated", lambda **_: None)
+    monkeypatch.setattr(runner, "completed_row", lambda *_: None)
+    assert results(1, callbacks=[worst]) == reused and evaluated == ["val"] * 4 + ["test"]
+
+
+class Halved(L.Callback):
+    """Changes the weights after they were validated, without a step, as an average of weights would."""
+
+    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        for parameter in task.model.bank.parameters():
+            parameter.data.mul_(0.5)
+
+
+def test_a_validation_of_weights_that_a_callback_changed_is_not_used(tmp_path: Path, evaluated: list[str]) -> None:
+    config = overlay(TINY, {"trainer": {"callbacks": [{"class_path": f"{__name__}.Halved"}]}})
+
+    def loss(every: int, passes: int) -> float | None:
+        evaluated.clear()
+        changed = overlay(config, {"trainer": {"check_val_every_n_epoch": every}})
+        row = runner.run(parse(run_id.resolve(changed, "nola"), allow_import=[__name__]), tmp_path)
+        assert evaluated == ["val"] * passes + ["test"]
+        return row.val_loss
+
+    assert loss(3, passes=2) == loss(9, passes=1) != runner.run(tiny(trainer=VALIDATED), tmp_path).val_loss
 
 
 def without_pool(monkeypatch: pytest.MonkeyPatch) -> None:

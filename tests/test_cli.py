@@ -230,7 +230,7 @@ MISTAKES = {
     "wrong type": ([*FIT, "--data.shots", "few"], "shots is 'few', but it must be a whole number from 1 up, or 'all'"),
     "abbreviation": ([*FIT, "--data.shot", "3"], "there is no option --data.shot: did you mean shots"),
     "choice": ([*FIT, "--model.method.scope=all"], "model.method.scope is 'all': it must be shared or per_layer"),
-    "precision": ([*FIT, "--trainer.precision=8"], "trainer.precision is '8': it must be"),
+    "precision": ([*FIT, "--trainer.precision=8"], "trainer.precision is '8': use one of"),
     "method on the command line": ([*FIT, "--model.method=NOLAA"], "not the name of a class: did you mean NOLA"),
     "key of a group": ([*FIT, "--config=nested.yaml"], "unknown key 'init_args.shots' in `data`"),
     "top-level key": ([*FIT, "--thread=2"], "there is no option --thread: did you mean threads"),

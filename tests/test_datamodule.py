@@ -172,8 +172,14 @@ def test_memory_limit(limit: int, train: str, pool: str, test: str, tmp_path: Pa
         Image.new("RGB", (8, 8), (index, 99, 0)).save(path)
     data, reference = (module(dataset="folder", root=str(tmp_path), shots=3) for _ in range(2))
     data.memory_limit_mib = limit / 2**20  # type: ignore[assignment]
-    for kept, expected in ((data._kept, train), (data._pool._kept, pool), (data._test_images._kept, test)):
+    for kept, expected in (
+        (data._training_images, train),
+        (data._pool._kept, pool),
+        (data._test_images._kept, test),
+    ):
         assert "".join("f" if isinstance(image, bytes) else "d" for image in kept) == expected.rstrip(".")
+        decoded = [image for image in kept if isinstance(image, torch.Tensor)]
+        assert sum(image.untyped_storage().nbytes() for image in decoded) <= limit  # no crop keeps the whole image
     assert same(epoch_of(data, 0), epoch_of(reference, 0))
     assert same(list(data.val_dataloader()), list(reference.val_dataloader()))
     transform, source = eval_transform(CONFIG), data._test_source  # the pixels are those that were never kept
@@ -210,6 +216,12 @@ def test_evaluated_images_are_decoded_once_per_process(
     assert run("validate", "test") == ((8, 0) if keeps else (4 + 8 + 40, 0))
     assert run("fit", "validate", "test", split_seed=1) == ((4, 0) if keeps else (4 + 8 + 40, 0))
     assert run("validate", split_seed=2) == ((4, 40) if keeps else (4 + 8, 40))  # a search checks the test images
+    if keeps:  # a run with less memory for them
+        data = module(dataset="folder", root=str(tmp_path))
+        data.evaluations, data.memory_limit_mib = ("test",), 2 * 3 * CONFIG.size**2 / 2**20
+        images = torch.cat([images for images, _ in data.test_dataloader()])
+        kept = process_cache.once("test images", process_cache._kept["test images"][0], list)
+        assert len(kept) == 2 and len(images) == 40
 
 
 @pytest.mark.parametrize("limit", [10**9, 9 * 12 * 3 * 2 + 400], ids=["decoded", "as files"])
@@ -244,7 +256,7 @@ def test_augmentation_differs_between_epochs_and_images(augmentation: str) -> No
     data = module(augmentation=augmentation, shots=1, batch_size=10)
     (first, labels), (second, others) = epoch_of(data, 0)[0], epoch_of(data, 1)[0]
     assert not torch.equal(first[labels.argsort()], second[others.argsort()])
-    data._kept[:] = [data._kept[0]] * 10  # ten times one image
+    data._training_images[:] = [data._training_images[0]] * 10  # ten times one image
     (images, _), *_ = epoch_of(data, 0)
     assert len({image.numpy().tobytes() for image in images}) > 5  # digits are small: some crops coincide
 
@@ -631,7 +643,7 @@ def test_large_images_are_reduced_alike_in_training_testing_and_prediction(limit
         assert reduced(again := Image.fromarray(small), 10) is again
     images = next(iter(data.reference_dataloader()))[0][:3]
     trained, numbers = data._train_set[0], data.train_indices[:3].tolist()
-    assert sum(isinstance(kept, torch.Tensor) for kept in data._kept) == (6 if limit else 0)
+    assert sum(isinstance(kept, torch.Tensor) for kept in data._training_images) == (6 if limit else 0)
     predicted = torch.stack([eval_transform(CONFIG)(trained.image(number)) for number in numbers])  # as `batches` does
     assert torch.equal(images, predicted)
     tensors = [torch.from_numpy(np.asarray(trained.image(number)).copy()).permute(2, 0, 1) for number in numbers]

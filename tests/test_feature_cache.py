@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("cannot store what was computed from files")
 
 
-@pytest.mark.parametrize("text", ["lots", "-1", "nan", "inf"])
+@pytest.mark.parametrize("text", ["lots", "-1", "nan", "inf", "1e300"])
 def test_the_size_limit_is_a_number(text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv(feature_cache.VARIABLE, text)
     with pytest.raises(NolaVisionError, match=f"NOLA_VISION_CACHE_GIB is '{text}': give the size"):
@@ -189,7 +189,7 @@ def test_a_key_is_of_all_that_features_depend_on(tmp_path: Path, monkeypatch: py
     """Also: `test_features_are_computed_again_for_other_images_weights_or_settings` of test_frozen."""
 
     def described(built: RunCLI) -> str:
-        made = features._described(built.model.model, built.trainer, built.datamodule.reference_dataloader())
+        made = features._description(built.model.model, built.trainer, built.datamodule.reference_dataloader())
         return feature_cache.key_of(made)
 
     pretrained = build(tiny("linear", model={"backbone": {"base": "pretrained", **GLYPHS}, "run_seed": 0}), tmp_path)
@@ -216,11 +216,43 @@ def test_a_key_is_of_all_that_features_depend_on(tmp_path: Path, monkeypatch: py
     found.add(described(pretrained))
     pretrained.datamodule.eval_batch_size = 17
     found.add(described(pretrained))
+    backbone = pretrained.model.model.backbone
+    assert described(pretrained) == (backbone.train(), described(pretrained))[1]
+    backbone.blocks[0].attn.fused_attn = not backbone.blocks[0].attn.fused_attn  # timm's choice by a variable
+    found.add(described(pretrained))
+    backbone.register_buffer("table", torch.ones(2), persistent=False)
+    found.add(described(pretrained))
+    backbone.table += 1
+    found.add(described(pretrained))
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    found.add(described(pretrained))
     for seed in (0, 1):
         random = build(tiny("linear", model={"run_seed": seed}), tmp_path)
         random.datamodule.setup("fit")
         found.add(described(random))
-    assert len(found) == 1 + len(changes) + 4
+    assert len(found) == 1 + len(changes) + 8
+
+
+class OfAPackage(torch.nn.LayerNorm):
+    """The code of another package, which may change without its weights."""
+
+
+def test_features_of_other_packages_modules_are_not_stored_and_infinite_ones_are_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    for changed, refused in ((True, False), (False, True), (False, False)):
+        built = build(tiny("linear"), tmp_path / "run")
+        built.datamodule.setup("fit")
+        model, loader = built.model.model, built.datamodule.reference_dataloader()
+        if changed:
+            model.backbone.norm.__class__ = OfAPackage
+        if refused:
+            model.backbone.norm.bias.data[0] = torch.inf
+            with pytest.raises(NolaVisionError, match="features that are not finite: use another weights file"):
+                features.features(model, built.trainer, loader)
+        else:
+            features.features(model, built.trainer, loader)
+        assert folder.exists() != (changed or refused)
 
 
 def as_it_is(image: Any) -> Any:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 import fuzz_configs
 from fuzzing import cheap
 from nola_vision import BackboneSpec, LoRAXS, VeRA, adapt, load_adapter
-from nola_vision.adapters.methods import Adapter, registry
+from nola_vision.adapters.methods import Adapter, LoRA, registry
 from nola_vision.adapters.target import Dense
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError
@@ -236,13 +236,16 @@ def test_what_a_method_states_wrongly_is_refused_by_name(monkeypatch: pytest.Mon
     refused("Dense .192, 64. for", changes=lambda *a: {n: Dense(c.value[0]) for n, c in changes(*a).items()})
     refused("initial gives gain as torch.int64", initial=lambda *a: {"gain": right["initial"](*a)["gain"].long()})
     refused("sketch gives .*, but its `sketch` is", sketch=lambda *_: {"s": torch.zeros(3)})
-    named = {"groups": lambda *a: [replace(g, shapes={"keys": (1,)}) for g in right["groups"](*a)]}
-    refused("names a group or tensor 'keys'", **named)
+    for taken in ("keys", "training"):
+        named = {"groups": lambda *a, name=taken: [replace(g, shapes={name: (1,)}) for g in right["groups"](*a)]}
+        refused(f"names a group or tensor '{taken}'", **named)
     registry.METHODS.pop("Wrong")
     with pytest.raises(NolaVisionError, match="Wrong is not registered"):
         adapt(SPEC, dataclass(frozen=True)(type("Wrong", (Adapter,), {}))(), ["a", "b"])
     with pytest.raises(NolaVisionError, match="put @dataclass"):
         registry.register(type("Wrong", (Adapter,), {"__annotations__": {"scale": float}, "scale": 1.0}))
+    with pytest.raises(NolaVisionError, match="put @dataclass"):
+        registry.register(type("Wrong", (LoRA,), {"c": 1.0}))  # LoRA's own default would be used
 
 
 def test_another_packages_method_from_config_to_report(
@@ -256,7 +259,7 @@ def test_another_packages_method_from_config_to_report(
     fit = ["fit", "--config=tiny.yaml", "--trainer.max_epochs=1"]
     assert main(fit) == 2 and f"--allow-import {mine}" in capsys.readouterr().err and mine not in sys.modules
     assert main([*fit, "--allow-import", mine]) == 0
-    assert "IMAGES, once the package of RowGain is installed" in capsys.readouterr().out
+    assert "to use the adapter, install the package of RowGain as a plug-in" in capsys.readouterr().out
     assert main(["report", "runs"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ gain ")]
     (row,) = trained_rows("runs")

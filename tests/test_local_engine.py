@@ -98,7 +98,7 @@ def test_trouble_costs_its_own_run_only(tmp_path: Path) -> None:
     assert {row.run_hash: row for row in store.read_rows(tmp_path)[0]} == {row.run_hash: row for row in rows}
     assert sorted(row.split for row in finished) == list(range(8))
     devices = [row.device.split() for row in rows if row.device]
-    assert {gpu for _, gpu, _ in devices} == {"7", "9"}
+    assert {gpu for _, gpu, *_ in devices} == {"7", "9"}
     assert len({process for process, *_ in devices}) < len(devices)  # a process does many runs
     # once more: what failed is tried again, and nothing else
     again = local.execute(light(8), tmp_path, lambda *_: None, work=light_worker.serve)
@@ -106,7 +106,7 @@ def test_trouble_costs_its_own_run_only(tmp_path: Path) -> None:
     assert [one == other for one, other in zip(rows, again, strict=True)].count(False) == 2
 
 
-def test_one_run_under_two_names_is_two(tmp_path: Path) -> None:
+def test_one_run_under_two_names_is_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = [replace(spec, method=name) for spec in light(1) for name in ("a", "b")]
     specs = [replace(spec, config={**spec.config, "method": spec.method}) for spec in specs]
     assert specs[0].run_hash == specs[1].run_hash
@@ -114,6 +114,10 @@ def test_one_run_under_two_names_is_two(tmp_path: Path) -> None:
     assert [row.method for row in rows] == ["a", "b"]
     # a worker on the CPU is forked from a process that has imported everything
     assert {str(row.device).split()[2] for row in rows} == {str(sys.platform == "linux")}
+    # with the environment of now, not of when that process started
+    monkeypatch.setenv("NOLA_VISION_TEST", "later")
+    (row,) = local.execute(light(9)[8:], tmp_path, lambda *_: None, work=light_worker.serve)
+    assert str(row.device).split()[3] == "later"
 
 
 def test_a_row_that_cannot_be_written_ends_the_sweep(tmp_path: Path) -> None:

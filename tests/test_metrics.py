@@ -123,6 +123,6 @@ def test_the_loss_weights_each_image_equally(tmp_path: Path) -> None:
     built.datamodule.setup("validate")
     assert len(built.datamodule.val_dataloader().dataset) % 16 not in (0, 15)
     built.trainer.validate(built.model, datamodule=built.datamodule, verbose=False)
-    logits, labels = built.model.validated
+    logits, labels = built.model.validated.logits, built.model.validated.labels
     expected = F.cross_entropy(logits.double(), labels)
     assert float(built.trainer.callback_metrics["val_loss"]) == pytest.approx(float(expected), rel=1e-5)

@@ -239,6 +239,7 @@ def test_progress_counts_completed_runs() -> None:
         (1, 8, 2, "8 threads on 2 cores is slow: give --threads 2"),
         (4, 1, 2, "4 workers x 1 thread on 2 cores is slow: give --workers 2"),
         (4, 4, 2, "4 workers x 4 threads on 2 cores is slow: give --workers 2 --threads 1"),
+        (4, 2, 2, "4 workers x 2 threads on 2 cores is slow: give --workers 1 or --workers 2 --threads 1"),
         (2, 2, 1, "2 workers x 2 threads on 1 core is slow: give --workers 1 --threads 1"),
     ],
 )

@@ -15,23 +15,11 @@ from tiny import TINY, tiny
 
 def gpus(monkeypatch: pytest.MonkeyPatch, *able: bool) -> None:
     """Makes torch report GPUs, with bfloat16 or without."""
-    current = [0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(able))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: bool(able))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(able))
-
-    class Device:
-        def __init__(self, number: int) -> None:
-            self.number = number
-
-        def __enter__(self) -> None:
-            current.append(self.number)
-
-        def __exit__(self, *_: object) -> None:
-            current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able[current[-1]])
+    capabilities = [(8, 0) if one else (7, 5) for one in able]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capabilities[number])
 
 
 @pytest.mark.parametrize(
@@ -57,11 +45,13 @@ def test_auto_is_what_all_devices_compute_fast(
 
 def test_auto_is_stored_and_hashed_as_its_value() -> None:
     def run(*options: str, fastest: str = "none") -> tuple[str, str]:
-        made = parse(run_id.resolve(TINY, "nola"), options, fastest=lambda accelerator: f"{accelerator} {fastest}"[4:])
+        made = parse(run_id.resolve(TINY, "nola"), options, fastest=lambda accelerator: {"cpu": fastest}[accelerator])
         return made["trainer"]["precision"], run_id.run_hash(made, "final")
 
     assert run("--trainer.precision=auto", fastest="bf16-mixed") == run("--trainer.precision=bf16-mixed")
     assert run("--trainer.precision", "auto", fastest="32-true") == run("--trainer.precision=32-true")
+    for spelling, value in (("bf16", "bf16-mixed"), ("16", "16-mixed"), ("32", "32-true"), ("null", "32-true")):
+        assert run(f"--trainer.precision={spelling}") == run(f"--trainer.precision={value}")
     assert run("--trainer.precision=32-true")[1] == run()[1] != run("--trainer.precision=bf16-mixed")[1]
     assert tiny(trainer={"precision": "auto"})["trainer"]["precision"] in ("bf16-mixed", "32-true")
 
@@ -80,7 +70,7 @@ def test_cells_of_the_paper_and_photos_on_a_gpu_are_16_bit(tmp_path: Path, monke
         ((True,), {"accelerator": "cuda", "devices": [0]}, "bf16-mixed"),
     ):
         gpus(monkeypatch, *able)
-        found = photos.for_this_machine({"trainer": {**made["trainer"], **device}})
+        found = photos.for_this_machine({"trainer": {**made["trainer"], **device}}, device.get("accelerator", "auto"))
         assert found["trainer"] == {**device, "precision": expected}
 
 

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING
 
 from nola_vision.cli.options import (
     Options,
+    accelerator,
     add_photo_options,
     config_options,
     photo_settings,
     refuse_strays,
     refuse_without_photos,
-    switch_cache_off,
+    set_cache_limit,
     take_photos,
 )
 from nola_vision.common import process_cache, stopwatch
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import without_collections
-from nola_vision.common.progress import say_start
+from nola_vision.common.progress import say, say_start
 from nola_vision.runs import early_checks, photos, run_id
 from nola_vision.runs.config_files import load_configs, user_folder
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     rest = ["--help" if word == "--help=all" else word for word in rest]
     place, rest = take_photos(rest) if verb == "fit" else (None, rest)
     refuse_strays(rest, options)
-    switch_cache_off(known)
+    set_cache_limit(known)
     raw = config = _config(known, place, rest, verb)
     if "methods" in config:
         config = run_id.resolve(config, known.method)
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         from nola_vision.runs import checkpoints
         from nola_vision.runs.parsing import parse
     if place is not None:
-        config = photos.for_this_machine(config)
+        config = photos.for_this_machine(config, accelerator(config, rest))
 
     run_config = parse(config, rest, known.allow_import)
     if run_config["data"]["fold"] is not None or run_config["data"]["hold_out"]:
@@ -168,6 +169,6 @@ def _next_commands(row: Row, skipped: str | None, out: Path) -> list[str]:
     if adapter is not None and adapter.is_file():
         predict = f"nola-vision predict --adapter {shlex.quote(str(adapter))} IMAGES"
         if not METHODS[row.method_class].__module__.startswith("nola_vision.") and row.method_class not in plugins():
-            predict = f"{predict}, once the package of {row.method_class} is installed (docs/own-method.md)"
+            say(f"to use the adapter, install the package of {row.method_class} as a plug-in (docs/own-method.md)")
         commands.append(predict)
     return [*commands, shlex.join(["nola-vision", "report", str(out), "--open"])]

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import value_at
 from nola_vision.common.suggestions import did_you_mean
-from nola_vision.runs import run_id
+from nola_vision.runs import early_checks, run_id
 from nola_vision.training import feature_cache
 
 CONFIG_DIR = "folder with your configs and parts (default: $NOLA_VISION_CONFIGS, if that is set)"
@@ -46,7 +47,7 @@ class Options(argparse.ArgumentParser):
 def whole_number(text: str) -> int:
     """The type of an option that takes a whole number, 0 or more."""
     if not text.isdecimal() or len(text) > _MOST_DIGITS:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
     return int(text)
 
 
@@ -107,8 +108,14 @@ def config_options(verb: str, help: bool = False) -> Options:
     return parser
 
 
-def switch_cache_off(known: argparse.Namespace) -> None:
-    """Carries out --no-cache: in the environment, which worker processes inherit, and not in a run's config.
+def accelerator(config: Mapping[str, Any], rest: Sequence[str]) -> Any:
+    """The trainer's accelerator, by the options or else the config."""
+    given = value_at(config, "trainer", "accelerator")
+    return dict(early_checks.option_pairs(rest)).get("trainer.accelerator", given) or "auto"
+
+
+def set_cache_limit(known: argparse.Namespace) -> None:
+    """Carries out --no-cache in the environment, which worker processes inherit, and not in a run's config.
 
     Raises:
         NolaVisionError: the environment variable is not a size.

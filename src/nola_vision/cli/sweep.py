@@ -16,16 +16,16 @@ import yaml
 from rich.console import Console
 
 from nola_vision.cli.options import (
+    accelerator,
     config_options,
     parse_methods,
     parse_range,
     parse_shard,
     refuse_strays,
-    switch_cache_off,
+    set_cache_limit,
     whole_number,
 )
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.mappings import value_at
 from nola_vision.common.progress import say_aside, say_start
 from nola_vision.reports.entries import summarise
 from nola_vision.reports.formatting import accuracy_text
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.workers == 0:
         raise NolaVisionError("--workers is 0: give at least 1, the number of runs at a time")
     refuse_strays(rest, options)
-    switch_cache_off(known)
+    set_cache_limit(known)
     if known.engine == "local" and (known.address != "auto" or known.gpus_per_run is not None):
         raise NolaVisionError("--address and --gpus-per-run are for --engine ray: give that too")
     if not known.config:
@@ -73,16 +73,15 @@ def main(arguments: Sequence[str], verb: str) -> int:
     for name in methods:
         early_checks.check_run(run_id.resolve(raw, name), rest)
     say_start(verb)
-    given = dict(early_checks.option_pairs(rest)).get("trainer.accelerator", value_at(raw, "trainer", "accelerator"))
-    if known.engine == "local" and given == "cpu" and not known.dry_run and "torch" not in sys.modules:
+    if known.engine == "local" and accelerator(raw, rest) == "cpu" and not known.dry_run and "torch" not in sys.modules:
         local.import_ahead()  # on another core, while this process imports the same
-    status, fastest = 0, _fastest(known)
+    status, fastest, warned = 0, _fastest(known), set[str]()
     for settings in itertools.product(*of_config):
         suffix = "".join(variations.suffix(*setting) for setting in settings)
         named, names = variations.rename(raw, methods, suffix)
         changed = [f"--{key}={_option(value)}" for key, value in settings]
         sweep = runner.prepare(named, names, [*rest, *changed], known.allow_import, splits, inits, shard, fastest)
-        status = max(status, _run(sweep, known))
+        status = max(status, _run(sweep, known, warned))
     return status
 
 
@@ -112,8 +111,8 @@ def _options() -> argparse.ArgumentParser:
     return options
 
 
-def _run(sweep: runner.Sweep, known: argparse.Namespace) -> int:
-    """Prints the plan of a sweep, its progress and its tables; returns the exit status."""
+def _run(sweep: runner.Sweep, known: argparse.Namespace, warned: set[str]) -> int:
+    """Prints the plan of a sweep, its progress and its tables, and each warning once; returns the exit status."""
     out, console = Path(known.out), Console()
     if not sweep.searches:
         console.print("there is no validation pool, so every method keeps its own learning rate")
@@ -128,7 +127,9 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace) -> int:
         entries, shared = sweep.timed(entries)
     console.print(plan_table(entries, engine.workers, sweep.shard, shared))
     if engine.name == "local" and not engine.gpus and (warning := _too_many_threads(sweep, engine.workers or 1)):
-        say_aside(warning)
+        if warning not in warned:
+            say_aside(warning)
+        warned.add(warning)
     if known.dry_run:
         return 0
     with SweepDisplay(sweep.planned(), engine.workers, console, accuracy_text, _best) as display:

@@ -62,8 +62,12 @@ def read_file(path: str | Path, most_bytes: int) -> bytes:
         OSError: as `open_regular`.
     """
     with open_regular(path, most_bytes) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:  # it grew, or its size is reported as 0, as in /proc
+        # not more than the file seems to have: Python allocates what is asked for
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, most_bytes) + 1)
+        if len(content) > size:  # it grows, or its size is reported as 0, as in /proc
+            content += file.read(most_bytes + 1 - len(content))
+    if len(content) > most_bytes:
         raise _too_large(path, most_bytes)
     return content
 

@@ -29,6 +29,11 @@ def keeping() -> Iterator[None]:
         _kept = before
 
 
+def has(kind: str) -> bool:
+    """Whether a result of a kind is cached."""
+    return kind in (_kept or {})
+
+
 def once(kind: str, key: Hashable, make: Callable[[], T], copy: Callable[[T], T] | None = None) -> T:
     """The result of `make`. If the cache is on, the last result of each kind is cached and returned for the same key.
 

@@ -1,4 +1,4 @@
-"""Where the time of this process goes, by part of the work."""
+"""Time of this process by part of the work."""
 
 from __future__ import annotations
 

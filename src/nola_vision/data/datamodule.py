@@ -23,7 +23,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.check import find_mistakes
 from nola_vision.data.integrity import refuse_unreadable
 from nola_vision.data.kshot_split import Images, KShotSplit
-from nola_vision.data.loaders import EpochSampler, ImageSubset, Kept, Loader, collate, unchanged
+from nola_vision.data.loaders import EpochSampler, ImageSubset, Kept, Loader, collate, trim, unchanged
 from nola_vision.data.sampling import Indices
 from nola_vision.data.sources import ImageSource
 from nola_vision.images.input_config import InputConfig
@@ -36,6 +36,8 @@ from nola_vision.images.transforms import (
     resize_transform,
     train_transform,
 )
+
+_POOL = "validation images"  # in the process's cache
 
 
 class KShotDataModule(KShotSplit, L.LightningDataModule):
@@ -69,8 +71,8 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         hold_out: for data without a test set: take a validation pool out of the training images.
 
     Attributes:
-        evaluations: the trainer's functions that will use the validation pool ("fit", "validate") and the test images
-            ("test") in this run; None: not known.
+        evaluations: when this run evaluates: "fit" (the validation pool, in training), "validate" (the pool, after
+            training), "test" (the test images); None: not known.
         as_features: for a task that needs features only: replaces the images of a loader by their features, see
             `features.use_features`.
 
@@ -138,7 +140,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         self._check_settings()
         uses = self.evaluations
         if uses is not None:
-            _ = self._kept  # before the others: they get the memory that it leaves
+            _ = self._training_images  # before the others, which get the memory that they leave
         if uses is None or "fit" in uses or "validate" in uses:
             source, indices = self._pool_set
             refuse_unreadable(source, indices if uses is None else self._pool.not_prepared)
@@ -165,7 +167,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         """
         self._check_settings()  # before training, not after
         if stage in ("fit", "validate"):
-            _ = self._kept
+            _ = self._training_images
         elif stage == "test":
             _ = self._test_set
 
@@ -173,7 +175,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         """The k-shot set, shuffled and augmented."""
         source, indices = self._train_set
         transform = train_transform(self.input, self.augmentation, self.flip)
-        subset = ImageSubset(source, indices, reduce_transform(self.input.size), transform, self._kept)
+        subset = ImageSubset(source, indices, reduce_transform(self.input.size), transform, self._training_images)
         batch_size, rest = divmod(self.batch_size, self._processes)  # `batch_size` is that of one step, on all devices
         if rest:
             raise NolaVisionError(
@@ -203,7 +205,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
 
     def reference_dataloader(self) -> DataLoader[Any]:
         """The training images in order, not augmented: the methods on frozen features are fitted to them."""
-        return self._loader(self._plain(*self._train_set, self._kept), self.eval_batch_size)
+        return self._loader(self._plain(*self._train_set, self._training_images), self.eval_batch_size)
 
     def cross_validation_dataloader(self) -> DataLoader[Any]:
         """All images of a data set without a test split, in order and not augmented."""
@@ -238,7 +240,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         }
 
     @cached_property
-    def _kept(self) -> list[Kept]:
+    def _training_images(self) -> list[Kept]:
         """The drawn images as they are kept in memory."""
         if self._shares_images:
             return self._shared_images(self._train_set[1])
@@ -267,37 +269,46 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
     @cached_property
     def _pool(self) -> ImageSubset:
         """The validation pool, kept as far as the training images leave memory for it."""
-        return self._evaluated("validation images", self._pool_set, self._memory_left)
+        return self._evaluated(_POOL, self._pool_set, self._memory_left)
 
     @cached_property
     def _test_images(self) -> ImageSubset:
         """The test images, kept as far as the training images and the validation pool leave memory for them."""
-        # a worker's search runs use the pool, and its final runs the test images
-        pool = 3 * self.input.size**2 * len(self._pool_set[1]) if self._trains else 0
+        uses = self.evaluations
+        # this run uses the pool, or a search run of this process did
+        pooled = uses is None or "fit" in uses or "validate" in uses or process_cache.has(_POOL)
+        pool = 3 * self.input.size**2 * len(self._pool_set[1]) if pooled and self._has_training_images else 0
         return self._evaluated("test images", self._test_set, self._memory_left - pool)
 
     def _evaluated(self, kind: str, images: Images, limit: int) -> ImageSubset:
-        """Images of an evaluation: decoded and resized once per process, as far as the limit in bytes allows."""
+        """Images of an evaluation: decoded and resized once per process, as far as the limit in bytes allows.
+
+        Several processes that evaluate together each use a part, and would each keep them all: they keep none.
+        """
         source, indices = images
         if self._shares_images:
             return self._plain(source, indices, self._shared_images(indices))
         make = partial(ImageSubset, source, indices, resize_transform(self.input), normalise_transform(self.input))
+        if self._processes > 1:
+            return make()
         key = (self.dataset, self.root, self._splits, indices.tobytes(), self.input)
-        return make(process_cache.once(kind, key, lambda: make().keep(limit)))
+        kept = process_cache.once(kind, key, lambda: make().keep(limit))
+        trim(kept, limit)  # an earlier run of this process may have had more memory for them
+        return make(kept)
 
     @property
-    def _trains(self) -> bool:
+    def _has_training_images(self) -> bool:
         """Whether the training images are in memory: a test alone does not open them."""
-        return "_kept" in self.__dict__
+        return "_training_images" in self.__dict__
 
     @property
     def _memory_left(self) -> int:
         """The bytes that the training images leave for others."""
-        kept = self._kept if self._trains else []
+        kept = self._training_images if self._has_training_images else []
         return self.memory_limit_mib * 2**20 - sum(i.numel() for i in kept if isinstance(i, torch.Tensor))
 
     def _plain(self, source: ImageSource, indices: Indices, kept: list[Kept] | None = None) -> ImageSubset:
-        """Images that others of their set augment, without augmentation."""
+        """Images with the evaluation transform, kept as for training."""
         return ImageSubset(source, indices, reduce_transform(self.input.size), eval_transform(self.input), kept)
 
     @property

@@ -64,7 +64,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
 
     def contents(self) -> list[str]:
         """A text per image, which only images of equal content share: SHA-256 of its file, or its size and SHA-256 of
-        its pixels. The files are looked at now.
+        its pixels. A file is read again only if its size, times or inode changed.
         """
         source, indices = self._source, self._indices.tolist()
         if isinstance(source, ArraySource):
@@ -118,7 +118,8 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
         """
         used, count = 0, count_aside("decoding", "images")
         for position in range(len(self._kept), len(self)):
-            pixels = self._prepare(self._source.image(int(self._indices[position])))
+            # a crop is a view of the whole image, which it would keep in memory
+            pixels = self._prepare(self._source.image(int(self._indices[position]))).clone()
             used += pixels.numel()
             if used > limit_bytes:
                 break
@@ -132,6 +133,17 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
                 break
             self._kept.append(content)
         return self._kept
+
+
+def trim(kept: list[Kept], limit_bytes: int) -> None:
+    """Removes images from the end of what `ImageSubset.keep` has kept, until the rest is within its limit."""
+    pixels = files = 0
+    for position, image in enumerate(kept):
+        pixels += image.numel() if isinstance(image, torch.Tensor) else 0
+        files += len(image) if isinstance(image, bytes) else 0
+        if max(pixels, files) > limit_bytes:
+            del kept[position:]
+            return
 
 
 def collate(items: list[Any]) -> Any:

@@ -164,7 +164,7 @@ class AdaptedModel(nn.Module):
     def compute_with_stored_bits(self, on: bool = True) -> None:
         """Makes forward passes compute with the values as a file would contain them; gradients go straight through.
 
-        `bank.merge` and `bank.changes` have no part in it: call `round_to_stored_bits` before them.
+        Does not affect `bank.merge` and `bank.changes`: call `round_to_stored_bits` before them.
         """
         named = {"head.weight": "head_weight"}
         bits = {named.get(name, name.replace("adapter.", "groups.", 1)): width for name, width in self.bits.items()}

@@ -85,7 +85,7 @@ def split_cell(name: str, folder: Path | None = None) -> Cell | None:
 
 
 def unknown_part(name: str, folder: Path | None = None) -> tuple[str, str] | None:
-    """The kind and name of the part that a cell's name has and nobody wrote; None if it is not like a cell's name."""
+    """The kind and name of the unknown part in a cell's name; None if the name does not have a cell's form."""
     backbones, datasets, protocols = (part_files(kind, folder) for kind in KINDS)
     if (parts := re.fullmatch("(.+)_[1-9][0-9]*shot(?:_(.+))?", name)) is None:
         return None

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.validation import KINDS
 
+_MOST_KINDS = 6  # beyond these, only close ones are named
 TOP_KEYS = ("protocol", "method", "threads", "model", "data", "trainer")  # of a run config
 PACKAGES = ("torch.optim", "lightning", "nola_vision")  # whose classes a config may name
 
@@ -42,13 +43,22 @@ def explain(message: str, settings: Mapping[str, Sequence[str]]) -> str:
         return f"{inside[1]} needs a value for '{needed[1]}': give --{key}.{needed[1]}"
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", message):
         return f"{key} takes no '.{nested[1]}': it is one value{_instead(nested[1], settings.get(key, ()))}"
-    shown = re.search(r"(?:Given value|Got value): (.*)$", message)
+    shown = re.search(r".*(?:Given value|Got value): (.*)$", message)
     if keys and (missing := re.search(r"Expected a dot import path string: (\S+)", message)):
         classes = settings.get(key, ())
         return f"{key} is '{shorten(missing[1])}', which is not the name of a class{_instead(missing[1], classes)}"
-    if keys and shown and (kinds := _kinds(message)):
+    if keys and shown and len(kinds := _kinds(message)) > _MOST_KINDS:
+        return f"{key} is '{shorten(shown[1])}'{_instead(shown[1], [kind for kind in kinds if ' ' not in kind])}"
+    if keys and shown and kinds:
         return f"{key} is '{shorten(shown[1])}': it must be {' or '.join(kinds)}"
     return shorten(message, 600)
+
+
+def set_up_reason(message: str) -> str:
+    """Why an object of a config could not be made, out of the parser's message."""
+    message = " ".join(message.split())
+    made = re.search(r"Problem with given class_path '[\w.]*?(\w+)': (.*?)(?: - Expected| Given value type)", message)
+    return f"{made[1]}: {re.sub(r'( (True|False))+$', '', made[2])}" if made else message
 
 
 def no_setting(name: str, given: str, known: Sequence[str]) -> str:
@@ -58,7 +68,8 @@ def no_setting(name: str, given: str, known: Sequence[str]) -> str:
 
 def no_option(key: str, name: str, known: Sequence[str]) -> str:
     """The message on an unknown option `--KEY`; `name` is the part of it that is not among the `known`."""
-    return f"there is no option --{key}{_instead(name, known)}"
+    otherwise = "a setting's name includes its section, such as --data.shots" if "." not in key else None
+    return f"there is no option --{key}{_instead(name, known, otherwise)}"
 
 
 def refusal(class_path: str) -> str:
@@ -80,5 +91,5 @@ def _kinds(message: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _instead(name: str, known: Sequence[str]) -> str:
-    return f": {did_you_mean(name, known)}" if known else ""
+def _instead(name: str, known: Sequence[str], otherwise: str | None = None) -> str:
+    return f": {did_you_mean(name, known, otherwise)}" if known else ""

@@ -18,10 +18,11 @@ from nola_vision.runs import cross_validation, run_id, runner, store
 from nola_vision.runs.completed import completed_row
 from nola_vision.runs.parsing import open_data, parse
 from nola_vision.runs.record import Row
-from nola_vision.runs.timing import time_run
+from nola_vision.runs.timing import training_seconds
 from nola_vision.training.distributed import is_main_process
 
 LONGEST_ESTIMATE = 600.0  # seconds that the folds may take unless they are asked for
+_TIMING_SECONDS = 10.0  # to estimate them
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _takes_too_long(
         rates: the number of learning rates to choose from.
         estimate: as of `fit`.
     """
-    each = time_run(run_config).training * (1 + rates)
+    each = training_seconds(run_config, _TIMING_SECONDS) * (1 + rates)
     total = each * pending * (folds - 1) / folds  # every fold leaves out one part of the images
     if estimate is None and total > LONGEST_ESTIMATE:
         say(f"{folds} folds would take {duration(total)}, so the adapter gets no estimate now")

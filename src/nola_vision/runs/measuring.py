@@ -90,11 +90,9 @@ def measure(
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
     quiet = {"datamodule": data, "verbose": False}
     if task.validated is None and "validate" in data.evaluations:
-        with timed("validation"):
-            trainer.validate(task, **quiet)
-    if task.validated is not None:
-        measured["val_accuracy"] = _number(trainer.callback_metrics.get("val_accuracy"))
-        measured["val_loss"] = _number(trainer.callback_metrics.get("val_loss"))
+        trainer.validate(task, **quiet)
+    if (validated := task.validated) is not None:
+        measured |= {"val_accuracy": _number(validated.accuracy), "val_loss": _number(validated.loss)}
     if stage == "final" and (isinstance(task, Classifier) or task.savable):
         measured |= _calibrate(task, pooled)
         if trainer.is_global_zero and task.model.calibrated_on is not None:
@@ -138,9 +136,8 @@ def _calibrate(task: Classifier | FrozenClassifier, pooled: CrossValidated | Non
     """Fits the model's temperature on the folds' predictions or on the validation pool; returns columns of the row."""
     if pooled is not None:
         found, source = fold_calibration(pooled), "folds"
-    elif task.validated is not None and all(bool(values.isfinite().all()) for values in task.validated):
-        logits, labels = task.validated
-        found, source = cross_fitted(logits.numpy(), labels.numpy()), "validation"
+    elif (held := task.validated) is not None and bool(held.logits.isfinite().all()):
+        found, source = cross_fitted(held.logits.numpy(), held.labels.numpy()), "validation"
     else:
         return {}
     model = task.model
@@ -212,5 +209,5 @@ def _counts(task: L.LightningModule) -> dict[str, int]:
     return {"adapter_parameters": adapter, "head_parameters": head, "other_parameters": trained - adapter - head}
 
 
-def _number(value: torch.Tensor | None) -> float | None:
+def _number(value: torch.Tensor | float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None

@@ -18,6 +18,8 @@ import torch
 import yaml
 from jsonargparse import set_loader, set_parsing_settings
 from jsonargparse._link_arguments import skip_apply_links
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -38,7 +40,7 @@ from nola_vision.models.backbones.properties import eval_batch_size
 from nola_vision.models.backbones.sources import input_config, local_files
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import import_policy, run_id
-from nola_vision.runs.config_errors import TOP_KEYS, explain
+from nola_vision.runs.config_errors import TOP_KEYS, explain, set_up_reason
 from nola_vision.runs.early_checks import load_value, option_pairs, plain_value
 from nola_vision.runs.lightning_messages import quiet
 from nola_vision.runs.yaml_files import plain
@@ -51,7 +53,7 @@ from nola_vision.training.trainer_settings import (
     check_precision,
     check_stop_early,
     check_trainer,
-    monitors_validation,
+    use_validation,
 )
 
 _MOST_THREADS = 1024  # more crash torch
@@ -91,7 +93,7 @@ class RunCLI(LightningCLI):
 
     Attributes:
         validates: whether validation during training is asked for: by `trainer.check_val_every_n_epoch` or
-            `val_check_interval`, or a callback that monitors a validation metric.
+            `val_check_interval`, or a callback that monitors a validation metric or acts in validations.
     """
 
     _shared: ClassVar[LightningArgumentParser | None] = None  # making the parser takes as long as using it
@@ -188,7 +190,7 @@ class RunCLI(LightningCLI):
         kwargs["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
         # any of the user's settings of when to validate; null and a number of batches is Lightning's own way
         when = given["check_val_every_n_epoch"], given["val_check_interval"]
-        self.validates = when != (None, None) or monitors_validation(callbacks)
+        self.validates = when != (None, None) or use_validation(callbacks)
         if when[0] is None and not isinstance(when[1], int):
             kwargs["check_val_every_n_epoch"] = 1
         return super().instantiate_trainer(callbacks=callbacks, logger=loggers, default_root_dir=self.folder, **kwargs)
@@ -277,6 +279,7 @@ def parse(
         )
     if full["trainer"]["precision"] == "auto":
         full["trainer"]["precision"] = fastest(full["trainer"]["accelerator"])
+    full["trainer"]["precision"] = precision.one_spelling(full["trainer"]["precision"])
     when = full["trainer"]["check_val_every_n_epoch"], full["trainer"]["val_check_interval"]
     if when == (None, None) and full["trainer"]["logger"] not in (None, False, True, []):
         # for its curves; written out, since the hash leaves loggers out and a validation calibrates the adapter
@@ -324,6 +327,8 @@ def _settings() -> dict[str, list[str]]:
         **named,
         "model.backbone": [f.name for f in fields(BackboneSpec)],
         "model.method": list(registry.METHODS),
+        "trainer.callbacks": lightning_callbacks.__all__,
+        "trainer.logger": lightning_loggers.__all__,
     }
 
 
@@ -360,7 +365,7 @@ def build(run_config: run_id.Config, folder: Path) -> RunCLI:
         return RunCLI({key: value for key, value in run_config.items() if key != "content"}, folder)
     except (argparse.ArgumentError, MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise NolaVisionError(
-            f"the run cannot be set up: {' '.join(str(error).split())}"
+            f"the run cannot be set up: {set_up_reason(str(error))}"
             + (
                 ""
                 if not re.search("accelerator|backend|device", str(error))

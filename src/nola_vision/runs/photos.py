@@ -93,11 +93,11 @@ def config(
     return {section: _in_order(value, whole[section]) for section, value in made.items()}
 
 
-def for_this_machine(made: Config) -> Config:
-    """A config with 16-bit precision if this machine has a GPU that the config uses. Imports torch."""
+def for_this_machine(made: Config, accelerator: Any) -> Config:
+    """A config with 16-bit precision if the accelerator of its run is a GPU of this machine. Imports torch."""
     from nola_vision.training.precision import MIXED, gpu_has_bfloat16
 
-    if not gpu_has_bfloat16(made["trainer"].get("accelerator", "auto")):
+    if not gpu_has_bfloat16(accelerator):
         return made
     return {**made, "trainer": {**made["trainer"], "precision": MIXED}}
 

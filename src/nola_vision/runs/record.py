@@ -48,7 +48,8 @@ class Row:
     ModelCheckpoint. `train_loss` is that of the last epoch. `test_nll` is the mean cross-entropy of the test images.
     `estimate` is the accuracy by cross-validation of a data set without a test split, as `Estimate.to_dict` returns it;
     `seconds_total` then includes the runs of its folds. `seconds` is this run's own time by part of the work: building
-    the model, decoding and transforming images, features, training, validation, test. `temperature` divides the logits
+    the model, decoding and transforming images, features, training, validation, test; with `num_workers` above 0,
+    waiting for images counts as training, validation or test. `temperature` divides the logits
     of the adapter file; it was fitted on the predictions for `calibrated_on` ("folds" or "validation" images), whose
     NLL and expected calibration error are the columns `held_out_...`.
     `folder` is not a column: it is where the row was read from, None for a row that was not read.

@@ -40,7 +40,6 @@ _TRAINER_LEFT_OUT = (
     "profiler",
     "callbacks",
 )
-_FLOAT32 = (32, "32", "32-true")  # spellings of one `trainer.precision`
 # Settings of steps, epochs and augmentation, which do not affect a method on frozen features.
 _OF_STEPS = {
     "data": ("batch_size", "augmentation", "flip"),
@@ -247,8 +246,6 @@ def _relevant(run_config: Mapping[str, Any]) -> Config:
     config["trainer"] = {
         key: value for key, value in trainer.items() if key not in _TRAINER_LEFT_OUT and not key.startswith("enable_")
     }
-    if trainer.get("precision") in _FLOAT32:
-        config["trainer"]["precision"] = None  # Lightning's default
     if callbacks := _without_progress_bars(trainer.get("callbacks")):
         config["trainer"]["callbacks"] = callbacks
     if (devices := _devices(trainer)) != 1:

@@ -176,7 +176,10 @@ def _prepared(run_config: run_id.Config, folder: Path, stage: run_id.Stage, ckpt
     if run_config["model"].get("compile"):
         torch.compiler.reset()  # torch counts the models compiled in this process, and stops compiling after eight
     built = build(run_config, folder)
-    # without training there is no curve and no epoch to choose
+    asked, used = run_config["trainer"]["precision"], built.trainer.precision
+    if asked != used:
+        raise NolaVisionError(f"trainer.precision is {asked}, which Lightning replaces by {used} here: give {used}")
+    # a method on frozen features has no epochs
     in_fit = built.validates and isinstance(built.model, Classifier)
     built.datamodule.evaluations = [
         *(["fit"] if in_fit else []),

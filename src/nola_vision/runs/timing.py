@@ -1,10 +1,14 @@
-"""How long a run will take, from a few timed steps. Nothing of them is kept, and no result depends on them."""
+"""How long a run will take, estimated from a few timed steps, of which nothing is kept.
+
+`sweep --dry-run` prints it; `fit` decides by it whether cross-validation would take too long.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs.lightning_messages import quiet
 from nola_vision.runs.parsing import RunCLI, build
 from nola_vision.runs.run_id import Config
@@ -30,14 +33,40 @@ class RunTime:
     Args:
         training: building the model, and all steps.
         validation: a pass over the validation pool; 0 on features.
+        passes: how many such passes a final run has.
         test: a pass over the test images; 0 on features.
-        once: what the runs of a worker share: decoding the images, and their features for a method that uses them.
+        split: what the runs of a worker on one split share: decoding the training images, and their features for a
+            method that uses them.
+        once: what all runs of a worker share: the same for the validation pool and the test images.
     """
 
     training: float
     validation: float
+    passes: int
     test: float
+    split: float
     once: float
+
+    @property
+    def search(self) -> float:
+        """Seconds of a search run, which is validated at the end if not in training."""
+        return self.training + max(1, self.passes) * self.validation
+
+    @property
+    def final(self) -> float:
+        """Seconds of a final run."""
+        return self.training + self.passes * self.validation + self.test
+
+
+def training_seconds(run_config: Config, limit: float = math.inf) -> float:
+    """Estimated seconds for building the model of a run and for all its steps.
+
+    Args:
+        run_config: what `parse` returns.
+        limit: about how many seconds this may take; slow steps are timed on fewer images than a batch has.
+    """
+    with _built(run_config) as (built, building, _):
+        return building + _training_seconds(built, limit)
 
 
 def time_run(run_config: Config, limit: float = math.inf) -> RunTime:
@@ -47,30 +76,56 @@ def time_run(run_config: Config, limit: float = math.inf) -> RunTime:
 
     Args:
         run_config: what `parse` returns.
-        limit: about how many seconds this may take; slow steps are timed on fewer images than a batch has.
+        limit: as of `training_seconds`.
     """
+    with _built(run_config) as (built, building, decoding):
+        if built.datamodule.has_test:
+            built.datamodule.setup("test")
+        counts = built.datamodule.describe()["counts"]
+        train, others = counts["train"], counts["validation"] + counts.get("test", 0)
+        image, each = _evaluation_seconds(built, limit / 3), decoding / counts["train"]
+        if isinstance(built.model, FrozenClassifier):
+            training = _fit_seconds(built) if image * train <= limit / 3 else 0.0
+        else:
+            training = _training_seconds(built, limit / 3)
+        training += building
+        if built.model.needs_only_features():
+            each += image
+            return RunTime(training, 0.0, 0, 0.0, each * train, each * others)
+        validation, test = image * counts["validation"], image * counts.get("test", 0)
+        return RunTime(training, validation, _validations(built), test, each * train, each * others)
+
+
+@contextmanager
+def _built(run_config: Config) -> Iterator[tuple[RunCLI, float, float]]:
+    """The objects of a run, and the seconds of building them and of decoding the training images."""
     config = {**run_config, "model": {**run_config["model"], "compile": False}}
     with TemporaryDirectory() as scratch, quiet():
         building, built = _timed(lambda: build(config, Path(scratch)))
         trainer, task, data = built.trainer, built.model, built.datamodule
+        # before the data: without a trainer, all images would be decoded to check them
+        task.trainer, trainer.datamodule, data.trainer = trainer, data, trainer  # type: ignore[attr-defined]
         data.prepare_data()
         decoding, _ = _timed(lambda: data.setup("fit"))
-        if data.has_test:
-            data.setup("test")
-        task.trainer, trainer.datamodule, data.trainer = trainer, data, trainer  # type: ignore[attr-defined]
-        counts = data.describe()["counts"]
-        pool, test = counts["validation"], counts.get("test", 0)
         trainer.precision_plugin.convert_module(task).to(trainer.strategy.root_device)
-        image = _evaluation_seconds(built, limit / 3)
-        on_features = task.needs_only_features()
-        if isinstance(task, FrozenClassifier):
-            training = _fit_seconds(built) if image * counts["train"] <= limit / 3 else 0.0
-        else:
-            training = _steps(built) * data.batch_size * _step_seconds(built, on_features, limit / 3)
-    once = decoding / counts["train"] * (counts["train"] + pool + test)
-    if on_features:
-        return RunTime(building + training, 0.0, 0.0, once + image * (counts["train"] + pool + test))
-    return RunTime(building + training, image * pool, image * test, once)
+        yield built, building, decoding
+
+
+def _training_seconds(built: RunCLI, limit: float) -> float:
+    data, trainer = built.datamodule, built.trainer
+    count, batches, limited = len(data.train_labels), len(data.train_dataloader()), trainer.limit_train_batches
+    steps = max(1, int(limited * batches) if isinstance(limited, float) else min(limited, batches))
+    steps *= trainer.max_epochs or 1
+    if trainer.max_steps > 0:  # and the epochs may be -1, no limit
+        steps = min(steps, trainer.max_steps) if steps > 0 else trainer.max_steps
+    return steps * count / batches * _step_seconds(built, min(data.batch_size, count), limit)
+
+
+def _validations(built: RunCLI) -> int:
+    """The number of validations of a final run."""
+    if not built.validates or not isinstance(built.model, Classifier):
+        return 0
+    return max(1, (built.trainer.max_epochs or 1) // (built.trainer.check_val_every_n_epoch or 1))
 
 
 def _evaluation_seconds(built: RunCLI, limit: float) -> float:
@@ -88,12 +143,12 @@ def _evaluation_seconds(built: RunCLI, limit: float) -> float:
     return _per_image(evaluate, built.datamodule.eval_batch_size, limit)
 
 
-def _step_seconds(built: RunCLI, on_features: bool, limit: float) -> float:
-    """Seconds per image of a training step, the transform included."""
+def _step_seconds(built: RunCLI, batch: int, limit: float) -> float:
+    """Seconds per image of a training step of up to `batch` images, the transform included."""
     task, precision, device = built.model, built.trainer.precision_plugin, built.trainer.strategy.root_device
     assert isinstance(task, Classifier)
-    data: KShotDataModule = built.datamodule
-    dataset: Any = data.train_dataloader().dataset
+    dataset: Any = built.datamodule.train_dataloader().dataset
+    on_features = task.needs_only_features()
     task.train().on_features = on_features
     optimizer = task.optimizer(task.parameter_groups())
 
@@ -113,7 +168,7 @@ def _step_seconds(built: RunCLI, on_features: bool, limit: float) -> float:
     if on_features:
         with torch.no_grad(), precision.forward_context():
             known = task.model.features(precision.convert_input(dataset[0][0][None].to(device)))
-    return _per_image(step, data.batch_size, limit)
+    return _per_image(step, batch, limit)
 
 
 def _fit_seconds(built: RunCLI) -> float:
@@ -123,11 +178,6 @@ def _fit_seconds(built: RunCLI) -> float:
     found = features(task.model, trainer, data.reference_dataloader())
     labels = torch.from_numpy(data.train_labels)
     return _timed(lambda: task.fit(found, labels, data.train_groups if task.method.regularised else None))[0]
-
-
-def _steps(built: RunCLI) -> int:
-    total = (built.trainer.max_epochs or 1) * len(built.datamodule.train_dataloader())
-    return min(total, built.trainer.max_steps) if built.trainer.max_steps > 0 else total
 
 
 def _per_image(work: Callable[[int], None], most: int, limit: float) -> float:

@@ -24,8 +24,8 @@ def threads_warning(workers: int, threads: int, cores: int) -> str | None:
         return None
     fits = [f"--workers {cores // threads}"] if threads <= cores and workers > 1 else []
     fits += [f"--threads {cores // workers}"] if workers <= cores else []
-    if not fits:
-        fits = [f"--workers {cores} --threads 1"]
+    if workers > cores and threads > 1 or not fits:
+        fits.append(f"--workers {cores} --threads 1")
     each = f"{threads} {'thread' if threads == 1 else 'threads'}"
     used = f"{workers} workers x {each}" if workers > 1 else each
     return f"{used} on {cores} {'core' if cores == 1 else 'cores'} is slow: give {' or '.join(fits)}"

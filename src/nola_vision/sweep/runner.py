@@ -83,10 +83,12 @@ class Sweep:
             for entry in pending:
                 run_config = run_id.resolve(self.config, entry.method)
                 time = time_run(run_config, TIMING_SECONDS / len(pending))
-                final = time.training * (number_of_folds(run_config) or 1) + time.test  # a fold leaves out one part
-                each = (entry.search * (time.training + time.validation) + entry.final * final) / entry.runs
+                # a fold leaves out one part, so all folds and the run on all images are as many trainings as folds
+                folds = max(1, number_of_folds(run_config)) - 1
+                final = time.final + folds * time.training
+                each = (entry.search * time.search + entry.final * final) / entry.runs
                 estimates[entry.method] = replace(entry, seconds=each, estimated=True)
-                shared = max(shared, time.once)
+                shared = max(shared, len(self.splits) * time.split + time.once)
         return [estimates.get(entry.method, entry) for entry in entries], shared
 
     def run(self, execute: Callable[[Sequence[RunSpec]], list[Row]]) -> list[Row]:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import lightning as L
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import CatMetric, MeanMetric
+from torchmetrics import CatMetric, MeanMetric, Metric
 
 from nola_vision.evaluation.predictions import Predictions
 from nola_vision.models.adapted_model import AdaptedModel
 from nola_vision.training.features import use_features
 from nola_vision.training.metrics import accuracies, collect_predictions, count_confusions, log_accuracy
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A validation: logits `[n, classes]` and labels `[n]` of the pool's images in all processes, and their metrics.
+
+    `loss` is the mean cross-entropy, None without probabilities.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    loss: float | None
+    accuracy: float
 
 
 class ClassificationTask(L.LightningModule):
@@ -24,8 +38,7 @@ class ClassificationTask(L.LightningModule):
     Attributes:
         confusions: tested images `[true, predicted]`, after a test; None where the classes are too many.
         predictions: for the tested images, after a test.
-        validated: logits and labels of the validation pool, of all processes, that the model's current weights give;
-            None if they were not validated. `val_loss` and `val_accuracy` in the trainer's metrics belong to it.
+        validated: the validation of the model's current weights; None if they were not validated.
         on_features: whether the batches hold features of the backbone instead of images.
     """
 
@@ -38,7 +51,7 @@ class ClassificationTask(L.LightningModule):
         self.on_features = False
         self.confusions: Tensor | None = None
         self.predictions: Predictions | None = None
-        self.validated: tuple[Tensor, Tensor] | None = None
+        self.validated: Validated | None = None
         self.held_out = nn.ModuleDict({name: CatMetric(nan_strategy="disable") for name in ("logits", "labels")})
         # a metric weights each process by its images; `sync_dist` would average over processes
         self.loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
@@ -81,7 +94,10 @@ class ClassificationTask(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         logits, labels = (cast(CatMetric, self.held_out[name]).compute().cpu() for name in ("logits", "labels"))
-        self.validated = None if self.trainer.sanity_checking else (logits, labels.long())
+        loss = cast(MeanMetric, self.loss["val"]).compute() if self.has_probabilities else None
+        accuracy = cast(Metric, self.accuracy["val"]).compute()
+        if not self.trainer.sanity_checking:
+            self.validated = Validated(logits, labels.long(), None if loss is None else float(loss), float(accuracy))
 
     def on_test_epoch_end(self) -> None:
         self.confusions = count_confusions(self.accuracy)

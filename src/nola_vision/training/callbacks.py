@@ -66,7 +66,7 @@ class Heartbeat(L.Callback):
 
 
 class ValidationTime(L.Callback):
-    """Counts validation during training as the part "validation" of the process's time."""
+    """Counts validation, in training and after it, as the part "validation" of the process's time."""
 
     def on_validation_start(self, *_: Any) -> None:
         stopwatch.begin("validation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 from nola_vision.adapters.layers import batch_norms
 from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.hashing import keyed_hash
+from nola_vision.common.hashing import keyed_hash, sha256_of_tensors
 from nola_vision.common.mappings import flattened
 from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.models.adapted_model import first_not_finite
 from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.training.base import ClassificationTask
+from nola_vision.training.base import ClassificationTask, Validated
 from nola_vision.training.callbacks import monitoring, update_paths
 from nola_vision.training.features import drops_nothing
 from nola_vision.training.schedule import warmup_cosine
@@ -79,6 +80,7 @@ class Classifier(ClassificationTask):
         # the epoch whose weights the model has, and the metric by which a ModelCheckpoint chose it; known after `fit`
         self.epoch: int | None = None
         self.monitor: str | None = None
+        self._validated_weights = ""  # digest of the weights that `validated` is of
         self._bad_step: Tensor | None = None  # the first step since the last look whose loss is not finite, else -1
         self.class_weights = class_weights
         self.register_buffer("weights", None, persistent=False)  # `[classes]`, of a training with class weights
@@ -159,8 +161,22 @@ class Classifier(ClassificationTask):
     def on_train_epoch_end(self) -> None:
         self.train_loss, self.epoch = self.trainer.callback_metrics["train_loss"], self.current_epoch
 
+    def on_validation_end(self) -> None:
+        self._validated_weights = self._digest()
+
+    def _digest(self) -> str:
+        """SHA-256 over the trained tensors: callbacks may change them without a step."""
+        state = self.state_dict()
+        return sha256_of_tensors({name: state[name] for name in self._kept(list(state))})
+
+    def _forget_other_validation(self) -> None:
+        """Sets `validated` to None if the weights have changed since."""
+        if self.validated is not None and self._validated_weights != self._digest():
+            self.validated = None
+
     def on_fit_end(self) -> None:
         """Loads the best epoch's weights, if a ModelCheckpoint kept them, and rounds to the values that are stored."""
+        self._forget_other_validation()
         best = monitoring(self.trainer.callbacks)  # type: ignore[attr-defined]
         if best is not None and (path := self.trainer.strategy.broadcast(best.best_model_path)):
             self.epoch, self.monitor = self.load_best(path), best.monitor
@@ -186,13 +202,14 @@ class Classifier(ClassificationTask):
                 f"the best epoch's checkpoint {path} is damaged: train again without --ckpt_path"
             ) from error
         self.load_weights(checkpoint)
+        if (stored := checkpoint.get("validated")) is not None:
+            self.validated = Validated(**stored)
         return epoch
 
     def load_weights(self, checkpoint: dict[str, Any]) -> None:
         """Loads the trained values of a checkpoint, after `refuse_other_checkpoint`."""
         self.refuse_other_checkpoint(checkpoint)
-        if checkpoint.get("global_step") != self.global_step:
-            self.validated = None
+        self.validated = None
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
     def on_validation_start(self) -> None:
@@ -251,6 +268,9 @@ class Classifier(ClassificationTask):
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in kept}
         checkpoint["adapter"] = self._identity()
         checkpoint["run_hash"] = self.run_hash
+        # for the best epoch's, which is not validated again
+        self._forget_other_validation()
+        checkpoint["validated"] = None if self.validated is None else dataclasses.asdict(self.validated)
         # for a run that resumes after its last epoch
         loss = self.trainer.callback_metrics.get("train_loss")
         checkpoint["train_loss"] = None if loss is None else float(loss)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "NOLA_VISION_CACHE_GIB"
 DEFAULT_GIB = 2.0
+_MOST_GIB = 10**6
+_MOST_HEADER = 2**16  # bytes of a stored file besides its features
 _OURS = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}\.safetensors\.[0-9a-f]{32}\.tmp")
 _MOST_WRITING_SECONDS = 3600  # a temporary file that is older was left by a process that died
 _FEATURES, _CHECKSUM = "features", "sha256"
@@ -43,8 +45,10 @@ def most_bytes() -> int:
         gib = float(text)
     except ValueError:
         gib = math.nan
-    if not 0 <= gib < math.inf:
-        raise NolaVisionError(f"{VARIABLE} is '{text}': give the size of the feature cache in GiB, 0 for no cache")
+    if not 0 <= gib <= _MOST_GIB:
+        raise NolaVisionError(
+            f"{VARIABLE} is '{text}': give the size of the feature cache in GiB, up to {_MOST_GIB:,}; 0 for no cache"
+        )
     return int(gib * 2**30)
 
 
@@ -62,7 +66,8 @@ def load(key: str, shape: Sequence[int]) -> Tensor | None:
         return None
     try:
         with torch.inference_mode(False):  # tensors made in inference mode cannot be trained on
-            stored = safetensors.torch.load(read_file(path, most_bytes()))
+            limit = min(most_bytes(), math.prod(shape) * 8 + _MOST_HEADER)
+            stored = safetensors.torch.load(read_file(path, limit))
             features = stored[_FEATURES].clone()  # aligned in memory as computed ones are, which affects rounding
         if (
             tuple(features.shape) != tuple(shape)
@@ -126,7 +131,8 @@ def _delete_least_recent(folder: Path, limit: int) -> None:
     total, abandoned = sum(size for _, size, _ in found), time.time() - _MOST_WRITING_SECONDS
     for modified, size, path in sorted(found):
         temporary = path.name.startswith(".")
-        if modified < abandoned if temporary else total > limit:
+        expired = modified < abandoned if temporary else total > limit
+        if expired:
             with suppress(OSError):
                 path.unlink()
                 total -= size

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,11 +19,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from nola_vision.common import process_cache
 from nola_vision.common.devices import processor_name
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.hashing import sha256_of_tensors
 from nola_vision.common.local_files import file_digest
 from nola_vision.common.stopwatch import timed
 from nola_vision.data.datamodule import KShotDataModule
@@ -30,9 +34,12 @@ from nola_vision.models.adapted_model import AdaptedModel
 from nola_vision.models.backbones.properties import position_digest, probe_batch
 from nola_vision.models.backbones.sources import local_files
 from nola_vision.training import feature_cache
+from nola_vision.training.precision import FLOAT32
 
 _MOST_KEPT = 512 * 2**20  # bytes: 10,000 images with 1,024 features take 40 MB
 _PACKAGES = ("nola-vision", "torch", "torchvision", "timm", "pillow", "pi-heif", "torchao")  # decide the last digits
+_KNOWN_CODE = ("timm.", "torch.", "torchvision.", "torchao.", "nola_vision.")
+_ARITHMETIC = ("ATEN_", "CUBLAS_", "DNNL_", "MKL_", "NVIDIA_TF32_", "ONEDNN_")  # variables that change last digits
 _RANDOM = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # attributes of modules that drop values at random
 
 
@@ -84,30 +91,47 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     """
     images = loader.dataset
     assert isinstance(images, ImageSubset)
-    description = _described(model, trainer, loader)
+    description = _description(model, trainer, loader)
     key = (feature_cache.key_of(description), images.key)
     make = partial(_stored_or_computed, model, trainer, loader, description)
     return process_cache.latest("features", key, make, lambda tensor: tensor.nbytes, _MOST_KEPT)
 
 
-def _described(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> dict[str, Any]:
-    """All that features depend on, down to their last digits, but the images."""
+def _description(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> dict[str, Any]:
+    """Everything that decides the features to their last digits, except the images."""
     spec, device = model.metadata.backbone, trainer.strategy.root_device
     is_gpu = device.type == "cuda"
     return {
         "backbone": dataclasses.asdict(dataclasses.replace(spec, file=None)),
         # the fingerprint leaves position tables out
         "weights": [model.fingerprint, position_digest(model.backbone)],
+        "modules": _modules(model.backbone),
         "files": {name: file_digest(path) for name, path in local_files(spec.tag, spec.file).items()},
         "basis_seed": model.metadata.basis_seed if spec.base == "random" else None,
         "input": dataclasses.asdict(model.metadata.input),
         "device": [device.type, torch.cuda.get_device_name(device) if is_gpu else processor_name()],
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "precision": [str(trainer.precision), torch.get_float32_matmul_precision()],
+        "precision": [
+            str(trainer.precision),
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32 if is_gpu else None,
+        ],
         "threads": torch.get_num_threads(),
         "batch_size": loader.batch_size,
         "versions": _versions(),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ARITHMETIC)},
     }
+
+
+def _modules(backbone: nn.Module) -> str:
+    """SHA-256 over what a state dict leaves out: the modules' classes and plain settings, and other buffers."""
+    settings = {
+        name: [type(one).__qualname__, {key: vars(one)[key] for key in vars(one).keys() - {"training"}}]
+        for name, one in backbone.named_modules()
+    }
+    plain = json.dumps(settings, sort_keys=True, default=lambda value: type(value).__name__)
+    stored = backbone.state_dict(keep_vars=True)  # torchao's tensors cannot be detached in inference mode
+    return sha256_of_tensors({name: one for name, one in backbone.named_buffers() if name not in stored}, plain)
 
 
 @functools.cache
@@ -125,7 +149,8 @@ def _stored_or_computed(
 ) -> Tensor:
     images = loader.dataset
     assert isinstance(images, ImageSubset)
-    if not feature_cache.most_bytes():
+    # the code of another package may change without a trace in the key
+    if not feature_cache.most_bytes() or any(not _is_known(one) for one in model.backbone.modules()):
         return _computed(model, trainer, loader)
     contents = images.contents()
     key = feature_cache.key_of({**description, "images": contents})
@@ -157,7 +182,17 @@ def _computed(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) 
     finally:
         _notify(trainer, "on_features_end")
         model.train(training)
-    return torch.cat(parts)
+    computed = torch.cat(parts)
+    if not computed.isfinite().all():
+        raise NolaVisionError(
+            "the frozen backbone gives features that are not finite: use another weights file, or trainer.precision "
+            f"{FLOAT32} if it is not"
+        )
+    return computed
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(_KNOWN_CODE)
 
 
 def _notify(trainer: L.Trainer, hook: str, *counts: int) -> None:

@@ -12,17 +12,23 @@ if TYPE_CHECKING:
     import lightning as L
 
 MIXED, FLOAT32 = "bf16-mixed", "32-true"
+_OTHER_SPELLINGS = {None: FLOAT32, 32: FLOAT32, 64: "64-true", 16: "16-mixed", "bf16": MIXED}  # of Lightning
+_OTHER_SPELLINGS |= {str(number): name for number, name in _OTHER_SPELLINGS.items() if isinstance(number, int)}
 
 
 def gpu_has_bfloat16(accelerator: Any) -> bool:
     """Whether a trainer's accelerator is a GPU that multiplies in bfloat16; all GPUs of this machine must."""
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return False
-    for number in range(torch.cuda.device_count()):
-        with torch.cuda.device(number):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                return False
-    return True
+    if torch.version.hip is not None:  # all GPUs that PyTorch supports there
+        return True
+    # asked without a CUDA context, which would take memory of each GPU
+    return all(torch.cuda.get_device_capability(number) >= (8, 0) for number in range(torch.cuda.device_count()))
+
+
+def one_spelling(precision: Any) -> Any:
+    """A value of `trainer.precision` in one of Lightning's spellings: `bf16` and `bf16-mixed` are one run."""
+    return _OTHER_SPELLINGS.get(precision, precision)
 
 
 def fastest(accelerator: Any) -> str:

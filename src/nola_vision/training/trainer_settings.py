@@ -130,9 +130,13 @@ def check_precision(precision: Any, method: Method) -> None:
         )
 
 
-def monitors_validation(callbacks: Sequence[L.Callback]) -> bool:
-    """Whether a callback monitors a validation metric."""
-    return any(_monitored(callback).startswith("val_") for callback in callbacks)
+def use_validation(callbacks: Sequence[L.Callback]) -> bool:
+    """Whether a callback monitors a validation metric or, one of another package, does something in a validation."""
+    foreign = [type(one) for one in callbacks if not type(one).__module__.startswith(("lightning.", "nola_vision."))]
+    hooks = [name for name in vars(L.Callback) if name.startswith("on_validation")]
+    return any(_monitored(callback).startswith("val_") for callback in callbacks) or any(
+        getattr(made, hook) is not getattr(L.Callback, hook) for made in foreign for hook in hooks
+    )
 
 
 def _monitored(callback: L.Callback) -> str:

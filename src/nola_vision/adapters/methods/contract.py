@@ -30,7 +30,8 @@ def check_groups(method: Method, groups: Sequence[Group], targets: Sequence[Targ
             "in a group"
         )
     for group in groups:
-        for name, kind in ((group.name, nn.ModuleDict), *((name, nn.ParameterDict) for name in group.shapes)):
+        of_torch = nn.ModuleDict(), nn.ParameterDict()
+        for name, kind in ((group.name, of_torch[0]), *((name, of_torch[1]) for name in group.shapes)):
             if not name or "." in name or not name.isprintable() or hasattr(kind, name):
                 raise NolaVisionError(
                     f"{method_name} names a group or tensor {name!r}: use another name, without a dot"

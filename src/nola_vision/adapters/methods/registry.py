@@ -21,13 +21,15 @@ def register(method: type[M]) -> type[M]:
     """Makes a method known to configs and adapter files by the name of its class; a decorator.
 
     Raises:
-        NolaVisionError: it is not a subclass of `Method`, not a dataclass, or another class has the name.
+        NolaVisionError: it is not a subclass of `Method`, it has settings of its own but is not a dataclass, or another
+            class has the name.
     """
     if not isinstance(method, type) or not issubclass(method, Method):
         raise NolaVisionError(
             f"{method!r} is not a subclass of nola_vision.adapters.methods.Method: a method must be one"
         )
-    if "__annotations__" in vars(method) and "__dataclass_params__" not in vars(method):
+    own = "__annotations__" in vars(method) or any(field.name in vars(method) for field in dataclasses.fields(method))
+    if own and "__dataclass_params__" not in vars(method):
         raise NolaVisionError(
             f"the fields of {method.__name__} are not settings yet: put @dataclass(frozen=True, kw_only=True) below "
             "@register"

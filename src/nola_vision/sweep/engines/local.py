@@ -65,7 +65,7 @@ class _Worker:
     last_message: float = field(default_factory=time.monotonic)
 
     def start(self) -> None:
-        # a worker with a GPU imports everything itself: CUDA does not survive a fork
+        # workers with a GPU are spawned: an import that initialised CUDA in the common process would break every fork
         forks = _FORKS and self.gpu is None
         if forks:
             import_ahead()
@@ -73,7 +73,8 @@ class _Worker:
             multiprocessing.get_context("forkserver") if forks else multiprocessing.get_context("spawn")
         )
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=self.work, args=(theirs, self.gpu))  # no daemon: it may start loaders
+        arguments = dict(os.environ), self.work, theirs, self.gpu
+        self.process = context.Process(target=_start_work, args=arguments)  # no daemon: it may start loaders
         try:
             with _sigint_ignored():
                 self.process.start()
@@ -93,6 +94,15 @@ class _Worker:
         self.start()
         assert self.connection is not None
         self.connection.send(message)
+
+
+def _start_work(
+    environment: dict[str, str], work: Callable[[Connection, str | None], None], connection: Connection, gpu: str | None
+) -> None:
+    """The main function of a worker process; a forked one would have the environment of an earlier sweep."""
+    os.environ.clear()
+    os.environ.update(environment)
+    work(connection, gpu)
 
 
 def _stop(workers: Sequence[_Worker], patience: float) -> None:
