@@ -80,7 +80,8 @@ class FacT(Adapter):
             rows, columns = target.inputs // u.shape[-1], target.outputs // u.shape[-1]
             core, cores = cores.tensor_split((rows * columns,), 1)
             if target in wanted:
-                made[target.name] = LowRank(*_factors(u, core.reshape(len(u), rows, columns, *core.shape[2:]), v), self.c)
+                core = core.reshape(len(u), rows, columns, *core.shape[2:])
+                made[target.name] = LowRank(*_factors(u, core, v), self.c)
         return made
 
 
