@@ -78,8 +78,9 @@ class FacT(Adapter):
         u, v, cores, made = trained["u"], trained["v"], trained["core"], dict[str, Change]()
         for target in group.targets:
             rows, columns = target.inputs // u.shape[-1], target.outputs // u.shape[-1]
-            core, cores = cores[:, : rows * columns].unflatten(1, (rows, columns)), cores[:, rows * columns :]
+            core, cores = cores.tensor_split((rows * columns,), 1)
             if target in wanted:
+                core = core.reshape(len(u), rows, columns, *core.shape[2:])
                 made[target.name] = LowRank(*_factors(u, core, v), self.c)
         return made
 

@@ -100,7 +100,7 @@ class TinyLoRA(Adapter):
         from nola_vision.adapters.random_basis import combine
 
         alpha = trained["coefficients"].expand(-1, len(group.targets), -1)
-        cores = combine(alpha, fixed["basis"]).unflatten(-1, (self.rank, self.rank)) / math.sqrt(self.rank)
+        cores = combine(alpha, fixed["basis"]).view(*alpha.shape[:2], self.rank, self.rank) / math.sqrt(self.rank)
         made: dict[str, Change] = {}
         for target, core in zip(group.targets, cores.unbind(1), strict=True):
             if target in wanted:
