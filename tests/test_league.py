@@ -34,7 +34,8 @@ from nola_vision.sweep.search import choose_learning_rates, search_failed
 GLYPHS = BackboneSpec("vit_glyph_patch4_32.glyphs")
 TEN = tuple("0123456789")
 METHODS = [
-    NOLA(bits=4), NOLA(targets=["qkv", "head"], bits=8), LoRA(bits=3), LoRAXS(bits=4), VeRA(bits=4), PRANC(bits=4),
+    NOLA(bits=4), NOLA(targets=["qkv", "head"], bits=8), LoRA(bits=3), LoRAXS(bits=4), VeRA(bits=4),
+    PRANC(bits=4, storage="streamed"),
     HashedNet(bits=4, head_bits=8),
 ]  # fmt: skip
 
