@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from nola_vision.adapters.methods.base import Method
+from nola_vision.adapters.methods.base import Adapter, Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.validation import check_types, plain_number, quoted
 from nola_vision.models import known_weights
@@ -88,7 +88,9 @@ def assemble(
         open_branches(backbone)
     if verify and weights is None:
         weights = known_weights.origin(spec)
-    if method.byte_budget is not None and target_names is None:  # a file's values are counted already
+    if (
+        isinstance(method, Adapter) and method.max_bytes is not None and target_names is None
+    ):  # a file's values are counted already
         metadata = dataclasses.replace(metadata, method=spend_bytes(backbone, metadata, weights))
     bank = make_bank(
         backbone,

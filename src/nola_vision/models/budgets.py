@@ -54,8 +54,9 @@ def most_file_bytes(metadata: AdapterMetadata) -> int:
 
 def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata, weights: WeightsOrigin | None) -> Method:
     """As `solve_budget`, for a backbone that may be on the meta device and the file of its weights."""
-    method, budget = metadata.method, metadata.method.byte_budget
-    assert budget is not None
+    method = metadata.method
+    assert isinstance(method, Adapter) and method.max_bytes is not None
+    budget = method.max_bytes
     files = _Files.of(backbone, metadata, weights)
 
     def is_allowed(count: int) -> bool:

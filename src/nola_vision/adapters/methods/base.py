@@ -143,15 +143,6 @@ class Method:
         """Of the adapter (or of the backbone) and of the head."""
         raise NotImplementedError(f"{type(self).__name__} states no learning rates")
 
-    @property
-    def byte_budget(self) -> int | None:
-        """The largest size of an adapter file, if the method is to use as many values as fit; see `with_count`."""
-        return None
-
-    def with_count(self, count: int) -> Self:
-        """The method with `count` as its `size_setting`, and without the budget."""
-        raise NotImplementedError(f"{type(self).__name__} does not support a byte budget")
-
     def with_bits(self, bits: int) -> Self:
         """The method with other bits per stored value, for the adapter and the head's matrix.
 
@@ -315,11 +306,8 @@ class Adapter(Method):
     def target_names(self) -> tuple[str, ...]:
         return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
 
-    @property
-    def byte_budget(self) -> int | None:
-        return self.max_bytes
-
     def with_count(self, count: int) -> Self:
+        """The method with `count` as its `size_setting`, and without a budget."""
         return replace(self, **{self.size_setting: count, "max_bytes": None})
 
     def with_bits(self, bits: int) -> Self:
