@@ -112,7 +112,7 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     for options, expected in (
         (["--adapter", "a.safetensors", "--out", "b", "--max-bytes", "9000"], "not trained to be cut"),
         (["--adapter", "n.safetensors", "--out", "b", "--max-bytes", "300"], "one coefficient per factor alone take"),
-        (["--adapter", "n.safetensors", "--out", "b", "--bits", "1"], "bits is 1"),
+        (["--adapter", "n.safetensors", "--out", "b", "--bits", "0"], "bits is 0"),
         (["--adapter", "n.safetensors", "--out", "b"], "export takes"),
         (["--adapter", "n.safetensors", "--merged", "no/b"], "the folder of no/b does not exist"),
         (["--adapter", "n.safetensors", "--out", "b", "--bits", "32"], "have no more than 32 bits"),

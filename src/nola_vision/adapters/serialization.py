@@ -254,7 +254,7 @@ def _tensors(table: Any, data: Tensor, path: Path) -> dict[str, Stored]:
             raise NolaVisionError(
                 f"a tensor of {path} has a name that no weight has ({ascii(name[:80])}): get another file"
             )
-        bits, *shape = entry if isinstance(entry, list) and entry else [None]
+        bits, *shape = entry if isinstance(entry, list) and entry else (0,)  # which no tensor has
         # only a batch norm counts
         if not is_storable(bits, shape) or (bits == INTEGERS and not name.startswith("backbone.")):
             raise _damaged(path, f"bits and shape of the tensor {name} do not exist")

@@ -308,7 +308,8 @@ class Adapter(Method):
 
     def with_count(self, count: int) -> Self:
         """The method with `count` as its `size_setting`, and without a budget."""
-        return replace(self, **{self.size_setting: count, "max_bytes": None})
+        changes: dict[str, Any] = {self.size_setting: count, "max_bytes": None}
+        return replace(self, **changes)
 
     def with_bits(self, bits: int) -> Self:
         return replace(self, bits=bits, head_bits=None)

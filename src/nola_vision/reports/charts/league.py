@@ -67,10 +67,10 @@ def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
                 [size], [entry.summary.mean or 0.0],
                 color=look.colour, marker=look.marker or "o", markersize=7 if look.strong else 5, label=label,
             )  # fmt: skip
-    ends = [(_size(points[-1]), points[-1].summary.mean or 0.0, looks[points[-1].summary.label])
-            for points in methods.values()]  # fmt: skip
-    ends += [(sizes[1], item.mean or 0.0, looks[item.label]) for item, _ in lines]
-    panel.label_ends(ends[:MOST_LABELS])
+    labelled = [(_size(points[-1]), points[-1].summary.mean or 0.0, looks[points[-1].summary.label])
+                for points in methods.values()]  # fmt: skip
+    labelled += [(sizes[1], item.mean or 0.0, looks[item.label]) for item, _ in lines]
+    panel.label_ends(labelled[:MOST_LABELS])
     parts = []
     for method, points in methods.items():
         shown = [f"{entry.summary.mean or 0:.1f} % at {bytes_text(_size(entry))}" for entry in points]
