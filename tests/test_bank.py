@@ -573,12 +573,13 @@ def test_routing_sends_each_sample_to_its_adapter() -> None:
     for backbone, method in ((vit(), METHODS[1]), (resnet(), NOLA(targets=["conv"], rank=2, num_basis=5))):
         bank = attached(backbone, method, num_adapters=3)
         shake(bank)
-        index = torch.tensor([2, 0, 2])
+        images = torch.cat([IMAGES, IMAGES[:1]])
+        index = torch.tensor([2, 0, 1, 2])
         with bank.route(index):
-            routed = bank(IMAGES)
+            routed = bank(images)
         for sample, adapter in enumerate(index):
             bank.merge(int(adapter))
-            features = backbone(IMAGES[sample : sample + 1])
+            features = backbone(images[sample : sample + 1])
             expected = nn.functional.linear(features, bank.head_weight[adapter], bank.head_bias[adapter])
             bank.unmerge()
             assert (routed[sample] - expected[0]).abs().max() / expected.abs().max() < 1e-4
@@ -721,6 +722,32 @@ def test_routes_nest_and_keep_their_own_index() -> None:
     assert not torch.allclose(inner, outer)
     with bank.route(torch.tensor([2, 0, 1])):
         assert torch.equal(bank(IMAGES), outer)
+        with bank.using(prefix=0.5):
+            cut = bank(IMAGES)
+    with bank.using(prefix=0.5), bank.route(torch.tensor([2, 0, 1])):
+        assert torch.equal(bank(IMAGES), cut) and not torch.allclose(cut, outer)
+
+
+def test_a_merged_weight_in_16_bits_is_the_rounded_sum() -> None:
+    backbone = vit().bfloat16()
+    bank = attached(backbone, METHODS[0])
+    shake(bank)
+    changes = {name: change[0] if change.dim() > 2 else change for name, change in bank.changes().items()}
+    before = {name: backbone.get_parameter(name).clone() for name in changes}
+    bank.merge()
+    for name, change in changes.items():
+        assert torch.equal(backbone.get_parameter(name), (before[name].float() + change).bfloat16())
+
+
+def test_loras_a_starts_as_pefts_does() -> None:
+    """Uniform in +-1/sqrt(m), PEFT's kaiming_uniform_(a=sqrt(5))."""
+    drawn = dict(attached(vit(), LoRA(targets=["mlp"], rank=16)).named_parameters())
+    for name, values in drawn.items():
+        if name.endswith(".a"):
+            bound = values.shape[-2] ** -0.5
+            assert 0.98 * bound < values.abs().max() <= bound
+            assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert any(name.endswith(".a") for name in drawn)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
