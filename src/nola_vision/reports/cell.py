@@ -65,7 +65,7 @@ class Cell:
     @cached_property
     def not_run(self) -> Mapping[str, NotRun]:
         """The entries with a byte budget that were not run, as a sweep noted them next to the runs."""
-        folders = {row.folder.parents[1] for row in self.rows if row.folder is not None}
+        folders = {row.folder.parent.parent for row in self.rows if row.folder is not None}
         return {name: why for folder in sorted(folders) for name, why in read_not_run(folder).items()}
 
     @cached_property

@@ -166,7 +166,7 @@ class Classifier(ClassificationTask):
 
     def _digest(self) -> str:
         """SHA-256 over the trained tensors: callbacks may change them without a step."""
-        state = self.state_dict()
+        state = self.state_dict(keep_vars=True)  # torchao's tensors cannot be detached in inference mode
         return sha256_of_tensors({name: state[name] for name in self._kept(list(state))})
 
     def _forget_other_validation(self) -> None:
