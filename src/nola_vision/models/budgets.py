@@ -79,7 +79,8 @@ def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata, weights: Weights
     count = bisect.bisect_left(
         range(most + 1), values, lo=least, key=lambda count: files.values(method.with_count(count))
     )
-    return method.with_count(count)
+    # a header compresses better with some numbers than with others
+    return method.with_count(count if size(count) <= budget else most)
 
 
 @dataclass(frozen=True)
