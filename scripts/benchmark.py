@@ -16,7 +16,7 @@ within a round. Run it on an idle machine.
              test time of the runs divided by the number of workers (one sweep into an empty folder --out; no rounds)
     run      whole commands, start-up included, of another checkout (--before) and of this one (for `fit` also with
              features of the frozen backbone that an earlier command stored): `fit` on 5 digits per class, a validation
-             pool of 397 images and 500 test images, with the ViT-S/14 of --weights at 224 pixels, or what else --case
+             pool of 85 images and 500 test images, with the ViT-S/14 of --weights at 224 pixels, or what else --case
              names. Checks that the results are equal
 """
 
