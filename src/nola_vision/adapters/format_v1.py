@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nola_vision.adapters.header import FORMAT_VERSION, canonical, parsed
 from nola_vision.adapters.quantization import scales_per_row
-from nola_vision.adapters.stored import Stored, as_bytes, is_name, is_storable, rows_and_count
+from nola_vision.adapters.stored import Stored, as_bytes, check_name, is_storable, rows_and_count
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import sha256_of_tensors
 
@@ -81,10 +81,7 @@ def damaged(path: Path) -> NolaVisionError:
 def _refuse_dtypes(kinds: Mapping[str, str], packed: Mapping[str, Any], path: Path) -> None:
     parts = {f"{name}.{part}": kind for name in packed for part, kind in (("levels", "U8"), ("scales", "BF16"))}
     for name, kind in kinds.items():
-        if not is_name(name):
-            raise NolaVisionError(
-                f"a tensor of {path} has a name that no weight has ({ascii(name[:80])}): get another file"
-            )
+        check_name(name, path)
         allowed = (parts[name],) if name in parts else ("F32", "F16")
         if name.startswith("backbone."):
             allowed = *allowed, "I64"  # a batch norm's count of batches

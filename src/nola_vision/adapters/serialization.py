@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nola_vision.adapters import format_v1
 from nola_vision.adapters.header import FORMAT_VERSION, canonical, compressed, decompressed, parsed, reason
-from nola_vision.adapters.stored import INTEGERS, Stored, byte_count, is_name, is_storable, stored
+from nola_vision.adapters.stored import INTEGERS, Stored, byte_count, check_name, is_storable, stored
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_adapter_file, write_file
 
@@ -250,10 +250,7 @@ def _tensors(table: Any, data: Tensor, path: Path) -> dict[str, Stored]:
     found, start = {}, 0
     for name in sorted(table):
         entry = table[name]
-        if not is_name(name):
-            raise NolaVisionError(
-                f"a tensor of {path} has a name that no weight has ({ascii(name[:80])}): get another file"
-            )
+        check_name(name, path)
         bits, *shape = entry if isinstance(entry, list) and entry else (0,)  # which no tensor has
         # only a batch norm counts
         if not is_storable(bits, shape) or (bits == INTEGERS and not name.startswith("backbone.")):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nola_vision.adapters.quantization import dequantise, pack, quantise, rows_of, scales_per_row, unpack
+from nola_vision.common.errors import NolaVisionError
 
 _WHOLE = {16: torch.float16, 32: torch.float32, 64: torch.int64}  # what is not quantised, by its bits
 INTEGERS = 64
@@ -56,9 +58,16 @@ def stored(tensor: Tensor, bits: int) -> Stored:
     return Stored(bits, shape, torch.cat([as_bytes(scales), pack(levels, bits)]))
 
 
-def is_name(text: str) -> bool:
-    """Whether a text can be a tensor's name in a file: short and printable, so that a message may contain it."""
-    return text.isprintable() and len(text) <= 300
+def check_name(name: str, path: Path) -> None:
+    """Refuses a tensor's name that is not short and printable, so that messages may contain it.
+
+    Raises:
+        NolaVisionError: as above; `path` is that of the file.
+    """
+    if not (name.isprintable() and len(name) <= 300):
+        raise NolaVisionError(
+            f"a tensor of {path} has a name that no weight has ({ascii(name[:80])}): get another file"
+        )
 
 
 def is_storable(bits: int, shape: Sequence[int]) -> bool:

@@ -8,22 +8,23 @@ import io
 import sys
 import threading
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from nola_vision.cli.options import Options
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
 from nola_vision.common.text import csv_cell
-from nola_vision.reports.cell import Report, report_of
+from nola_vision.reports.cell import Cell, Report, report_of
 from nola_vision.reports.frames import frame, text_frame
 from nola_vision.reports.markup import latex_table, markdown_table, markdown_text
 from nola_vision.reports.statistics import on_the_same_images
 from nola_vision.reports.tables import COLUMNS
 from nola_vision.reports.terminal import benchmark_tables, cell_report
-from nola_vision.reports.vtab import vtab_benchmarks
+from nola_vision.reports.vtab import Benchmark, vtab_benchmarks
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 
@@ -156,23 +157,22 @@ def _every_row(rows: list[Row], format: str, problems: list[str]) -> bytes:
 def _tables(report: Report, format: str, problems: list[str], coloured: bool) -> bytes:
     """The tables of every cell, followed by the problems, as text, Markdown or LaTeX."""
     console = Console(file=_Captured(), force_terminal=coloured, width=Console().width)
+
+    def write(tables: Cell | Benchmark, as_text: Callable[[], RenderableType]) -> None:
+        match format:
+            case "markdown":
+                console.file.write(markdown_table(tables) + "\n")
+            case "latex":
+                console.file.write(latex_table(tables) + "\n")
+            case _:
+                console.print(as_text())
+
     for cell in report.cells:
-        match format:
-            case "markdown":
-                console.file.write(markdown_table(cell) + "\n")
-            case "latex":
-                console.file.write(latex_table(cell) + "\n")
-            case _:
-                console.print(cell_report(cell))
-                problems = [*problems, *cell.verdict[1]]
+        write(cell, partial(cell_report, cell))
+        if format not in ("markdown", "latex"):
+            problems = [*problems, *cell.verdict[1]]
     for benchmark in vtab_benchmarks(report.cells):
-        match format:
-            case "markdown":
-                console.file.write(markdown_table(benchmark) + "\n")
-            case "latex":
-                console.file.write(latex_table(benchmark) + "\n")
-            case _:
-                console.print(benchmark_tables(benchmark))
+        write(benchmark, partial(benchmark_tables, benchmark))
     for name, reason in report.untested.items():
         note = f"{name}: no completed final run" + (f"; the last one ended with: {reason}" if reason else "")
         problems = [*problems, note]

@@ -167,7 +167,7 @@ class AdaptedModel(nn.Module):
         Does not affect `bank.merge` and `bank.changes`: call `round_to_stored_bits` before them.
 
         Args:
-            most: only values of at most so many bits are rounded; 0 ends it.
+            most: only values of at most this many bits are rounded; 0 ends it.
         """
         named = {"head.weight": "head_weight"}
         bits = {named.get(name, name.replace("adapter.", "groups.", 1)): width for name, width in self.bits.items()}

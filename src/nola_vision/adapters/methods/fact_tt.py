@@ -30,7 +30,7 @@ class FacT(Adapter):
 
     V starts at zero, so training starts at the pretrained model exactly. U and the cores start uniform in
     +-1/sqrt(d) and +-1/sqrt(r), as `nn.Linear` does in the authors' code (which has 1/sqrt(4 r) for the cores of an
-    MLP's second layer, and drops out a tenth of what U and the core give; there is no dropout here).
+    MLP's second layer, and drops out a tenth of what U and the core give; dropout is left out here).
 
     Args:
         targets: names of the adapted weights; not `head`.

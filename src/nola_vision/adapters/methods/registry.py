@@ -21,7 +21,7 @@ def register(method: type[M]) -> type[M]:
     """Makes a method known to configs and adapter files by the name of its class; a decorator.
 
     Raises:
-        NolaVisionError: it is not a subclass of `Method`, it has settings of its own but is not a dataclass, or another
+        NolaVisionError: it is not a subclass of `Method`, it adds settings but is not a dataclass, or another
             class has the name.
     """
     if not isinstance(method, type) or not issubclass(method, Method):

@@ -89,7 +89,7 @@ class DatasetEntry:
         raise NotImplementedError
 
     def pool(self, root: str | None, labels: npt.ArrayLike) -> Indices:
-        """Positions of the validation pool in the training split, if it is not a split of its own.
+        """Positions of the validation pool in the training split, if it is not a separate split.
 
         Args:
             root: the folder of the data, as for `open`.
