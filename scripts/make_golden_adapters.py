@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -50,6 +51,9 @@ def image(size: int) -> torch.Tensor:
 
 
 def main() -> None:
+    sys.path.insert(0, str(FOLDER.parent))
+    import glyph_vit  # noqa: F401  registers the backbone
+
     expected = {}
     for name, (spec, method) in CASES.items():
         model = adapt(spec, method, NAMES, run_seed=3, basis_seed=4).eval()

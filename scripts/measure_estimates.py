@@ -47,7 +47,7 @@ from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
 
-BACKBONE = BackboneSpec("vit_glyph_patch4_32.glyphs")
+BACKBONE = BackboneSpec("vit_mini_patch4_32.contours")
 METHODS = {"1-NN": NearestNeighbor, "nearest mean": NearestMean, "logistic regression": LogisticRegression}
 SHOTS = (5, 10, 20)
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -25,14 +25,14 @@ from nola_vision.models.export import write_merged
 from nola_vision.runs import run_id
 from nola_vision.runs.parsing import parse
 
-GLYPHS = "vit_glyph_patch4_32.glyphs"
+MINI = "vit_mini_patch4_32.contours"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder that `export --merged` wrote."""
-    write_merged(adapt(GLYPHS, LinearProbe(), ["a", "b"]), tmp_path / "glyphs")
-    return tmp_path / "glyphs"
+    write_merged(adapt(MINI, LinearProbe(), ["a", "b"]), tmp_path / "mini")
+    return tmp_path / "mini"
 
 
 def refused(spec: BackboneSpec, match: str) -> None:
@@ -51,22 +51,22 @@ def hashes(tag: str, **backbone: Any) -> tuple[str, str]:
 
 def test_a_folder_as_a_backbone(folder: Path) -> None:
     backbone, images = create_backbone(BackboneSpec(f"local-dir:{folder}")), torch.randn(2, 3, 32, 32)
-    assert torch.equal(backbone(images), create_backbone(GLYPHS)(images))
-    assert input_config(BackboneSpec(f"local-dir:{folder}")) == input_config(BackboneSpec(GLYPHS))
-    resized, own = (create_backbone(BackboneSpec(tag, img_size=48)) for tag in (f"local-dir:{folder}", GLYPHS))
+    assert torch.equal(backbone(images), create_backbone(MINI)(images))
+    assert input_config(BackboneSpec(f"local-dir:{folder}")) == input_config(BackboneSpec(MINI))
+    resized, own = (create_backbone(BackboneSpec(tag, img_size=48)) for tag in (f"local-dir:{folder}", MINI))
     large = torch.randn(2, 3, 48, 48)
     assert torch.allclose(resized(large), own(large), atol=0.01)  # the packaged position embedding has 16 bits
     # a folder given as the weights replaces the tag's, and serves timm's own tags too
-    for tag in ("local-dir:gone", "hf-hub:someone/something", GLYPHS):
+    for tag in ("local-dir:gone", "hf-hub:someone/something", MINI):
         assert torch.equal(create_backbone(BackboneSpec(tag, file=str(folder)))(images), backbone(images))
 
 
 def test_a_folders_path_is_not_in_the_run_and_its_content_is(folder: Path, tmp_path: Path) -> None:
     first = hashes(f"local-dir:{folder}")
-    assert first[0].startswith("local-dir_glyphs-")
+    assert first[0].startswith("local-dir_mini-")
     (tmp_path / "elsewhere").mkdir()
     shutil.move(folder, tmp_path / "elsewhere")
-    moved = tmp_path / "elsewhere" / "glyphs"
+    moved = tmp_path / "elsewhere" / "mini"
     assert hashes(f"local-dir:{moved}") == first == hashes(f"local-dir:{moved}/")
     config = json.loads((moved / "config.json").read_text())
     config["pretrained_cfg"]["crop_pct"] = 0.5
@@ -83,8 +83,8 @@ def test_local_files(folder: Path) -> None:
     weights, config = folder / "model.safetensors", folder / "config.json"
     assert local_files(f"local-dir:{folder}", None) == {"config": config, "weights": weights}
     assert local_files("hf-hub:a/b", str(folder)) == {"config": config, "weights": weights}
-    assert local_files(GLYPHS, str(folder)) == local_files(GLYPHS, str(weights)) == {"weights": weights}
-    assert local_files(GLYPHS, None)["weights"].name == "vit_glyph_patch4_32.safetensors"
+    assert local_files(MINI, str(folder)) == local_files(MINI, str(weights)) == {"weights": weights}
+    assert local_files(MINI, None)["weights"].name == "vit_mini_patch4_32.safetensors"
     assert local_files("hf-hub:a/b", None) == local_files("test_vit.r160_in1k", None) == {}
     with pytest.raises(NolaVisionError, match="unknown pretrained tag 'typo' of timm's .*: use one of r160_in1k"):
         local_files("test_vit.typo", None)
@@ -103,7 +103,7 @@ def test_a_folder_that_is_not_a_model_is_refused(folder: Path) -> None:
         (folder / "config.json").write_text(damaged)
         if "x" not in damaged:
             refused(spec, "does not describe a timm model")
-    (folder / "config.json").write_text(content.replace("vit_glyph_patch4_32", "vit_unknown"))
+    (folder / "config.json").write_text(content.replace("vit_mini_patch4_32", "vit_unknown"))
     refused(spec, "names the architecture 'vit_unknown', which timm lacks")
     (folder / "config.json").write_text(content)
     (folder / "model.safetensors").unlink()
@@ -122,9 +122,9 @@ def test_a_repository_as_a_backbone(folder: Path, monkeypatch: pytest.MonkeyPatc
     )
     size = SimpleNamespace(size=7_000_000)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: size)
-    spec, images = BackboneSpec("hf-hub:someone/glyphs"), torch.randn(2, 3, 32, 32)
-    assert torch.equal(create_backbone(spec)(images), create_backbone(GLYPHS)(images))
-    assert hashes(spec.tag)[0].startswith("hf-hub_someone_glyphs-")
+    spec, images = BackboneSpec("hf-hub:someone/mini"), torch.randn(2, 3, 32, 32)
+    assert torch.equal(create_backbone(spec)(images), create_backbone(MINI)(images))
+    assert hashes(spec.tag)[0].startswith("hf-hub_someone_mini-")
 
     def offline(name: str) -> Any:
         raise ConnectionError("no network")

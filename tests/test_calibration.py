@@ -105,7 +105,7 @@ def test_the_calibration_error_by_hand() -> None:
 
 def test_a_temperature_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    model = adapt("vit_glyph_patch4_32.glyphs", LinearProbe(), ["a", "b", "c"])
+    model = adapt("vit_mini_patch4_32.contours", LinearProbe(), ["a", "b", "c"])
     model.save(path)
     size, (metadata, tensors) = path.stat().st_size, read_adapter(path)
     assert open_adapter(path).version == 2 and metadata["calibration"] is None

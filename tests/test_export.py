@@ -17,7 +17,7 @@ from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.backbones.sources import input_config, resolve
 from nola_vision.models.export import shorten, with_classifier, write_merged
 
-SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
+SPEC = BackboneSpec("vit_mini_patch4_32.contours")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 def as_printed(capsys: pytest.CaptureFixture[str]) -> torch.nn.Module:
     """What the code that `export --merged` printed makes."""
     needed, _, code = capsys.readouterr().out.partition(": ")[2].partition("; ")
-    assert needed == "import nola_vision"  # timm has no glyph ViT of its own
+    assert needed == "import nola_vision"  # timm has no `vit_mini_patch4_32` of its own
     made: torch.nn.Module = eval(code, {"timm": timm})
     return made.eval()
 
@@ -166,7 +166,7 @@ def test_timm_alone_loads_a_merged_model(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_merged_model_keeps_the_image_side(tmp_path: Path) -> None:
-    model = shaken(LoRA(targets=["qkv"]), BackboneSpec("vit_glyph_patch4_32.glyphs", img_size=48))
+    model = shaken(LoRA(targets=["qkv"]), BackboneSpec("vit_mini_patch4_32.contours", img_size=48))
     plain = eval(write_merged(model, tmp_path / "m").partition("; ")[2], {"timm": timm}).eval()
     images = torch.randn(2, 3, 48, 48)
     assert apart(plain(images), model(images)) < 1e-5
@@ -210,7 +210,7 @@ def test_a_merged_model_that_timm_would_compute_differently_is_not_left(
 
 
 def test_an_int8_adapter_is_merged_into_floats_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = shaken(NOLA(targets=["mlp"], num_basis=30), BackboneSpec("vit_glyph_patch4_32.glyphs", int8=True))
+    model = shaken(NOLA(targets=["mlp"], num_basis=30), BackboneSpec("vit_mini_patch4_32.contours", int8=True))
     model.save(tmp_path / "a.safetensors")
     command = ["export", "--adapter", f"{tmp_path}/a.safetensors", "--merged", f"{tmp_path}/m"]
     assert main(command) == 2

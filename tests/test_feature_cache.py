@@ -25,7 +25,7 @@ from nola_vision.runs.store import ADAPTER_FILE
 from nola_vision.training import feature_cache, features
 from tiny import TINY, tiny, trained_rows
 
-GLYPHS = {"tag": "vit_glyph_patch4_32.glyphs"}
+MINI = {"tag": "vit_mini_patch4_32.contours"}
 KEY, OTHER = "a" * 64, "b" * 64
 FEATURES = torch.arange(12.0).reshape(4, 3)
 
@@ -192,8 +192,8 @@ def test_a_key_is_of_all_that_features_depend_on(tmp_path: Path, monkeypatch: py
         made = features._description(built.model.model, built.trainer, built.datamodule.reference_dataloader())
         return feature_cache.key_of(made)
 
-    pretrained = build(tiny("linear", model={"backbone": {"base": "pretrained", **GLYPHS}, "run_seed": 0}), tmp_path)
-    other_seed = build(tiny("linear", model={"backbone": {"base": "pretrained", **GLYPHS}, "run_seed": 1}), tmp_path)
+    pretrained = build(tiny("linear", model={"backbone": {"base": "pretrained", **MINI}, "run_seed": 0}), tmp_path)
+    other_seed = build(tiny("linear", model={"backbone": {"base": "pretrained", **MINI}, "run_seed": 1}), tmp_path)
     for built in (pretrained, other_seed):
         built.datamodule.setup("fit")
     known = described(pretrained)

@@ -170,7 +170,7 @@ def test_rows_are_those_of_scikit_learn_on_the_same_features(
 
 
 def test_one_nearest_neighbour_cannot_be_saved(tmp_path: Path) -> None:
-    model = adapt("vit_glyph_patch4_32.glyphs", NearestNeighbor(), ["a", "b"])
+    model = adapt("vit_mini_patch4_32.contours", NearestNeighbor(), ["a", "b"])
     with pytest.raises(NolaVisionError, match="save NearestMean or LogisticRegression instead"):
         model.save(tmp_path / "a.safetensors")
 
@@ -273,7 +273,7 @@ def test_a_linear_probe_that_needs_images_gets_them(changes: dict, tmp_path: Pat
 
 
 def test_dropout_is_found() -> None:
-    model = adapt("vit_glyph_patch4_32.glyphs", NearestNeighbor(), ["a", "b"]).train()
+    model = adapt("vit_mini_patch4_32.contours", NearestNeighbor(), ["a", "b"]).train()
     assert drops_nothing(model) and model.training
     model.backbone.blocks[0].mlp.drop1.p = 0.1
     assert not drops_nothing(model)

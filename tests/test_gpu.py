@@ -21,7 +21,7 @@ def test_the_basis_has_the_same_bits_on_a_gpu() -> None:
 
 
 def test_an_adapted_model_moves_to_a_gpu_and_agrees() -> None:
-    model = adapt("vit_glyph_patch4_32.glyphs", NOLA(targets=["qkv", "mlp"], num_basis=16), ["a", "b"]).eval()
+    model = adapt("vit_mini_patch4_32.contours", NOLA(targets=["qkv", "mlp"], num_basis=16), ["a", "b"]).eval()
     with torch.no_grad():
         for parameter in model.bank.parameters():
             parameter.add_(0.1)
@@ -45,7 +45,7 @@ def test_a_float32_run_uses_tf32_and_a_16_bit_run_agrees(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_routed_batch_agrees_with_the_cpu(dtype: torch.dtype | None) -> None:
     method = NOLA(targets=["qkv", "mlp"], num_basis=16)
-    backbone = create_backbone(BackboneSpec("vit_glyph_patch4_32.glyphs"), 0).eval()
+    backbone = create_backbone(BackboneSpec("vit_mini_patch4_32.contours"), 0).eval()
     bank = make_bank(backbone, method, 2, num_adapters=3)
     bank.attach(backbone)
     with torch.no_grad():

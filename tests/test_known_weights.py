@@ -17,7 +17,7 @@ from nola_vision.models import known_weights
 from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.export import write_merged
 
-TAG = "vit_glyph_patch4_32.glyphs"
+TAG = "vit_mini_patch4_32.contours"
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_an_adapter_file_names_the_weights_and_no_path(trained: tuple[Path, Path
     for path in (adapter, tmp_path / "shipped.safetensors"):
         if not path.exists():
             adapt(TAG, LinearProbe(), ["a", "b"]).save(path)
-            assert read_adapter(path)[0]["weights"]["file"] == "vit_glyph_patch4_32.safetensors"
+            assert read_adapter(path)[0]["weights"]["file"] == "vit_mini_patch4_32.safetensors"
         stated = str(read_adapter(path)[0])
         assert "private place" not in stated and str(Path.home()) not in stated
     assert adapt(BackboneSpec(TAG, base="random"), LinearProbe(), ["a", "b"]).file_metadata()["weights"] is None

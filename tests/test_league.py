@@ -31,7 +31,7 @@ from nola_vision.runs.store import read_rows
 from nola_vision.sweep import budgets, plan, variations
 from nola_vision.sweep.search import choose_learning_rates, search_failed
 
-GLYPHS = BackboneSpec("vit_glyph_patch4_32.glyphs")
+MINI = BackboneSpec("vit_mini_patch4_32.contours")
 TEN = tuple("0123456789")
 METHODS = [
     NOLA(bits=4), NOLA(targets=["qkv", "head"], bits=8), LoRA(bits=3), LoRAXS(bits=4), VeRA(bits=4),
@@ -41,11 +41,11 @@ METHODS = [
 
 
 def described(method: Adapter) -> AdapterMetadata:
-    return AdapterMetadata(GLYPHS, method, TEN, 0, 0, input_config(GLYPHS))
+    return AdapterMetadata(MINI, method, TEN, 0, 0, input_config(MINI))
 
 
 def bytes_of(method: Adapter, path: Path) -> int:
-    model: AdaptedModel = adapt(GLYPHS, method, TEN, run_seed=7)
+    model: AdaptedModel = adapt(MINI, method, TEN, run_seed=7)
     model.calibrated_on, model.temperature, model.calibration_images = "validation", 0.123456, 400
     return model.save(path)
 
@@ -88,7 +88,7 @@ def test_a_budget_out_of_reach_states_the_smallest_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [0, -1, "ten", 10**10, True, 2.5])
 def test_hostile_budgets(budget: Any) -> None:
     with pytest.raises(NolaVisionError, match="max_bytes of LoRA is"):
-        adapt(GLYPHS, LoRA(max_bytes=budget), TEN)
+        adapt(MINI, LoRA(max_bytes=budget), TEN)
     with pytest.raises(NolaVisionError, match="`budgets` of the method 'a' has"):
         run_id.resolve({"methods": {"a": {"class_path": "LoRA", "budgets": [2000, budget]}}}, "a")
 
@@ -119,7 +119,7 @@ LEAGUE: dict[str, Any] = {
             "budgets": [500, 100000, 200000],
         },
     },
-    "model": {"backbone": {"tag": GLYPHS.tag}},
+    "model": {"backbone": {"tag": MINI.tag}},
     "data": {"dataset": "digits", "shots": 1, "batch_size": 16, "num_workers": 0, "augmentation": "none"},
     "trainer": {"max_epochs": 1, "accelerator": "cpu"},
 }  # fmt: skip

@@ -24,20 +24,20 @@ from nola_vision.models.building import make_bank
 from nola_vision.models.export import shorten
 from test_bank import IMAGES, attached, resnet, shake, vit
 
-GLYPHS = BackboneSpec("vit_glyph_patch4_32.glyphs")
+MINI = BackboneSpec("vit_mini_patch4_32.contours")
 SCRATCH = BackboneSpec("resnet20_cifar.untrained", base="random")
 CASES = {
-    "lora-xs": (GLYPHS, LoRAXS(targets=["qv"], rank=7, c=3)),
-    "lora-xs-all-ranks": (GLYPHS, LoRAXS(targets=["re:blocks.1.mlp.fc."], rank=160)),
+    "lora-xs": (MINI, LoRAXS(targets=["qv"], rank=7, c=3)),
+    "lora-xs-all-ranks": (MINI, LoRAXS(targets=["re:blocks.1.mlp.fc."], rank=160)),
     "lora-xs-4bit-conv": (SCRATCH, LoRAXS(targets=["conv"], rank=5, bits=4)),
-    "lora-xs-int8": (BackboneSpec(GLYPHS.tag, int8=True), LoRAXS(targets=["re:blocks.2.*"], rank=4)),
-    "tiny-lora": (GLYPHS, TinyLoRA(targets=["re:blocks.[03].attn.qkv", "re:blocks.3.*fc1"], rank=6, num_basis=20, c=3)),
+    "lora-xs-int8": (BackboneSpec(MINI.tag, int8=True), LoRAXS(targets=["re:blocks.2.*"], rank=4)),
+    "tiny-lora": (MINI, TinyLoRA(targets=["re:blocks.[03].attn.qkv", "re:blocks.3.*fc1"], rank=6, num_basis=20, c=3)),
     "tiny-lora-model-4bit-conv": (SCRATCH, TinyLoRA(targets=["conv"], rank=3, num_basis=70, scope="model", bits=4)),
-    "uni-lora": (GLYPHS, UniLoRA(targets=["qv", "re:blocks.3.*fc."], rank=3, max_parameters=300, c=2)),
+    "uni-lora": (MINI, UniLoRA(targets=["qv", "re:blocks.3.*fc."], rank=3, max_parameters=300, c=2)),
     "uni-lora-4bit-conv": (SCRATCH, UniLoRA(targets=["conv"], rank=2, max_parameters=90, bits=4)),
-    "fact": (GLYPHS, FacT(targets=["qkv", "re:blocks.3.*fc."], rank=7, c=2)),
+    "fact": (MINI, FacT(targets=["qkv", "re:blocks.3.*fc."], rank=7, c=2)),
     "fact-8bit-conv": (SCRATCH, FacT(targets=["re:layers.*conv."], rank=3, bits=8)),
-    "vera": (GLYPHS, VeRA(targets=["qv", "re:blocks.3.*fc."], rank=200, c=2)),
+    "vera": (MINI, VeRA(targets=["qv", "re:blocks.3.*fc."], rank=200, c=2)),
     "vera-8bit-conv": (SCRATCH, VeRA(targets=["conv"], rank=9, bits=8)),
 }
 
@@ -401,7 +401,7 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
 
 def test_a_file_for_other_factors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
-    adapt(GLYPHS, LoRAXS(targets=["re:blocks.[01].mlp.fc1"], rank=4), ["a", "b"]).save(path)
+    adapt(MINI, LoRAXS(targets=["re:blocks.[01].mlp.fc1"], rank=4), ["a", "b"]).save(path)
     metadata, tensors = _opened(path.read_bytes())
     name = "sketch.160x640.a"
 

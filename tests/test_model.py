@@ -22,7 +22,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.backbones.creation import create_backbone
 from nola_vision.models.backbones.sources import input_config
 
-SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
+SPEC = BackboneSpec("vit_mini_patch4_32.contours")
 NAMES = ["ja", "nein", "vielleicht"]
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -186,7 +186,7 @@ def test_what_a_file_cannot_state_is_refused_before_training() -> None:
     refused("run_seed is -1: it must be a whole number from 0", run_seed=-1)
     refused("basis_seed is 100000", basis_seed=10**30)
     refused("run_seed of AdapterMetadata is True", run_seed=True)
-    refused("img_size is 160, but vit_glyph_patch4_32.glyphs takes at most 128", spec=replace(SPEC, img_size=160))
+    refused("img_size is 160, but vit_mini_patch4_32.contours takes at most 128", spec=replace(SPEC, img_size=160))
     resnet = BackboneSpec("resnet20_cifar.untrained", base="random", img_size=2048)  # of any size: the cost is linear
     refused("takes at most 1024", spec=resnet, method=NOLA(targets=["conv"]))
     refused("num_basis of NOLA is 10000000000: it must be", method=NOLA(num_basis=10**10))
@@ -265,7 +265,7 @@ def test_files_for_something_else_are_refused(adapter: Path, tmp_path: Path) -> 
         safetensors.torch.save_file(others, path, {METADATA_KEY: "2"})
         refused(path, "it has other tensors than the format")
 
-    refused(rewritten(adapter, tmp_path, backbone_fingerprint="1" * 64), "made for other weights of vit_glyph")
+    refused(rewritten(adapter, tmp_path, backbone_fingerprint="1" * 64), "made for other weights of vit_mini")
     refused(rewritten(adapter, tmp_path, backbone={"tag": "vit_nowhere", "img_size": None}), "unknown timm model")
     method = {**metadata["method"], "class_path": "MAGIC"}
     refused(rewritten(adapter, tmp_path, method=method), "unknown method 'MAGIC'")

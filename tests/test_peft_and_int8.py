@@ -16,8 +16,8 @@ from nola_vision.models.loading import check_saved
 from nola_vision.runs import store
 from tiny import trained_rows
 
-SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
-INT8 = BackboneSpec("vit_glyph_patch4_32.glyphs", int8=True)
+SPEC = BackboneSpec("vit_mini_patch4_32.contours")
+INT8 = BackboneSpec("vit_mini_patch4_32.contours", int8=True)
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 0, 1])
 QUICK = ["--threads=1", "--trainer.max_epochs=3", "--trainer.enable_progress_bar=false", "--data.test_limit=40"]

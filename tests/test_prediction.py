@@ -26,7 +26,7 @@ NAMES = ["=cmd()", "crane", "crane", "dog\x1b[31m"]
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptedModel, Path]:
-    model = adapt("vit_glyph_patch4_32.glyphs", LoRA(targets=["qv"], rank=2), NAMES)
+    model = adapt("vit_mini_patch4_32.contours", LoRA(targets=["qv"], rank=2), NAMES)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.bank.parameters():

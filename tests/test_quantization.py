@@ -25,7 +25,7 @@ from nola_vision.runs.parsing import build
 from nola_vision.training.classifier import Classifier
 from tiny import tiny
 
-SPEC = BackboneSpec("vit_glyph_patch4_32.glyphs")
+SPEC = BackboneSpec("vit_mini_patch4_32.contours")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 

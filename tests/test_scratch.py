@@ -186,21 +186,21 @@ def test_a_basis_that_no_memory_holds_is_refused() -> None:
 
 
 def test_budgets(tmp_path: Path) -> None:
-    glyphs = BackboneSpec("vit_glyph_patch4_32.glyphs")
-    model = adapt(glyphs, NOLA(targets=["mlp", "head"], max_parameters=1000), TEN)
+    mini = BackboneSpec("vit_mini_patch4_32.contours")
+    model = adapt(mini, NOLA(targets=["mlp", "head"], max_parameters=1000), TEN)
     assert sum(p.numel() for p in model.bank.adapter_parameters()) == 24 * (1000 // 24)
     with pytest.raises(NolaVisionError, match="its targets need 24"):
-        adapt(glyphs, NOLA(max_parameters=23), TEN)
+        adapt(mini, NOLA(max_parameters=23), TEN)
     with pytest.raises(NolaVisionError, match="its targets need 12"):
-        adapt(glyphs, HashedNet(targets=["mlp"], max_parameters=11), TEN)
+        adapt(mini, HashedNet(targets=["mlp"], max_parameters=11), TEN)
     for bits, limit in ((32, 40_000), (4, 9_000)):
-        model = adapt(glyphs, NOLA(targets=["mlp"], max_bytes=limit, bits=bits), TEN)
+        model = adapt(mini, NOLA(targets=["mlp"], max_bytes=limit, bits=bits), TEN)
         size = model.save(tmp_path / "a.safetensors")
         assert limit - 24 * bits / 8 - 280 <= size <= limit  # seeds and learning rates may take up to 160 bytes more
         assert load_adapter(tmp_path / "a.safetensors").metadata.method.max_bytes is None
         set_temperature(tmp_path / "a.safetensors", 0.000123456, "validation", 10**6)  # the longest there is
         assert (tmp_path / "a.safetensors").stat().st_size <= limit
     with pytest.raises(NolaVisionError, match=r"the smallest file \(num_basis 1\) has [\d,]+ bytes"):
-        adapt(glyphs, NOLA(max_bytes=500), TEN)
+        adapt(mini, NOLA(max_bytes=500), TEN)
     with pytest.raises(NolaVisionError, match="give one budget"):
-        adapt(glyphs, NOLA(max_bytes=50_000, max_parameters=500), TEN)
+        adapt(mini, NOLA(max_bytes=50_000, max_parameters=500), TEN)

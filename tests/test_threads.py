@@ -125,7 +125,7 @@ def test_checkpointing_around_the_backbone_keeps_the_settings_of_its_pass(method
 
 
 def perturbed(method: Method) -> nn.Module:
-    model = adapt("vit_glyph_patch4_32.glyphs", method, ["a", "b"]).eval()
+    model = adapt("vit_mini_patch4_32.contours", method, ["a", "b"]).eval()
     shake(model.bank)
     return model
 
@@ -160,7 +160,7 @@ def test_a_copy_computes_alike_and_apart(how: str, attached_too: bool) -> None:
 
 def test_a_file_of_one_adapter_of_several(tmp_path: Path) -> None:
     """Never the first in silence."""
-    model = adapt("vit_glyph_patch4_32.glyphs", LoRA(targets=["qkv"], rank=2), ["a", "b"]).eval()
+    model = adapt("vit_mini_patch4_32.contours", LoRA(targets=["qkv"], rank=2), ["a", "b"]).eval()
     model.bank.detach()
     model.bank = make_bank(model.backbone, model.metadata.method, 2, num_adapters=3)
     model.bank.attach(model.backbone)

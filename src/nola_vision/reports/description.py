@@ -29,7 +29,7 @@ _DATASETS = {
     "imagenet100": "ImageNet-100",
     **{f"{PREFIX}{task}": f"VTAB-1k {task}" for task in TASKS},
 }
-_ARCHITECTURES = {"vit_glyph_patch4_32": "small ViT/4", "resnet20_cifar": "ResNet-20", "mlp_784_256": "MLP 784-256-10"}
+_ARCHITECTURES = {"vit_mini_patch4_32": "small ViT/4", "resnet20_cifar": "ResNet-20", "mlp_784_256": "MLP 784-256-10"}
 _SIDES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g", "gigantic": "G"}
 # Pretraining by word of the tag; the first match is used
 _PRETRAINING = {
@@ -44,7 +44,7 @@ _PRETRAINING = {
     "in21k": "ImageNet-21k",
     "in12k": "ImageNet-12k",
     "in1k": "ImageNet-1k",
-    "glyphs": "pretrained on glyphs",
+    "contours": "pretrained on contours",
 }
 # Protocols that the title omits
 _PLAIN_PROTOCOLS = ("default", "photos", "quickstart", "scratch")

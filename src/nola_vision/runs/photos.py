@@ -27,7 +27,7 @@ from nola_vision.runs import cells, run_id, yaml_files
 from nola_vision.runs.yaml_files import Config
 
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"  # docs/decisions/0016
-QUICKSTART = "vit_glyph_patch4_32.glyphs"  # ships with the package; its own side is 32 pixels
+QUICKSTART = "vit_mini_patch4_32.contours"  # ships with the package; its own side is 32 pixels
 LARGEST_SIDE = 224  # pixels; a ViT-S/14 then takes 0.16 s per training image and pass on two cores
 BATCH_SIZE = 16
 STEPS = 100  # of the optimizer: 4 minutes for a ViT-S/14 at 224 pixels on two cores

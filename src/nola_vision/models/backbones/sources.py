@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg, load_model_config_from_hf
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-import nola_vision.models.zoo.glyph_vit
+import nola_vision.models.zoo.mini_vit
 import nola_vision.models.zoo.scratch  # noqa: F401  both register models with timm
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import weights_in

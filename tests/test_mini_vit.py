@@ -1,18 +1,14 @@
-"""The quick-start backbone: it loads from the package alone, and no character with a numeric value was a class."""
+"""The quick-start backbone: it loads from the package alone."""
 
 from __future__ import annotations
-
-import unicodedata
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 
-from nola_vision.models.zoo.glyph_vit import WEIGHTS
+from nola_vision.models.zoo.mini_vit import WEIGHTS
 
-NAME = "vit_glyph_patch4_32.glyphs"
-CLASSES = Path(__file__).parents[1] / "scripts" / "pretrain_glyphs_classes.txt"
+NAME = "vit_mini_patch4_32.contours"
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +21,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", refuse)
 
 
-def characters() -> list[str]:
-    """The characters in the class list, without its heading."""
-    lines = [line for line in CLASSES.read_text(encoding="utf-8").splitlines() if not line.startswith("# ")]
-    return [chr(int(line.split("\t")[0].removeprefix("U+"), 16)) for line in lines]
-
-
 def test_is_registered() -> None:
-    assert timm.is_model("vit_glyph_patch4_32")
-    assert NAME in timm.list_pretrained("vit_glyph*")
+    assert timm.is_model("vit_mini_patch4_32")
+    assert NAME in timm.list_pretrained("vit_mini*")
 
 
 def test_loads_offline_with_finite_features() -> None:
@@ -68,13 +58,3 @@ def test_is_small() -> None:
     model = timm.create_model(NAME, pretrained=False, num_classes=0)
     assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
     assert WEIGHTS.stat().st_size < 6e6
-
-
-def test_class_list_holds_no_numeric_character() -> None:
-    listed = characters()
-    assert len(listed) > 1000
-    assert len(listed) == len(set(listed))
-    for char in listed:
-        for part in char + unicodedata.normalize("NFKD", char):
-            assert unicodedata.numeric(part, None) is None, f"U+{ord(char):04X}"
-            assert not part.isdigit()

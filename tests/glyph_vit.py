@@ -1,7 +1,7 @@
-"""The quick-start backbone: a small ViT pretrained on rendered glyphs, whose weights ship inside the package.
+"""The backbone of the golden adapter files: a small ViT pretrained on rendered glyphs (`golden/README.md`).
 
-Importing this module registers `vit_glyph_patch4_32.glyphs` with timm. `weights/README.md` describes how
-the weights were made and what they were trained on; `scripts/pretrain_glyphs.py` is the recipe.
+It shipped with the package when the files of format 1 and 2 were made. Importing this module registers
+`vit_glyph_patch4_32.glyphs` with timm.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-WEIGHTS = Path(__file__).parent / "weights" / "vit_glyph_patch4_32.safetensors"
+WEIGHTS = Path(__file__).parent / "golden" / "vit_glyph_patch4_32.safetensors"
 
 # timm looks up `default_cfgs` in the module that registers the model
 default_cfgs = generate_default_cfgs(
