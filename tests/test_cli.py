@@ -245,6 +245,7 @@ MISTAKES = {
     "stray config": (["fit", "quickstart.yaml"], "--config quickstart.yaml"),
     "threads": ([*FIT, "--threads=0"], "threads is 0"),
     "seed": ([*FIT, "--model.run_seed=-1"], "-1 is not in bounds"),
+    "split seed": ([*FIT, "--data.split_seed=-1"], "split_seed must not be below 0"),
     "smoothing": ([*FIT, "--model.label_smoothing=2"], "label_smoothing (2.0)"),
     "learning rate": ([*FIT, "--model.method.lr=-1"], "lr of NOLA is -1"),
     "devices": ([*FIT, "--trainer.devices=0"], "cannot be set up"),
