@@ -176,7 +176,7 @@ def test_a_part_of_the_budgets_searches_where_all_do() -> None:
     assert names == one.methods == ["lora@30KB"]
     assert {spec.method for spec in plan.search_specs(one.config, one.methods)} == {"lora@9KB"}
     # `search` may name an entry that is not swept itself
-    like = {"class_path": "LoRA", "search": "linear", "budgets": [9000, 30_000]}
+    like = {**LEAGUE["methods"]["lora"], "search": "linear"}
     named = {**LEAGUE, "methods": {"linear": LEAGUE["methods"]["linear"], "like": like}}
     found = budgets.complete(named, ["like@9KB"], lambda config: parse(config, QUIET))
     assert found.methods == ["like@9KB"] and not found.notes

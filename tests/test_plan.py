@@ -228,7 +228,7 @@ def test_values_of_a_search_are_those_of_the_parser() -> None:
         "targets": ["qkv", ["qkv", "mlp"], ["qkv", "mlp"]],
     }
     found = complete(with_search(given), ["nola"], lambda one: one)["methods"]["nola"]["search"]
-    assert found == {"lr": [0.005, 1], "c": [2], "bits": [4, 8], "targets": ["qkv", ["mlp"]]}
+    assert found == {"lr": [0.005, 1], "c": [2], "bits": [4, 8], "targets": ["qkv", ["qkv", "mlp"]]}
     assert {type(value) for value in (*found["lr"], *found["c"])} == {float} and type(found["bits"][0]) is int
 
 

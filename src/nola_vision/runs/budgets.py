@@ -54,7 +54,9 @@ def refuse_larger_files(run_config: dict[str, Any], search: Mapping[str, Sequenc
     """
     budget = split_budget(run_config["method"])[1]
     search = {name: values for name, values in search.items() if name not in ("lr", "head_lr")}  # counted already
-    for settings in combinations(search) if budget is not None and search else ():
+    if budget is None or not search:
+        return
+    for settings in combinations(search):
         found = size_and_bytes(with_settings(run_config, settings))
         if found is not None and found[1] > budget + MARGIN:  # other digits of `c` are within the margin
             raise NolaVisionError(
