@@ -81,8 +81,8 @@ LEFT_OUT = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 CONFIG = {
-    # the quick start has some of these too, with learning rates to search
-    "methods": {name: {**settings, "learning_rates": None} for name, settings in SETTINGS.items()},
+    # the quick start has some of these too, with settings to search
+    "methods": {name: {**settings, "search": None} for name, settings in SETTINGS.items()},
     "threads": 1,
     "model": {"warmup_epochs": 1},
     "data": {"batch_size": 16, "augmentation": "light"},

@@ -133,23 +133,29 @@ def test_predict_writes_class_and_probability(
     assert capsys.readouterr().out.split() == ["single.png", rows[3]["class"], rows[3]["probability"]]
 
 
-def test_sweep_chooses_rates_runs_everything_once_and_resumes(
+def test_sweep_chooses_settings_runs_everything_once_and_resumes(
     in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = ["sweep", "--config", "quickstart.yaml", "--splits=0-1", "--inits=0", "--methods=1nn,linear", *SMALL]
+    Path("grid.yaml").write_text("methods: {linear: {search: {lr: [0.01, 2e-3], head_bits: [32, 4]}}}")
+    configs = ["--config=quickstart.yaml", "--config=grid.yaml"]
+    sweep = ["sweep", *configs, "--splits=0-1", "--inits=0", "--methods=1nn,linear", *SMALL]
     assert main(sweep) == 0
-    assert "linear" in capsys.readouterr().out
+    assert "linear split 0 init 0: lr 0.002, head_bits 4, validation" in capsys.readouterr().out
     rows, problems = store.read_rows("runs")
     assert not problems
     search = [row for row in rows if row.stage == "search"]
-    assert sorted(row.learning_rate for row in search) == [0.001, 0.002, 0.005, 0.01]
+    settings = {row.run_hash: row.config["model"]["method"]["init_args"] for row in rows}
+    tried = sorted((settings[row.run_hash]["lr"], settings[row.run_hash]["head_bits"]) for row in search)
+    assert tried == [(0.002, 4), (0.002, 32), (0.01, 4), (0.01, 32)]
     assert {(row.split, row.init) for row in search} == {(0, 0)}
     best = max(search, key=lambda row: (row.val_accuracy, -row.val_loss, -row.learning_rate))
     final = [row for row in rows if row.stage == "final"]
     assert [(r.method, r.split, r.init) for r in sorted(final, key=lambda r: (r.method, r.split))] == [
         ("1nn", 0, None), ("1nn", 1, None), ("linear", 0, 0), ("linear", 1, 0),
     ]  # fmt: skip
-    assert {row.learning_rate for row in final if row.method == "linear"} == {best.learning_rate}
+    for row in final:
+        if row.method == "linear":
+            assert settings[row.run_hash] == settings[best.run_hash] and row.learning_rate == best.learning_rate
 
     (left,) = [folder for folder in Path("runs").rglob("linear/split1-*")]
     (left / "row.json").unlink()
@@ -158,9 +164,10 @@ def test_sweep_chooses_rates_runs_everything_once_and_resumes(
     assert len(again) == len(rows)
     anew = [row for row, before in zip(again, rows, strict=True) if row != before]
     assert [(row.method, row.split) for row in anew] == [("linear", 1)]  # only the run without a row
-    # a plain fit at the chosen rate is the same run
-    rate = f"--model.method.lr={best.learning_rate}"
-    assert main(["fit", "--config=quickstart.yaml", "--method=linear", rate, *SMALL]) == 0
+    # a plain fit with the chosen settings is the same run, and `fit --search` finds the search runs and that
+    chosen = [f"--model.method.{name}={settings[best.run_hash][name]}" for name in ("lr", "head_bits")]
+    assert main(["fit", "--config=quickstart.yaml", "--method=linear", *chosen, *SMALL]) == 0
+    assert main(["fit", *configs, "--method=linear", "--search", *SMALL]) == 0
     assert len(trained_rows("runs")) == len([row for row in rows if row.method == "linear"])
 
 
@@ -245,6 +252,7 @@ MISTAKES = {
     "stray config": (["fit", "quickstart.yaml"], "--config quickstart.yaml"),
     "threads": ([*FIT, "--threads=0"], "threads is 0"),
     "seed": ([*FIT, "--model.run_seed=-1"], "-1 is not in bounds"),
+    "split seed": ([*FIT, "--data.split_seed=-1"], "split_seed must not be below 0"),
     "smoothing": ([*FIT, "--model.label_smoothing=2"], "label_smoothing (2.0)"),
     "learning rate": ([*FIT, "--model.method.lr=-1"], "lr of NOLA is -1"),
     "devices": ([*FIT, "--trainer.devices=0"], "cannot be set up"),
@@ -259,6 +267,11 @@ MISTAKES = {
     "method class": (["fit", "--config", "quickstart.yaml", "--config", "magic.yaml"], "unknown method 'MAGIC'"),
     "method setting": ([*FIT, "--model.method.rnk=3"], "unknown setting 'rnk' of NOLA: did you mean rank"),
     "no config": (["fit"], "--config"),
+    "nothing to search": ([*FIT, "--search", "--config=once.yaml"], "--search needs several values of a setting"),
+    "search": (
+        ["sweep", *FIT[1:], "--methods=nola", "--config=search.yaml"],
+        "method 'nola': unknown setting 'lrr' of NOLA",
+    ),
     "sweep shard": (["sweep", *FIT[1:], "--shard=3/2"], "is not a shard"),
     "sweep workers": (["sweep", *FIT[1:], "--workers=0"], "at least 1"),
     "sweep vary": (["sweep", *FIT[1:], "--vary=rank"], "--vary rank=1,4,16"),
@@ -303,6 +316,8 @@ def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd
     (tmp_path / "magic.yaml").write_text("methods: {nola: {class_path: MAGIC}}")
     (tmp_path / "evil.yaml").write_text("{method: a, methods: {a: {class_path: evil.Thing}}, model: {}}")
     (tmp_path / "method.yaml").write_text("method: [nola]")
+    (tmp_path / "once.yaml").write_text("methods: {nola: {search: {lr: [0.1]}}}")
+    (tmp_path / "search.yaml").write_text("methods: {nola: {search: {lrr: [0.1]}}}")
     (tmp_path / "empty").mkdir()
     digit(tmp_path / "one.png", 0)
     arguments, expected = MISTAKES[name]

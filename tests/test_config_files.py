@@ -88,8 +88,8 @@ def test_what_the_presets_say() -> None:
         assert preset["model"] | {"backbone": None} == {
             "label_smoothing": 0.1, "warmup_epochs": 0, "min_lr": 1e-6, "backbone": None,
         }  # fmt: skip
-        assert preset["methods"]["nola-mlp"]["learning_rates"] == [5e-3, 1e-3, 5e-4]
-        assert preset["methods"]["full-ft"]["learning_rates"] == [8e-5, 5e-5, 3e-5, 1e-5]
+        assert preset["methods"]["nola-mlp"]["search"] == {"lr": [5e-3, 1e-3, 5e-4]}
+        assert preset["methods"]["full-ft"]["search"] == {"lr": [8e-5, 5e-5, 3e-5, 1e-5]}
         assert preset["methods"]["nola-mlp"]["init_args"]["c"] == 1
     assert "normalisation" not in paper["model"]["backbone"]
     assert released["methods"]["nola-mlp"]["init_args"]["start"] == "released"

@@ -204,13 +204,13 @@ def test_what_a_completed_run_lacks_is_repeated(
 
 
 @pytest.mark.slow
-def test_learning_rates_are_chosen_inside_the_fold(photos: Path, tmp_path: Path) -> None:
+def test_settings_are_chosen_inside_the_fold(photos: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     assert main(["init", str(photos), "--backbone", "quickstart", "--epochs", "1", "--out", str(config)]) == 0
     text = config.read_text()
     out = tmp_path / "runs"
     words = ["fit", "--config", str(config), "--threads", "1", "--trainer.accelerator", "cpu", "--out", str(out)]
-    assert "learning_rates" in text
+    assert "search:" in text
     assert main([*words, "--search", "--method", "linear"]) == 0
     rows = read_rows(out)[0]
     searched = [row for row in rows if row.stage == "search"]

@@ -30,6 +30,7 @@ from nola_vision.reports.entries import Entry
 from nola_vision.reports.entry_predictions import read_entry_predictions
 from nola_vision.reports.html import confusions, gallery, section
 from nola_vision.reports.html.page import html_page, isolated
+from nola_vision.reports.html.runs import runs_view
 from nola_vision.runs import store
 from nola_vision.runs.record import Row
 from nola_vision.runs.thumbnails import THUMBNAILS_FILE, load_thumbnails
@@ -300,6 +301,11 @@ def test_a_run_in_two_folders_counts_once_and_the_title_states_what_there_is(row
     own = [row for row in rows if "photos" in row.cell]
     page = html_page(report_of([*own, *(replace(row, folder=None) for row in own)]))
     assert page.runs == len(own) and f"<summary>{len(own)} runs: {len(own)} completed</summary>" in page.text
+    method = {"class_path": "LoRA", "init_args": {"lr": 0.005, "c": 8.0}}
+    config = {**own[0].config, "model": {"method": method}}
+    view = runs_view([replace(own[0], learning_rate=0.005, config=config)])
+    texts = dict(zip([column.name for column in view.columns], view.lines[0].texts, strict=True))
+    assert (texts["lr"], texts["c"]) == ("0.005", "8")
     others = [replace(own[0], status="failed"), replace(own[1], stage="search"), replace(own[2], stage="search")]
     page = html_page(report_of(others))
     assert "<h1>No completed final run: " in page.text and page.cells == 0

@@ -25,11 +25,12 @@ from nola_vision.reports.league import budget_table
 from nola_vision.reports.statistics import split_interval
 from nola_vision.runs import run_id
 from nola_vision.runs.budget_names import split_budget, with_budget
+from nola_vision.runs.budgets import refuse_larger_files
 from nola_vision.runs.not_run import NotRun, note_not_run, read_not_run
 from nola_vision.runs.parsing import parse
 from nola_vision.runs.store import read_rows
 from nola_vision.sweep import budgets, plan, variations
-from nola_vision.sweep.search import choose_learning_rates, search_failed
+from nola_vision.sweep.search import choose_settings, search_failed
 
 MINI = BackboneSpec("vit_mini_patch4_32.contours")
 TEN = tuple("0123456789")
@@ -106,11 +107,11 @@ LEAGUE: dict[str, Any] = {
     "threads": 1,
     "methods": {
         "logistic": {"class_path": "LogisticRegression"},
-        "linear": {"class_path": "LinearProbe", "learning_rates": [0.01, 0.001]},
+        "linear": {"class_path": "LinearProbe", "search": {"lr": [0.01, 0.001]}},
         "lora": {
             "class_path": "LoRA",
             "init_args": {"bits": 2},
-            "learning_rates": [0.01, 0.001],
+            "search": {"lr": [0.01, 0.001]},
             "budgets": [9000, 1000, 8990, 20000, 30000],
         },
         "vera": {
@@ -154,19 +155,16 @@ def test_entries_of_a_league(entries: budgets.Entries) -> None:
 def test_one_search_per_method(entries: budgets.Entries) -> None:
     specs = plan.search_specs(entries.config, entries.methods)
     # the middle budget is 9 KB, and its solution that of 8,990 bytes
-    assert [(one.method, one.learning_rate) for one in specs] == [
+    assert [(one.method, one.searched["lr"]) for one in specs] == [
         ("linear", 0.01), ("linear", 0.001), ("lora@8990B", 0.01), ("lora@8990B", 0.001),
     ]  # fmt: skip
-    assert entries.notes == [
-        "the learning rate of lora is searched at lora@8990B, which is the same, instead of lora@9KB"
-    ]
+    assert entries.notes == ["lora is searched at lora@8990B, which is the same, instead of lora@9KB"]
     from nola_vision.runs.record import Row
 
     rows = [Row.of(s.config, "search", "completed", val_accuracy=0.5 + 0.1 * n) for n, s in enumerate(specs)]
-    assert choose_learning_rates(entries.config, rows, ["lora@30KB", "lora@8990B"]) == {
-        "lora@30KB": 0.001, "lora@8990B": 0.001,
-    }  # fmt: skip
-    final = plan.final_specs(entries.config, [0, 1], [0], ["lora@30KB"], {"lora@30KB": 0.001})
+    chosen = choose_settings(entries.config, rows, ["lora@30KB", "lora@8990B"])
+    assert chosen == {"lora@30KB": {"lr": 0.001}, "lora@8990B": {"lr": 0.001}}
+    final = plan.final_specs(entries.config, [0, 1], [0], ["lora@30KB"], chosen)
     assert [one.config["model"]["method"]["init_args"]["lr"] for one in final] == [0.001, 0.001]
     failed = [dataclasses.replace(row, status="failed", error="x") for row in rows]
     assert search_failed(entries.config, failed, "lora@30KB") and not search_failed(entries.config, rows, "lora@30KB")
@@ -177,10 +175,28 @@ def test_a_part_of_the_budgets_searches_where_all_do() -> None:
     one = budgets.complete(LEAGUE, names, lambda config: parse(config, QUIET))
     assert names == one.methods == ["lora@30KB"]
     assert {spec.method for spec in plan.search_specs(one.config, one.methods)} == {"lora@9KB"}
+    # `search` may name an entry that is not swept itself
+    like = {**LEAGUE["methods"]["lora"], "search": "linear"}
+    named = {**LEAGUE, "methods": {"linear": LEAGUE["methods"]["linear"], "like": like}}
+    found = budgets.complete(named, ["like@9KB"], lambda config: parse(config, QUIET))
+    assert found.methods == ["like@9KB"] and not found.notes
+    assert {spec.method for spec in plan.search_specs(found.config, found.methods)} == {"linear"}
     with pytest.raises(NolaVisionError, match="none of lora has the budget 7: give one of the config's"):
         budgets.expand(LEAGUE, ["lora"], [7])
     with pytest.raises(UnreachableBudgetError):
         budgets.complete(LEAGUE, ["lora@1KB"], lambda config: parse(config, QUIET))
+
+
+def test_a_search_keeps_files_within_their_budgets(entries: budgets.Entries) -> None:
+    solved = run_id.resolve(entries.config, "lora@20KB")
+    refuse_larger_files(solved, {"lr": [0.1, 1.2345678901234567e-05], "c": [0.5, 8.0, 123.25], "bits": [1, 2]})
+    with pytest.raises(NolaVisionError, match="method 'lora@20KB' has bits 4, c 8, with which the file has .* bytes"):
+        refuse_larger_files(solved, {"bits": [2, 4], "c": [8.0]})
+    refuse_larger_files({**solved, "method": "lora"}, {"bits": [32]})
+    wide = {**LEAGUE["methods"]["lora"], "search": {"rank": [100, 160]}}
+    with pytest.raises(NolaVisionError, match="has rank 100, with which"):
+        config = {**LEAGUE, "methods": {"lora": wide}}
+        budgets.complete(config, ["lora@20KB"], lambda one: parse(one, QUIET))
 
 
 def test_names_of_budgets() -> None:

@@ -46,7 +46,7 @@ def test_the_defaults(tmp_path: Path) -> None:
     assert made["data"] == {**data, "augmentation": "light", "flip": True}
     assert made["methods"]["nola"]["init_args"]["max_parameters"] == 6144
     for name in ("linear", "nola", "lora-r4", "full-ft"):
-        assert made["methods"][name]["init_args"]["lr"] in made["methods"][name]["learning_rates"]
+        assert made["methods"][name]["init_args"]["lr"] in made["methods"][name]["search"]["lr"]
     default = read_part("protocols", "default")
     for key in ("label_smoothing", "min_lr"):
         assert made["model"][key] == default["model"][key]

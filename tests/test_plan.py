@@ -1,4 +1,4 @@
-"""The plan of a sweep: which runs, with which seeds and rates, and how search runs decide the rates."""
+"""The plan of a sweep: which runs, with which seeds and settings, and how search runs decide the settings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 from nola_vision.cli.options import parse_methods, parse_range
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs.record import Row
+from nola_vision.runs.search_grid import in_words
 from nola_vision.sweep.display import threads_warning
 from nola_vision.sweep.plan import complete, final_specs, search_specs, shard_of
 from nola_vision.sweep.progress import entry_progress
-from nola_vision.sweep.search import choose_learning_rates
+from nola_vision.sweep.search import choose_settings
 from nola_vision.sweep.variations import rename, suffix, vary
 
 RATES = [0.005, 0.001, 0.0005]
@@ -23,10 +24,10 @@ CONFIG: dict[str, Any] = {
     "method": "nola",
     "methods": {
         "nn1": {"class_path": "NearestNeighbor"},
-        "linear": {"class_path": "LinearProbe", "init_args": {"lr": 0.005}, "learning_rates": [0.002]},
+        "linear": {"class_path": "LinearProbe", "init_args": {"lr": 0.005}, "search": {"lr": [0.002]}},
         "full": {"class_path": "FullFinetune", "init_args": {"lr": 8e-5}},
-        "lora": {"class_path": "LoRA", "init_args": {"rank": 4, "lr": 0.005}, "learning_rates": [0.005, "1e-3"]},
-        "nola": {"class_path": "NOLA", "init_args": {"lr": 0.005, "head_lr": 0.01}, "learning_rates": RATES},
+        "lora": {"class_path": "LoRA", "init_args": {"rank": 4, "lr": 0.005}, "search": {"lr": [0.005, 0.001]}},
+        "nola": {"class_path": "NOLA", "init_args": {"lr": 0.005, "head_lr": 0.01}, "search": {"lr": RATES}},
     },
     "model": {"backbone": {"tag": "tag"}, "run_seed": 5, "basis_seed": None},
     "data": {"dataset": "digits", "shots": 5, "split_seed": 5},
@@ -34,9 +35,21 @@ CONFIG: dict[str, Any] = {
 ALL = list(CONFIG["methods"])
 
 
-def searched(method: str, accuracies: list[float | None], losses: list[float] | None = None) -> list[Row]:
+def with_search(search: Any, method: str = "nola") -> dict[str, Any]:
+    """The config with another search of an entry."""
+    config = copy.deepcopy(CONFIG)
+    config["methods"][method]["search"] = search
+    return config
+
+
+GRID = with_search({"lr": [0.005, 0.001], "c": [8.0, 2.0]})
+
+
+def searched(
+    method: str, accuracies: list[float | None], losses: list[float] | None = None, config: dict[str, Any] = CONFIG
+) -> list[Row]:
     """Rows of a method's search runs; None means a failed run."""
-    specs = search_specs(CONFIG, [method])
+    specs = search_specs(config, [method])
     return [
         Row.of(
             spec.config,
@@ -60,21 +73,21 @@ def test_the_whole_grid_of_five_methods_is_52_runs() -> None:
     assert all(spec.stage == "final" for spec in specs)
 
 
-def test_a_spec_carries_its_seeds_and_its_rate() -> None:
-    (spec,) = final_specs(CONFIG, [2], [1], ["nola"], {"nola": 0.001, "lora": 0.1})
+def test_a_spec_carries_its_seeds_and_its_settings() -> None:
+    chosen = {"nola": {"lr": 0.001, "c": 8.0}, "lora": {"lr": 0.1}}
+    (spec,) = final_specs(CONFIG, [2], [1], ["nola"], chosen)
     assert spec.config["data"]["split_seed"] == 2
     assert spec.config["model"]["run_seed"] == 1
     assert spec.config["model"]["basis_seed"] is None
-    assert spec.config["model"]["method"] == {"class_path": "NOLA", "init_args": {"lr": 0.001, "head_lr": 0.01}}
-    assert spec.learning_rate == 0.001
+    assert spec.config["model"]["method"] == {"class_path": "NOLA", "init_args": {"lr": 0.001, "head_lr": 0.01, "c": 8}}
+    assert spec.searched == chosen["nola"]
     row = Row.of(spec.config, "final", "completed")
     assert (row.run_hash, row.split, row.init) == (spec.run_hash, spec.split, spec.init)
 
 
-def test_an_entry_without_a_chosen_rate_keeps_its_own() -> None:
+def test_an_entry_without_chosen_settings_keeps_its_own() -> None:
     full, neighbour = final_specs(CONFIG, [0], [0], ["full", "nn1"], {})
-    assert full.learning_rate == full.config["model"]["method"]["init_args"]["lr"] == 8e-5
-    assert neighbour.learning_rate is None
+    assert full.config["model"]["method"]["init_args"] == {"lr": 8e-5} and full.searched == {}
     assert neighbour.config["model"]["method"]["init_args"] == {}
 
 
@@ -87,61 +100,97 @@ def test_a_fixed_basis_seed_stays() -> None:
 
 def test_planning_leaves_the_config_alone() -> None:
     before = copy.deepcopy(CONFIG)
-    specs = final_specs(CONFIG, [0, 1], [0], ALL, {"nola": 0.1}) + search_specs(CONFIG, ALL)
+    specs = final_specs(CONFIG, [0, 1], [0], ALL, {"nola": {"lr": 0.1}}) + search_specs(CONFIG, ALL)
     for spec in specs:
         spec.config["data"]["shots"] = 99
     assert CONFIG == before
 
 
-def test_search_is_one_run_a_rate_for_entries_with_several() -> None:
+def test_search_is_one_run_per_combination_for_entries_with_several() -> None:
     specs = search_specs(CONFIG, ALL)
-    assert [(spec.method, spec.learning_rate) for spec in specs] == [
-        ("lora", 0.005),
-        ("lora", 0.001),
-        *(("nola", rate) for rate in RATES),
+    assert [(spec.method, spec.searched) for spec in specs] == [
+        ("lora", {"lr": 0.005}),
+        ("lora", {"lr": 0.001}),
+        *(("nola", {"lr": rate}) for rate in RATES),
     ]
     assert {(spec.split, spec.init, spec.stage) for spec in specs} == {(0, 0, "search")}
     assert [spec.config["model"]["method"]["init_args"]["lr"] for spec in specs] == [0.005, 0.001, *RATES]
     assert len({spec.run_hash for spec in specs}) == 5
+    grid = search_specs(GRID, ["nola"])
+    assert [spec.config["model"]["method"]["init_args"] for spec in grid] == [
+        {"lr": 0.005, "head_lr": 0.01, "c": 8},
+        {"lr": 0.005, "head_lr": 0.01, "c": 2},
+        {"lr": 0.001, "head_lr": 0.01, "c": 8},
+        {"lr": 0.001, "head_lr": 0.01, "c": 2},
+    ]
+    assert len({spec.run_hash for spec in grid}) == 4
+    assert [in_words(spec.searched) for spec in grid[:2]] == ["lr 0.005, c 8", "lr 0.005, c 2"]
 
 
-def test_the_rate_with_the_best_validation_accuracy_is_chosen() -> None:
+def test_the_settings_with_the_best_validation_accuracy_are_chosen() -> None:
     rows = searched("nola", [0.5, 0.7, 0.6]) + searched("lora", [0.8, 0.4])
-    assert choose_learning_rates(CONFIG, rows) == {"linear": 0.002, "full": 8e-5, "lora": 0.005, "nola": 0.001}
+    assert choose_settings(CONFIG, rows) == {
+        "nn1": {}, "linear": {"lr": 0.002}, "full": {}, "lora": {"lr": 0.005}, "nola": {"lr": 0.001},
+    }  # fmt: skip
+    chosen = choose_settings(GRID, searched("nola", [0.5, 0.6, 0.6, 0.7], config=GRID), ["nola"])
+    assert chosen == {"nola": {"lr": 0.001, "c": 2}}
+    (final,) = final_specs(GRID, [0], [0], ["nola"], chosen)
+    assert final.config["model"]["method"]["init_args"] == {"lr": 0.001, "head_lr": 0.01, "c": 2}
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "losses", "expected"),
+    ("config", "accuracies", "losses", "expected"),
     [
-        ([0.7, 0.7, 0.7], [1.0, 0.9, 1.1], 0.001),  # a tie goes to the lower loss
-        ([0.7, 0.7, 0.6], [1.0, 1.0, 0.1], 0.001),  # then to the smaller rate
-        ([0.7, 0.7, 0.7], [1.0, 1.0, 1.0], 0.0005),
-        ([None, 0.0, None], [1.0, 9.0, 1.0], 0.001),  # a failed run is worse than any other
+        (CONFIG, [0.7, 0.7, 0.7], [1.0, 0.9, 1.1], {"lr": 0.001}),  # a tie goes to the lower loss
+        (CONFIG, [0.7, 0.7, 0.6], [1.0, 1.0, 0.1], {"lr": 0.001}),  # then to the smaller rate
+        (CONFIG, [0.7, 0.7, 0.7], [1.0, 1.0, 1.0], {"lr": 0.0005}),
+        (CONFIG, [None, 0.0, None], [1.0, 9.0, 1.0], {"lr": 0.001}),  # a failed run is worse than any other
+        (GRID, [0.7, 0.7, 0.7, 0.7], [1.0, 1.0, 1.0, 1.0], {"lr": 0.001, "c": 8}),  # then to the first of the config
+        (GRID, [0.7, 0.7, 0.6, 0.6], [1.0, 1.0, 1.0, 1.0], {"lr": 0.005, "c": 8}),
+        (with_search({"c": [8, 2]}), [0.7, 0.7], [1.0, 1.0], {"c": 8}),
     ],
 )
-def test_ties_and_failures(accuracies: list[float | None], losses: list[float], expected: float) -> None:
-    rows = searched("nola", accuracies, losses)
-    assert choose_learning_rates(CONFIG, rows, ["nola"]) == {"nola": expected}
-    assert choose_learning_rates(CONFIG, rows[::-1], ["nola"]) == {"nola": expected}
+def test_ties_and_failures(
+    config: dict[str, Any], accuracies: list[float | None], losses: list[float], expected: dict[str, float]
+) -> None:
+    rows = searched("nola", accuracies, losses, config)
+    assert choose_settings(config, rows, ["nola"]) == {"nola": expected}
+    assert choose_settings(config, rows[::-1], ["nola"]) == {"nola": expected}
+
+
+def test_a_search_by_another_entrys_name() -> None:
+    config = copy.deepcopy(GRID)
+    config["methods"]["other"] = {"class_path": "NOLA", "init_args": {"rank": 2}, "search": "nola"}
+    assert search_specs(config, ["other"]) == search_specs(config, ["nola", "other"]) == search_specs(GRID, ["nola"])
+    rows = searched("nola", [0.5, 0.7, 0.6, 0.6], config=config)
+    chosen = choose_settings(config, rows, ["other"])
+    (final,) = final_specs(config, [0], [0], ["other"], chosen)
+    assert final.config["model"]["method"]["init_args"] == {"rank": 2, "lr": 0.005, "c": 2}
+    (line,) = [line for line in entry_progress(config, [0], [0], rows) if line.method == "other"]
+    assert (line.search, line.final, line.done) == (0, 1, 0)
+    of_linear = with_search("nola", "linear")
+    of_linear["methods"]["nola"] = GRID["methods"]["nola"]
+    with pytest.raises(NolaVisionError, match="`search` of the method 'linear': unknown setting 'c' of LinearProbe"):
+        complete(of_linear, ["linear"], lambda one: one)
 
 
 def test_a_failed_run_is_worst_whatever_it_measured() -> None:
     rows = searched("lora", [0.9, 0.1])
     rows[0] = dataclasses.replace(rows[0], status="failed")
-    assert choose_learning_rates(CONFIG, rows, ["lora"]) == {"lora": 0.001}
+    assert choose_settings(CONFIG, rows, ["lora"]) == {"lora": {"lr": 0.001}}
 
 
 def test_all_failed_is_an_error() -> None:
     with pytest.raises(NolaVisionError, match="all search runs of 'lora' failed"):
-        choose_learning_rates(CONFIG, searched("lora", [None, None]), ["lora"])
+        choose_settings(CONFIG, searched("lora", [None, None]), ["lora"])
 
 
 def test_a_search_that_has_not_ended_decides_nothing() -> None:
     rows = searched("lora", [0.5, 0.6])
     with pytest.raises(NolaVisionError, match="0.001 has not ended"):
-        choose_learning_rates(CONFIG, rows[:1], ["lora"])
+        choose_settings(CONFIG, rows[:1], ["lora"])
     with pytest.raises(NolaVisionError, match="0.001 has not ended"):
-        choose_learning_rates(CONFIG, [rows[0], dataclasses.replace(rows[1], status="interrupted")], ["lora"])
+        choose_settings(CONFIG, [rows[0], dataclasses.replace(rows[1], status="interrupted")], ["lora"])
 
 
 def test_rows_of_other_settings_are_not_taken() -> None:
@@ -151,15 +200,36 @@ def test_rows_of_other_settings_are_not_taken() -> None:
     ten_shot["data"]["shots"] = 10
     best_elsewhere = Row.of(search_specs(ten_shot, ["lora"])[0].config, "search", "completed", val_accuracy=1.0)
     final = Row.of(final_specs(CONFIG, [0], [0], ["lora"], {})[0].config, "final", "completed", val_accuracy=1.0)
-    assert choose_learning_rates(CONFIG, [*rows, best_elsewhere, final], ["lora"]) == {"lora": 0.001}
+    assert choose_settings(CONFIG, [*rows, best_elsewhere, final], ["lora"]) == {"lora": {"lr": 0.001}}
 
 
-@pytest.mark.parametrize("rates", ["0.1", [0.1, "fast"], [None, 0.1]])
-def test_rates_that_are_no_numbers_are_refused(rates: Any) -> None:
-    bad = copy.deepcopy(CONFIG)
-    bad["methods"]["nola"]["learning_rates"] = rates
-    with pytest.raises(NolaVisionError, match="'nola'"):
-        search_specs(bad, ["nola"])
+@pytest.mark.parametrize(
+    ("method", "search", "message"),
+    [
+        ("nola", {"lrr": [0.1]}, r"unknown setting 'lrr' of NOLA: did you mean lr"),
+        ("linear", {"c": [2, 8]}, "unknown setting 'c' of LinearProbe"),
+        ("nola", {"lr": [0.1, "fast"]}, "lr of NOLA is 'fast': it must be a number"),
+        ("nola", {"lr": [None, 0.1]}, "lr of NOLA is None: it must be a number"),
+        ("nola", {"lr": [0.1], "c": [2, -2]}, "c of NOLA is -2.0: it must be above zero"),
+        ("nola", {"max_bytes": [2000]}, "max_bytes: list `budgets`"),
+        ("nola", {key: list(range(1, 99)) for key in ("rank", "num_basis", "c", "lr")}, "has 92,236,816 combinations"),
+    ],
+)
+def test_a_search_that_cannot_be_done_is_refused(method: str, search: dict[str, Any], message: str) -> None:
+    with pytest.raises(NolaVisionError, match=f"`search` of the method '{method}'.*{message}"):
+        complete(with_search(search, method), [method], lambda one: one)
+
+
+def test_values_of_a_search_are_those_of_the_parser() -> None:
+    given = {
+        "lr": ["5e-3", 0.005, 1],
+        "c": [2, 2.0],
+        "bits": ["4", 8],
+        "targets": ["qkv", ["qkv", "mlp"], ["qkv", "mlp"]],
+    }
+    found = complete(with_search(given), ["nola"], lambda one: one)["methods"]["nola"]["search"]
+    assert found == {"lr": [0.005, 1], "c": [2], "bits": [4, 8], "targets": ["qkv", ["qkv", "mlp"]]}
+    assert {type(value) for value in (*found["lr"], *found["c"])} == {float} and type(found["bits"][0]) is int
 
 
 @pytest.mark.parametrize(
@@ -206,12 +276,16 @@ def test_vary_and_shards() -> None:
     config, names = vary(CONFIG, ["nn1", "lora", "nola"], "rank", [1, 4], lambda kind, key: kind != "NearestNeighbor")
     assert names == ["nn1", "lora-rank1", "lora-rank4", "nola-rank1", "nola-rank4"]
     assert config["methods"]["nola-rank4"]["init_args"]["rank"] == 4
-    assert config["methods"]["nola-rank4"]["learning_rates"] == CONFIG["methods"]["nola"]["learning_rates"]
+    assert config["methods"]["nola-rank4"]["search"] == CONFIG["methods"]["nola"]["search"]
     specs = final_specs(config, [0, 1], [0], names, {})
     assert [spec.method for spec in specs[:3]] == ["nn1", "lora-rank1", "lora-rank4"]
     assert sorted(s.run_hash for i in (1, 2, 3) for s in shard_of(specs, (i, 3))) == sorted(s.run_hash for s in specs)
     rates, names = vary(CONFIG, ["nola"], "lr", [0.1, 0.2], lambda *_: True)
     assert not search_specs(rates, names)
+    scales, names = vary(GRID, ["nola"], "c", [1, 4], lambda *_: True)
+    assert [entry["search"] for name, entry in scales["methods"].items() if name in names] == 2 * [
+        {"lr": [0.005, 0.001]}
+    ]
     listed, names = vary(CONFIG, ["nola"], "targets", [["qkv", "mlp"]], lambda *_: True)
     assert names == ["nola-targetsqkv+mlp"] and listed["methods"][names[0]]["init_args"]["targets"] == ["qkv", "mlp"]
     with pytest.raises(NolaVisionError, match="already has a method 'nola-c1'"):
@@ -221,7 +295,7 @@ def test_vary_and_shards() -> None:
 def test_progress_counts_completed_runs() -> None:
     rows = searched("nola", [0.5, 0.6, None])
     rows[2] = dataclasses.replace(rows[2], status="failed")
-    final = final_specs(CONFIG, [0, 1], [0], ["nola"], {"nola": 0.001})
+    final = final_specs(CONFIG, [0, 1], [0], ["nola"], {"nola": {"lr": 0.001}})
     rows.append(Row.of(final[0].config, "final", "completed", seconds_total=4.0))
     (line,) = [line for line in entry_progress(CONFIG, [0, 1], [0], rows) if line.method == "nola"]
     assert (line.search, line.final, line.done, line.seconds) == (3, 2, 3, 4.0)
@@ -259,7 +333,6 @@ def test_fit_and_sweep_with_the_same_settings_are_one_run() -> None:
     for method in methods:
         fitted = parse(run_id.resolve(raw, method), options)
         rate = fitted["model"]["method"]["init_args"].get("lr")
-        chosen = {} if rate is None else {method: rate}
-        (spec,) = final_specs(of_sweep, [0], [0], [method], chosen)
+        (spec,) = final_specs(of_sweep, [0], [0], [method], {} if rate is None else {method: {"lr": rate}})
         assert spec.run_hash == run_id.run_hash(fitted, "final"), method
         assert run_id.run_folder("runs", spec.config, "final") == run_id.run_folder("runs", fitted, "final")

@@ -17,11 +17,11 @@ CONFIG: dict[str, Any] = {
     "method": "nola",
     "methods": {
         "nn1": {"class_path": "NearestNeighbor"},
-        "linear": {"class_path": "LinearProbe", "init_args": {"lr": 0.005}, "learning_rates": [0.005, 0.001]},
+        "linear": {"class_path": "LinearProbe", "init_args": {"lr": 0.005}, "search": {"lr": [0.005, 0.001]}},
         "nola": {
             "class_path": "NOLA",
             "init_args": {"targets": ["qkv", "mlp"], "rank": 4, "lr": 0.005},
-            "learning_rates": [0.005, 0.001, 0.0005],
+            "search": {"lr": [0.005, 0.001, 0.0005]},
         },
     },
     "model": {
@@ -84,6 +84,12 @@ def test_an_unknown_entry_is_refused_with_the_close_names() -> None:
         run_id.resolve(CONFIG, "zzz")
 
 
+def with_search(search: Any) -> dict[str, Any]:
+    """Entries of which the first has a search."""
+    sized = {"class_path": "NOLA", "search": {"lr": [0.1]}, "budgets": [2000]}
+    return {"x": {"class_path": "NOLA", "search": search}, "y": {"class_path": "NOLA"}, "sized": sized}
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
@@ -93,6 +99,14 @@ def test_an_unknown_entry_is_refused_with_the_close_names() -> None:
         ({"x": {"init_args": {}}}, "class_path"),
         ({"x": "NOLA"}, "class_path"),
         (None, "lacks a value for `methods`"),
+        ({"x": {"class_path": "NOLA", "learning_rates": [0.1]}}, "unknown key 'learning_rates' .* search"),
+        (with_search([0.1, 0.2]), r"`search` of the method 'x' is \[0.1, 0.2\]: write it like \{lr:"),
+        (with_search({"lr": 0.1}), "has 0.1 for lr: list the values to try"),
+        (with_search({"c": [2], "lr": []}), r"has \[\] for lr: list"),
+        (with_search("yy"), r"names an unknown method 'yy': did you mean y\?"),
+        (with_search("x"), "names 'x': name an entry with a mapping `search`"),
+        (with_search("y"), "names 'y': name an entry with a mapping `search`"),
+        (with_search("sized"), "names 'sized': name an entry with a mapping `search`, without budgets"),
     ],
 )
 def test_a_malformed_entry_is_refused(methods: Any, message: str) -> None:

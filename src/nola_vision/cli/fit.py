@@ -91,7 +91,7 @@ def _options(verb: str) -> Options:
     )
     options.add_argument("--estimate", choices=("folds", "none"), help=f"without a test split. {estimate}")
     options.add_argument(
-        "--search", action="store_true", help="choose among the entry's learning_rates, on held-out images"
+        "--search", action="store_true", help="choose among the settings of the entry's `search`, on held-out images"
     )
     options.add_argument("--again", action="store_true", help="repeat a completed run")
     add_photo_options(options)

@@ -25,7 +25,7 @@ VERBS = {
     "init": "write the config for a folder of photos, to edit",
     "validate": "a checkpoint's accuracy on the validation pool",
     "test": "a checkpoint's accuracy on the test set",
-    "sweep": "every split x init x method of a config, with the learning rates chosen on validation images",
+    "sweep": "every split x init x method of a config, with searched settings chosen on validation images",
     "report": "the tables of folders of runs",
     "export": "a shorter adapter file, or a plain timm checkpoint",
     "predict": "use an adapter: images in, labels out",

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
 def _options() -> argparse.ArgumentParser:
     options = config_options("sweep", help=True)
     options.description = (
-        "Chooses each method's learning rate on validation images (one split, init 0), then trains and tests every "
+        "Chooses each method's searched settings on validation images (one split, init 0), then trains and tests every "
         "split x init x method, and prints the table. Completed runs are skipped, so the same command resumes a sweep "
         "that was stopped. Any key of the config may follow as an option: --data.shots 10."
     )
@@ -119,7 +119,7 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace, warned: set[str]) -> in
     """Prints the plan of a sweep, its progress and its tables, and each warning once; returns the exit status."""
     out, console = Path(known.out), Console()
     if not sweep.searches:
-        console.print("there is no validation pool, so every method keeps its own learning rate")
+        console.print("there is no validation pool, so nothing is searched: every method keeps its own settings")
     trainer = sweep.config["trainer"]
     if known.engine == "ray":
         engine = runner.ray_engine(trainer, known.workers, known.address, known.gpus_per_run)

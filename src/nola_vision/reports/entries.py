@@ -174,7 +174,7 @@ def _labels(method: str, versions: Sequence[tuple[str, Row]]) -> list[str]:
     labels = []
     for one in settings:
         shown = [
-            f"{key if short.count(key) == 1 else name}={_shown(one.get(name))}"
+            f"{key if short.count(key) == 1 else name}={setting_text(one.get(name))}"
             for name, key in zip(differing, short, strict=True)
         ]
         more = ", ..." if len(shown) > _SHOWN_SETTINGS else ""
@@ -187,10 +187,10 @@ def _labels(method: str, versions: Sequence[tuple[str, Row]]) -> list[str]:
     return [f"{method} ({label})" for label in hashed]
 
 
-def _shown(value: Any) -> str:
-    """A setting's value in a label: `8`, `0.001`, `qkv+mlp`, `null`."""
+def setting_text(value: Any) -> str:
+    """A setting's value in a label or table: `8`, `0.001`, `qkv+mlp`, `null`."""
     if isinstance(value, list):
-        text = "+".join(map(_shown, value))
+        text = "+".join(map(setting_text, value))
     elif isinstance(value, float):
         text = f"{value:g}"
     else:

@@ -35,7 +35,7 @@ _HELP: Mapping[str, str] = {
     "macro F1 %": "mean over classes of F1",
     "top-5 %": "share of images whose class is among the five with the largest logits",
     "NLL": "mean cross-entropy in nats, not calibrated",
-    "lr": "learning rate; chosen on validation images if the config lists several",
+    "lr": "learning rate; chosen on validation images if the config's `search` lists several",
     "difference": "accuracy minus that of the method with the best mean, in points: mean over the splits that both "
     f"have, with Student's t interval for at least {LEAST_SPLITS} splits on a test set",
     "splits": "number of splits that both methods have",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nola_vision.adapters.methods import registry
+from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.budgets import most_file_bytes, solve_budget
+from nola_vision.models.budgets import MARGIN, most_file_bytes, solve_budget
 from nola_vision.models.metadata import AdapterMetadata
+from nola_vision.runs.budget_names import split_budget
+from nola_vision.runs.search_grid import combinations, in_words, with_settings
 
 
 def solved(run_config: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +40,29 @@ def size_and_bytes(run_config: dict[str, Any]) -> tuple[str, int] | None:
         return None
     name = method.size_setting
     return f"{name} {getattr(method, name):,}" if name else "", most_file_bytes(metadata)
+
+
+def refuse_larger_files(run_config: dict[str, Any], search: Mapping[str, Sequence[Any]]) -> None:
+    """Refuses a search with settings that make the file of an entry larger than the entry's budget.
+
+    Args:
+        run_config: of an entry, with the solved budget.
+        search: the values to try of each setting.
+
+    Raises:
+        NolaVisionError: a file would be larger.
+    """
+    budget = split_budget(run_config["method"])[1]
+    search = {name: values for name, values in search.items() if name not in ("lr", "head_lr")}  # counted already
+    if budget is None or not search:
+        return
+    for settings in combinations(search):
+        found = size_and_bytes(with_settings(run_config, settings))
+        if found is not None and found[1] > budget + MARGIN:  # other digits of `c` are within the margin
+            raise NolaVisionError(
+                f"`search` of the method {run_config['method']!r} has {in_words(settings)}, with which the file has "
+                f"{found[1]:,} bytes: search settings that do not change its size"
+            )
 
 
 def _metadata(run_config: dict[str, Any]) -> AdapterMetadata:

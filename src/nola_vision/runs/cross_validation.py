@@ -6,7 +6,6 @@ trains on every image; its row has the estimate.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs import run_id, runner
 from nola_vision.runs.completed import completed_row
 from nola_vision.runs.parsing import open_data
-from nola_vision.runs.record import Row, search_rank
+from nola_vision.runs.record import Row
 from nola_vision.runs.run_id import Config
+from nola_vision.runs.search_grid import Settings, best, with_settings
 
 
 def number_of_folds(run_config: Config, data: KShotDataModule | None = None) -> int:
@@ -44,7 +44,7 @@ def run_with_estimate(
     out: str | Path,
     stage: run_id.Stage = "final",
     *,
-    learning_rates: Sequence[float] = (),
+    search: Sequence[Settings] = (),
     on_fold: Callable[[int, Row], None] | None = None,
     folds: int | None = None,
     again: bool = False,
@@ -56,7 +56,7 @@ def run_with_estimate(
         run_config: as of `runner.run`.
         out: as of `runner.run`.
         stage: as of `runner.run`; only a final run has an estimate.
-        learning_rates: candidates; the best one on a validation pool is used. If the final run trains on all images,
+        search: settings to try; the best ones on a validation pool are used. If the final run trains on all images,
             search runs hold the pool out of them, and out of each fold's training part.
         on_fold: called with the number and the row of each finished fold.
         folds: how many to run, from 0; `number_of_folds` if not given.
@@ -80,12 +80,12 @@ def run_with_estimate(
     before = {**options, "ckpt_path": "last" if options.get("ckpt_path") == "last" else None}
     held_out = []
     for fold in range(folds):
-        fold_config = _with_best_rate(_of_fold(run_config, fold), out, learning_rates, True, before)
+        fold_config = _with_best(_of_fold(run_config, fold), out, search, True, before)
         held_out.append(runner.run(fold_config, out, "fold", **before))
         if on_fold is not None:
             on_fold(fold, held_out[-1])
-    holds_out = bool(learning_rates) and open_data(run_config).search_holds_out
-    run_config = _with_best_rate(run_config, out, learning_rates, holds_out, before)
+    holds_out = bool(search) and open_data(run_config).search_holds_out
+    run_config = _with_best(run_config, out, search, holds_out, before)
     return runner.run(run_config, out, held_out=held_out, **options)
 
 
@@ -103,24 +103,17 @@ def _with(run_config: Config, group: str, **settings: Any) -> Config:
     return {**run_config, group: {**run_config[group], **settings}}
 
 
-def _with_best_rate(
-    run_config: Config, out: str | Path, rates: Sequence[float], hold_out: bool, options: dict[str, Any]
+def _with_best(
+    run_config: Config, out: str | Path, tried: Sequence[Settings], hold_out: bool, options: dict[str, Any]
 ) -> Config:
-    """The run config with the learning rate of the best validation accuracy, after one search run per rate."""
-    if len(rates) < 2:
+    """The run config with the settings of the best validation accuracy, after one search run with each."""
+    if len(tried) < 2:
         return run_config
-    rows: list[Row] = []
-    for rate in rates:
-        tried = copy.deepcopy(_with(run_config, "data", hold_out=hold_out))
-        tried["model"]["method"]["init_args"]["lr"] = rate
-        # a rate that diverges is not chosen
-        rows.append(runner.run(tried, out, "search", **{**options, "keep_going": True}))
-    completed = [
-        (search_rank(row), rate) for row, rate in zip(rows, rates, strict=True) if row.val_accuracy is not None
-    ]
-    if not completed:
+    held_out = _with(run_config, "data", hold_out=hold_out)
+    options = {**options, "keep_going": True}  # settings that diverge are not chosen
+    rows = [runner.run(with_settings(held_out, settings), out, "search", **options) for settings in tried]
+    chosen = best(tried, rows)
+    if chosen is None:
         reason = rows[-1].error or "no image can be held out"
-        raise NolaVisionError(f"no learning rate of {run_config['method']} can be chosen: {reason}")
-    chosen = copy.deepcopy(run_config)
-    chosen["model"]["method"]["init_args"]["lr"] = min(completed)[1]
-    return chosen
+        raise NolaVisionError(f"no settings of {run_config['method']} can be chosen: {reason}")
+    return with_settings(run_config, chosen)

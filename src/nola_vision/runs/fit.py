@@ -14,8 +14,9 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import duration, say, time_left
 from nola_vision.common.text import printable
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.runs import cross_validation, run_id, runner, store
+from nola_vision.runs import cross_validation, run_id, runner, search_grid, store
 from nola_vision.runs.budget_names import split_budget
+from nola_vision.runs.budgets import refuse_larger_files
 from nola_vision.runs.completed import completed_row
 from nola_vision.runs.parsing import open_data, parse
 from nola_vision.runs.record import Row
@@ -59,12 +60,12 @@ def fit(
 
     Args:
         run_config: what `parse` returns.
-        raw: the config that it comes from; its entries on frozen features and its `learning_rates` are used.
+        raw: the config that it comes from; its entries on frozen features and its `search` are used.
         out: the folder of all runs.
         accuracy: the text for the accuracy of a run.
         ckpt_path: as of `runner.run`.
         again: repeat completed runs.
-        search: choose among the `learning_rates` of the entry.
+        search: choose among the settings of the entry's `search`.
         estimate: "folds" trains on each fold however long it takes, "none" skips them; None skips them if they would
             take longer than `LONGEST_ESTIMATE`.
         allow_import: packages whose classes the config may name.
@@ -78,7 +79,7 @@ def fit(
     if run_config["trainer"]["accelerator"] in ("cuda", "gpu") and not torch.cuda.is_available():
         raise NolaVisionError("there is no CUDA device here: leave --device (--trainer.accelerator) out, or give cpu")
     main, trains = is_main_process(run_config), run_id.has_init(run_config)
-    rates = _learning_rates(raw, run_config) if search else []
+    tried = _tried(raw, run_config) if search else []
     data = open_data(run_config)
     if main:
         say(_summary(run_config, data))
@@ -90,7 +91,7 @@ def fit(
             say("the adapter gets no estimate: folds are trained on one device, and this run has several")
     folder = run_id.run_folder(out, run_config, "final")
     store.refuse_other_things(folder)
-    done = None if again or rates else completed_row(folder)
+    done = None if again or tried else completed_row(folder)
     finished = done is not None and (not folds or done.estimate is not None)
     if main and finished:
         say(f"this run is completed: --again repeats it ({folder})")
@@ -103,9 +104,9 @@ def fit(
     if finished:
         folds = 0
     elif folds:
-        if not again and not rates:
+        if not again and not tried:
             pending = cross_validation.pending_folds(run_config, out, folds)
-        if skipped := bool(pending) and _takes_too_long(run_config, folds, len(pending), len(rates), estimate):
+        if skipped := bool(pending) and _takes_too_long(run_config, folds, len(pending), len(tried), estimate):
             folds = 0
     clock = time.monotonic()
 
@@ -119,7 +120,7 @@ def fit(
     row = cross_validation.run_with_estimate(
         run_config,
         out,
-        learning_rates=rates,
+        search=tried,
         on_fold=on_fold if main else None,
         folds=folds,
         ckpt_path=ckpt_path,
@@ -144,15 +145,19 @@ def _summary(run_config: run_id.Config, data: KShotDataModule) -> str:
     return f"{images:,} training images of {classes} classes, {tested}; backbone {backbone}"
 
 
-def _learning_rates(raw: run_id.Config, run_config: run_id.Config) -> list[float]:
-    """The learning rates of the entry, for --search."""
-    entry = raw.get("methods", {}).get(split_budget(run_config["method"])[0]) or {}
-    rates = [float(rate) for rate in entry.get("learning_rates") or []]
-    if len(rates) < 2:
+def _tried(raw: run_id.Config, run_config: run_id.Config) -> list[dict[str, Any]]:
+    """The combinations of settings to try, for --search."""
+    name = split_budget(run_config["method"])[0]
+    search = run_id.search_of(raw, name) if name in raw.get("methods", {}) else {}
+    search = search_grid.checked(name, search, run_config["model"]["method"])
+    refuse_larger_files(run_config, search)
+    tried = search_grid.combinations(search)
+    if len(tried) < 2:
         raise NolaVisionError(
-            f"--search needs several learning rates: give {run_config['method']} a list `learning_rates` in the config"
+            f"--search needs several values of a setting: give {name} a mapping `search` in the config, such as "
+            "{lr: [0.005, 0.001]}"
         )
-    return rates
+    return tried
 
 
 def _frozen_rows(
@@ -185,7 +190,7 @@ def _class_of(entry: dict[str, Any]) -> str:
 
 
 def _takes_too_long(
-    run_config: run_id.Config, folds: int, pending: int, rates: int, estimate: Literal["folds", "none"] | None
+    run_config: run_id.Config, folds: int, pending: int, tried: int, estimate: Literal["folds", "none"] | None
 ) -> bool:
     """Prints how long the folds will take, and whether they are skipped.
 
@@ -193,10 +198,10 @@ def _takes_too_long(
         run_config: of the final run.
         folds: how many there are.
         pending: how many of them are not completed.
-        rates: the number of learning rates to choose from.
+        tried: the number of combinations of settings to choose from.
         estimate: as of `fit`.
     """
-    each = training_seconds(run_config, _TIMING_SECONDS) * (1 + rates)
+    each = training_seconds(run_config, _TIMING_SECONDS) * (1 + tried)
     total = each * pending * (folds - 1) / folds  # every fold leaves out one part of the images
     if estimate is None and total > LONGEST_ESTIMATE:
         say(f"{folds} folds would take {duration(total)}, so the adapter gets no estimate now")

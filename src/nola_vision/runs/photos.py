@@ -249,7 +249,7 @@ _COMMENTS = {
     "protocol": "A name for these settings. It is part of the name of the folder that the runs are in.",
     "method": "What `fit` trains: one of `methods`, or --method NAME.",
     "methods": """\
-What `sweep` compares. `lr` is used, unless `fit --search` chooses among `learning_rates`. `sweep` chooses among them
+What `sweep` compares. `lr` is used, unless `fit --search` chooses among the values in `search`. `sweep` chooses
 only if the data have a validation pool: a test split, and a class with 20 or more training images.""",
     "methods.1nn": "Classifiers on the frozen backbone's features, which `fit` reports first: docs/frozen-features.md.",
     "methods.linear": "Only the head is trained.",

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from nola_vision.adapters.methods.registry import METHODS
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.hashing import sha256
-from nola_vision.common.mappings import flattened
+from nola_vision.common.mappings import flattened, value_at
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.common.tags import short_dataset, short_tag
 from nola_vision.common.text import last_part
+from nola_vision.common.validation import quoted
 from nola_vision.runs.budget_names import budgets_of, split_budget, with_budget
 
 Config = dict[str, Any]
@@ -84,7 +85,7 @@ def resolve(config: Mapping[str, Any], method: str | None = None) -> Config:
 
     Returns:
         The run config: a copy in which `method` is the entry's name, `model.method` its `class_path` and `init_args`,
-        and `methods` (with the `learning_rates` to try) and `published` are gone.
+        and `methods` (with the `search` of each) and `published` are gone.
 
     Raises:
         NolaVisionError: no such entry, or an entry without `class_path`.
@@ -124,12 +125,42 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         raise NolaVisionError(f"`init_args` of the method {name!r} must be a mapping: write it like {{rank: 4}}")
     if not isinstance(settings, Mapping) or not isinstance(settings.get("class_path"), str):
         raise NolaVisionError(f"the method {name!r} lacks `class_path`: name its class, such as `class_path: NOLA`")
-    if stray := [key for key in settings if key not in ("class_path", "init_args", "learning_rates", "budgets")]:
+    if stray := [key for key in settings if key not in ("class_path", "init_args", "search", "budgets")]:
         raise NolaVisionError(
-            f"unknown key {stray[0]!r} in the method {name!r}: it takes class_path, init_args, learning_rates and "
-            "budgets"
+            f"unknown key {stray[0]!r} in the method {name!r}: it takes class_path, init_args, search and budgets"
         )
+    _check_search(methods, name, settings.get("search"))
     return settings
+
+
+def searched_at(config: Mapping[str, Any], name: str) -> str:
+    """The entry whose search chooses settings of an entry: itself, or the one that its `search` names."""
+    search = entry(config, name).get("search")
+    return search if isinstance(search, str) else name
+
+
+def search_of(config: Mapping[str, Any], name: str) -> Mapping[str, list[Any]]:
+    """The values to try of each searched setting of an entry; empty if it has no search."""
+    return entry(config, searched_at(config, name)).get("search") or {}
+
+
+def _check_search(methods: Mapping[str, Any], name: str, search: Any) -> None:
+    """Refuses what is not a mapping of settings to values, nor the name of an entry with such a mapping."""
+    whose = f"`search` of the method {name!r}"
+    if isinstance(search, str):
+        if search not in methods:
+            hint = did_you_mean(search, map(str, methods))
+            raise NolaVisionError(f"{whose} names an unknown method {search!r}: {hint}")
+        if not isinstance(value_at(methods, search, "search"), Mapping) or value_at(methods, search, "budgets"):
+            raise NolaVisionError(f"{whose} names {search!r}: name an entry with a mapping `search`, without budgets")
+        return
+    if not isinstance(search, Mapping | None):
+        raise NolaVisionError(f"{whose} is {quoted(search)}: write it like {{lr: [0.005, 0.001]}}")
+    for setting, values in (search or {}).items():
+        if not isinstance(values, list) or not values:
+            raise NolaVisionError(
+                f"{whose} has {quoted(values)} for {setting}: list the values to try, such as [0.005, 0.001]"
+            )
 
 
 def need(config: Mapping[str, Any], *path: str) -> Any:

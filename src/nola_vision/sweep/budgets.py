@@ -1,4 +1,4 @@
-"""The entries of a sweep that have byte budgets: which can be reached, and where their learning rates are searched."""
+"""The entries of a sweep that have byte budgets: which can be reached, and where their settings are searched."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Entries:
         config: a full config, as `plan.complete` returns it; also with entries that are only searched, for others.
         methods: names of the entries with final runs.
         not_run: the entries without runs.
-        notes: one sentence for each method whose learning rate is not searched at the budget for it.
+        notes: one sentence for each method that is not searched at the budget for it.
     """
 
     config: run_id.Config
@@ -58,7 +58,7 @@ def complete(
 ) -> Entries:
     """Solves the budgets of entries, and fills in the defaults of all.
 
-    Of two budgets with the same solution the smaller one is run. Learning rates are searched once for all budgets of a
+    Of two budgets with the same solution the smaller one is run. Settings are searched once for all budgets of a
     method, at `search_budgets`.
 
     Args:
@@ -68,7 +68,10 @@ def complete(
 
     Raises:
         UnreachableBudgetError: no entry can be run.
+        NolaVisionError: a search cannot be done, or would exceed a budget.
     """
+    from nola_vision.runs.budgets import refuse_larger_files  # imports torch, as `parse` does
+
     parsed = cache(lambda name: parse(run_id.resolve(raw, name)))
     runs: list[str] = []
     not_run: dict[str, NotRun] = {}
@@ -89,8 +92,12 @@ def complete(
     if not runs and unreachable is not None:
         raise unreachable
     runs.sort(key=methods.index)
+    # where settings are chosen for other entries: by name, or for all budgets of a method
+    named = [source for name in runs if (source := run_id.searched_at(raw, name)) != name]
     sources, notes = dict[str, str](), []
     for base in dict.fromkeys(split_budget(name)[0] for name in runs if name not in raw["methods"]):
+        if not isinstance(raw["methods"][base].get("search"), Mapping):
+            continue
         wanted, *larger = (with_budget(base, size) for size in search_budgets(budgets_of(base, raw["methods"][base])))
         for name in (wanted, *larger):
             try:
@@ -99,12 +106,14 @@ def complete(
                 continue
             sources[base] = not_run[name].same_as or name if name in not_run else name
             break
-        if (used := sources[base]) != wanted and plan.rates_to_try(raw, base)[1:]:
+        if (used := sources[base]) != wanted and any(values[1:] for values in raw["methods"][base]["search"].values()):
             reason = "which is the same" if wanted in not_run and not_run[wanted].same_as else "the next within reach"
-            notes.append(f"the learning rate of {base} is searched at {used}, {reason}, instead of {wanted}")
-    config = plan.complete(raw, [*dict.fromkeys([*runs, *sources.values()])], lambda one: parsed(one["method"]))
+            notes.append(f"{base} is searched at {used}, {reason}, instead of {wanted}")
+    config = plan.complete(raw, [*dict.fromkeys([*runs, *sources.values(), *named])], lambda one: parsed(one["method"]))
     for name, settings in config["methods"].items():
         source = sources.get(split_budget(name)[0], name) if name not in raw["methods"] else name
-        if source != name and settings["learning_rates"]:
-            settings["learning_rates"] = source
+        if source != name:
+            settings["search"] = source
+    for name in runs:
+        refuse_larger_files(run_id.resolve(config, name), run_id.search_of(config, name))
     return Entries(config, runs, not_run, notes)

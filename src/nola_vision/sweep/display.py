@@ -14,6 +14,7 @@ from rich.table import Table
 from nola_vision.common.progress import PlainLines, duration, is_live, say, time_left
 from nola_vision.common.text import printable
 from nola_vision.runs.record import Row
+from nola_vision.runs.search_grid import in_words
 from nola_vision.sweep.plan import RunSpec
 from nola_vision.sweep.progress import EntryProgress, planned_seconds, remaining_seconds
 
@@ -138,5 +139,5 @@ class SweepDisplay:
         if row.status != "completed":
             return printable(f"{run}: {row.status}, {row.error}")
         if spec.stage == "search":
-            return f"{run}: learning rate {spec.learning_rate:g}, validation {100 * (row.val_accuracy or 0):.1f} %"
+            return f"{run}: {in_words(spec.searched)}, validation {100 * (row.val_accuracy or 0):.1f} %"
         return f"{run}: {self._accuracy(row)}, {row.seconds_total:.1f} s"

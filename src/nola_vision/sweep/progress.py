@@ -12,8 +12,8 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.progress import seconds_left
 from nola_vision.runs import run_id
 from nola_vision.runs.record import Row, count_once
-from nola_vision.sweep.plan import final_specs, search_specs, searched_at, shard_of
-from nola_vision.sweep.search import choose_learning_rates
+from nola_vision.sweep.plan import final_specs, search_specs, shard_of
+from nola_vision.sweep.search import choose_settings
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ def entry_progress(
     found = []
     for method in methods:
         choices = search_specs(config, [method])
-        search = choices if searched_at(config, method) == method else []
+        search = choices if run_id.searched_at(config, method) == method else []
         try:
-            rates = choose_learning_rates(config, rows, [method])
+            chosen = choose_settings(config, rows, [method])
         except NolaVisionError:  # its search has not ended
-            rates = {}
-        every = final_specs(config, splits, inits, [method], rates)
+            chosen = {}
+        every = final_specs(config, splits, inits, [method], chosen)
         own = [spec for spec in every if (spec.method, spec.split, spec.init) in mine]
         seconds = [row.seconds_total for row in completed if row.method == method and row.seconds_total is not None]
-        done = sum((method, spec.run_hash) in hashes for spec in (*search, *(own if rates or not choices else ())))
+        done = sum((method, spec.run_hash) in hashes for spec in (*search, *(own if chosen or not choices else ())))
         found.append(EntryProgress(method, len(search), len(own), done, median(seconds) if seconds else None))
     return found
 

@@ -35,7 +35,7 @@ class Sweep:
         splits: the values of `data.split_seed`.
         inits: the values of `model.run_seed`.
         shard: (i, n) for part i of n of the final runs. All shards search; in one folder they share that work.
-        searches: whether learning rates are chosen; otherwise there is no validation pool.
+        searches: whether settings are chosen; otherwise there is no validation pool.
         methods: names of the entries with final runs, if not all.
         not_run: the entries that are not run.
         notes: sentences on the plan.
@@ -61,7 +61,7 @@ class Sweep:
         return run_id.cell_name(run_id.resolve(self.config, next(iter(self.config["methods"]))))
 
     def planned(self) -> list[RunSpec]:
-        """All runs; the final ones with the learning rates of the config."""
+        """All runs; the final ones with the settings of the config."""
         final = plan.final_specs(self.config, self.splits, self.inits, self.final, {})
         return [*plan.search_specs(self.config, self.final), *plan.shard_of(final, self.shard)]
 
@@ -125,7 +125,7 @@ class Sweep:
         return [estimates.get(entry.method, entry) for entry in entries], shared
 
     def run(self, execute: Callable[[Sequence[RunSpec]], list[Row]]) -> list[Row]:
-        """Chooses the learning rate of each entry on validation images, then does the final runs.
+        """Chooses the searched settings of each entry on validation images, then does the final runs.
 
         Args:
             execute: an engine: it does every run that is not completed yet, and returns a row for each.
@@ -137,10 +137,10 @@ class Sweep:
         found = execute(plan.search_specs(self.config, self.final))
         failed = [method for method in self.final if search.search_failed(self.config, found, method)]
         kept = [method for method in self.final if method not in failed]
-        rates = search.choose_learning_rates(self.config, found, kept)
-        final = plan.final_specs(self.config, self.splits, self.inits, kept, rates)
+        chosen = search.choose_settings(self.config, found, kept)
+        final = plan.final_specs(self.config, self.splits, self.inits, kept, chosen)
         rows = execute(plan.shard_of(final, self.shard))
-        of_failed = {plan.searched_at(self.config, method) for method in failed}
+        of_failed = {run_id.searched_at(self.config, method) for method in failed}
         return [*(row for row in found if row.method in of_failed), *rows]
 
 

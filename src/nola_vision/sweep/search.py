@@ -1,24 +1,24 @@
-"""The choice of each entry's learning rate from its search runs. Pure functions."""
+"""The choice of each entry's settings from its search runs. Pure functions."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs import run_id
-from nola_vision.runs.record import Row, count_once, search_rank
-from nola_vision.sweep.plan import RunSpec, rates_to_try, search_specs, searched_at
+from nola_vision.runs.record import Row, count_once
+from nola_vision.runs.run_id import search_of, searched_at
+from nola_vision.runs.search_grid import Settings, best, combinations, in_words
+from nola_vision.sweep.plan import RunSpec, search_specs
 
 
-def choose_learning_rates(
+def choose_settings(
     config: Mapping[str, Any], rows: Iterable[Row], methods: Sequence[str] | None = None
-) -> dict[str, float]:
-    """Choose each entry's learning rate by its search runs.
+) -> dict[str, Settings]:
+    """Choose the searched settings of each entry by its search runs, as `search_grid.best`.
 
-    The best validation accuracy wins; ties go to the lower validation loss, then to the smaller rate. A failed run is
-    worse than any other. An entry with a single rate keeps it.
+    An entry whose search has one combination takes that without a run; an entry without a search keeps its settings.
 
     Args:
         config: a config with `methods`.
@@ -33,9 +33,9 @@ def choose_learning_rates(
     for method in methods if methods is not None else run_id.need(config, "methods"):
         specs = search_specs(config, [method])
         if specs:
-            chosen[method] = _best_rate(searched_at(config, method), specs, searched)
-        elif rates := rates_to_try(config, method):
-            chosen[method] = rates[0]
+            chosen[method] = _best(searched_at(config, method), specs, searched)
+        else:
+            (chosen[method],) = combinations(search_of(config, method))
     return chosen
 
 
@@ -47,19 +47,18 @@ def search_failed(config: Mapping[str, Any], rows: Iterable[Row], method: str) -
     return bool(specs) and all(spec.run_hash in failed for spec in specs)
 
 
-def _best_rate(method: str, specs: list[RunSpec], searched: Mapping[tuple[str, str], Row]) -> float:
-    ranked, errors = [], []
+def _best(method: str, specs: list[RunSpec], searched: Mapping[tuple[str, str], Row]) -> Settings:
+    rows = []
     for spec in specs:
         row = searched.get((method, spec.run_hash))
-        if row is None or row.status == "interrupted" or spec.learning_rate is None:
+        if row is None or row.status == "interrupted":
             raise NolaVisionError(
-                f"the search run of {method!r} at learning rate {spec.learning_rate} has not ended: sweep again"
+                f"the search run of {method!r} with {in_words(spec.searched)} has not ended: sweep again"
             )
-        errors += [row.error] if row.error else []
-        ranked.append((search_rank(row), spec.learning_rate))
-    best = min(ranked)
-    if best[0][0] == math.inf:
+        rows.append(row)
+    if (chosen := best([spec.searched for spec in specs], rows)) is None:
+        errors = [row.error for row in rows if row.error]
         raise NolaVisionError(
             f"all search runs of {method!r} failed: {errors[-1] if errors else 'none has a validation accuracy'}"
         )
-    return best[1]
+    return chosen

@@ -35,7 +35,7 @@ def vary(
     entries, names = dict(run_id.need(config, "methods")), list[str]()
     for name in methods:
         base = _without_budget(config, name)
-        settings = run_id.entry(config, base)
+        settings, search = run_id.entry(config, base), run_id.search_of(config, base)
         if not has_setting(settings["class_path"].rpartition(".")[2], key):
             names.append(name)
             continue
@@ -46,8 +46,8 @@ def vary(
                     f"the config already has a method {varied!r}: give each value once, and each setting once"
                 )
             entries[varied] = {**settings, "init_args": {**(settings.get("init_args") or {}), key: value}}
-            if key == "lr":  # the search would choose it
-                entries[varied]["learning_rates"] = None
+            if key in search:  # which would replace the value
+                entries[varied]["search"] = {one: search[one] for one in search if one != key}
             names.append(new)
     if names == list(methods):
         raise NolaVisionError(f"none of {', '.join(methods)} has a setting {key!r}: vary one of a method's settings")

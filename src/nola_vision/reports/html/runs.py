@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nola_vision.common.mappings import value_at
 from nola_vision.common.text import excerpt, printable
+from nola_vision.reports.entries import setting_text
 from nola_vision.reports.formatting import plural
 from nola_vision.reports.statistics import run_accuracy
 from nola_vision.runs.record import Row
@@ -43,6 +45,8 @@ _RUN_COLUMNS = (
     RunColumn("method", "name"),
     RunColumn("split", "number"),
     RunColumn("init", "number"),
+    RunColumn("lr", "number"),
+    RunColumn("c", "number"),
     RunColumn("accuracy %", "number"),
     RunColumn("validation %", "number"),
     RunColumn("file bytes", "number"),
@@ -67,12 +71,15 @@ def _run_texts(row: Row) -> tuple[str, ...]:
     accuracy = row.test_accuracy if found is None else found.value
     fold = row.config["data"].get("fold") if row.stage == "fold" else None
     fold = fold if type(fold) is int else None
+    scale = value_at(row.config, "model", "method", "init_args", "c")
     texts = (
         row.status,
         row.stage if fold is None else f"fold {fold + 1}",
         row.method,
         str(row.split),
         "" if row.init is None else str(row.init),
+        "" if row.learning_rate is None else setting_text(row.learning_rate),
+        "" if scale is None else setting_text(scale),
         "" if accuracy is None else f"{100 * accuracy:.1f}",
         "" if row.val_accuracy is None else f"{100 * row.val_accuracy:.1f}",
         "" if row.adapter_file_bytes is None else f"{row.adapter_file_bytes:,}",
