@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
         },
     },
     "model": {
-        "backbone": {"tag": "vit_mini_patch4_32.contours", "file": "/here/mini.safetensors"},
+        "backbone": {"tag": "vit_glyph_patch4_32.glyphs", "file": "/here/glyph.safetensors"},
         "run_seed": 0,
         "basis_seed": None,
         "warmup_epochs": 5,
@@ -123,14 +123,14 @@ def test_a_missing_value_is_named() -> None:
 
 
 def test_cell_names() -> None:
-    assert run_id.cell_name(run_id.resolve(CONFIG)) == "vit_mini_patch4_32.contours+mini-digits-5shot-quickstart"
+    assert run_id.cell_name(run_id.resolve(CONFIG)) == "vit_glyph_patch4_32.glyphs+glyph-digits-5shot-quickstart"
     without_file = changed("model.backbone.file", None)
-    assert run_id.cell_name(without_file) == "vit_mini_patch4_32.contours-digits-5shot-quickstart"
+    assert run_id.cell_name(without_file) == "vit_glyph_patch4_32.glyphs-digits-5shot-quickstart"
     without_file["data"] |= {"dataset": "folder", "root": "/photos/my flowers/"}
-    assert run_id.cell_name(without_file) == "vit_mini_patch4_32.contours-folder.my_flowers-5shot-quickstart"
+    assert run_id.cell_name(without_file) == "vit_glyph_patch4_32.glyphs-folder.my_flowers-5shot-quickstart"
     for dataset, name in {"hf:/home/me/pets#breed": "hf_pets_breed", "hf:me/pets": "hf_me_pets"}.items():
         without_file["data"]["dataset"] = dataset
-        assert run_id.cell_name(without_file) == f"vit_mini_patch4_32.contours-{name}-5shot-quickstart"
+        assert run_id.cell_name(without_file) == f"vit_glyph_patch4_32.glyphs-{name}-5shot-quickstart"
 
 
 def test_a_cell_name_is_one_safe_folder() -> None:
@@ -158,7 +158,7 @@ def test_a_folder_data_set_needs_a_name(root: str) -> None:
         ("data.download", True),
         ("data.memory_limit_mib", 10),
         ("data.eval_batch_size", 512),
-        ("model.backbone.file", "/there/mini.safetensors"),
+        ("model.backbone.file", "/there/glyph.safetensors"),
         ("trainer.logger", {"class_path": "CSVLogger"}),
         ("trainer.devices", "1"),
         ("trainer.devices", [3]),
@@ -272,7 +272,7 @@ def test_a_fixed_basis_seed_is_a_setting_of_the_entry() -> None:
 
 
 def test_run_folders() -> None:
-    cell = "vit_mini_patch4_32.contours+mini-digits-5shot-quickstart"
+    cell = "vit_glyph_patch4_32.glyphs+glyph-digits-5shot-quickstart"
     run_config = changed("data.split_seed", 2)
     run_config["model"]["run_seed"] = 1
     final, search = run_id.run_hash(run_config, "final"), run_id.run_hash(run_config, "search")
