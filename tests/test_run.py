@@ -225,7 +225,7 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
     assert rest.trainer.callback_metrics["train_loss"] == whole.trainer.callback_metrics["train_loss"]
 
     for changes, named in (
-        ({"method": {"init_args": {"c": 64}}}, r"another method.c \(2"),
+        ({"method": {"init_args": {"c": 64}}}, r"another method.c \(16"),
         ({"basis_seed": 9}, "another basis_seed"),
     ):
         other = build(config(model=changes), tmp_path / "other")
@@ -275,7 +275,8 @@ def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
 
 
 def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    uneven = config("linear", trainer={"check_val_every_n_epoch": 2})
+    exact = {"method": {"init_args": {"head_bits": 32}}}  # the file has what the checkpoint has, not rounded
+    uneven = config("linear", model=exact, trainer={"check_val_every_n_epoch": 2})
     runner.run(uneven, tmp_path)
     assert "weights_only" not in caplog.text  # Lightning would log a line for each epoch
     folder = run_id.run_folder(tmp_path, uneven, "final")
