@@ -12,7 +12,7 @@ within a round. Run it on an idle machine.
     scratch  one training step of ResNet-20 on CIFAR shapes with NOLA and PRANC, with Table 8's parameter counts
     input    images per second of image loading on one core, 500-pixel JPEG files at 224 pixels with the `released`
              augmentation, over 50 epochs: this project's loader, and torchvision's PIL pipeline that reads the files
-    sweep    the 68 runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the total training and
+    sweep    the runs of the quick start by `nola-vision sweep`: wall time, as a multiple of the total training and
              test time of the runs divided by the number of workers (one sweep into an empty folder --out; no rounds)
     run      whole commands, start-up included, of another checkout (--before) and of this one (for `fit` also with
              features of the frozen backbone that an earlier command stored): `fit` on 5 digits per class, a validation

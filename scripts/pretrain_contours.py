@@ -1,6 +1,6 @@
 """Pretrain `vit_mini_patch4_32` from scratch on shapes that a formula draws, on a CPU, without a single photo or font.
 
-    nice -n 5 python scripts/pretrain_contours.py --minutes 60 --seed 0
+    python scripts/pretrain_contours.py --minutes 72 --seed 0 --workers 1 --sheet sheet.png
 
 The task is to tell apart 1,000 families of concentric closed contours, as in Kataoka et al., "Replacing Labeled
 Real-image Datasets with Auto-generated Contours" (CVPR 2022), here drawn from Fourier series:
@@ -62,7 +62,7 @@ class Families:
         order = torch.arange(1, HARMONICS + 1)
         decay = order ** -uniform(g, n, 0.3, 1.3)[:, None]
         amplitude = torch.randn(n, HARMONICS, generator=g) * decay
-        # the sum of |a| bounds how far the radius leaves 1: at most 0.75, so that no contour crosses the centre
+        # the sum of |a| bounds how far the radius leaves 1: at most 0.75, so that contours rarely cross the centre
         amplitude *= uniform(g, n, 0.3, 0.75)[:, None] / amplitude.abs().sum(1, keepdim=True)
         return cls(
             amplitude,
@@ -208,14 +208,14 @@ def contact_sheet(images: torch.Tensor, path: Path, columns: int = 24) -> None:
 
 
 def main() -> None:
-    """Read the options and start one single-threaded process for each core.
+    """Read the options and start the workers, processes of one thread each.
 
     Threads of one process wait for each other at every operation, which is slow if other programs use the cores too;
     processes wait once per step.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     weights = HERE.parent / "src/nola_vision/models/zoo/weights/vit_mini_patch4_32.safetensors"
-    parser.add_argument("--minutes", type=float, default=60, help="wall-clock time, set-up included")
+    parser.add_argument("--minutes", type=float, default=72, help="wall-clock time, set-up included")
     parser.add_argument("--images", type=int, help="stop after this many images instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=weights)
@@ -266,8 +266,8 @@ def pretrain(worker: int, args: argparse.Namespace, meet: str) -> None:
     if first:
         args.log.write_text("")
         if args.sheet:
-            labels = torch.arange(480) // 6
-            contact_sheet(distort(contours(families, labels, g)[torch.arange(480)], g), args.sheet)
+            # from the generator of the training images, so a run without a sheet trains on other images
+            contact_sheet(distort(contours(families, torch.arange(480) // 6, g), g), args.sheet)
     settings = {f"arg_{k}": str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     log(event="start", **settings, classes=CLASSES, held_out_classes=HELD_OUT,
         parameters=sum(p.numel() for k, p in average.named_parameters() if not k.startswith("head.")),

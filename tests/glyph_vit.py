@@ -1,7 +1,8 @@
 """The backbone of the golden adapter files: a small ViT pretrained on rendered glyphs (`golden/README.md`).
 
 It shipped with the package when the files of format 1 and 2 were made. Importing this module registers
-`vit_glyph_patch4_32.glyphs` with timm.
+`vit_glyph_patch4_32.glyphs` with timm. It is a copy of `mini_vit.py` on purpose: golden files must load
+whatever becomes of that.
 """
 
 from __future__ import annotations

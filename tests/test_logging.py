@@ -59,7 +59,9 @@ def test_wandb_offline_has_one_run_for_each() -> None:
     assert len(logged) == 2
     for path in logged:
         assert all(name in path.read_bytes() for name in (b"train_loss", b"val_accuracy", b"test_balanced_accuracy"))
-    validated = tiny("linear", trainer={"check_val_every_n_epoch": 1})  # what a logger asks for is in the hash, not it
+    validated = tiny(
+        "linear", trainer={"check_val_every_n_epoch": 1}
+    )  # a logger is not in the hash, its validations are
     assert run_id.run_hash(validated, "final") == next(iter(store.read_rows("again")[0])).run_hash
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -58,3 +62,11 @@ def test_is_small() -> None:
     model = timm.create_model(NAME, pretrained=False, num_classes=0)
     assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
     assert WEIGHTS.stat().st_size < 6e6
+
+
+def test_the_log_and_the_page_are_those_of_the_weights() -> None:
+    log = Path(__file__).parents[1] / "scripts" / "pretrain_contours.log.jsonl"
+    end = json.loads(log.read_text().splitlines()[-1])
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    assert (end["sha256"], end["bytes"]) == (digest, WEIGHTS.stat().st_size)
+    assert digest in (WEIGHTS.parent / "README.md").read_text()

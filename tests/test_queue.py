@@ -6,20 +6,23 @@ import os
 import time
 from pathlib import Path
 
+from nola_vision.runs.record import Row
 from nola_vision.runs.store import ROW_FILE, find_row
-from nola_vision.sweep.plan import final_specs
+from nola_vision.sweep.plan import RunSpec, final_specs
 from nola_vision.sweep.queue import TRIES, RunQueue
 from tiny import TINY
 
 
 def test_a_crashed_run_is_tried_again_and_a_failed_one_by_the_next_sweep(tmp_path: Path) -> None:
     (spec,) = final_specs(TINY, [0], [0], ["linear"], {})
-    queue = RunQueue([spec], tmp_path, lambda *_: None)
+    calls: list[tuple[RunSpec, Row | None]] = []
+    queue = RunQueue([spec], tmp_path, lambda *call: calls.append(call))
     for _ in range(TRIES):
         assert queue.take() is spec
         queue.crash(spec, "killed")
     assert queue.take() is None and queue.ended
     (row,) = queue.rows()
+    assert calls == [(spec, None)] * TRIES + [(spec, row)]
     assert row.status == "failed" and row.error == f"killed, {TRIES} times"
 
     written = queue.folder(spec) / ROW_FILE
