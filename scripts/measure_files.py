@@ -1,6 +1,6 @@
 """Test accuracy of trained adapters after shortening their files without training: fewer bits, or a cut.
 
-    python scripts/measure_files.py runs nola lora-r4                  32, 16, 8, 4, 3, 2 and 1 bits per coefficient
+    python scripts/measure_files.py runs nola-32bit lora-32bit          32, 16, 8, 4, 3, 2 and 1 bits per coefficient
     python scripts/measure_files.py runs nested --cut                  all, 1/2, 1/4 and 1/8 of the bytes
 
 Reads every completed final run of the named methods, shortens its adapter file, loads it and tests it on the digits'
