@@ -140,7 +140,8 @@ def test_sweep_chooses_settings_runs_everything_once_and_resumes(
     configs = ["--config=quickstart.yaml", "--config=grid.yaml"]
     sweep = ["sweep", *configs, "--splits=0-1", "--inits=0", "--methods=1nn,linear", *SMALL]
     assert main(sweep) == 0
-    assert "linear split 0 init 0: lr 0.002, head_bits 4, validation" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "linear split 0 init 0: lr 0.002, head_bits 4, validation" in printed
     rows, problems = store.read_rows("runs")
     assert not problems
     search = [row for row in rows if row.stage == "search"]
@@ -149,6 +150,9 @@ def test_sweep_chooses_settings_runs_everything_once_and_resumes(
     assert tried == [(0.002, 4), (0.002, 32), (0.01, 4), (0.01, 32)]
     assert {(row.split, row.init) for row in search} == {(0, 0)}
     best = max(search, key=lambda row: (row.val_accuracy, -row.val_loss, -row.learning_rate))
+    chosen = {name: settings[best.run_hash][name] for name in ("lr", "head_bits")}
+    choice = f"linear: lr {chosen['lr']:g}, head_bits {chosen['head_bits']} (best of 4)\n"
+    assert choice in printed
     final = [row for row in rows if row.stage == "final"]
     assert [(r.method, r.split, r.init) for r in sorted(final, key=lambda r: (r.method, r.split))] == [
         ("1nn", 0, None), ("1nn", 1, None), ("linear", 0, 0), ("linear", 1, 0),
@@ -160,14 +164,17 @@ def test_sweep_chooses_settings_runs_everything_once_and_resumes(
     (left,) = [folder for folder in Path("runs").rglob("linear/split1-*")]
     (left / "row.json").unlink()
     assert main(sweep) == 0
+    assert choice in capsys.readouterr().out  # a resumed sweep has a choice too
     again = store.read_rows("runs")[0]
     assert len(again) == len(rows)
     anew = [row for row, before in zip(again, rows, strict=True) if row != before]
     assert [(row.method, row.split) for row in anew] == [("linear", 1)]  # only the run without a row
     # a plain fit with the chosen settings is the same run, and `fit --search` finds the search runs and that
-    chosen = [f"--model.method.{name}={settings[best.run_hash][name]}" for name in ("lr", "head_bits")]
-    assert main(["fit", "--config=quickstart.yaml", "--method=linear", *chosen, *SMALL]) == 0
+    options = [f"--model.method.{name}={value}" for name, value in chosen.items()]
+    assert main(["fit", "--config=quickstart.yaml", "--method=linear", *options, *SMALL]) == 0
+    capsys.readouterr()
     assert main(["fit", *configs, "--method=linear", "--search", *SMALL]) == 0
+    assert choice in capsys.readouterr().out
     assert len(trained_rows("runs")) == len([row for row in rows if row.method == "linear"])
 
 
@@ -270,7 +277,7 @@ MISTAKES = {
     "nothing to search": ([*FIT, "--search", "--config=once.yaml"], "--search needs several values of a setting"),
     "search": (
         ["sweep", *FIT[1:], "--methods=nola", "--config=search.yaml"],
-        "method 'nola': unknown setting 'lrr' of NOLA",
+        "method 'nola' with lrr 0.1: unknown setting 'lrr' of NOLA",
     ),
     "sweep shard": (["sweep", *FIT[1:], "--shard=3/2"], "is not a shard"),
     "sweep workers": (["sweep", *FIT[1:], "--workers=0"], "at least 1"),

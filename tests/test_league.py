@@ -25,7 +25,7 @@ from nola_vision.reports.league import budget_table
 from nola_vision.reports.statistics import split_interval
 from nola_vision.runs import run_id
 from nola_vision.runs.budget_names import split_budget, with_budget
-from nola_vision.runs.budgets import refuse_larger_files
+from nola_vision.runs.budgets import refuse_larger_files, size_and_bytes
 from nola_vision.runs.not_run import NotRun, note_not_run, read_not_run
 from nola_vision.runs.parsing import parse
 from nola_vision.runs.store import read_rows
@@ -189,14 +189,27 @@ def test_a_part_of_the_budgets_searches_where_all_do() -> None:
 
 def test_a_search_keeps_files_within_their_budgets(entries: budgets.Entries) -> None:
     solved = run_id.resolve(entries.config, "lora@20KB")
-    refuse_larger_files(solved, {"lr": [0.1, 1.2345678901234567e-05], "c": [0.5, 8.0, 123.25], "bits": [1, 2]})
-    with pytest.raises(NolaVisionError, match="method 'lora@20KB' has bits 4, c 8, with which the file has .* bytes"):
-        refuse_larger_files(solved, {"bits": [2, 4], "c": [8.0]})
-    refuse_larger_files({**solved, "method": "lora"}, {"bits": [32]})
-    wide = {**LEAGUE["methods"]["lora"], "search": {"rank": [100, 160]}}
-    with pytest.raises(NolaVisionError, match="has rank 100, with which"):
-        config = {**LEAGUE, "methods": {"lora": wide}}
-        budgets.complete(config, ["lora@20KB"], lambda one: parse(one, QUIET))
+    refuse_larger_files(solved, {"lr": [0.1, 1.2345678901234567e-05], "c": [0.5, 8.0, 123.25], "bits": [1, 2]}, 20_000)
+    _, size = size_and_bytes(solved) or ("", 0)
+    refuse_larger_files(solved, {"bits": [2]}, size)
+    with pytest.raises(
+        NolaVisionError, match=f"bits 2, with which the file has {size:,} bytes, more than {size - 1:,}: "
+    ):
+        refuse_larger_files(solved, {"bits": [2], "c": [8.0]}, size - 1)
+    refuse_larger_files(solved, {"bits": [32], "rank": [160]}, None)
+    for name, search, message in (
+        ("lora@20KB", {"rank": [1]}, "'lora@20KB' has rank, which its budget decides: leave it out"),
+        (
+            "half",
+            {"bits": [2, 4]},
+            r"'half' has bits 4, with which the file has [\d,]+ bytes, more than 20,000: search",
+        ),
+    ):
+        lora = {**LEAGUE["methods"]["lora"], "search": search}
+        half = {"class_path": "LoRA", "init_args": {"bits": 2, "max_bytes": 20_000}, "search": search}
+        config = {**LEAGUE, "methods": {"lora": lora, "half": half}}
+        with pytest.raises(NolaVisionError, match=message):
+            budgets.complete(config, [name], lambda one: parse(one, QUIET))
 
 
 def test_names_of_budgets() -> None:

@@ -134,7 +134,7 @@ def begun(out: Path) -> bool:
 
 def sweep(out: Path, *own: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "nola_vision.cli.main", "sweep", "--config", "quickstart.yaml", "--splits=0-1"]
-    command += ["--inits=0", "--methods=1nn,linear", f"--out={out}", *OPTIONS, "--config=rates.yaml", *own]
+    command += ["--inits=0", "--methods=1nn,linear", f"--out={out}", *OPTIONS, "--config=search.yaml", *own]
     return subprocess.Popen(
         command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
@@ -143,7 +143,7 @@ def sweep(out: Path, *own: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    (tmp_path / "rates.yaml").write_text("methods: {linear: {search: null}}")
+    (tmp_path / "search.yaml").write_text("methods: {linear: {search: null}}")
     return tmp_path / "runs"
 
 
@@ -209,7 +209,7 @@ def test_two_sweeps_of_runs_on_two_devices_share_the_work(undisturbed: dict[tupl
 
 def test_an_entry_that_cannot_be_trained_costs_the_others_nothing(out: Path) -> None:
     """All search runs of linear end in NaN; a failure of this sweep's time is not tried again by another one."""
-    (out.parent / "rates.yaml").write_text("methods: {linear: {search: {lr: [1.e+38, 2.e+38]}}}")
+    (out.parent / "search.yaml").write_text("methods: {linear: {search: {lr: [1.e+38, 2.e+38]}}}")
     both = [sweep(out), sweep(out)]
     for one in both:
         printed, _ = one.communicate(timeout=300)

@@ -15,7 +15,7 @@ from nola_vision.runs.search_grid import in_words
 from nola_vision.sweep.display import threads_warning
 from nola_vision.sweep.plan import complete, final_specs, search_specs, shard_of
 from nola_vision.sweep.progress import entry_progress
-from nola_vision.sweep.search import choose_settings
+from nola_vision.sweep.search import choices_in_words, choose_settings
 from nola_vision.sweep.variations import rename, suffix, vary
 
 RATES = [0.005, 0.001, 0.0005]
@@ -164,13 +164,14 @@ def test_a_search_by_another_entrys_name() -> None:
     assert search_specs(config, ["other"]) == search_specs(config, ["nola", "other"]) == search_specs(GRID, ["nola"])
     rows = searched("nola", [0.5, 0.7, 0.6, 0.6], config=config)
     chosen = choose_settings(config, rows, ["other"])
+    assert choices_in_words(config, chosen) == ["nola: lr 0.005, c 2 (best of 4)"]
     (final,) = final_specs(config, [0], [0], ["other"], chosen)
     assert final.config["model"]["method"]["init_args"] == {"rank": 2, "lr": 0.005, "c": 2}
     (line,) = [line for line in entry_progress(config, [0], [0], rows) if line.method == "other"]
     assert (line.search, line.final, line.done) == (0, 1, 0)
     of_linear = with_search("nola", "linear")
     of_linear["methods"]["nola"] = GRID["methods"]["nola"]
-    with pytest.raises(NolaVisionError, match="`search` of the method 'linear': unknown setting 'c' of LinearProbe"):
+    with pytest.raises(NolaVisionError, match="'linear' with lr 0.005, c 8: unknown setting 'c' of LinearProbe"):
         complete(of_linear, ["linear"], lambda one: one)
 
 
@@ -210,7 +211,7 @@ def test_rows_of_other_settings_are_not_taken() -> None:
         ("linear", {"c": [2, 8]}, "unknown setting 'c' of LinearProbe"),
         ("nola", {"lr": [0.1, "fast"]}, "lr of NOLA is 'fast': it must be a number"),
         ("nola", {"lr": [None, 0.1]}, "lr of NOLA is None: it must be a number"),
-        ("nola", {"lr": [0.1], "c": [2, -2]}, "c of NOLA is -2.0: it must be above zero"),
+        ("nola", {"lr": [0.1], "c": [2, -2]}, "with lr 0.1, c -2: c of NOLA is -2.0: it must be above zero"),
         ("nola", {"max_bytes": [2000]}, "max_bytes: list `budgets`"),
         ("nola", {key: list(range(1, 99)) for key in ("rank", "num_basis", "c", "lr")}, "has 92,236,816 combinations"),
     ],
@@ -270,6 +271,9 @@ def test_entries_under_another_name() -> None:
     config, names = rename(CONFIG, ["nola"], suffix("data.shots", 10))
     assert names == ["nola-shots10"] and config["methods"]["nola-shots10"] == CONFIG["methods"]["nola"]
     assert suffix("targets", ["qkv", "mlp"]) == "-targetsqkv+mlp"
+    # a search by another entry's name is one of a copy of that
+    config, names = rename(with_search("nola", "lora"), ["lora"], "-shots10")
+    assert names == ["lora-shots10"] and {spec.method for spec in search_specs(config, names)} == {"nola-shots10"}
 
 
 def test_vary_and_shards() -> None:
@@ -286,6 +290,9 @@ def test_vary_and_shards() -> None:
     assert [entry["search"] for name, entry in scales["methods"].items() if name in names] == 2 * [
         {"lr": [0.005, 0.001]}
     ]
+    named, names = vary(with_search("nola", "lora"), ["lora"], "rank", [1, 4], lambda *_: True)
+    found = [(spec.method, spec.config["model"]["method"]["init_args"]["rank"]) for spec in search_specs(named, names)]
+    assert found == [("lora-rank1", 1)] * 3 + [("lora-rank4", 4)] * 3
     listed, names = vary(CONFIG, ["nola"], "targets", [["qkv", "mlp"]], lambda *_: True)
     assert names == ["nola-targetsqkv+mlp"] and listed["methods"][names[0]]["init_args"]["targets"] == ["qkv", "mlp"]
     with pytest.raises(NolaVisionError, match="already has a method 'nola-c1'"):

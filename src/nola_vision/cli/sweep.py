@@ -140,7 +140,7 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace, warned: set[str]) -> in
         return 0
     sweep.note_not_run(out)
     with SweepDisplay(sweep.planned(), engine.workers, console, accuracy_text, _best) as display:
-        rows = sweep.run(lambda specs: engine.execute(specs, out, display.update))
+        rows = sweep.run(lambda specs: engine.execute(specs, out, display.update), display.say)
     from nola_vision.reports.cell import cell_of  # scipy takes a while to import
     from nola_vision.reports.terminal import cell_report
 

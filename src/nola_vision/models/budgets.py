@@ -26,7 +26,7 @@ _CALIBRATIONS = (None, Calibrated(1.0, "folds"), Calibrated(1.0, "validation")) 
 # Numbers of the header that are chosen later: as long as they can be, and with digits that hardly compress.
 _SEEDS = {"run_seed": 8304917265830947162, "basis_seed": 9152637480613925748}
 _RATES = {"lr": 1.2345678901234567e-05, "head_lr": 7.8306942514938671e-05}
-MARGIN = 24  # bytes: other digits may compress a little less
+MARGIN = 24  # bytes: other digits, such as those of a searched `c`, may compress a little less
 
 
 def solve_budget(metadata: AdapterMetadata) -> Method:

@@ -44,7 +44,7 @@ def budgets_of(name: str, settings: Mapping[str, Any]) -> list[int]:
 
 
 def search_budgets(budgets: list[int]) -> list[int]:
-    """The budgets at which learning rates may be searched, in order of preference: the middle one, then larger ones.
+    """The budgets at which settings may be searched, in order of preference: the middle one, then larger ones.
 
     Only a larger budget can be within reach where one is not.
     """

@@ -10,9 +10,10 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.budgets import MARGIN, most_file_bytes, solve_budget
+from nola_vision.models.budgets import most_file_bytes, solve_budget
 from nola_vision.models.metadata import AdapterMetadata
-from nola_vision.runs.budget_names import split_budget
+from nola_vision.runs import run_id
+from nola_vision.runs.early_checks import plain_value
 from nola_vision.runs.search_grid import combinations, in_words, with_settings
 
 
@@ -42,27 +43,52 @@ def size_and_bytes(run_config: dict[str, Any]) -> tuple[str, int] | None:
     return f"{name} {getattr(method, name):,}" if name else "", most_file_bytes(metadata)
 
 
-def refuse_larger_files(run_config: dict[str, Any], search: Mapping[str, Sequence[Any]]) -> None:
-    """Refuses a search with settings that make the file of an entry larger than the entry's budget.
+def budget_of(config: Mapping[str, Any], name: str) -> int | None:
+    """The budget of an entry in bytes, by its name or its `max_bytes`; None if it has none.
+
+    Args:
+        config: a config with `methods`, as the user wrote it: `parse` replaces a budget by the solved setting.
+        name: of the entry, such as `nola@2KB`.
+
+    Raises:
+        NolaVisionError: as `run_id.entry`.
+    """
+    budget: int | None = plain_value((run_id.entry(config, name).get("init_args") or {}).get("max_bytes"))
+    return budget
+
+
+def refuse_larger_files(run_config: dict[str, Any], search: Mapping[str, Sequence[Any]], budget: int | None) -> None:
+    """Refuses a search over the setting that a budget decides, or with settings that make the file larger than it.
 
     Args:
         run_config: of an entry, with the solved budget.
-        search: the values to try of each setting.
+        search: the values to try of each setting, as `search_grid.checked` returns them.
+        budget: of the entry, in bytes.
 
     Raises:
-        NolaVisionError: a file would be larger.
+        NolaVisionError: the search has that setting, or a file would be larger.
     """
-    budget = split_budget(run_config["method"])[1]
-    search = {name: values for name, values in search.items() if name not in ("lr", "head_lr")}  # counted already
-    if budget is None or not search:
+    if budget is None:
         return
-    for settings in combinations(search):
+    whose = f"`search` of the method {run_config['method']!r}"
+    size_setting = registry.known_method(run_id.method_class(run_config)).size_setting
+    if size_setting in search:
+        raise NolaVisionError(f"{whose} has {size_setting}, which its budget decides: leave it out")
+    sizes = {name: values for name, values in search.items() if not _are_floats(values)}
+    if not sizes:
+        return
+    for settings in combinations(sizes):
         found = size_and_bytes(with_settings(run_config, settings))
-        if found is not None and found[1] > budget + MARGIN:  # other digits of `c` are within the margin
+        if found is not None and found[1] > budget:
             raise NolaVisionError(
-                f"`search` of the method {run_config['method']!r} has {in_words(settings)}, with which the file has "
-                f"{found[1]:,} bytes: search settings that do not change its size"
+                f"{whose} has {in_words(settings)}, with which the file has {found[1]:,} bytes, more than {budget:,}: "
+                "search values with smaller files"
             )
+
+
+def _are_floats(values: Sequence[Any]) -> bool:
+    """Whether a setting has no effect on the shapes: a rate or a scale. The digits of one are within the count."""
+    return {float} <= {type(value) for value in values} <= {float, type(None)}
 
 
 def _metadata(run_config: dict[str, Any]) -> AdapterMetadata:

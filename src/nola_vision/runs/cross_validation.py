@@ -44,7 +44,8 @@ def run_with_estimate(
     out: str | Path,
     stage: run_id.Stage = "final",
     *,
-    search: Sequence[Settings] = (),
+    candidates: Sequence[Settings] = (),
+    on_choice: Callable[[Settings], None] | None = None,
     on_fold: Callable[[int, Row], None] | None = None,
     folds: int | None = None,
     again: bool = False,
@@ -56,8 +57,9 @@ def run_with_estimate(
         run_config: as of `runner.run`.
         out: as of `runner.run`.
         stage: as of `runner.run`; only a final run has an estimate.
-        search: settings to try; the best ones on a validation pool are used. If the final run trains on all images,
+        candidates: settings to try; the best ones on a validation pool are used. If the final run trains on all images,
             search runs hold the pool out of them, and out of each fold's training part.
+        on_choice: called with the settings that are chosen for the final run.
         on_fold: called with the number and the row of each finished fold.
         folds: how many to run, from 0; `number_of_folds` if not given.
         again: repeat completed runs.
@@ -80,12 +82,12 @@ def run_with_estimate(
     before = {**options, "ckpt_path": "last" if options.get("ckpt_path") == "last" else None}
     held_out = []
     for fold in range(folds):
-        fold_config = _with_best(_of_fold(run_config, fold), out, search, True, before)
+        fold_config = _with_best(_of_fold(run_config, fold), out, candidates, True, before)
         held_out.append(runner.run(fold_config, out, "fold", **before))
         if on_fold is not None:
             on_fold(fold, held_out[-1])
-    holds_out = bool(search) and open_data(run_config).search_holds_out
-    run_config = _with_best(run_config, out, search, holds_out, before)
+    holds_out = bool(candidates) and open_data(run_config).search_holds_out
+    run_config = _with_best(run_config, out, candidates, holds_out, before, on_choice)
     return runner.run(run_config, out, held_out=held_out, **options)
 
 
@@ -104,16 +106,23 @@ def _with(run_config: Config, group: str, **settings: Any) -> Config:
 
 
 def _with_best(
-    run_config: Config, out: str | Path, tried: Sequence[Settings], hold_out: bool, options: dict[str, Any]
+    run_config: Config,
+    out: str | Path,
+    candidates: Sequence[Settings],
+    hold_out: bool,
+    options: dict[str, Any],
+    on_choice: Callable[[Settings], None] | None = None,
 ) -> Config:
     """The run config with the settings of the best validation accuracy, after one search run with each."""
-    if len(tried) < 2:
+    if len(candidates) < 2:
         return run_config
     held_out = _with(run_config, "data", hold_out=hold_out)
     options = {**options, "keep_going": True}  # settings that diverge are not chosen
-    rows = [runner.run(with_settings(held_out, settings), out, "search", **options) for settings in tried]
-    chosen = best(tried, rows)
+    rows = [runner.run(with_settings(held_out, settings), out, "search", **options) for settings in candidates]
+    chosen = best(candidates, rows)
     if chosen is None:
         reason = rows[-1].error or "no image can be held out"
         raise NolaVisionError(f"no settings of {run_config['method']} can be chosen: {reason}")
+    if on_choice is not None:
+        on_choice(chosen)
     return with_settings(run_config, chosen)

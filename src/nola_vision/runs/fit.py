@@ -16,7 +16,7 @@ from nola_vision.common.text import printable
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs import cross_validation, run_id, runner, search_grid, store
 from nola_vision.runs.budget_names import split_budget
-from nola_vision.runs.budgets import refuse_larger_files
+from nola_vision.runs.budgets import budget_of, refuse_larger_files
 from nola_vision.runs.completed import completed_row
 from nola_vision.runs.parsing import open_data, parse
 from nola_vision.runs.record import Row
@@ -79,7 +79,7 @@ def fit(
     if run_config["trainer"]["accelerator"] in ("cuda", "gpu") and not torch.cuda.is_available():
         raise NolaVisionError("there is no CUDA device here: leave --device (--trainer.accelerator) out, or give cpu")
     main, trains = is_main_process(run_config), run_id.has_init(run_config)
-    tried = _tried(raw, run_config) if search else []
+    candidates = _candidates(raw, run_config) if search else []
     data = open_data(run_config)
     if main:
         say(_summary(run_config, data))
@@ -91,7 +91,7 @@ def fit(
             say("the adapter gets no estimate: folds are trained on one device, and this run has several")
     folder = run_id.run_folder(out, run_config, "final")
     store.refuse_other_things(folder)
-    done = None if again or tried else completed_row(folder)
+    done = None if again or candidates else completed_row(folder)
     finished = done is not None and (not folds or done.estimate is not None)
     if main and finished:
         say(f"this run is completed: --again repeats it ({folder})")
@@ -104,9 +104,9 @@ def fit(
     if finished:
         folds = 0
     elif folds:
-        if not again and not tried:
+        if not again and not candidates:
             pending = cross_validation.pending_folds(run_config, out, folds)
-        if skipped := bool(pending) and _takes_too_long(run_config, folds, len(pending), len(tried), estimate):
+        if skipped := bool(pending) and _takes_too_long(run_config, folds, len(pending), len(candidates), estimate):
             folds = 0
     clock = time.monotonic()
 
@@ -117,10 +117,14 @@ def fit(
         more = f"; {time_left(seconds)}" if left and fold in pending else ""
         say(f"fold {fold + 1} of {folds}: {correct} of its {row.data['counts']['test']} images right{more}")
 
+    def on_choice(chosen: search_grid.Settings) -> None:
+        say(search_grid.choice_in_words(run_config["method"], chosen, len(candidates)))
+
     row = cross_validation.run_with_estimate(
         run_config,
         out,
-        search=tried,
+        candidates=candidates,
+        on_choice=on_choice if main else None,
         on_fold=on_fold if main else None,
         folds=folds,
         ckpt_path=ckpt_path,
@@ -145,19 +149,20 @@ def _summary(run_config: run_id.Config, data: KShotDataModule) -> str:
     return f"{images:,} training images of {classes} classes, {tested}; backbone {backbone}"
 
 
-def _tried(raw: run_id.Config, run_config: run_id.Config) -> list[dict[str, Any]]:
+def _candidates(raw: run_id.Config, run_config: run_id.Config) -> list[dict[str, Any]]:
     """The combinations of settings to try, for --search."""
     name = split_budget(run_config["method"])[0]
     search = run_id.search_of(raw, name) if name in raw.get("methods", {}) else {}
     search = search_grid.checked(name, search, run_config["model"]["method"])
-    refuse_larger_files(run_config, search)
-    tried = search_grid.combinations(search)
-    if len(tried) < 2:
+    if search:
+        refuse_larger_files(run_config, search, budget_of(raw, run_config["method"]))
+    candidates = search_grid.combinations(search)
+    if len(candidates) < 2:
         raise NolaVisionError(
             f"--search needs several values of a setting: give {name} a mapping `search` in the config, such as "
             "{lr: [0.005, 0.001]}"
         )
-    return tried
+    return candidates
 
 
 def _frozen_rows(
@@ -190,7 +195,7 @@ def _class_of(entry: dict[str, Any]) -> str:
 
 
 def _takes_too_long(
-    run_config: run_id.Config, folds: int, pending: int, tried: int, estimate: Literal["folds", "none"] | None
+    run_config: run_id.Config, folds: int, pending: int, candidates: int, estimate: Literal["folds", "none"] | None
 ) -> bool:
     """Prints how long the folds will take, and whether they are skipped.
 
@@ -198,10 +203,10 @@ def _takes_too_long(
         run_config: of the final run.
         folds: how many there are.
         pending: how many of them are not completed.
-        tried: the number of combinations of settings to choose from.
+        candidates: the number of combinations of settings to choose from.
         estimate: as of `fit`.
     """
-    each = training_seconds(run_config, _TIMING_SECONDS) * (1 + tried)
+    each = training_seconds(run_config, _TIMING_SECONDS) * (1 + candidates)
     total = each * pending * (folds - 1) / folds  # every fold leaves out one part of the images
     if estimate is None and total > LONGEST_ESTIMATE:
         say(f"{folds} folds would take {duration(total)}, so the adapter gets no estimate now")

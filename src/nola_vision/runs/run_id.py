@@ -134,13 +134,21 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def searched_at(config: Mapping[str, Any], name: str) -> str:
-    """The entry whose search chooses settings of an entry: itself, or the one that its `search` names."""
+    """The entry whose search chooses settings of an entry: itself, or the one that its `search` names.
+
+    Raises:
+        NolaVisionError: as `entry`.
+    """
     search = entry(config, name).get("search")
     return search if isinstance(search, str) else name
 
 
 def search_of(config: Mapping[str, Any], name: str) -> Mapping[str, list[Any]]:
-    """The values to try of each searched setting of an entry; empty if it has no search."""
+    """The values to try of each searched setting of an entry; empty if it has no search.
+
+    Raises:
+        NolaVisionError: as `entry`.
+    """
     return entry(config, searched_at(config, name)).get("search") or {}
 
 

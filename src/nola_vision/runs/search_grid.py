@@ -28,8 +28,8 @@ def checked(name: str, search: Mapping[str, Sequence[Any]], method: Mapping[str,
         method: `class_path` and `init_args` of the entry, as `parse` returns them.
 
     Raises:
-        NolaVisionError: a setting that the method does not have, a value that it does not take, a budget, or more
-            than `MOST_COMBINATIONS`.
+        NolaVisionError: a setting that the method does not have, a value or a combination that it refuses (the message
+            names the combination), a budget, or more than `MOST_COMBINATIONS`.
     """
     if "max_bytes" in search:
         raise NolaVisionError(f"`search` of the method {name!r} has max_bytes: list `budgets` of the method instead")
@@ -40,10 +40,13 @@ def checked(name: str, search: Mapping[str, Sequence[Any]], method: Mapping[str,
     try:
         hints = get_type_hints(registry.known_method(str(method["class_path"]).rpartition(".")[2]))
         typed = {key: _distinct([_typed(value, hints.get(key)) for value in search[key]]) for key in search}
-        for settings in combinations(typed) if search else ():
-            registry.check(registry.from_dict({**method, "init_args": {**method["init_args"], **settings}}))
     except NolaVisionError as error:
         raise NolaVisionError(f"`search` of the method {name!r}: {error}") from error
+    for settings in combinations(typed):
+        try:
+            registry.check(registry.from_dict({**method, "init_args": {**method["init_args"], **settings}}))
+        except NolaVisionError as error:
+            raise NolaVisionError(f"`search` of the method {name!r} with {in_words(settings)}: {error}") from error
     return typed
 
 
@@ -75,6 +78,11 @@ def in_words(settings: Settings) -> str:
     return ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
     )
+
+
+def choice_in_words(name: str, chosen: Settings, tried: int) -> str:
+    """The choice for an entry among a number of combinations, as a line: `nola: lr 0.005, c 2 (best of 6)`."""
+    return f"{name}: {in_words(chosen)} (best of {tried})"
 
 
 def _typed(value: Any, hint: Any) -> Any:

@@ -22,7 +22,7 @@ class Entries:
         config: a full config, as `plan.complete` returns it; also with entries that are only searched, for others.
         methods: names of the entries with final runs.
         not_run: the entries without runs.
-        notes: one sentence for each method that is not searched at the budget for it.
+        notes: one sentence for each method whose search uses another budget than the first of `search_budgets`.
     """
 
     config: run_id.Config
@@ -70,7 +70,7 @@ def complete(
         UnreachableBudgetError: no entry can be run.
         NolaVisionError: a search cannot be done, or would exceed a budget.
     """
-    from nola_vision.runs.budgets import refuse_larger_files  # imports torch, as `parse` does
+    from nola_vision.runs.budgets import budget_of, refuse_larger_files  # imports torch, as `parse` does
 
     parsed = cache(lambda name: parse(run_id.resolve(raw, name)))
     runs: list[str] = []
@@ -115,5 +115,5 @@ def complete(
         if source != name:
             settings["search"] = source
     for name in runs:
-        refuse_larger_files(run_id.resolve(config, name), run_id.search_of(config, name))
+        refuse_larger_files(run_id.resolve(config, name), run_id.search_of(config, name), budget_of(raw, name))
     return Entries(config, runs, not_run, notes)

@@ -117,12 +117,15 @@ class SweepDisplay:
             self._running.discard(spec.key)
             self._ended.append(row)
             self._left[spec.method] -= 1
-            line = self._line(spec, row)
-            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=not self._live)
+            self.say(self._line(spec, row))
         state = self._state()
         self._bar.update(self._task, completed=len(self._ended), description=state)
         if not self._live:
             self._lines.say(lambda: f"{len(self._ended)} of {self._count} runs ended, {state}")
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=not self._live)
 
     def _state(self) -> str:
         """Running and failed runs, the best mean so far, and how long the remaining runs take."""

@@ -91,6 +91,9 @@ def complete(
         raw: a config with `methods`, as the user wrote it.
         methods: names of entries; the others are dropped.
         parse: completes a run config.
+
+    Raises:
+        NolaVisionError: an entry is invalid, as `run_id.resolve` and `parse`, or its search, as `search_grid.checked`.
     """
     full = {name: parse(run_id.resolve(raw, name)) for name in methods}
     first = full[methods[0]]

@@ -58,8 +58,7 @@ def entry_progress(
     mine = {(s.method, s.split, s.init) for s in shard_of(finals, shard)}
     found = []
     for method in methods:
-        choices = search_specs(config, [method])
-        search = choices if run_id.searched_at(config, method) == method else []
+        search = search_specs(config, [method]) if run_id.searched_at(config, method) == method else []
         try:
             chosen = choose_settings(config, rows, [method])
         except NolaVisionError:  # its search has not ended
@@ -67,7 +66,7 @@ def entry_progress(
         every = final_specs(config, splits, inits, [method], chosen)
         own = [spec for spec in every if (spec.method, spec.split, spec.init) in mine]
         seconds = [row.seconds_total for row in completed if row.method == method and row.seconds_total is not None]
-        done = sum((method, spec.run_hash) in hashes for spec in (*search, *(own if chosen or not choices else ())))
+        done = sum((method, spec.run_hash) in hashes for spec in (*search, *(own if chosen else ())))
         found.append(EntryProgress(method, len(search), len(own), done, median(seconds) if seconds else None))
     return found
 

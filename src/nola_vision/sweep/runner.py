@@ -124,11 +124,12 @@ class Sweep:
                 shared = max(shared, len(self.splits) * time.split + time.once)
         return [estimates.get(entry.method, entry) for entry in entries], shared
 
-    def run(self, execute: Callable[[Sequence[RunSpec]], list[Row]]) -> list[Row]:
+    def run(self, execute: Callable[[Sequence[RunSpec]], list[Row]], say: Callable[[str], None]) -> list[Row]:
         """Chooses the searched settings of each entry on validation images, then does the final runs.
 
         Args:
             execute: an engine: it does every run that is not completed yet, and returns a row for each.
+            say: called with a line for each entry that was searched: the settings that were chosen.
 
         Returns:
             The rows of the final runs. For an entry whose search runs all failed there is no final run: the rows of its
@@ -138,6 +139,8 @@ class Sweep:
         failed = [method for method in self.final if search.search_failed(self.config, found, method)]
         kept = [method for method in self.final if method not in failed]
         chosen = search.choose_settings(self.config, found, kept)
+        for line in search.choices_in_words(self.config, chosen):
+            say(line)
         final = plan.final_specs(self.config, self.splits, self.inits, kept, chosen)
         rows = execute(plan.shard_of(final, self.shard))
         of_failed = {run_id.searched_at(self.config, method) for method in failed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs import run_id
 from nola_vision.runs.record import Row, count_once
 from nola_vision.runs.run_id import search_of, searched_at
-from nola_vision.runs.search_grid import Settings, best, combinations, in_words
+from nola_vision.runs.search_grid import Settings, best, choice_in_words, combinations, in_words
 from nola_vision.sweep.plan import RunSpec, search_specs
 
 
@@ -37,6 +38,18 @@ def choose_settings(
         else:
             (chosen[method],) = combinations(search_of(config, method))
     return chosen
+
+
+def choices_in_words(config: Mapping[str, Any], chosen: Mapping[str, Settings]) -> list[str]:
+    """One line per entry that was searched, also if it was for others: `nola: lr 0.005, c 2 (best of 6)`.
+
+    Args:
+        config: a config with `methods`.
+        chosen: what `choose_settings` returns.
+    """
+    found = {searched_at(config, method): settings for method, settings in chosen.items()}
+    tried = Counter(spec.method for spec in search_specs(config, list(chosen)))
+    return [choice_in_words(method, found[method], count) for method, count in tried.items()]
 
 
 def search_failed(config: Mapping[str, Any], rows: Iterable[Row], method: str) -> bool:

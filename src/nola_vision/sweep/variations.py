@@ -36,6 +36,7 @@ def vary(
     for name in methods:
         base = _without_budget(config, name)
         settings, search = run_id.entry(config, base), run_id.search_of(config, base)
+        elsewhere = run_id.searched_at(config, base) != base
         if not has_setting(settings["class_path"].rpartition(".")[2], key):
             names.append(name)
             continue
@@ -46,7 +47,7 @@ def vary(
                     f"the config already has a method {varied!r}: give each value once, and each setting once"
                 )
             entries[varied] = {**settings, "init_args": {**(settings.get("init_args") or {}), key: value}}
-            if key in search:  # which would replace the value
+            if key in search or elsewhere:  # the search would replace the value, or be that of another value
                 entries[varied]["search"] = {one: search[one] for one in search if one != key}
             names.append(new)
     if names == list(methods):
@@ -66,8 +67,17 @@ def suffix(key: str, value: Any) -> str:
 
 
 def rename(config: Mapping[str, Any], methods: Sequence[str], suffix: str) -> tuple[run_id.Config, list[str]]:
-    """A config with copies of some entries under names with a suffix, and these names."""
+    """A config with copies of some entries, and of those that are searched for them, under names with a suffix.
+
+    Returns:
+        The config, and the new names of `methods`.
+    """
     bases = [_without_budget(config, name) for name in methods]
     names = [base + suffix + name.removeprefix(base) for base, name in zip(bases, methods, strict=True)]
-    entries = {base + suffix: run_id.entry(config, base) for base in bases}
+    entries = dict[str, Any]()
+    for base in bases:
+        entries[base + suffix] = run_id.entry(config, base)
+        if (source := run_id.searched_at(config, base)) != base:
+            entries[source + suffix] = run_id.entry(config, source)
+            entries[base + suffix] = {**entries[base + suffix], "search": source + suffix}
     return {**config, "methods": {**run_id.need(config, "methods"), **entries}}, names
