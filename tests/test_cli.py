@@ -277,7 +277,7 @@ MISTAKES = {
     "nothing to search": ([*FIT, "--search", "--config=once.yaml"], "--search needs several values of a setting"),
     "search": (
         ["sweep", *FIT[1:], "--methods=nola", "--config=search.yaml"],
-        "method 'nola' with lrr 0.1: unknown setting 'lrr' of NOLA",
+        "lrr 0.1: unknown setting 'lrr' of NOLA",
     ),
     "sweep shard": (["sweep", *FIT[1:], "--shard=3/2"], "is not a shard"),
     "sweep workers": (["sweep", *FIT[1:], "--workers=0"], "at least 1"),
