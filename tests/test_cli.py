@@ -323,7 +323,7 @@ def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd
     (tmp_path / "magic.yaml").write_text("methods: {nola: {class_path: MAGIC}}")
     (tmp_path / "evil.yaml").write_text("{method: a, methods: {a: {class_path: evil.Thing}}, model: {}}")
     (tmp_path / "method.yaml").write_text("method: [nola]")
-    (tmp_path / "once.yaml").write_text("methods: {nola: {search: {lr: [0.1]}}}")
+    (tmp_path / "once.yaml").write_text("methods: {nola: {search: {lr: [0.1], c: [8]}}}")
     (tmp_path / "search.yaml").write_text("methods: {nola: {search: {lrr: [0.1]}}}")
     (tmp_path / "empty").mkdir()
     digit(tmp_path / "one.png", 0)
