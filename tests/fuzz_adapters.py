@@ -72,7 +72,7 @@ def originals() -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
     The header of a file of version 2 has the list `tensors` of the file, and what is stored in front of it as `prefix`;
     its tensors are bytes.
     """
-    found = {path.name: _opened(path.read_bytes()) for path in sorted(GOLDEN.glob("*.safetensors"))}
+    found = {path.name: _opened(path.read_bytes()) for path in sorted(GOLDEN.glob("v[0-9]-*.safetensors"))}
     for name, method in {**METHODS, "calibrated": LinearProbe()}.items():
         model = adapt(GLYPHS if name == "calibrated" else MLP, method, ["a", "b", "b"])
         model.temperature, model.calibrated_on, model.calibration_images = 1.5, "folds", 30

@@ -184,7 +184,7 @@ def test_a_dry_run_says_what_there_is_to_do(in_process: None, capsys: pytest.Cap
     assert main([*sweep, *vary, "--workers=500"]) == 0
     printed, aside = capsys.readouterr()
     lines = [line.split() for line in printed.splitlines()]
-    for start in (["1nn", "0", "2", "0"], ["nola-rank4-num_basis8", "4", "4", "0"]):
+    for start in (["1nn", "0", "2", "0"], ["nola-rank4-num_basis8", "8", "4", "0"]):
         (estimate,) = [line[4] for line in lines if line[:4] == start]
         assert re.fullmatch(r"~\d+\.\d", estimate)
     assert "18 runs, 0 done; about" in printed and "~ is an estimate from a few timed steps" in printed
@@ -373,7 +373,7 @@ def test_a_small_folder_from_run_to_prediction(
     printed = capsys.readouterr().out
     assert "there is no validation pool" in printed and "folder.tree-allshot" in printed
     rows = [row for row in store.read_rows("runs")[0] if row.stage == "final"]
-    assert {row.learning_rate for row in rows} == {0.005, 0.002} and {row.val_accuracy for row in rows} == {None}
+    assert {row.learning_rate for row in rows} == {0.001, 0.01} and {row.val_accuracy for row in rows} == {None}
     path = next(Path("runs").rglob("nola/split0*/adapter.safetensors"))
     assert main(["predict", "--adapter", str(path), str(tmp_path / "a")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8

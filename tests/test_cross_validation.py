@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(photos: Path, out: Path, *options: str) -> int:
-    words = ["fit", str(photos), "--backbone", "quickstart", "--epochs", "1", "--device", "cpu", "--out", str(out)]
+    words = ["fit", str(photos), "--backbone", "quickstart", "--epochs", "5", "--device", "cpu", "--out", str(out)]
     return main([*words, "--threads", "1", *options])
 
 
