@@ -223,7 +223,7 @@ def with_an_adapter(data: Pool, counts: list[int], seed: int, folder: Path) -> R
     held_out: list[Any] = []
     with quiet():
         row = cross_validation.run_with_estimate(
-            parse(config), folder / "runs", note=lambda fold, row: held_out.append(row)
+            parse(config), folder / "runs", on_fold=lambda fold, row: held_out.append(row)
         )
     if row.status != "completed" or row.folder is None:
         raise SystemExit(f"a run did not complete: {row.error}")
