@@ -187,7 +187,7 @@ def test_a_dry_run_says_what_there_is_to_do(in_process: None, capsys: pytest.Cap
     for start in (["1nn", "0", "2", "0"], ["nola-rank4-num_basis8", "8", "4", "0"]):
         (estimate,) = [line[4] for line in lines if line[:4] == start]
         assert re.fullmatch(r"~\d+\.\d", estimate)
-    assert "18 runs, 0 done; about" in printed and "~ is an estimate from a few timed steps" in printed
+    assert "26 runs, 0 done; about" in printed and "~ is an estimate from a few timed steps" in printed
     assert "500 workers x 1 thread on" in aside and "is slow: give --workers" in aside
     assert not Path("runs").exists()
     assert main([*sweep, "--vary=data.shots=1,2", "--vary=trainer.max_epochs=3,4", "--dry-run"]) == 0
