@@ -26,7 +26,7 @@ _CALIBRATIONS = (None, Calibrated(1.0, "folds"), Calibrated(1.0, "validation")) 
 # Numbers of the header that are chosen later: as long as they can be, and with digits that hardly compress.
 _SEEDS = {"run_seed": 8304917265830947162, "basis_seed": 9152637480613925748}
 _RATES = {"lr": 1.2345678901234567e-05, "head_lr": 7.8306942514938671e-05}
-MARGIN = 24  # bytes: other digits, such as those of a searched `c`, may compress a little less
+_MARGIN = 24  # bytes: other digits, such as those of a searched `c`, may compress a little less
 
 
 def solve_budget(metadata: AdapterMetadata) -> Method:
@@ -125,7 +125,7 @@ class _Files:
         rates = _RATES if isinstance(method, Adapter) else {}
         metadata, bits = replace(self.metadata, method=replace(method, **rates)), file_bits(shapes, method)
         described = (file_metadata(metadata, names, None, self.weights, ended) for ended in _CALIBRATIONS)
-        return max(adapter_size(one, shapes, bits) for one in described) + MARGIN
+        return max(adapter_size(one, shapes, bits) for one in described) + _MARGIN
 
 
 def smallest(is_allowed: Callable[[int], bool]) -> int | None:
