@@ -1,0 +1,1 @@
+"""Thousands of adapters for one backbone as an HTTP service."""
