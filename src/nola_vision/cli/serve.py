@@ -115,6 +115,8 @@ def _listener(known: argparse.Namespace) -> socket.socket:
     Raises:
         NolaVisionError: the address cannot be used, or needs an API key that there is not.
     """
+    if known.port > 65535:
+        raise NolaVisionError(f"--port is {known.port}: it must be a number from 0 to 65535")
     try:
         kind, *_, address = socket.getaddrinfo(known.host, known.port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError, OverflowError) as error:
