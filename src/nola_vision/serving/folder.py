@@ -9,12 +9,13 @@ import time
 import uuid
 from pathlib import Path
 
-from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.errors import NolaVisionError, one_line
 from nola_vision.common.files import write_whole
-from nola_vision.serving.bank import BASE, AdapterBank, AdapterInfo, ServedAdapter, UnknownAdapter
+from nola_vision.common.validation import quoted
+from nola_vision.serving.adapter import BASE, ServedAdapter
+from nola_vision.serving.bank import SUFFIX, AdapterBank, AdapterInfo, UnknownAdapter
 from nola_vision.serving.errors import RequestError, busy, without_folders
 
-_SUFFIX = ".safetensors"
 _SCAN_SECONDS = 1.0  # at least, between two scans of the folder
 _SCAN_SHARE = 50  # and this many times as long as a scan takes
 _NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -54,7 +55,7 @@ class AdapterFolder:
         try:
             return self.bank.info(name)
         except UnknownAdapter as error:
-            raise _unknown(error) from error
+            raise _unknown(name, error) from error
 
     def find(self, name: str) -> ServedAdapter:
         """An adapter that was read, from its file if this is its first use.
@@ -73,7 +74,7 @@ class AdapterFolder:
                     self._scan()
                 return self.bank.adapter(name)
         except UnknownAdapter as error:
-            raise _unknown(error) from error
+            raise _unknown(name, error) from error
         except NolaVisionError as error:
             raise RequestError(422, without_folders(str(error))) from error
 
@@ -124,7 +125,7 @@ class AdapterFolder:
         self._scan_now()
 
     def _file(self, name: str) -> Path:
-        path = self._path / f"{name}{_SUFFIX}"
+        path = self._path / f"{name}{SUFFIX}"
         assert path.parent == self._path and os.sep not in name
         return path
 
@@ -149,5 +150,6 @@ class AdapterFolder:
             return -1
 
 
-def _unknown(error: UnknownAdapter) -> RequestError:
-    return RequestError(404, str(error), close=error.close)
+def _unknown(name: str, error: UnknownAdapter) -> RequestError:
+    hint = f"did you mean {' or '.join(error.close)}?" if error.close else "GET /v1/models lists them"
+    return RequestError(404, one_line(f"there is no adapter {quoted(name)}: {hint}"), close=error.close)

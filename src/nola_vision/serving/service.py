@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.prediction import Prediction
-from nola_vision.serving.bank import ServedAdapter
+from nola_vision.serving.adapter import ServedAdapter
 from nola_vision.serving.batcher import Batcher
 from nola_vision.serving.bodies import gone
 from nola_vision.serving.budget import Budget
