@@ -22,11 +22,15 @@ import pytest
 import uvicorn
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 
 from fake_bank import GOOD, FakeBank, expected, png
+from nola_vision import load_adapter
+from nola_vision.serving.bank import AdapterBank
 from nola_vision.serving.app import create_app
 from nola_vision.serving.connections import LimitedConnection
 from nola_vision.serving.settings import Settings
+from test_adapter_bank import SPEC, save
 
 FILES = {"birds": b"", "cats": b"", "many classes": b"", "wide": b"wide", "nan": b"nan", "crash": b"crash"}
 KEY = "a key of 16 or more"
@@ -46,13 +50,13 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def serve(folder: Path, settings: Settings | None = None) -> Iterator[Served]:
+def serve(folder: Path, settings: Settings | None = None, bank: Any = None) -> Iterator[Served]:
     folder.mkdir(exist_ok=True)
     for name, kind in FILES.items():
         (folder / f"{name}.safetensors").write_bytes(GOOD + kind)
     (folder / "bad.safetensors").write_bytes(b"something else")
     (folder / "notes.txt").write_bytes(b"")
-    bank = FakeBank()
+    bank = bank or FakeBank()
     app = create_app(bank, folder, settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, http=LimitedConnection, ws="none", access_log=False, log_level="error")
@@ -66,7 +70,8 @@ def serve(folder: Path, settings: Settings | None = None) -> Iterator[Served]:
             with httpx.Client(base_url=url, timeout=30) as client:
                 yield Served(url, bank, folder, client)
         finally:
-            bank.open.set()
+            if isinstance(bank, FakeBank):
+                bank.open.set()
             server.should_exit = True
             thread.join()
 
@@ -178,6 +183,24 @@ def test_metrics_and_openapi(served: Served) -> None:
     assert set(classify["requestBody"]["content"]) == {"image/*", "application/octet-stream", "application/json"}
     assert "503" in classify["responses"] and "/v1/adapters/{adapter}" not in document["paths"]
     assert served.client.get("/docs").status_code == 404
+
+
+def test_a_real_bank_answers_as_each_adapter_does(tmp_path: Path) -> None:
+    for name in ("nola", "lora parts"):
+        save(tmp_path / f"{name}.safetensors", name, temperature=1.5)
+    image = tmp_path / "image.png"
+    Image.effect_noise((70, 50), 90).convert("RGB").save(image)
+    with serve(tmp_path, bank=AdapterBank(SPEC)) as served:
+        assert served.client.get("/v1/models").json()["data"][0]["root"] == SPEC.tag
+        for name in ("nola", "lora parts"):
+            answer = served.client.post(f"/models/{name}", content=image.read_bytes()).json()
+            own = load_adapter(tmp_path / f"{name}.safetensors").predict(image, top_k=5)
+            assert [(one["label"], one["score"]) for one in answer] == [(a, pytest.approx(b, abs=1e-5)) for a, b in own]
+        assert served.client.get("/v1/models/nola").json()["uses"] == 1
+        assert "nola_vision_cache_misses_total 2.0" in served.client.get("/metrics").text
+        answer = served.client.post("/v2/models/__base__/infer", json=infer(image.read_bytes())).json()
+        assert answer["outputs"][0]["shape"] == [1, 160]
+        assert served.client.post("/models/bad", content=image.read_bytes()).status_code == 422
 
 
 # --- requests next to each other ---------------------------------------------------------------------------------

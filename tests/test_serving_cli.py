@@ -18,7 +18,9 @@ import httpx
 import pytest
 
 from fake_bank import GOOD, expected, png
+from nola_vision import load_adapter
 from nola_vision.cli.main import main
+from test_adapter_bank import SPEC, save
 
 # the verb with a bank that needs no backbone
 PROGRAM = """
@@ -149,6 +151,26 @@ def ended(process: subprocess.Popen[str]) -> None:
     """The process ends with status 0, and has printed nothing more than that it imports PyTorch."""
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and out == "" and len(err.splitlines()) <= 1
+
+
+@pytest.mark.slow
+def test_real_adapters(tmp_path: Path) -> None:
+    for name in ("nola", "lora parts"):
+        save(tmp_path / f"{name}.safetensors", name)
+    image = Path(__file__).parent.parent / "docs" / "quickstart.png"
+    command = [sys.executable, "-m", "nola_vision.cli.main", "serve", f"--adapters={tmp_path}", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            url, _, rest = line.partition(" ")
+            assert rest == f"serves 2 adapters for {SPEC.tag}\n"
+            answer = httpx.post(f"{url}/models/nola", content=image.read_bytes()).json()
+        finally:
+            process.terminate()
+    own = load_adapter(tmp_path / "nola.safetensors").predict(image, top_k=5)
+    assert [(one["label"], one["score"]) for one in answer] == [(a, pytest.approx(b, abs=1e-5)) for a, b in own]
+    assert process.returncode == 0
 
 
 @pytest.mark.slow
