@@ -26,8 +26,8 @@ from PIL import Image
 
 from fake_bank import GOOD, FakeBank, expected, png
 from nola_vision import load_adapter
-from nola_vision.serving.bank import AdapterBank
 from nola_vision.serving.app import create_app
+from nola_vision.serving.bank import AdapterBank
 from nola_vision.serving.connections import LimitedConnection
 from nola_vision.serving.settings import Settings
 from test_adapter_bank import SPEC, save
@@ -211,7 +211,10 @@ def test_mixed_requests_get_their_own_answers(served: Served) -> None:
 
     def ask(number: int) -> None:
         draw = random.Random(number)
-        name, level = draw.choice(["birds", "cats", "many classes", "wide", "nan", "crash", "bad", "x"]), draw.randrange(256)
+        name, level = (
+            draw.choice(["birds", "cats", "many classes", "wide", "nan", "crash", "bad", "x"]),
+            draw.randrange(256),
+        )
         image = b"no image" if draw.random() < 0.2 else png(level, draw.choice((8, 40)))
         answer = served.client.post(f"/models/{name}", content=image)
         status = {"x": 404, "bad": 422}.get(name) or (image == b"no image" and 400)
@@ -314,7 +317,13 @@ REFUSALS: list[tuple[str, str, bytes | str | dict[str, Any], str | None, int, st
 
 @pytest.mark.parametrize(("method", "path", "body", "kind", "status", "reason"), REFUSALS)
 def test_refusals_are_json_with_a_reason(
-    served: Served, method: str, path: str, body: bytes | str | dict[str, Any], kind: str | None, status: int, reason: str
+    served: Served,
+    method: str,
+    path: str,
+    body: bytes | str | dict[str, Any],
+    kind: str | None,
+    status: int,
+    reason: str,
 ) -> None:
     content = json.dumps(body) if isinstance(body, dict) else body
     headers = {} if kind is None else {"Content-Type": kind}
@@ -522,9 +531,7 @@ def test_over_the_limit_requests_are_told_to_come_again(small: Served, held_up: 
     assert small.client.post("/models/birds", content=png(1)).status_code == 200
 
 
-def test_requests_that_wait_too_long_or_are_gone_are_not_computed(
-    small: Served, held_up: Callable[[int], Any]
-) -> None:
+def test_requests_that_wait_too_long_or_are_gone_are_not_computed(small: Served, held_up: Callable[[int], Any]) -> None:
     held_up(1)  # is in the forward pass
     with socket.create_connection(small.address) as connection:
         connection.sendall(with_key("/models/cats", f"Content-Length: {len(png(1))}") + png(1))

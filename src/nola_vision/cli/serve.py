@@ -47,7 +47,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     )
     options.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
     options.add_argument(
-        "--allow-changes", action="store_true", help=f"adapters may be stored and deleted over HTTP; needs {KEY_VARIABLE}"
+        "--allow-changes",
+        action="store_true",
+        help=f"adapters may be stored and deleted over HTTP; needs {KEY_VARIABLE}",
     )
     known = options.parse_args(arguments)
     check_counts(max_batch_size=known.max_batch_size, cache_mib=known.cache_mib)
@@ -83,7 +85,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
             allow_changes=known.allow_changes,
             waiting_images=max(Settings.waiting_images, 4 * known.max_batch_size),
         )
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the service has a smaller limit
+        # Pillow refuses twice as many, also in an image inside an image, such as a PNG in an ICO; it warns of less
+        Image.MAX_IMAGE_PIXELS = settings.pixels // 2
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         _log_to_stderr()
         config = uvicorn.Config(
             create_app(bank, folder, settings),
@@ -120,7 +124,9 @@ def _listener(known: argparse.Namespace) -> socket.socket:
     try:
         kind, *_, address = socket.getaddrinfo(known.host, known.port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError, OverflowError) as error:
-        raise NolaVisionError(f"--host {known.host} --port {known.port} is not an address ({error}): give others") from error
+        raise NolaVisionError(
+            f"--host {known.host} --port {known.port} is not an address ({error}): give others"
+        ) from error
     local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
     if _api_key() is None and not (local and not known.allow_changes):
         what = "--allow-changes" if local else f"--host {known.host}"

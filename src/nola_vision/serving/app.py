@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
@@ -24,8 +23,11 @@ from nola_vision.serving.routes import hugging_face, models, open_inference
 from nola_vision.serving.service import Service
 from nola_vision.serving.settings import Settings
 
-_log = logging.getLogger(__name__)
-_PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 
 
 def create_app(bank: AdapterBank, folder: str | Path, settings: Settings | None = None) -> FastAPI:
@@ -69,7 +71,7 @@ def create_app(bank: AdapterBank, folder: str | Path, settings: Settings | None 
     return app
 
 
-def _static(content: bytes, kind: str):
+def _static(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
     async def answer() -> Response:
         return Response(content, media_type=f"{kind}; charset=utf-8")
 

@@ -53,9 +53,7 @@ async def metadata(request: Request, adapter: str) -> JSON:
     """Inputs and outputs of an adapter, or of `__base__`. The number of classes is known only to a request."""
     service = service_of(request)
     await service.in_thread(service.folder.find, adapter)
-    outputs = [
-        {"name": name, "datatype": kind, "shape": [-1, -1]} for name, kind in _OUTPUTS[adapter == BASE].items()
-    ]
+    outputs = [{"name": name, "datatype": kind, "shape": [-1, -1]} for name, kind in _OUTPUTS[adapter == BASE].items()]
     return JSON({"name": adapter, "platform": "nola-vision", "inputs": _INPUTS, "outputs": outputs})
 
 
