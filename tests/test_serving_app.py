@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import random
 import socket
@@ -116,6 +117,15 @@ def test_raw_bytes_with_and_without_a_content_type(served: Served, content_type:
     answer = served.client.post("/models/many%20classes", content=png(200), headers=headers)
     assert answer.json() == close_to(expected("many classes", 200))
     assert len(answer.json()) == 5 and answer.headers["content-type"] == "application/json"
+
+
+def test_large_images_over_one_connection(served: Served) -> None:
+    file = io.BytesIO()
+    Image.effect_noise((900, 900), 90).save(file, "PNG")  # larger than the headers may be
+    assert len(file.getvalue()) > 500_000
+    with httpx.Client(base_url=served.url, limits=httpx.Limits(max_connections=1)) as client:
+        answers = [client.post("/models/birds", content=file.getvalue()) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
 
 
 def test_the_open_inference_protocol(served: Served) -> None:

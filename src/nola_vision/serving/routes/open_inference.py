@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from nola_vision import __version__
-from nola_vision.serving.bank import BASE
+from nola_vision.serving.adapter import BASE
 from nola_vision.serving.bodies import body_of, content_type, parse_json
 from nola_vision.serving.errors import JSON, RequestError
 from nola_vision.serving.messages import (
