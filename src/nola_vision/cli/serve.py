@@ -85,9 +85,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
             allow_changes=known.allow_changes,
             waiting_images=max(Settings.waiting_images, 4 * known.max_batch_size),
         )
-        # Pillow refuses twice as many, also in an image inside an image, such as a PNG in an ICO; it warns of less
+        # Pillow refuses twice as many, also in an image inside an image, such as a PNG in an ICO
         Image.MAX_IMAGE_PIXELS = settings.pixels // 2
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         _log_to_stderr()
         config = uvicorn.Config(
             create_app(bank, folder, settings),
@@ -174,6 +173,10 @@ class _Lines(logging.Formatter):
 
 
 def _log_to_stderr() -> None:
+    """Logs what an operator must know. Requests that are refused are counted, and not logged."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines("nola-vision: %(asctime)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

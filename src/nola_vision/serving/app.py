@@ -47,8 +47,14 @@ def create_app(bank: AdapterBank, folder: str | Path, settings: Settings | None 
         yield
         service.close()
 
-    # the documentation pages of FastAPI load scripts from other hosts
-    app = FastAPI(title="nola-vision", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="nola-vision",
+        version=__version__,
+        docs_url=None,  # the documentation pages load scripts from other hosts
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.add_middleware(Guard, api_key=settings.api_key, count=metrics.request)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
