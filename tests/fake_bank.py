@@ -1,4 +1,4 @@
-"""A bank without a backbone, for tests of the service: its numbers depend on the image's mean and the adapter's name."""
+"""A bank without a backbone: its numbers depend on the image's mean and on the adapter's name."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import random
 import socket
@@ -26,8 +27,8 @@ from PIL import Image
 
 from fake_bank import GOOD, FakeBank, expected, png
 from nola_vision import load_adapter
-from nola_vision.serving.bank import AdapterBank
 from nola_vision.serving.app import create_app
+from nola_vision.serving.bank import AdapterBank
 from nola_vision.serving.connections import LimitedConnection
 from nola_vision.serving.settings import Settings
 from test_adapter_bank import SPEC, save
@@ -116,6 +117,15 @@ def test_raw_bytes_with_and_without_a_content_type(served: Served, content_type:
     answer = served.client.post("/models/many%20classes", content=png(200), headers=headers)
     assert answer.json() == close_to(expected("many classes", 200))
     assert len(answer.json()) == 5 and answer.headers["content-type"] == "application/json"
+
+
+def test_large_images_over_one_connection(served: Served) -> None:
+    file = io.BytesIO()
+    Image.effect_noise((900, 900), 90).save(file, "PNG")  # larger than the headers may be
+    assert len(file.getvalue()) > 500_000
+    with httpx.Client(base_url=served.url, limits=httpx.Limits(max_connections=1)) as client:
+        answers = [client.post("/models/birds", content=file.getvalue()) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
 
 
 def test_the_open_inference_protocol(served: Served) -> None:
@@ -211,7 +221,10 @@ def test_mixed_requests_get_their_own_answers(served: Served) -> None:
 
     def ask(number: int) -> None:
         draw = random.Random(number)
-        name, level = draw.choice(["birds", "cats", "many classes", "wide", "nan", "crash", "bad", "x"]), draw.randrange(256)
+        name, level = (
+            draw.choice(["birds", "cats", "many classes", "wide", "nan", "crash", "bad", "x"]),
+            draw.randrange(256),
+        )
         image = b"no image" if draw.random() < 0.2 else png(level, draw.choice((8, 40)))
         answer = served.client.post(f"/models/{name}", content=image)
         status = {"x": 404, "bad": 422}.get(name) or (image == b"no image" and 400)
@@ -267,6 +280,7 @@ REFUSALS: list[tuple[str, str, bytes | str | dict[str, Any], str | None, int, st
     ("POST", "/models/birds", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", None, 400, "not an image"),
     ("POST", "/models/birds", png_of(100_000, 1000), None, 413, "more than 50,000,000 pixels"),
     ("POST", "/models/birds", png_of(30_000, 30_000), None, 413, "more than 50,000,000 pixels"),
+    ("POST", "/models/birds", png_of(40_000_000, 1), None, 413, "more than 50 times"),
     ("POST", "/models/birds", png(9), "text/plain", 415, "Content-Type"),
     ("POST", "/models/birds", png(9), "multipart/form-data; boundary=x", 415, "Content-Type"),
     ("POST", "/models/birds", b"{", JSON, 422, "JSON"),
@@ -296,6 +310,7 @@ REFUSALS: list[tuple[str, str, bytes | str | dict[str, Any], str | None, int, st
     ("POST", f"/models/{'x' * 20_000}", png(9), None, 404, ""),
     ("GET", "/models/birds", b"", None, 405, ""),
     ("GET", "/nothing", b"", None, 404, ""),
+    ("GET", "/v1/models/", b"", None, 404, ""),
     ("PUT", "/v1/adapters/x", GOOD, None, 404, ""),
     ("DELETE", "/v1/adapters/birds", b"", None, 404, ""),
     ("GET", "/v1/models?limit=0", b"", None, 422, "limit"),
@@ -314,7 +329,13 @@ REFUSALS: list[tuple[str, str, bytes | str | dict[str, Any], str | None, int, st
 
 @pytest.mark.parametrize(("method", "path", "body", "kind", "status", "reason"), REFUSALS)
 def test_refusals_are_json_with_a_reason(
-    served: Served, method: str, path: str, body: bytes | str | dict[str, Any], kind: str | None, status: int, reason: str
+    served: Served,
+    method: str,
+    path: str,
+    body: bytes | str | dict[str, Any],
+    kind: str | None,
+    status: int,
+    reason: str,
 ) -> None:
     content = json.dumps(body) if isinstance(body, dict) else body
     headers = {} if kind is None else {"Content-Type": kind}
@@ -522,9 +543,7 @@ def test_over_the_limit_requests_are_told_to_come_again(small: Served, held_up: 
     assert small.client.post("/models/birds", content=png(1)).status_code == 200
 
 
-def test_requests_that_wait_too_long_or_are_gone_are_not_computed(
-    small: Served, held_up: Callable[[int], Any]
-) -> None:
+def test_requests_that_wait_too_long_or_are_gone_are_not_computed(small: Served, held_up: Callable[[int], Any]) -> None:
     held_up(1)  # is in the forward pass
     with socket.create_connection(small.address) as connection:
         connection.sendall(with_key("/models/cats", f"Content-Length: {len(png(1))}") + png(1))

@@ -1,4 +1,4 @@
-"""The page of the service in Debian's chromium: answers, search, keyboard, accessibility, and that no request leaves."""
+"""The page of the service in Debian's chromium: answers, search, keyboard, accessibility; no request leaves."""
 
 from __future__ import annotations
 
@@ -80,8 +80,7 @@ def cards(page: Any) -> dict[str, list[tuple[str, str]]]:
     page.get_by_text("Answers of").wait_for()  # `wait_for_function` needs eval, which the page forbids
     return {
         card.locator("h3").inner_text(): [
-            (row.locator("th").inner_text().strip(), row.locator("td").inner_text())
-            for row in card.locator("tr").all()
+            (row.locator("th").inner_text().strip(), row.locator("td").inner_text()) for row in card.locator("tr").all()
         ]
         for card in page.locator("#answers > li").all()
     }

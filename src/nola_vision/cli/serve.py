@@ -46,7 +46,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
     )
     options.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
     options.add_argument(
-        "--allow-changes", action="store_true", help=f"adapters may be stored and deleted over HTTP; needs {KEY_VARIABLE}"
+        "--allow-changes",
+        action="store_true",
+        help=f"adapters may be stored and deleted over HTTP; needs {KEY_VARIABLE}",
     )
     known = options.parse_args(arguments)
     check_counts(max_batch_size=known.max_batch_size, cache_mib=known.cache_mib)
@@ -66,16 +68,16 @@ def main(arguments: Sequence[str], verb: str) -> int:
         with without_collections():
             import torch
             import uvicorn
-            from PIL import Image
 
             from nola_vision.serving.app import create_app
             from nola_vision.serving.bank import AdapterBank, backbone_of
             from nola_vision.serving.connections import LimitedConnection
+            from nola_vision.serving.images import limit_pillow
 
         device = known.device or ("cuda" if torch.cuda.is_available() else "cpu")
         bank = AdapterBank(backbone_of(folder, known.weights), device, known.cache_mib)
         settings = service_settings(known.max_batch_size, known.max_delay_ms, known.allow_changes)
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the service has a smaller limit
+        limit_pillow(settings.pixels)
         _log_to_stderr()
         config = uvicorn.Config(
             create_app(bank, folder, settings),
@@ -112,7 +114,9 @@ def _listener(known: argparse.Namespace) -> socket.socket:
     try:
         kind, *_, address = socket.getaddrinfo(known.host, known.port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError, OverflowError) as error:
-        raise NolaVisionError(f"--host {known.host} --port {known.port} is not an address ({error}): give others") from error
+        raise NolaVisionError(
+            f"--host {known.host} --port {known.port} is not an address ({error}): give others"
+        ) from error
     local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
     if api_key() is None and not (local and not known.allow_changes):
         what = "--allow-changes" if local else f"--host {known.host}"
@@ -143,6 +147,10 @@ class _Lines(logging.Formatter):
 
 
 def _log_to_stderr() -> None:
+    """Logs what an operator must know. Requests that are refused are counted, and not logged."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines("nola-vision: %(asctime)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
@@ -24,8 +23,11 @@ from nola_vision.serving.routes import hugging_face, models, open_inference
 from nola_vision.serving.service import Service
 from nola_vision.serving.settings import Settings
 
-_log = logging.getLogger(__name__)
-_PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 
 
 def create_app(
@@ -51,8 +53,14 @@ def create_app(
         yield
         service.close()
 
-    # the documentation pages of FastAPI load scripts from other hosts
-    app = FastAPI(title="nola-vision", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="nola-vision",
+        version=__version__,
+        docs_url=None,  # the documentation pages load scripts from other hosts
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.add_middleware(Guard, api_key=settings.api_key, count=metrics.request)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -75,7 +83,7 @@ def create_app(
     return app
 
 
-def _static(content: bytes, kind: str):
+def _static(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
     async def answer() -> Response:
         return Response(content, media_type=f"{kind}; charset=utf-8")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -79,9 +79,8 @@ def parse_json(body: bytes | bytearray, model: type[Model]) -> Model:
         raise unprocessable(error.errors(include_url=False, include_context=False, include_input=False)) from None
 
 
-def unprocessable(errors: list[dict[str, object]] | list[object]) -> RequestError:
+def unprocessable(errors: Sequence[Any]) -> RequestError:
     """422 with the first of pydantic's errors."""
     first = errors[0]
-    assert isinstance(first, dict)
     place = ".".join(map(str, first["loc"]))
     return RequestError(422, one_line(f"{place}: {first['msg']}" if place else str(first["msg"])))

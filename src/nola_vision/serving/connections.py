@@ -32,6 +32,8 @@ class LimitedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._timer is None:  # between two requests, where uvicorn's own limit ends with the first byte
+            self._limit(_REQUEST_SECONDS)
         super().data_received(data)
         if self._in_headers and not self.transport.is_closing():
             self._header_bytes += len(data)
@@ -43,14 +45,11 @@ class LimitedConnection(HttpToolsProtocol):
         self._limit(_HEADER_SECONDS)
         super().on_message_begin()
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._header_bytes += len(name) + len(value)
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._header_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if self._header_bytes > _HEADER_BYTES:
             raise ValueError("the headers are too large")  # answered by `data_received`
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        self._in_headers, self._header_bytes = False, 0
         self._limit(_REQUEST_SECONDS)
         super().on_headers_complete()
 

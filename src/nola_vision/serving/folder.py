@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -16,6 +17,7 @@ from nola_vision.serving.adapter import BASE, ServedAdapter
 from nola_vision.serving.bank import SUFFIX, AdapterBank, AdapterInfo, UnknownAdapter
 from nola_vision.serving.errors import RequestError, busy, without_folders
 
+_log = logging.getLogger(__name__)
 _SCAN_SECONDS = 1.0  # at least, between two scans of the folder
 _SCAN_SHARE = 50  # and this many times as long as a scan takes
 _NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -137,8 +139,8 @@ class AdapterFolder:
         start, self._seen = time.monotonic(), self._changed()
         try:
             self.bank.load_folder(self._path)
-        except NolaVisionError as error:
-            raise busy("the folder of the adapters cannot be read") from error
+        except NolaVisionError as error:  # what is known stays
+            _log.warning("%s", error)
         end = time.monotonic()
         self._next_scan = end + max(_SCAN_SECONDS, _SCAN_SHARE * (end - start))
 

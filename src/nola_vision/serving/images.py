@@ -9,6 +9,13 @@ from PIL import Image
 from nola_vision.images.decoding import decode_image, decoding_error, to_rgb
 from nola_vision.serving.errors import RequestError, without_folders
 
+_MOST_RATIO = 50  # of the sides
+
+
+def limit_pillow(most_pixels: int) -> None:
+    """Pillow's own limit, of this process: it holds for an image inside an image too, such as a PNG in an ICO."""
+    Image.MAX_IMAGE_PIXELS = most_pixels // 2  # Pillow refuses twice as many
+
 
 def from_base64(text: str, name: str) -> bytes:
     """The bytes of an image in base64.
@@ -31,12 +38,16 @@ def decode(content: bytes, name: str, most_pixels: int) -> Image.Image:
     """An image file as an upright image in mode RGB.
 
     Raises:
-        RequestError: 400: it is not an image. 413: it has too many pixels.
+        RequestError: 400: it is not an image. 413: it has too many pixels, or would have once its shorter side is
+            resized to that of the backbone.
     """
     try:
-        return to_rgb(decode_image(content, most_pixels=most_pixels))
+        image = to_rgb(decode_image(content, most_pixels=most_pixels))
     except Image.DecompressionBombError:
         reason = f"the image {name} has more than {most_pixels:,} pixels: send a smaller one"
         raise RequestError(413, reason) from None
     except Exception as error:  # Pillow raises many types
         raise RequestError(400, without_folders(str(decoding_error(name, error)))) from error
+    if max(image.size) > _MOST_RATIO * min(image.size):
+        raise RequestError(413, f"the image {name} has a side of more than {_MOST_RATIO} times the other: crop it")
+    return image

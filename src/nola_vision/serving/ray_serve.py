@@ -1,7 +1,6 @@
 """The service on a Ray cluster, as docs/serve-ray.yaml deploys it; docs/serving.md describes it. Ray imports this."""
 
 # without annotations from __future__: Ray looks for a pydantic model in the builder's signature
-import warnings
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -70,16 +69,16 @@ def _app(arguments: Arguments) -> FastAPI:
         NolaVisionError: its node has no API key or no adapters.
     """
     import ray
-    from PIL import Image
 
     from nola_vision.serving.app import create_app
     from nola_vision.serving.bank import AdapterBank, backbone_of
+    from nola_vision.serving.images import limit_pillow
 
     settings = service_settings(arguments.max_batch_size, arguments.max_delay_ms)
     if settings.api_key is None:  # Ray's proxies may listen at any address
         raise NolaVisionError(f"set {KEY_VARIABLE} on every node before `ray start`")
     device = "cuda" if ray.get_gpu_ids() else "cpu"  # of the deployment's num_gpus
     bank = AdapterBank(backbone_of(arguments.adapters, arguments.weights), device, arguments.cache_mib)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the service has a smaller limit
+    limit_pillow(settings.pixels)
     replica = serve.get_replica_context().replica_id.unique_id
     return create_app(bank, arguments.adapters, settings, {"replica": replica})

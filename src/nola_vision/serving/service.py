@@ -120,7 +120,7 @@ class Service:
         Raises:
             RequestError: in these cases.
         """
-        task, closed = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+        task, closed = asyncio.ensure_future(work), asyncio.ensure_future(_closed(request))
         try:
             await asyncio.wait(
                 (task, closed), timeout=self.settings.answer_seconds, return_when=asyncio.FIRST_COMPLETED
@@ -131,6 +131,12 @@ class Service:
         finally:
             task.cancel()
             closed.cancel()
+
+
+async def _closed(request: Request) -> None:
+    """Returns when the client of a request whose body was read closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _late() -> RequestError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from nola_vision.serving.bank import BASE
+from nola_vision.serving.adapter import BASE
 from nola_vision.serving.bodies import body_of, content_type, parse_json
 from nola_vision.serving.errors import JSON, RequestError
 from nola_vision.serving.messages import ClassifyRequest, Label, Parameters

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from nola_vision.serving.bank import BASE, AdapterInfo
+from nola_vision.serving.adapter import BASE
+from nola_vision.serving.bank import AdapterInfo
 from nola_vision.serving.bodies import body_of
 from nola_vision.serving.errors import JSON, without_folders
 from nola_vision.serving.folder import AdapterFolder

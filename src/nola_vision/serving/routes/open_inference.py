@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from nola_vision import __version__
-from nola_vision.serving.bank import BASE
+from nola_vision.serving.adapter import BASE
 from nola_vision.serving.bodies import body_of, content_type, parse_json
 from nola_vision.serving.errors import JSON, RequestError
 from nola_vision.serving.messages import (
@@ -53,9 +53,7 @@ async def metadata(request: Request, adapter: str) -> JSON:
     """Inputs and outputs of an adapter, or of `__base__`. The number of classes is known only to a request."""
     service = service_of(request)
     await service.in_thread(service.folder.find, adapter)
-    outputs = [
-        {"name": name, "datatype": kind, "shape": [-1, -1]} for name, kind in _OUTPUTS[adapter == BASE].items()
-    ]
+    outputs = [{"name": name, "datatype": kind, "shape": [-1, -1]} for name, kind in _OUTPUTS[adapter == BASE].items()]
     return JSON({"name": adapter, "platform": "nola-vision", "inputs": _INPUTS, "outputs": outputs})
 
 
