@@ -11,7 +11,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.serving.settings import KEY_VARIABLE, service_settings
 
 _RETRY_SECONDS = 1.0
-_END_SECONDS = 70.0  # for what a replica took: a request waits for its answer for at most 60
+_END_SECONDS = 60.0  # for what a replica took, before it is stopped
 
 
 class Arguments(BaseModel):
