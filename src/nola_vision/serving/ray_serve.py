@@ -51,15 +51,14 @@ def build(arguments: Arguments) -> serve.Application:
     def app() -> FastAPI:  # Ray calls it in each replica
         return _app(arguments)
 
-    deployment = serve.deployment(
-        serve.ingress(app)(),
+    deployed = serve.deployment(
         name="AdapterService",
         max_ongoing_requests=2 * arguments.max_batch_size,
         max_queued_requests=4 * arguments.max_batch_size,
         backpressure_config={"retry_after_s": _RETRY_SECONDS},
         graceful_shutdown_timeout_s=_END_SECONDS,
     )
-    return deployment.bind()
+    return deployed(serve.ingress(app)()).bind()
 
 
 def _app(arguments: Arguments) -> FastAPI:
@@ -76,7 +75,7 @@ def _app(arguments: Arguments) -> FastAPI:
 
     settings = service_settings(arguments.max_batch_size, arguments.max_delay_ms)
     if settings.api_key is None:  # Ray's proxies may listen at any address
-        raise NolaVisionError(f"set {KEY_VARIABLE} on every node before `ray start`")
+        raise NolaVisionError(f"this node has no API key: set {KEY_VARIABLE} on every node before `ray start`")
     device = "cuda" if ray.get_gpu_ids() else "cpu"  # of the deployment's num_gpus
     bank = AdapterBank(backbone_of(arguments.adapters, arguments.weights), device, arguments.cache_mib)
     limit_pillow(settings.pixels)
