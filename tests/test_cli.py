@@ -369,11 +369,12 @@ def test_a_small_folder_from_run_to_prediction(
     monkeypatch.setenv("NOLA_VISION_DATA", str(tmp_path / "a" / "tree"))
     options = ["--config=quickstart.yaml", "--data.dataset=folder", "--data.shots=all", *SMALL[:-1]]
     # five images a class and fewer leave no validation pool: each method keeps its own rate
-    assert main(["sweep", *options, "--methods=linear,nola", "--splits=0", "--inits=0"]) == 0
+    assert main(["sweep", *options, "--methods=linear,nola", "--splits=0", "--inits=0", "--basis-seed=7"]) == 0
     printed = capsys.readouterr().out
     assert "there is no validation pool" in printed and "folder.tree-allshot" in printed
     rows = [row for row in store.read_rows("runs")[0] if row.stage == "final"]
     assert {row.learning_rate for row in rows} == {0.001, 0.01} and {row.val_accuracy for row in rows} == {None}
+    assert {(row.run_seed, row.basis_seed) for row in rows} == {(0, 7)}
     path = next(Path("runs").rglob("nola/split0*/adapter.safetensors"))
     assert main(["predict", "--adapter", str(path), str(tmp_path / "a")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
