@@ -7,6 +7,8 @@ the 10th and 90th percentile of the ratio within a round. Run it on an idle mach
              backbone's pass: this project's bank with factors in its cache and without, and PEFT's `adapter_names`
              with LoRA r=4 on the same layers
     memory   the resident memory of all adapters, the time until a folder is ready, and the first use of an adapter
+    serve    requests per second of `nola-vision serve` at 1, 100 and all adapters, named uniformly and by Zipf's law
+             (exponent 1), from 64 clients in another process; and the bank itself in batches of 64 of the same images
 
 The adapters are NOLA on the MLP (k = 1024, r = 4, 4 bits, 10 classes) for a ViT-B/16 with random weights at 224 pixels;
 with --small, NOLA of the quick start for its own backbone. Their values are random.
@@ -15,12 +17,19 @@ with --small, NOLA of the quick start for its own backbone. Their values are ran
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
+import io
 import itertools
+import json
 import resource
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +37,7 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 
 from benchmark import interleave, table
 from nola_vision import NOLA, AdapterBank, BackboneSpec, adapt
@@ -184,16 +194,145 @@ def memory(folder: Path, small: bool, count: int, rounds: int) -> None:
     print(f"with the cache filled by 640 of them: {resident() - before:.0f} MiB")
 
 
+# --- the service -----------------------------------------------------------------------------------------------------
+
+CLIENTS = 64
+
+
+def serve(folder: Path, small: bool, count: int, rounds: int, requests: int) -> None:
+    """Throughput and latency of the service."""
+    spec = backbone(folder, small)
+    made = adapters(folder, spec, small, count)
+    names = sorted(path.stem for path in made.iterdir())
+    images = [encoded(seed, 32 if small else 256) for seed in range(16)]
+    ours = AdapterBank(spec)
+    ours.load_folder(made)
+    port = free_port()
+    options = ["--adapters", str(made), "--port", str(port), *(["--weights", spec.file] if spec.file else [])]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "nola_vision.cli.main", "serve", *options], stdout=subprocess.DEVNULL
+    )
+    try:
+        start = time.perf_counter()
+        wait_until_ready(port)
+        print(f"ready after {time.perf_counter() - start:.1f} s, imports and backbone included")
+        loads = {
+            f"{n:,} adapters{', Zipf 1.0' if zipf else ''}": chosen(names[:n], requests, zipf)
+            for n in (1, 100, count)
+            for zipf in ((False, True) if n > 1 else (False,))
+        }
+        latencies: dict[str, list[float]] = {name: [] for name in loads}
+        contenders: dict[str, Any] = {"the bank, 1 adapter": lambda: offline(ours, loads["1 adapters"], images)}
+        contenders[f"the bank, {count:,} adapters"] = lambda: offline(ours, loads[f"{count:,} adapters"], images)
+        for name, load in loads.items():
+            contenders[name] = lambda name=name, load=load: latencies[name].extend(client(port, load, images))
+        table(interleave(contenders, rounds, warm_up=1), "1 adapters")
+        for name, seconds in latencies.items():
+            some = seconds[len(loads[name]) :]  # without the warm-up
+            cuts = statistics.quantiles(some, n=20)
+            print(f"{name:34s}p50 {1000 * statistics.median(some):8.1f} ms   p95 {1000 * cuts[-1]:8.1f} ms")
+        print(f"{requests:,} requests of {CLIENTS} clients in each; a ratio above 1 is slower")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def wait_until_ready(port: int) -> None:
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit("the server does not become ready")
+
+
+def encoded(seed: int, side: int) -> bytes:
+    """A JPEG image of smooth colours."""
+    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(content, "JPEG", quality=90)
+    return content.getvalue()
+
+
+def chosen(names: list[str], requests: int, zipf: bool) -> list[str]:
+    """The adapter of each request."""
+    weights = 1 / np.arange(1, len(names) + 1) if zipf else np.ones(len(names))
+    drawn = np.random.default_rng(0).choice(len(names), requests, p=weights / weights.sum())
+    return [names[place] for place in drawn]
+
+
+def offline(ours: AdapterBank, load: list[str], images: list[bytes]) -> None:
+    for first in range(0, len(load), 64):
+        some = load[first : first + 64]
+        decoded = [Image.open(io.BytesIO(images[place % len(images)])) for place in range(len(some))]
+        ours.predict(decoded, some, top_k=1)
+
+
+def client(port: int, load: list[str], images: list[bytes]) -> list[float]:
+    """The seconds of each request, sent by 64 clients in a separate process."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "load.json").write_text(json.dumps({"port": port, "names": load}))
+    for number, image in enumerate(images):
+        (folder / f"{number}.jpg").write_bytes(image)
+    done = subprocess.run(
+        [sys.executable, __file__, "client", "--folder", str(folder)], stdout=subprocess.PIPE, check=True
+    )
+    seconds: list[float] = json.loads(done.stdout)
+    return seconds
+
+
+async def clients(folder: Path) -> list[float]:
+    """64 connections that take one request after the other from a common list."""
+    known = json.loads((folder / "load.json").read_text())
+    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    waiting = iter(enumerate(known["names"]))
+    seconds = []
+
+    async def one() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", known["port"])
+        for number, name in waiting:
+            body = images[number % len(images)]
+            start = time.perf_counter()
+            head = f"POST /models/{name} HTTP/1.1\r\nHost: 127.0.0.1:{known['port']}\r\n"
+            head += f"Content-Length: {len(body)}\r\n\r\n"
+            writer.write(head.encode() + body)
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            content = await reader.readexactly(int(answer.partition("content-length:")[2].partition("\r")[0]))
+            if " 200 " not in answer.partition("\r")[0]:
+                raise SystemExit(f"{answer} {content!r}")
+            seconds.append(time.perf_counter() - start)
+        writer.close()
+
+    await asyncio.gather(*(one() for _ in range(CLIENTS)))
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["bank", "memory"])
+    parser.add_argument("what", choices=["bank", "memory", "serve", "client"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "nola-vision-bank")
     parser.add_argument("--count", type=int, default=10_000, help="adapters")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="the quick start's backbone")
+    parser.add_argument("--requests", type=int, default=500, help="of serve, for each load")
     known = parser.parse_args()
+    if known.what == "client":
+        print(json.dumps(asyncio.run(clients(known.folder))))
+        return
     known.folder.mkdir(parents=True, exist_ok=True)
-    {"bank": bank, "memory": memory}[known.what](known.folder, known.small, known.count, known.rounds)
+    common = known.folder, known.small, known.count, known.rounds
+    if known.what == "serve":
+        serve(*common, known.requests)
+    else:
+        {"bank": bank, "memory": memory}[known.what](*common)
 
 
 if __name__ == "__main__":
