@@ -125,6 +125,7 @@ def test_search_is_one_run_per_combination_for_entries_with_several() -> None:
     ]
     assert len({spec.run_hash for spec in grid}) == 4
     assert [in_words(spec.searched) for spec in grid[:2]] == ["lr 0.005, c 8", "lr 0.005, c 2"]
+    assert in_words({"targets": ["qkv", "mlp"], "head_lr": None}) == "targets qkv+mlp, head_lr null"
 
 
 def test_the_settings_with_the_best_validation_accuracy_are_chosen() -> None:
