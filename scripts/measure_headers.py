@@ -31,6 +31,7 @@ CLASSES = [f"{adjective} {noun}" for adjective in ("small", "large", "red", "old
 CASES: dict[str, Method] = {
     "NOLA k=1024 MLP, 4 bits, NOLA head": NOLA(targets=["mlp", "head"], bits=4, start="a0"),
     "NOLA k=1024 MLP, 4 bits, linear head": NOLA(targets=["mlp"], bits=4, start="a0"),
+    "NOLA k=1024 MLP, 3 bits, linear head": NOLA(targets=["mlp"], bits=3, start="a0"),
     "NOLA k=1024 MLP, 16 bits, linear head": NOLA(targets=["mlp"], bits=16, start="a0"),
     "NOLA k=1024 MLP, 32 bits, linear head": NOLA(targets=["mlp"], start="a0"),
     "LoRA r=4 QKV, 32 bits": LoRA(),
