@@ -183,17 +183,18 @@ def check_limits(trainer: L.Trainer, data: KShotDataModule) -> None:
     Raises:
         NolaVisionError: as above.
     """
-    validates = bool({"fit", "validate"} & {*(data.evaluations or ())})
-    counted = {"test": lambda: len(data.test_indices)}  # of a search run too: the final runs have the same limit
-    counted |= {"val": lambda: data.describe()["counts"]["validation"]} if validates else {}
-    for name, images in counted.items():
+    # the test of a search run too: the final runs have the same limit
+    for name in ("test", "val") if {"fit", "validate"} & {*(data.evaluations or ())} else ("test",):
         limit = getattr(trainer, f"limit_{name}_batches")
-        if isinstance(limit, float) and 0 < limit < 1 and (batches := math.ceil(images() / data.eval_batch_size)):
-            if int(limit * batches) == 0:
-                raise NolaVisionError(
-                    f"trainer.limit_{name}_batches is {limit}, less than one of the {batches:,} batches: give a number "
-                    "of batches, such as 1, or a larger share"
-                )
+        if not isinstance(limit, float) or not 0 < limit < 1:
+            continue
+        images = len(data.test_indices) if name == "test" else data.describe()["counts"]["validation"]
+        batches = math.ceil(images / data.eval_batch_size)
+        if batches and int(limit * batches) == 0:
+            raise NolaVisionError(
+                f"trainer.limit_{name}_batches is {limit}, less than one of the {batches:,} batches: give a number of "
+                "batches, such as 1, or a larger share"
+            )
 
 
 def no_validations(trainer: L.Trainer) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from nola_vision.reports.charts.drawing import (
     MARKED,
     MOST_LABELS,
     TOP,
+    WIDTH,
     Chart,
     Panel,
     axis_range,
@@ -24,7 +24,7 @@ from nola_vision.reports.charts.drawing import (
 )
 from nola_vision.reports.charts.labels import along, place_at_points
 from nola_vision.reports.charts.looks import INK, MUTED, Look
-from nola_vision.reports.charts.pareto import pareto_front
+from nola_vision.reports.charts.pareto import pareto_front, size_ticks
 from nola_vision.reports.entries import Entry, any_frozen, of_method
 from nola_vision.reports.formatting import bytes_text
 from nola_vision.reports.statistics import split_interval
@@ -70,11 +70,12 @@ def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
     margin = label_margin([looks[methods[method][0].summary.label] for method in at_end]) + MARKED
     margin = max(margin, label_margin([looks[item.label] for item, _ in lines][:MOST_LABELS]))
     sizes = min(_point(entry)[0] for entry in sized) / _ROOM, widest * _ROOM
-    budgets = {size for item in looks if (size := split_budget(item)[1])}
+    budgets = {float(budget) for item, _ in sized if (budget := split_budget(item.method)[1])}
+    ticks = budgets if len(budgets) > 2 else size_ticks(*sizes, WIDTH - LEFT - margin)
     heading = "top-1 accuracy, %" + ("; bars: 95 % interval over splits" if bars else "")
     panel = Panel.with_axes(
         heading, "adapter file, head included", margin, sizes, axis_range(heights, 2.0, 100.0),
-        {float(budget): bytes_text(budget) for budget in budgets}, log=True,
+        {tick: bytes_text(int(tick)) for tick in ticks}, log=True,
     )  # fmt: skip
     for item, _ in lines:
         look, mean = looks[item.label], item.mean or 0.0
@@ -97,6 +98,7 @@ def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
     panel.label_ends(labelled[:MOST_LABELS], marked=True)
     small = [(end, looks[methods[method][0].summary.label]) for method, end in ends.items() if method not in at_end]
     crossed = [[(size, mean) for size in sizes] for mean in (item.mean or 0.0 for item, _ in lines)]
+    crossed.append([*zip(xs, ys, strict=True)])
     crossed += [[(_point(entry)[0], end) for end in bars.get(entry.summary.label, ())] for entry in sized]
     _label_points(panel, small, [list(map(_point, points)) for points in methods.values()], crossed)
     parts = []
@@ -144,4 +146,4 @@ def _label_points(
 
 
 def _point(entry: Entry) -> Point:
-    return float(entry.summary.adapter_file_bytes or 0), entry.summary.mean or math.nan
+    return float(entry.summary.adapter_file_bytes or 0), entry.summary.mean or 0.0
