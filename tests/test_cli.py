@@ -79,7 +79,7 @@ def test_options_override_the_config(capsys: pytest.CaptureFixture[str]) -> None
     extra = ["--model.method.rank=2", "--model.method.num_basis", "10", "--data.shots=1", "--trainer.precision=64-true"]
     assert main(["fit", "--config", "quickstart.yaml", *SMALL, *extra]) == 0
     (row,) = trained_rows("runs")
-    assert row.adapter_parameters == 18 * 2 * 10 and row.cell.endswith("digits-1shot-quickstart")
+    assert row.adapter_parameters == 6 * 2 * 10 and row.cell.endswith("digits-1shot-quickstart")
     assert row.config["model"]["method"]["init_args"]["rank"] == 2
     (path,) = Path("runs").rglob("nola/*/adapter.safetensors")
     digit(Path("seven.png"), 7)

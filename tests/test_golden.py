@@ -45,14 +45,15 @@ def test_the_numpy_decoder_reads_golden_files(name: str) -> None:
         assert np.abs(np.c_[weight, bias] - expected["head"]).max() < 1e-5 * np.abs(expected["head"]).max()
 
 
-def test_ten_thousand_damaged_files_are_refused_or_unharmed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1_500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_damaged_files_are_refused_or_unharmed(count: int, tmp_path: Path) -> None:
     draws = random.Random(0)
     originals = [(GOLDEN / name).read_bytes() for name in EXPECTED]
     originals = [content for content in originals if len(content) < 30_000]
     assert len(originals) >= 5
     whole = {content: _fields(content, tmp_path) for content in originals}
     refused = 0
-    for _ in range(10_000):
+    for _ in range(count):
         content = draws.choice(originals)
         damaged = bytearray(content)
         kind = draws.randrange(4)
@@ -78,7 +79,7 @@ def test_ten_thousand_damaged_files_are_refused_or_unharmed(tmp_path: Path) -> N
             refused += 1
         else:
             assert found == whole[content]
-    assert refused > 8000
+    assert refused > 0.8 * count
 
 
 def _fields(content: bytes, folder: Path) -> tuple[str, dict[str, bytes]]:

@@ -289,18 +289,15 @@ def test_shortening_checks_the_header_too(tmp_path: Path) -> None:
         shorten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=4)
 
 
-@seed(0)
-@settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(fuzz_adapters.inputs())
-def test_any_file_works_or_is_refused_in_one_line(example: tuple[str, bytes]) -> None:
-    cheap(outcome(example[1], folder()))
+@pytest.mark.parametrize("examples", [100, pytest.param(300, marks=pytest.mark.slow)])
+def test_any_file_works_or_is_refused_in_one_line(examples: int, tmp_path: Path) -> None:
+    @seed(0)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(fuzz_adapters.inputs())
+    def feed(example: tuple[str, bytes]) -> None:
+        cheap(outcome(example[1], tmp_path))
 
-
-@functools.cache
-def folder() -> Path:
-    import tempfile
-
-    return Path(tempfile.mkdtemp())
+    feed()
 
 
 # --- what a file may name --------------------------------------------------------------------------------------------
