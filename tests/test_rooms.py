@@ -18,7 +18,7 @@ FLOORS = (
     ("models", "data"),
     ("training",),
     ("runs",),
-    ("sweep", "reports"),
+    ("sweep", "reports", "serving"),
     ("cli",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

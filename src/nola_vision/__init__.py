@@ -6,8 +6,8 @@ Data flows one way:
 
 `adapters` is the engine: the methods, and the bank of trained parameters next to an untouched backbone; `models` makes
 backbones and adapted models (the Python interface); `data` draws the k-shot set; `training` has the LightningModules;
-`runs` goes from a config to a row; `sweep` plans and runs many; `reports` turns rows into tables; `cli` is the command
-line. `common`, `images` and `evaluation` are what they share.
+`runs` goes from a config to a row; `sweep` plans and runs many; `reports` turns rows into tables; `serving` answers
+with many adapters; `cli` is the command line. `common`, `images` and `evaluation` are what they share.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nola_vision.models.assembly import adapt as adapt
     from nola_vision.models.backbones.spec import BackboneSpec as BackboneSpec
     from nola_vision.models.loading import load_adapter as load_adapter
+    from nola_vision.serving.bank import AdapterBank as AdapterBank
 
 __version__ = version("nola-vision")
 
@@ -51,6 +52,7 @@ _PUBLIC = {
     "TinyLoRA": "nola_vision.adapters.methods",
     "UniLoRA": "nola_vision.adapters.methods",
     "VeRA": "nola_vision.adapters.methods",
+    "AdapterBank": "nola_vision.serving.bank",
     "AdaptedModel": "nola_vision.models.adapted_model",
     "adapt": "nola_vision.models.assembly",
     "load_adapter": "nola_vision.models.loading",

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nola_vision.adapters import context
@@ -21,7 +20,7 @@ from nola_vision.adapters.functional import (
     producer,
     record_producer,
 )
-from nola_vision.adapters.target import Change, LowRank, Target, dense
+from nola_vision.adapters.target import Change, LowRank, Target, whole, whole_dense
 from nola_vision.common.errors import NolaVisionError
 
 
@@ -86,11 +85,32 @@ class Injection:
         for hook in self._hooks:
             hook.remove()
 
+    def run(self, images: Tensor, current: Pass) -> Tensor:
+        """The features of a pass that the caller made.
+
+        A target that has no change in it computes as the backbone does.
+        """
+        inner = cast(_PassForward, self.backbone.forward).inner
+        with context.running(self.bank, current):
+            return cast(Tensor, inner(images))
+
     def probe(self, images: Tensor) -> None:
-        """One pass with random A and B = 0: the features' gradient reaches each B whose change would move them.
+        """Refuses targets whose change would have no effect.
 
         Raises:
             NolaVisionError: a target whose change does not reach the features.
+        """
+        if idle := self.idle(images):
+            raise NolaVisionError(
+                f"a change of {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''} does not reach the features of "
+                "this backbone (it reads the weight in its own way, or multiplies the layer's output by zero), so "
+                "it cannot be adapted: leave it out of `targets`"
+            )
+
+    def idle(self, images: Tensor) -> list[str]:
+        """The names of the targets whose change does not reach the features.
+
+        One pass with random A and B = 0: the features' gradient reaches each B whose change would move them.
         """
         generator = torch.Generator().manual_seed(0)
         made: dict[str, Change] = {}
@@ -102,21 +122,15 @@ class Injection:
         modes = {module: module.training for module in self.backbone.modules()}
         self.backbone.eval()
         try:
-            with torch.enable_grad(), context.running(self.bank, Pass(made, None)):
-                features = cast(_PassForward, self.backbone.forward).inner(images)
+            with torch.enable_grad():
+                features = self.run(images, Pass(made, None))
                 direction = torch.randn(features.shape, generator=generator).to(features)
                 reached = (features * direction).sum() + sum(0 * leaf.sum() for leaf in leaves)
                 gradients = torch.autograd.grad(reached, leaves)
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        idle = [t.name for t, g in zip(self.bank.targets, gradients, strict=True) if not g.any()]
-        if idle:
-            raise NolaVisionError(
-                f"a change of {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''} does not reach the features of "
-                "this backbone (it reads the weight in its own way, or multiplies the layer's output by zero), so "
-                "it cannot be adapted: leave it out of `targets`"
-            )
+        return [t.name for t, g in zip(self.bank.targets, gradients, strict=True) if not g.any()]
 
 
 class _PassForward:
@@ -157,15 +171,17 @@ class _AdaptedForward:
     def __call__(self, x: Tensor) -> Tensor:
         bank, layer = self.bank, self.layer
         if bank.merged:
-            return cast(Tensor, cast(Any, type(layer)).forward(layer, x))
+            return self._plain(x)
         if layer.weight.requires_grad:
             raise NolaVisionError(f"the weight of {self.targets[0].name} is trained itself: freeze the backbone")
         # there is no pass where a part of the backbone is called by itself, such as `forward_features`
         current = context.current_pass(bank) or bank.make_pass(self.targets)
+        if self.targets[0].name not in current.changes:
+            return self._plain(x)
         changes, place = [current.changes[target.name] for target in self.targets], current.place
         plain_linear = isinstance(layer, nn.Linear) and computes_plainly(layer)
         if plain_linear and all(isinstance(change, LowRank) for change in changes):
-            a, b, scale = self._whole(cast(list[LowRank], changes), layer.weight.shape[0])
+            a, b, scale = whole(self.targets, cast(list[LowRank], changes))
             linear = cast(nn.Linear, layer)
             if place is not None:
                 rows = _rows_of(place, len(x))
@@ -173,7 +189,7 @@ class _AdaptedForward:
             if merges_exactly(x, layer.weight):
                 return merged_linear(x, linear, a, b, scale, producer(x))
             return additive_linear(x, linear, a, b, scale)
-        value = self._dense(changes, layer.weight.shape[0])
+        value = whole_dense(self.targets, changes)
         if place is None:
             return dense_change(x, layer, value)
         # once for each distinct adapter of the batch
@@ -181,23 +197,8 @@ class _AdaptedForward:
         parts = [dense_change(x[rows], layer, value[i]) for i, rows in enumerate(members)]
         return torch.cat(parts)[torch.cat(members).argsort()]
 
-    def _dense(self, changes: Sequence[Change], out_features: int) -> Tensor:
-        """The layer's parts as one change of its whole weight."""
-        if self.targets[0].rows is None:
-            return dense(self.targets[0], changes[0])
-        parts = []
-        for target, change in zip(self.targets, changes, strict=True):
-            first, last = cast(tuple[int, int], target.rows)
-            parts.append(F.pad(dense(target, change), (0, 0, first, out_features - last)))
-        return torch.stack(parts).sum(0)
-
-    def _whole(self, changes: Sequence[LowRank], out_features: int) -> LowRank:
-        """The layer's parts as one pair of factors: A side by side, each B padded with zeros to the whole width."""
-        if self.targets[0].rows is None:
-            return changes[0]
-        rows = [cast(tuple[int, int], target.rows) for target in self.targets]
-        padded = [F.pad(c.b, (first, out_features - last)) for c, (first, last) in zip(changes, rows, strict=True)]
-        return LowRank(torch.cat([c.a for c in changes], dim=-1), torch.cat(padded, dim=-2), changes[0].scale)
+    def _plain(self, x: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, type(self.layer)).forward(self.layer, x))
 
 
 def _rows_of(place: Tensor, rows: int) -> Tensor:

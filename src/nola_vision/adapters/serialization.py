@@ -164,19 +164,23 @@ class AdapterFile:
         return _content({**self.metadata, **changes}, self.stored)
 
 
-def open_adapter(path: str | Path) -> AdapterFile:
+def open_adapter(path: str | Path, shown: Path | None = None) -> AdapterFile:
     """Opens an adapter file and checks that it is one and undamaged: container, version, digest, header, bytes.
 
     The file is untrusted. Checking it takes no more time and memory than reading it and a header of 2 MiB.
+
+    Args:
+        path: of the file.
+        shown: the path that messages and the result name, where `path` is a copy.
 
     Raises:
         NolaVisionError: no such file, not safetensors, truncated, not an adapter, of another format version, changed,
             or with tensors of other types or sizes than the format has.
     """
-    path = Path(path)
-    _refuse_other_files(path)
+    opened, path = Path(path), shown or Path(path)
+    _refuse_other_files(opened)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(opened, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
             if text is None:
                 raise NolaVisionError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +103,37 @@ Change = LowRank | Dense
 def dense(target: Target, change: Change) -> Tensor:
     """A change in the weight's layout."""
     return target.product(*change) if isinstance(change, LowRank) else change.value
+
+
+def whole(targets: Sequence[Target], changes: Sequence[LowRank]) -> LowRank:
+    """The change of a linear layer from those of its parts: A side by side, each B padded with zeros to all outputs.
+
+    Args:
+        targets: one for the whole weight, or several for some rows each.
+        changes: theirs, of one scale.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    if targets[0].rows is None:
+        return changes[0]
+    outputs, rows = targets[0].shape[0], [cast(tuple[int, int], target.rows) for target in targets]
+    padded = [F.pad(c.b, (first, outputs - last)) for c, (first, last) in zip(changes, rows, strict=True)]
+    return LowRank(torch.cat([c.a for c in changes], dim=-1), torch.cat(padded, dim=-2), changes[0].scale)
+
+
+def whole_dense(targets: Sequence[Target], changes: Sequence[Change]) -> Tensor:
+    """The change of a layer's whole weight, in the weight's layout, from those of its parts."""
+    import torch
+    import torch.nn.functional as F
+
+    if targets[0].rows is None:
+        return dense(targets[0], changes[0])
+    parts = []
+    for target, change in zip(targets, changes, strict=True):
+        first, last = cast(tuple[int, int], target.rows)
+        parts.append(F.pad(dense(target, change), (0, 0, first, target.shape[0] - last)))
+    return torch.stack(parts).sum(0)
 
 
 def low_rank_changes(

@@ -85,16 +85,10 @@ def main(arguments: Sequence[str], verb: str) -> int:
 
         from nola_vision.images.transforms import eval_transform
         from nola_vision.models.loading import load_adapter
-        from nola_vision.models.prediction import batches, probabilities, top_classes
+        from nola_vision.models.prediction import batches, probabilities, to_device, top_classes
 
     model = load_adapter(known.adapter, known.weights)
-    try:
-        model.to(known.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise NolaVisionError(
-            f"the device {known.device} cannot be used here ({reason}): leave --device out"
-        ) from error
+    to_device(model, known.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names, transform = model.metadata.class_names, eval_transform(model.metadata.input)
     if known.min_probability is not None and model.calibrated_on is None:
         say_aside("the adapter's probabilities are not calibrated (docs/using.md)")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 _LONGEST_NAME = 100  # comparing longer ones takes seconds
+_MOST_COMPARED = 500  # names
 
 
 def did_you_mean(name: object, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
@@ -21,3 +23,10 @@ def did_you_mean(name: object, known: Iterable[str], otherwise: str | None = Non
     if close := difflib.get_close_matches(str(name)[:_LONGEST_NAME], known, n=3, cutoff=cutoff):
         return f"did you mean {' or '.join(close)}?"
     return f"use one of {', '.join(known)}" if otherwise is None else otherwise
+
+
+def close_names(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three of many names that are similar to one. The time is bounded: few that start alike are compared."""
+    short = name[:_LONGEST_NAME]
+    alike = (one for one in known if one[:1].lower() == short[:1].lower() and abs(len(one) - len(short)) < 4)
+    return difflib.get_close_matches(short, islice(alike, _MOST_COMPARED), n=3)

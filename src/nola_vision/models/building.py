@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nola_vision.adapters.bank import ParameterBank
 from nola_vision.adapters.methods.base import Base, Group, Method, Source
@@ -54,14 +54,19 @@ def make_bank(
         method = method.for_loading(targets)
     head = None
     if targets and targets[-1].name == HEAD:
-        std = 0.0 if base == "zero" else 0.1 / math.sqrt(3 * width)
-        head = uniform(basis_key(run_seed, HEAD, HEAD), (classes, width + 1), std)
+        head = head_start(run_seed, classes, width, base)
     draws = generator(run_seed, "factors")
     seed = run_seed if basis_seed is None else basis_seed
     source = Source(num_adapters, seed, base, draws, backbone, head, loading=target_names is not None)
     groups = method.groups(targets)
     check_groups(method, groups, targets)
     return ParameterBank(method, groups, source, width, num_classes, generator(run_seed, "head"))
+
+
+def head_start(run_seed: int, classes: int, width: int, base: Base) -> Tensor:
+    """The fixed matrix `[classes, width + 1]` of an adapted head; the bias is its last column."""
+    std = 0.0 if base == "zero" else 0.1 / math.sqrt(3 * width)
+    return uniform(basis_key(run_seed, HEAD, HEAD), (classes, width + 1), std)
 
 
 def feature_width(backbone: nn.Module) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nola_vision.adapters.serialization import AdapterFile, open_adapter
+from nola_vision.adapters.target import Target
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
 from nola_vision.models import known_weights
@@ -49,7 +50,7 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
             or methods than are here.
     """
     file = open_adapter(path)
-    header, missing = _with_weights(parse_header(file.metadata, file.path, weights), path)
+    header, missing = with_weights(parse_header(file.metadata, file.path, weights), path)
     names = _check_agreement(file, header)
     tensors = file.tensors()
     model = _assemble(header, names, missing, path)
@@ -61,8 +62,12 @@ def load_adapter(path: str | Path, weights: str | None = None) -> AdaptedModel:
     return model.eval()
 
 
-def _with_weights(header: Header, path: str | Path) -> tuple[Header, WeightsOrigin | None]:
-    """The header with the local file of the backbone's weights, and that file's description if it was not found."""
+def with_weights(header: Header, path: str | Path) -> tuple[Header, WeightsOrigin | None]:
+    """The header with the local file of the backbone's weights, and that file's description if it was not found.
+
+    Raises:
+        NolaVisionError: the backbone's tag names a hub or a folder, and the user did not give the weights.
+    """
     spec, wanted = header.metadata.backbone, header.weights
     if spec.base != "pretrained" or (header.metadata.method.trains_backbone and ":" not in spec.tag):
         wanted = None  # there is no such file, or the adapter file contains every weight
@@ -89,15 +94,29 @@ def _check_agreement(file: AdapterFile, header: Header) -> list[str]:
         NolaVisionError: a target, a count or a tensor that the backbone, the method or the file does not have.
     """
     metadata, path = header.metadata, file.path
-    method, classes = metadata.method, len(metadata.class_names)
-    backbone = skeleton(metadata.backbone)
-    names = _target_names(backbone, header, path)
-    groups = method.groups(method_targets(backbone, method, classes, names))
-    shapes = file_shapes(groups, classes, feature_width(backbone))
+    method, backbone = metadata.method, skeleton(metadata.backbone)
+    targets = header_targets(header, backbone, path)
+    shapes = file_shapes(method.groups(targets), len(metadata.class_names), feature_width(backbone))
     with torch.device("meta"):
         _, backbone = edited(backbone, method, metadata.run_seed)
     inside = backbone_tensors(backbone, method)
-    shapes |= {name: tuple(tensor.shape) for name, tensor in inside.items()}
+    check_shapes(file, shapes | {name: tuple(tensor.shape) for name, tensor in inside.items()})
+    for name, tensor in inside.items():
+        if tensor.is_floating_point() != file.floats(name):
+            raise NolaVisionError(f"the tensor {name} of {path} has another dtype than the backbone's")
+    return [target.name for target in targets]
+
+
+def check_shapes(file: AdapterFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares a file's tensors with those that its method and backbone have.
+
+    Args:
+        file: what was opened.
+        shapes: by the tensors' names in the file.
+
+    Raises:
+        NolaVisionError: a tensor too many or too few, or of another shape.
+    """
     there = file.shapes
     for name in sorted(shapes.keys() | there.keys()):
         wanted, stored = shapes.get(name), there.get(name)
@@ -107,28 +126,33 @@ def _check_agreement(file: AdapterFile, header: Header) -> list[str]:
             else:
                 fault = f"has the shape {list(stored)} and not {list(wanted)}"
             raise NolaVisionError(
-                f"{path} does not fit its method and backbone: the tensor {name} {fault}, train again"
+                f"{file.path} does not fit its method and backbone: the tensor {name} {fault}, train again"
             )
-    for name, tensor in inside.items():
-        if tensor.is_floating_point() != file.floats(name):
-            raise NolaVisionError(f"the tensor {name} of {path} has another dtype than the backbone's")
-    return names
 
 
-def _target_names(backbone: nn.Module, header: Header, path: Path) -> list[str]:
-    """The exact names of the targets: those in the header, or those that the method selects, if the checksum fits."""
-    method = header.metadata.method
+def header_targets(header: Header, backbone: nn.Module, path: Path) -> list[Target]:
+    """The targets of a file: those that its header names, or those that the method selects, if the checksum fits.
+
+    Args:
+        header: of the file.
+        backbone: what it belongs to, possibly on the meta device.
+        path: of the file, for messages.
+
+    Raises:
+        NolaVisionError: a target that the backbone does not have, or another selection than when it was trained.
+    """
+    method, classes = header.metadata.method, len(header.metadata.class_names)
     if isinstance(header.targets, list):
-        return header.targets
+        return method_targets(backbone, method, classes, header.targets)
     if not selects_by_structure(method):
         raise NolaVisionError(f"{path} does not name its targets, and a file's patterns are not run: get another file")
-    names = [target.name for target in method_targets(backbone, method, len(header.metadata.class_names))]
-    if targets_checksum(names) != header.targets:
+    targets = method_targets(backbone, method, classes)
+    if targets_checksum([target.name for target in targets]) != header.targets:
         raise NolaVisionError(
             f"{path} was trained with other targets than {', '.join(method.target_names or ())} selects in "
             f"{header.metadata.backbone.tag} here: use the release that it was trained with"
         )
-    return names
+    return targets
 
 
 def _assemble(header: Header, names: list[str], missing: WeightsOrigin | None, path: str | Path) -> AdaptedModel:
@@ -166,11 +190,26 @@ def _fill(model: AdaptedModel, tensors: Mapping[str, Tensor], path: str | Path) 
     for name, tensor in own.items():
         if name in trained:
             tensor.copy_(tensors[name])
-        elif not float((tensor - tensors[name]).abs().max()) <= _SKETCH_TOLERANCE * float(tensor.abs().max()):
-            raise NolaVisionError(
-                f"{path} was trained with another {name.removeprefix('sketch.')} than this machine computes from the "
-                "backbone's weights: use the weights and the release that it was trained with"
-            )
+        else:
+            check_sketch(name, tensor, tensors[name], path)
+
+
+def check_sketch(name: str, own: Tensor, stored: Tensor, path: str | Path) -> None:
+    """Compares a sketch that this machine computes with the one in a file.
+
+    Args:
+        name: of the tensor in the file, `sketch.<group>.<name>`.
+        own, stored: the two.
+        path: of the file, for messages.
+
+    Raises:
+        NolaVisionError: they differ by more than 1e-3 of the largest number.
+    """
+    if not float((own - stored).abs().max()) <= _SKETCH_TOLERANCE * float(own.abs().max()):
+        raise NolaVisionError(
+            f"{path} was trained with another {name.removeprefix('sketch.')} than this machine computes from the "
+            "backbone's weights: use the weights and the release that it was trained with"
+        )
 
 
 @torch.no_grad()
@@ -223,3 +262,17 @@ def set_temperature(path: str | Path, temperature: float, calibrated_on: str | N
         else dataclasses.asdict(check_calibrated(Calibrated(temperature, calibrated_on, images)))
     )
     write_file(path, file.rewritten({"calibration": calibrated}))
+
+
+def backbone_of(path: str | Path, weights: str | None = None) -> BackboneSpec:
+    """The backbone that an adapter file was made for, with the local file of its weights.
+
+    Args:
+        path: the adapter file.
+        weights: a local file with the weights; else it is found as `load_adapter` finds it.
+
+    Raises:
+        NolaVisionError: the file is damaged, or names weights that only the user may name.
+    """
+    header, _ = with_weights(parse_header(open_adapter(path).metadata, Path(path), weights), path)
+    return header.metadata.backbone

@@ -146,6 +146,19 @@ def batches(
         first += len(chunk)
 
 
+def to_device(model: nn.Module, device: str) -> None:
+    """Moves a model.
+
+    Raises:
+        NolaVisionError: this machine or this PyTorch does not have the device.
+    """
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise NolaVisionError(f"the device {device} cannot be used here ({reason}): leave --device out") from error
+
+
 @torch.no_grad()
 def run_in_eval_mode(model: nn.Module, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """Applies a function of the model, such as the model or its `features`, to a batch on the model's device.

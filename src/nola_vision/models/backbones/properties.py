@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -22,6 +22,27 @@ def probe_batch(backbone: nn.Module) -> torch.Tensor:
     parameter = next(backbone.parameters())
     noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     return noise.to(parameter.device, parameter.dtype)
+
+
+@torch.no_grad()
+def input_lengths(backbone: nn.Module, images: torch.Tensor) -> dict[str, int]:
+    """The length of the first dimension of what each linear layer and convolution gets, by module name.
+
+    It is a multiple of the batch, except in layers that compute on something else than images (SwinV2's position bias).
+    """
+    lengths: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, args: lengths.update({name: len(args[0])})
+
+    layers = [(name, one) for name, one in backbone.named_modules() if isinstance(one, nn.Linear | nn.Conv2d)]
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers]
+    try:
+        backbone(images)
+    finally:
+        for one in hooks:
+            one.remove()
+    return lengths
 
 
 def eval_batch_size(backbone: nn.Module, size: int) -> int:

@@ -1,0 +1,334 @@
+"""Thousands of adapters next to one frozen backbone; every image of a batch is answered by its own adapter."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.suggestions import close_names
+from nola_vision.common.text import printable
+from nola_vision.common.validation import check_counts, quoted
+from nola_vision.models import loading
+from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.models.prediction import load_image, one_or_several
+from nola_vision.serving.adapter import BASE, ServedAdapter
+from nola_vision.serving.shared_backbone import SharedBackbone
+
+SUFFIX = ".safetensors"
+
+
+class UnknownAdapter(NolaVisionError):
+    """There is no adapter of a name.
+
+    Attributes:
+        close: names that are similar.
+    """
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        self.close = close_names(name, known)
+        hint = f"did you mean {' or '.join(map(printable, self.close))}?" if self.close else "see adapters()"
+        super().__init__(f"there is no adapter {quoted(name)}: {hint}")
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What is known of an adapter without reading its file; the fields that may be None are known after its first use.
+
+    Args:
+        name: in the bank.
+        bytes: of the file.
+        uses: images that it answered.
+        digest: SHA-256 of the file in hexadecimal digits.
+        method: the class of its method.
+        classes: their names.
+        error: why its file cannot be used.
+    """
+
+    name: str
+    bytes: int
+    uses: int
+    digest: str | None
+    method: str | None
+    classes: tuple[str, ...] | None
+    error: str | None
+
+
+@dataclass
+class _Entry:
+    """An adapter by its name: its file, and what was read of it."""
+
+    path: Path
+    size: int
+    state: tuple[int, ...] | None = None  # of a file that `load_folder` found
+    adapter: ServedAdapter | None = None
+    error: str | None = None
+    uses: int = 0
+
+
+class AdapterBank:
+    """Adapters of any number for one backbone, of several methods, ranks, bits, basis seeds and numbers of classes.
+
+        bank = AdapterBank("vit_base_patch16_224.augreg2_in21k_ft_in1k")
+        bank.load_folder("adapters/")
+        bank.predict(["a.jpg", "b.jpg"], adapter_names=["birds", "flowers"])
+
+    An adapter is in memory as its file has it: packed, a few kilobytes. A pass makes the low-rank factors of the
+    distinct adapters of its batch, by one matrix product for each layout (adapters whose method, targets, number of
+    coefficients and basis seed are the same), and keeps them for later passes within a number of bytes. So the cost of
+    a batch does not depend on how many adapters there are. `y = x W' + (x A) B` is computed for all samples together,
+    each with its own A and B; smaller ranks are padded with zeros. Adapters whose change is not low-rank or not of a
+    plain linear layer (convolutions, HashedNet, PRANC) are computed one after the other.
+
+    All methods may be called by several threads at a time.
+
+    Args:
+        backbone: timm's tag, or a `BackboneSpec` for a local file or another image size.
+        device: where to compute, such as `cpu` or `cuda`.
+        cache_mib: for factors and bases in memory, MiB; more than one pass takes makes passes faster.
+
+    Raises:
+        NolaVisionError: the backbone does not exist or is not pretrained, or the device cannot be used.
+    """
+
+    def __init__(self, backbone: str | BackboneSpec, device: str = "cpu", cache_mib: float = 512) -> None:
+        self._shared = SharedBackbone(backbone, device, cache_mib)
+        self._entries: dict[str, _Entry] = {}
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+
+    def load_adapter(self, path: str | Path, adapter_name: str | None = None) -> str:
+        """Reads and checks an adapter file and gives it a name, which it takes from another adapter that has it.
+
+        Args:
+            path: of the file.
+            adapter_name: its name; the file's stem if not given.
+
+        Returns:
+            The name.
+
+        Raises:
+            NolaVisionError: the file is damaged, does not belong to this backbone, or changes more than chosen weights
+                (Full-FT, PEFT, batch norms); or the name is empty, not printable or `__base__`.
+        """
+        path = Path(path)
+        name = path.stem if adapter_name is None else adapter_name
+        if not _is_name(name):
+            raise NolaVisionError(f"the adapter's name is {quoted(name)}: use printable characters, and not {BASE}")
+        adapter = self._shared.read(path, name)
+        with self._lock:
+            self._entries[name] = _Entry(path, adapter.bytes, adapter=adapter)
+        return name
+
+    def load_folder(self, folder: str | Path) -> list[str]:
+        """Gives a name to each `.safetensors` file of a folder, its stem; a file is read when it is first used.
+
+        Called again, it finds new and changed files, and forgets those that are gone. A name that is not printable, or
+        is `__base__`, is left out.
+
+        Returns:
+            The names of the folder's adapters, sorted.
+
+        Raises:
+            NolaVisionError: the folder cannot be read.
+        """
+        folder = Path(folder)
+        found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        try:
+            with os.scandir(folder) as files:
+                for file in files:
+                    name = file.name.removesuffix(SUFFIX)
+                    if name != file.name and _is_name(name) and (state := _state(file)) is not None:
+                        found[name] = folder / file.name, state
+        except OSError as error:
+            raise NolaVisionError(f"the folder {folder} cannot be read ({error.strerror}): check it") from error
+        with self._lock:
+            for name, entry in list(self._entries.items()):
+                if entry.state is not None and entry.path.parent == folder and name not in found:
+                    self._forget(name)
+            for name, (path, state) in found.items():
+                before = self._entries.get(name)
+                if before is None or before.path != path or before.state != state:
+                    self._forget(name)
+                    self._entries[name] = _Entry(path, state[0], state)
+        return sorted(found)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter; its file stays. Passes that are under way end with it.
+
+        Raises:
+            UnknownAdapter: there is none of this name.
+        """
+        with self._lock:
+            if adapter_name not in self._entries:
+                raise UnknownAdapter(adapter_name, [*self._entries])
+            self._forget(adapter_name)
+
+    def _forget(self, name: str) -> None:
+        entry = self._entries.pop(name, None)
+        if entry is not None and entry.adapter is not None:
+            self._shared.forget(entry.adapter)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """All adapters, sorted by name; no file is read for it."""
+        with self._lock:
+            every = sorted(self._entries.items())
+        return [_info(name, entry) for name, entry in every]
+
+    def adapter(self, name: str) -> ServedAdapter:
+        """An adapter by its name; its file is read if it was not yet.
+
+        Raises:
+            UnknownAdapter: there is none of this name.
+            NolaVisionError: its file cannot be used, as for `load_adapter`.
+        """
+        if name == BASE:
+            return self._shared.base
+        with self._lock:
+            if (entry := self._entries.get(name)) is None:
+                raise UnknownAdapter(name, [*self._entries])
+        if entry.adapter is None:
+            with self._reading:
+                if entry.error is not None:
+                    raise NolaVisionError(entry.error)
+                if entry.adapter is None:
+                    try:
+                        entry.adapter = self._shared.read(entry.path, name)
+                    except NolaVisionError as error:
+                        entry.error = str(error)
+                        raise
+        return entry.adapter
+
+    def info(self, name: str) -> AdapterInfo:
+        """What `adapters` lists of one adapter.
+
+        Raises:
+            UnknownAdapter: there is none of this name.
+        """
+        with self._lock:
+            if (entry := self._entries.get(name)) is None:
+                raise UnknownAdapter(name, [*self._entries])
+        return _info(name, entry)
+
+    def check(self, path: str | Path) -> None:
+        """Raises what `load_adapter` raises, and keeps nothing."""
+        self._shared.read(Path(path), "")
+
+    def cache_counts(self) -> tuple[int, int]:
+        """How many adapters of all passes had their factors in the cache, and for how many these were made."""
+        return self._shared.cache_counts()
+
+    # --- answers -------------------------------------------------------------------------------------------------
+
+    def logits(self, images: Tensor, adapters: Sequence[ServedAdapter]) -> list[Tensor]:
+        """The logits of a batch, each image by its own adapter; the features for the base.
+
+        Args:
+            images: `[batch, 3, height, width]`, each as its adapter's `transform` gives it.
+            adapters: one for each image, of this bank.
+
+        Returns:
+            For each image float32 `[classes]` on the CPU.
+
+        Raises:
+            NolaVisionError: the numbers of images and adapters differ.
+        """
+        found = self._shared.logits(images, adapters)
+        with self._lock:
+            for name, uses in Counter(adapter.name for adapter in adapters).items():
+                if (entry := self._entries.get(name)) is not None:
+                    entry.uses += uses
+        return found
+
+    def predict(
+        self, images: Any, adapter_names: str | Sequence[str], top_k: int = 3, batch_size: int = 64
+    ) -> list[Any]:
+        """The most probable classes of each image, by the adapter that is named for it.
+
+        Args:
+            images: one image or several, as `AdaptedModel.predict` takes them.
+            adapter_names: one name for each image, or one for all.
+            top_k: how many classes for each image; all if there are fewer.
+            batch_size: images at a time. Those of adapters with other image sizes are computed apart.
+
+        Returns:
+            For one image a list of `Prediction(label, probability)`, the most probable first, or the features
+            `[features]` if the name is `__base__`; for several a list of those.
+
+        Raises:
+            UnknownAdapter: a name that no adapter has.
+            NolaVisionError: a file that cannot be used, an image that cannot be read, a logit that is not finite, or
+                another number of names than images.
+        """
+        check_counts(top_k=top_k, batch_size=batch_size)
+        single, several = one_or_several(images)
+        images = list(several)
+        names = [adapter_names] * len(images) if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) != len(images):
+            raise NolaVisionError(f"{len(names)} adapter names for {len(images)} images: give one for each image")
+        adapters = {name: self.adapter(name) for name in dict.fromkeys(names)}
+        answers: list[Any] = []
+        for first in range(0, len(images), batch_size):
+            chosen = [adapters[name] for name in names[first : first + batch_size]]
+            inputs = [
+                adapter.transform(load_image(image, first + position))
+                for position, (image, adapter) in enumerate(
+                    zip(images[first : first + batch_size], chosen, strict=True)
+                )
+            ]
+            logits: dict[int, Tensor] = {}
+            for side in dict.fromkeys(one.shape for one in inputs):
+                places = [position for position, one in enumerate(inputs) if one.shape == side]
+                batch = torch.stack([inputs[place] for place in places])
+                logits |= zip(places, self.logits(batch, [chosen[place] for place in places]), strict=True)
+            answers += [
+                logits[place] if adapter.name == BASE else adapter.predictions(logits[place], top_k)
+                for place, adapter in enumerate(chosen)
+            ]
+        return answers[0] if single else answers
+
+
+def _is_name(name: str) -> bool:
+    return bool(name) and name.isprintable() and name != BASE
+
+
+def _state(file: os.DirEntry[str]) -> tuple[int, ...] | None:
+    """Size, times and inode of a file, which are others when it was changed; None for what is not a regular file."""
+    try:
+        status = file.stat()
+        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) if file.is_file() else None
+    except OSError:
+        return None
+
+
+def _info(name: str, entry: _Entry) -> AdapterInfo:
+    adapter = entry.adapter
+    if adapter is None:
+        return AdapterInfo(name, entry.size, entry.uses, None, None, None, entry.error)
+    return AdapterInfo(name, entry.size, entry.uses, adapter.digest, adapter.method, adapter.class_names, None)
+
+
+def backbone_of(folder: str | Path, weights: str | None = None) -> BackboneSpec:
+    """The backbone of the first file of a folder that can be read, by name.
+
+    Args:
+        folder: with adapter files.
+        weights: a local file with the backbone's weights; else it is found as `load_adapter` finds it.
+
+    Raises:
+        NolaVisionError: there is no adapter file, or none can be read.
+    """
+    problem = NolaVisionError(f"{folder} has no adapter file ({SUFFIX}): name a folder with files that `fit` wrote")
+    for number, path in enumerate(sorted(Path(folder).glob(f"*{SUFFIX}"))):
+        try:
+            return loading.backbone_of(path, weights)
+        except NolaVisionError as error:
+            problem = error if number == 0 else problem
+    raise problem
