@@ -54,13 +54,13 @@ def test_help_and_version_import_neither_torch_nor_lightning() -> None:
 
 
 def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = Path("runs/vit_short.r160_in1k-digits-5shot-quickstart/nola/bad/row.json")  # of another run
+    bad = Path("runs/vit_mini_patch4_32.contours-digits-5shot-quickstart/nola/bad/row.json")  # of another run
     bad.parent.mkdir(parents=True)
     bad.write_text('{"schema_version": 1, "config": {}}')
-    assert main(["fit", "--config", "quickstart.yaml", "--method", "nola", *SMALL]) == 0
+    assert main(["fit", "--config", "quickstart.yaml", "--method", "nola", *QUICK]) == 0
     printed, named = capsys.readouterr()
     assert re.search(r"^Seconds: [\d.]+, of which .*training [\d.]+.*, other [\d.]+\.$", printed, re.M | re.S)
-    for text in ("test accuracy", "adapter file", "top-1", "nola", "vit_short.r160_in1k-digits-5shot"):
+    for text in ("test accuracy", "adapter file", "top-1", "nola", "vit_mini_patch4_32.contours-digits-5shot"):
         assert text in printed
     assert named.count(f"{bad} lacks status") == 1
     bad.unlink()

@@ -202,24 +202,24 @@ def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) -> None:
-    whole = build(small(), tmp_path / "whole")
+    whole = build(config(), tmp_path / "whole")
     whole.trainer.fit(whole.model, datamodule=whole.datamodule)
     saved = tmp_path / "whole" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(saved, weights_only=True)
     assert set(checkpoint["state_dict"]) == {f"model.bank.{n}" for n, _ in whole.model.model.bank.named_parameters()}
     numbers = sum(p.numel() for p in whole.model.model.bank.parameters())
-    assert saved.stat().st_size < 4 * 3 * numbers + 60_000  # weights and Adam's two moments; the backbone is 0.5 MB
+    assert saved.stat().st_size < 4 * 3 * numbers + 60_000  # weights and Adam's two moments; the backbone is 7.5 MB
 
     class Stop(Callback):
         def on_train_epoch_start(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
             if trainer.current_epoch == 1:
                 raise RuntimeError("stop")
 
-    half = build(small(), tmp_path / "half")
+    half = build(config(), tmp_path / "half")
     half.trainer.callbacks.insert(0, Stop())
     with pytest.raises(RuntimeError, match="stop"):
         half.trainer.fit(half.model, datamodule=half.datamodule)
-    rest = build(small(), tmp_path / "rest")
+    rest = build(config(), tmp_path / "rest")
     with torch.no_grad():  # what the checkpoint must bring back
         for parameter in rest.model.model.bank.parameters():
             parameter.add_(1)
@@ -234,7 +234,7 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
         ({"method": {"init_args": {"c": 64}}}, r"another method.c \(16"),
         ({"basis_seed": 9}, "another basis_seed"),
     ):
-        other = build(small(model=changes), tmp_path / "other")
+        other = build(config(model=changes), tmp_path / "other")
         with pytest.raises(NolaVisionError, match=named):
             other.trainer.fit(other.model, datamodule=other.datamodule, ckpt_path=saved, weights_only=True)
 
