@@ -1,15 +1,17 @@
-"""Test accuracy of trained adapters after shortening their files without training: fewer bits, or a cut.
+"""Accuracy of trained adapters after shortening their files without training: fewer bits, or a cut.
 
-    python scripts/measure_files.py runs nola-32bit lora-32bit          32, 16, 8, 4, 3, 2 and 1 bits per coefficient
+    python scripts/measure_files.py runs nola-32bit lora-32bit          32, 16, 8, 4, 3, 2 and 1 bits per value
     python scripts/measure_files.py runs nested --cut                  all, 1/2, 1/4 and 1/8 of the bytes
 
-Reads every completed final run of the named methods, shortens its adapter file, loads it and tests it on the digits'
-test images.
+Reads every completed final run of the named methods, shortens its adapter file, loads it and evaluates it on the
+digits' validation pool, since the bits are a choice, or with --test on the test images. The difference is that to the
+whole file of the same run, with a 95 % interval (Student's t over runs, one per split).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,15 +24,16 @@ from nola_vision import load_adapter
 from nola_vision.adapters.serialization import adapter_bytes, read_adapter
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.models.export import shorten
+from nola_vision.reports.statistics import student_half_width
 from nola_vision.runs import run_id, store
 from nola_vision.runs.store import ADAPTER_FILE
 
 
-def fewer_bits(source: Path, out: Path, head_bits: int = 32) -> Iterator[str]:
-    """Writes the file with fewer bits for the coefficients, and the head's matrix in `head_bits`."""
+def fewer_bits(source: Path, out: Path, head_bits: int | None = None) -> Iterator[str]:
+    """Writes the file with fewer bits for the adapter's values, and for the head's matrix, or that in `head_bits`."""
     metadata, tensors = read_adapter(source)
     for bits in (32, 16, 8, 4, 3, 2, 1):
-        widths = {name: bits for name in tensors if name.startswith("adapter.")} | {"head.weight": head_bits}
+        widths = {name: bits for name in tensors if name.startswith("adapter.")} | {"head.weight": head_bits or bits}
         out.write_bytes(adapter_bytes(metadata, tensors, widths))
         yield f"{bits} bits"
 
@@ -49,7 +52,8 @@ def main() -> None:
     parser.add_argument("runs")
     parser.add_argument("methods", nargs="+")
     parser.add_argument("--cut", action="store_true", help="cut files of nested runs instead of reducing the bits")
-    parser.add_argument("--head-bits", type=int, default=32, help="bits per value of the head's matrix (not for cuts)")
+    parser.add_argument("--head-bits", type=int, help="of the head's matrix, not for cuts (default: as the adapter)")
+    parser.add_argument("--test", action="store_true", help="evaluate on the test images")
     known = parser.parse_args()
     found: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
     batches = None
@@ -62,15 +66,20 @@ def main() -> None:
             for name in cut(source, out) if known.cut else fewer_bits(source, out, known.head_bits):
                 model = load_adapter(out)
                 if batches is None:
-                    batches = list(KShotDataModule(model.metadata.input).test_dataloader())
+                    data = KShotDataModule(model.metadata.input)
+                    batches = list(data.test_dataloader() if known.test else data.val_dataloader())
                 right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
                 accuracy = 100 * right / sum(len(labels) for _, labels in batches)
                 found[row.method, name].append((accuracy, out.stat().st_size))
-    print(f"{'method':14s}{'file':20s}{'bytes':>9s}   top-1 % (std, ddof 0)    n")
+    print(f"{'method':16s}{'file':20s}{'bytes':>9s}   top-1 % (std, ddof 0)   difference (95 % CI)    n")
     for (method, name), measured in found.items():
         accuracy = [one for one, _ in measured]
+        whole = [one for one, _ in next(values for (other, _), values in found.items() if other == method)]
+        differences = [one - other for one, other in zip(accuracy, whole, strict=True)]
+        half = student_half_width(differences) if len(differences) > 1 else math.nan
         spread = f"{fmean(accuracy):.2f} ({pstdev(accuracy):.2f})"
-        print(f"{method:14s}{name:20s}{measured[0][1]:9,d}   {spread:22s}{len(accuracy):5d}")
+        difference = f"{fmean(differences):+.2f} (± {half:.2f})"
+        print(f"{method:16s}{name:20s}{measured[0][1]:9,d}   {spread:22s}  {difference:20s}{len(accuracy):5d}")
 
 
 if __name__ == "__main__":

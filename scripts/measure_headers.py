@@ -27,21 +27,26 @@ WEIGHTS = WeightsOrigin(f"timm/{TAG}", "model.safetensors", 346_284_714, "0" * 6
 INPUT = InputConfig(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9)
 NOUNS = "dog cat house tree car bird fish chair cup boat road hill lamp coat shoe book clock horse train bridge".split()
 CLASSES = [f"{adjective} {noun}" for adjective in ("small", "large", "red", "old", "wild") for noun in NOUNS]
+# the paper's cell of NOLA on the MLP, with its head linear or a target too, and LoRA r=4 on QKV
 CASES: dict[str, Method] = {
     "NOLA k=1024 MLP, 4 bits, NOLA head": NOLA(targets=["mlp", "head"], bits=4, start="a0"),
     "NOLA k=1024 MLP, 4 bits, linear head": NOLA(targets=["mlp"], bits=4, start="a0"),
+    "NOLA k=1024 MLP, 3 bits, linear head": NOLA(targets=["mlp"], bits=3, start="a0"),
+    "NOLA k=1024 MLP, 16 bits, linear head": NOLA(targets=["mlp"], bits=16, start="a0"),
     "NOLA k=1024 MLP, 32 bits, linear head": NOLA(targets=["mlp"], start="a0"),
+    "LoRA r=4 QKV, 32 bits": LoRA(),
     "LoRA r=4 QKV, 16 bits": LoRA(bits=16),
     "LoRA r=4 QKV, 4 bits": LoRA(bits=4),
     "LoRA r=4 QKV, 1 bit": LoRA(bits=1),
     "LoRA r=1 QKV, 1 bit": LoRA(rank=1, bits=1),
 }
+RIVALS = ("LoRA r=4 QKV, 16 bits", "LoRA r=4 QKV, 4 bits")  # their bytes as multiples of each file's
 
 
 def main() -> None:
     spec = BackboneSpec(TAG)
     backbone = skeleton(spec)
-    print(f"{'file':40s}{'whole':>9s}{'tensors':>9s}{'header':>9s}{'names':>8s}{'ms':>8s}")
+    measured = {}
     for name, method in CASES.items():
         targets = method_targets(backbone, method, len(CLASSES))
         groups = method.groups(targets)
@@ -56,9 +61,11 @@ def main() -> None:
         tensors = sum(byte_count(bits.get(one, 32), shape) for one, shape in shapes.items())
         whole, nameless = (adapter_size(one, shapes, bits) for one in (named, nameless))
         times = timeit.repeat(functools.partial(adapter_size, named, shapes, bits), number=1, repeat=5)
-        print(
-            f"{name:40s}{whole:9,d}{tensors:9,d}{nameless - tensors:9,d}{whole - nameless:8,d}{1e3 * min(times):8.2f}"
-        )
+        measured[name] = whole, tensors, nameless - tensors, whole - nameless, 1e3 * min(times)
+    print(f"{'file':40s}{'whole':>9s}{'tensors':>9s}{'header':>9s}{'names':>8s}{'ms':>8s}  {'   '.join(RIVALS)}")
+    for name, (whole, tensors, header, names, milliseconds) in measured.items():
+        ratios = "".join(f"{f'{measured[rival][0] / whole:.1f}':>{len(rival) + 2}s} " for rival in RIVALS)
+        print(f"{name:40s}{whole:9,d}{tensors:9,d}{header:9,d}{names:8,d}{milliseconds:8.2f}{ratios}")
 
 
 if __name__ == "__main__":

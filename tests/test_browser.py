@@ -19,12 +19,12 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
 ]
 HOSTILE = ["<img src=x onerror=alert(1)>", "$x$", "a" * 200, "\u202eevil", "日本語", "two words", "</style>", "8"]
-PAGES = ["few", "many", "cells", "single", "folds"]
+PAGES = ["few", "many", "cells", "single", "folds", "league"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pages: hostile names, 100 classes and 8 methods, two cells, single runs, and cross-validated ones."""
+    """Pages: hostile names, 100 classes and 8 methods, two cells, single runs, cross-validated ones, and a league."""
     folder = tmp_path_factory.mktemp("browser")
     hostile = [METHODS[2], METHODS[-1]._replace(name="<b>nola</b>"), METHODS[-3]._replace(name="x" * 200)]
     write_runs(folder / "few", HOSTILE, hostile, splits=3)
@@ -33,6 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_runs(folder / "cells", ["cat", "dog"], METHODS[-3:], cell=f"vit-folder.photos{number}-5shot-default")
     for name, folds in (("single", 0), ("folds", 5)):
         write_runs(folder / name, ["cat", "dog", "owl"], METHODS[2:], splits=1, inits=1, images=30, folds=folds)
+    names = ("nola", "lora", "lora-xs", "vera", "fact", "pranc", "hashednet", "uni-lora", "tiny-lora", "lora-1bit")
+    at = [METHODS[-1]._replace(name=f"{name}@{kb}KB", file_bytes=990 * kb) for name in names for kb in (2, 5, 10, 50)]
+    write_runs(folder / "league", ["cat", "dog"], [METHODS[0], METHODS[3]._replace(file_bytes=1500), *at], splits=3)
     for name in PAGES:
         rows, problems = store.read_rows(folder / name)
         assert not problems

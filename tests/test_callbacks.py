@@ -229,6 +229,9 @@ def test_stop_early_is_refused_before_training(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(NolaVisionError, match="no validation images .*: leave model.stop_early out"):
         runner.run(tiny(model={"stop_early": 1}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    for every, warned in ((1, True), (2, False)):  # after the last epoch it would only calibrate
+        row = runner.run(tiny(trainer={"max_epochs": 2, "check_val_every_n_epoch": every}), tmp_path)
+        assert any("nothing is validated in training" in warning for warning in row.warnings) == warned
 
 
 def test_learning_rates_are_logged_and_loggers_are_a_list(tmp_path: Path) -> None:
@@ -341,9 +344,14 @@ def test_a_number_of_batches_stays_one_whatever_was_imported_before() -> None:
 
 
 def test_a_share_of_batches_that_is_none_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(NolaVisionError, match="limit_train_batches") as caught:
-        runner.run(tiny(trainer={"limit_train_batches": 0.1}), tmp_path)
-    assert "\n" not in str(caught.value)
+    for name in ("train", "val", "test"):
+        every = {"check_val_every_n_epoch": 1, f"limit_{name}_batches": 0.1}
+        with pytest.raises(NolaVisionError, match=f"limit_{name}_batches") as caught:
+            runner.run(tiny(trainer=every), tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.rglob("adapter.safetensors"))  # refused before training
+    unused = tiny(trainer={"limit_val_batches": 0.1, "max_epochs": 1})  # nothing is validated
+    assert runner.run(unused, tmp_path).status == "completed"
 
 
 @pytest.mark.parametrize("method", ["FullFinetune", "PEFT"])

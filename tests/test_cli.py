@@ -275,6 +275,10 @@ MISTAKES = {
     "method setting": ([*FIT, "--model.method.rnk=3"], "unknown setting 'rnk' of NOLA: did you mean rank"),
     "no config": (["fit"], "--config"),
     "nothing to search": ([*FIT, "--search", "--config=once.yaml"], "--search needs several values of a setting"),
+    "a search beyond a budget": (
+        [*FIT, "--search", "--config=wide.yaml", "--model.method.max_bytes=3000"],
+        "'nola' has bits 8, with which the file has",
+    ),
     "search": (
         ["sweep", *FIT[1:], "--methods=nola", "--config=search.yaml"],
         "lrr 0.1: unknown setting 'lrr' of NOLA",
@@ -324,6 +328,7 @@ def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd
     (tmp_path / "evil.yaml").write_text("{method: a, methods: {a: {class_path: evil.Thing}}, model: {}}")
     (tmp_path / "method.yaml").write_text("method: [nola]")
     (tmp_path / "once.yaml").write_text("methods: {nola: {search: {lr: [0.1], c: [8]}}}")
+    (tmp_path / "wide.yaml").write_text("methods: {nola: {init_args: {max_bytes: 9000}, search: {bits: [4, 8]}}}")
     (tmp_path / "search.yaml").write_text("methods: {nola: {search: {lrr: [0.1]}}}")
     (tmp_path / "empty").mkdir()
     digit(tmp_path / "one.png", 0)
@@ -369,11 +374,12 @@ def test_a_small_folder_from_run_to_prediction(
     monkeypatch.setenv("NOLA_VISION_DATA", str(tmp_path / "a" / "tree"))
     options = ["--config=quickstart.yaml", "--data.dataset=folder", "--data.shots=all", *SMALL[:-1]]
     # five images a class and fewer leave no validation pool: each method keeps its own rate
-    assert main(["sweep", *options, "--methods=linear,nola", "--splits=0", "--inits=0"]) == 0
+    assert main(["sweep", *options, "--methods=linear,nola", "--splits=0", "--inits=0", "--basis-seed=7"]) == 0
     printed = capsys.readouterr().out
     assert "there is no validation pool" in printed and "folder.tree-allshot" in printed
     rows = [row for row in store.read_rows("runs")[0] if row.stage == "final"]
     assert {row.learning_rate for row in rows} == {0.001, 0.01} and {row.val_accuracy for row in rows} == {None}
+    assert {(row.run_seed, row.basis_seed) for row in rows} == {(0, 7)}
     path = next(Path("runs").rglob("nola/split0*/adapter.safetensors"))
     assert main(["predict", "--adapter", str(path), str(tmp_path / "a")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8

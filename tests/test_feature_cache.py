@@ -55,7 +55,8 @@ def test_what_is_stored_is_loaded_in_another_process(folder: Path, dtype: torch.
 
 
 @pytest.mark.parametrize(
-    "damage", ["empty", "cut", "a bit", "text", "foreign", "of another key", "not finite", "integers", "fifo", "large"]
+    "damage",
+    ["empty", "cut", "a bit", "text", "foreign", "of another key", "not finite", "integers", "fifo", "large", "link"],
 )
 def test_a_damaged_file_is_replaced(damage: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     feature_cache.store(KEY, FEATURES)
@@ -91,10 +92,16 @@ def test_a_damaged_file_is_replaced(damage: str, folder: Path, monkeypatch: pyte
         case "fifo":
             path.unlink()
             os.mkfifo(path)
+        case "link":
+            (folder / "elsewhere").write_bytes(b"precious")
+            path.unlink()
+            path.symlink_to("elsewhere")
     assert feature_cache.load(KEY, (4, 3)) is None
     feature_cache.store(KEY, FEATURES)
     if damage != "fifo":  # what is not a file is not touched
         assert torch.equal(feature_cache.load(KEY, (4, 3)), FEATURES)
+    if damage == "link":  # it is replaced, not written through
+        assert (folder / "elsewhere").read_bytes() == b"precious" and not path.is_symlink()
 
 
 def test_features_that_are_not_finite_are_not_stored(folder: Path) -> None:

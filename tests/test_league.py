@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.lines import Line2D
 
 from fake_runs import Method as FakeMethod
 from fake_runs import write_runs
@@ -21,6 +22,9 @@ from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.budgets import largest, most_file_bytes, smallest, solve_budget
 from nola_vision.models.metadata import AdapterMetadata
 from nola_vision.reports.cell import cell_of
+from nola_vision.reports.charts.league import league_chart
+from nola_vision.reports.charts.looks import entry_looks
+from nola_vision.reports.charts.pareto import pareto_front
 from nola_vision.reports.league import budget_table
 from nola_vision.reports.statistics import split_interval
 from nola_vision.runs import run_id
@@ -278,6 +282,38 @@ def test_table_by_budget(league: Path) -> None:
     assert split_interval(entry.runs[:2]) is None
     assert set(read_not_run(league / CELL)) == {"lora@2KB", "nola@5KB"}
     assert budget_table([e for e in cell.entries if "@" not in e.summary.method], {}) is None
+
+
+def test_methods_are_compared_with_the_subject_at_their_budget(league: Path) -> None:
+    cell = cell_of(read_rows(league)[0], CELL)
+    table = cell.tables[2]
+    assert table.columns[1] == "difference to nola at the same budget (95 % CI)"
+    lines = {line[0].text: line[1].text for line in table.lines}
+    accuracy = {e.summary.method: np.array([100 * (row.test_accuracy or 0) for row in e.runs]) for e in cell.entries}
+    references = {"lora@5KB": "nola@2KB", "lora@10KB": "nola@10KB", "logistic": "nola@2KB"}
+    for name, other in references.items():
+        assert lines[name].split()[0] == f"{np.mean(accuracy[name] - accuracy[other]):+.1f}", name
+    assert {lines[name] for name in accuracy if name not in references} == {"-"}
+
+
+def test_the_chart_of_a_league(league: Path) -> None:
+    cell = cell_of(read_rows(league)[0], CELL)
+    looks = entry_looks(cell.summaries)
+    chart = league_chart(cell.entries, looks)
+    assert chart is not None
+    drawn = [line for line in chart.figure.artists if isinstance(line, Line2D)]
+    bars = {text for line in drawn if (text := str(line.get_label())).startswith("bar of")}
+    barred = {item.label for item in pareto_front(cell.summaries)} | {"nola@2KB", "nola@10KB"}
+    assert bars == {f"bar of {name}" for name in barred} and len(barred) < 5
+    texts = [text.get_text() for text in chart.figure.texts]
+    assert {"2 KB", "5 KB", "10 KB", "nola", "lora", "logistic", "1nn"} <= {*texts}
+    # a label at the right begins with the marker of its method
+    for name in ("nola", "lora"):
+        (label,) = [text for text in chart.figure.texts if text.get_text() == name]
+        beside = [line for line in drawn if line.get_marker() == looks[f"{name}@10KB"].marker]
+        places = [line.get_transform().transform((line.get_xdata()[0], line.get_ydata()[0])) for line in beside]
+        x, y = label.get_transform().transform(label.get_position())
+        assert any(0 < x - px < 15 and abs(y - py) < 10 for px, py in places), name
 
 
 def test_report_of_a_league(league: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

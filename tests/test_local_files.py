@@ -253,6 +253,8 @@ def test_what_is_written_goes_through_links_and_into_pipes(tmp_path: Path) -> No
         with open(tmp_path / "file", "ab") as redirected:
             subprocess.run([sys.executable, "-c", code, stream], stdout=redirected, check=True)
     assert (tmp_path / "file").read_text() == "new" + 2 * "pagetable\n"
+    local_files.write_cache(tmp_path / "link", {})  # no user chose its path: a link there is replaced
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text().startswith("new")
 
 
 def test_a_run_never_replaces_a_device(tmp_path: Path) -> None:

@@ -7,14 +7,15 @@ import dataclasses
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from nola_vision.cli.options import parse_methods, parse_range
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs.record import Row
 from nola_vision.runs.search_grid import in_words
-from nola_vision.sweep.display import threads_warning
+from nola_vision.sweep.display import plan_table, threads_warning
 from nola_vision.sweep.plan import complete, final_specs, search_specs, shard_of
-from nola_vision.sweep.progress import entry_progress
+from nola_vision.sweep.progress import EntryProgress, entry_progress
 from nola_vision.sweep.search import choices_in_words, choose_settings
 from nola_vision.sweep.variations import rename, suffix, vary
 
@@ -125,6 +126,7 @@ def test_search_is_one_run_per_combination_for_entries_with_several() -> None:
     ]
     assert len({spec.run_hash for spec in grid}) == 4
     assert [in_words(spec.searched) for spec in grid[:2]] == ["lr 0.005, c 8", "lr 0.005, c 2"]
+    assert in_words({"targets": ["qkv", "mlp"], "head_lr": None}) == "targets qkv+mlp, head_lr null"
 
 
 def test_the_settings_with_the_best_validation_accuracy_are_chosen() -> None:
@@ -326,6 +328,15 @@ def test_progress_counts_completed_runs() -> None:
 )
 def test_more_threads_than_cores_are_warned_of(workers: int, threads: int, cores: int, advice: str | None) -> None:
     assert threads_warning(workers, threads, cores) == advice
+
+
+def test_the_plan_of_a_league_keeps_names_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["lora-1bit@10KB", "tiny-lora@50KB"]
+    entries = [EntryProgress(name, 6, 8, 0, 1243.2, estimated=True) for name in names]
+    sizes = {name: ("max_parameters 51,050", 49_967) for name in names}
+    Console(width=80).print(plan_table(entries, 1, (1, 1), sizes=sizes))
+    out = capsys.readouterr().out
+    assert all(text in out for text in (*names, "max_parameters", "51,050", "49,967", "~1243.2")) and "…" not in out
 
 
 def test_fit_and_sweep_with_the_same_settings_are_one_run() -> None:

@@ -241,6 +241,7 @@ def test_an_entry_looks_the_same_in_every_chart() -> None:
         assert all(drawn[label] == look.colour for label, look in looks.items() if label in drawn)
     many = entry_looks(summarise([row(f"m{i}", 0.5, method_class="LoRA") for i in range(20)])).values()
     assert len({(look.colour, look.marker) for look in many}) == 20
+    assert len({look.marker for look in list(many)[: len(PALETTE)]}) == len(PALETTE)  # for readers without the colours
 
 
 def contrast(one: str, other: str) -> float:

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if place is not None:
         config = photos.for_this_machine(config, accelerator(config, rest))
 
-    run_config = parse(config, rest, known.allow_import)
+    run_config = parse(config, rest, known.allow_import, keep_budget=verb == "fit")  # `fit` searches within it
     if run_config["data"]["fold"] is not None or run_config["data"]["hold_out"]:
         raise NolaVisionError(
             "data.fold and data.hold_out are set by `fit` for the runs of an estimate: leave them out"

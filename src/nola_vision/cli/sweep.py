@@ -48,6 +48,8 @@ def main(arguments: Sequence[str], verb: str) -> int:
     if known.workers == 0:
         raise NolaVisionError("--workers is 0: give at least 1, the number of runs at a time")
     refuse_strays(rest, options)
+    if known.basis_seed is not None:
+        rest.append(f"--model.basis_seed={known.basis_seed}")
     set_cache_limit(known)
     if known.engine == "local" and (known.address != "auto" or known.gpus_per_run is not None):
         raise NolaVisionError("--address and --gpus-per-run are for --engine ray: give that too")
@@ -96,6 +98,8 @@ def _options() -> argparse.ArgumentParser:
     )
     options.add_argument("--splits", help="such as 0-3 or 0,2 (default: 0-3, or that of --data.manifest)")
     options.add_argument("--inits", default="0-2", help="such as 0-2 (default: 0-2)")
+    shared = "one random basis for all inits, which a bank of adapters then holds once (default: one per init)"
+    options.add_argument("--basis-seed", type=whole_number, metavar="SEED", help=shared)
     options.add_argument("--methods", default="all", help="entries of the config's `methods`, or all (default)")
     sizes = "such as 10KB,20KB: of the entries with `budgets`, only these (default: all)"
     options.add_argument("--budgets", metavar="SIZE,...", help=sizes)

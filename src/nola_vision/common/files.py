@@ -101,17 +101,22 @@ def refuse_existing(path: Path, option: str | None = None) -> None:
         raise NolaVisionError(f"{path} {kind}: give another file{f' by {option}' if option else ''}")
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
+def write_whole(path: str | Path, content: bytes, follow: bool = True) -> None:
     """Writes a file atomically, through a temporary file next to it: readers see the old content or the new.
 
-    A symbolic link keeps pointing to its file.
+    Args:
+        path: of the file.
+        content: of the file.
+        follow: a symbolic link keeps pointing to its file, which is written. Otherwise the link is replaced, which is
+            right where the user did not choose the path.
 
     Raises:
         OSError: the folder is missing or cannot be written to, or the path is not that of a regular file. No
             temporary file remains.
     """
-    path = Path(os.path.realpath(path))
-    if os.path.lexists(path) and not path.is_file():  # a device would be replaced by a file
+    path = Path(os.path.realpath(path) if follow else path)
+    replaces_link = path.is_symlink() and not follow
+    if os.path.lexists(path) and not path.is_file() and not replaces_link:  # a device would be replaced by a file
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

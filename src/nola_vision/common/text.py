@@ -1,12 +1,15 @@
-"""Text from file names and from other people's files, made safe to print, to store and to open in a spreadsheet."""
+"""Text from file names and from other people's files, made safe to print, to store and to open in a spreadsheet; and
+settings as text."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import textwrap
 import unicodedata
 from pathlib import PurePath
+from typing import Any
 
 # C0 and C1 controls, line and paragraph separators, and lone surrogates; Unicode's format characters (category Cf),
 # which reorder what is displayed or are not displayed; and the other characters that are not displayed: fillers,
@@ -17,6 +20,9 @@ _UNSAFE = re.compile(
     "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff"
     "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+
+_MOST_SETTING = 24  # characters of a setting's value
+_DIGEST = re.compile(r"[0-9a-f]{64}")  # SHA-256 of a file or of all images
 
 
 def last_part(path: str | PurePath) -> str:
@@ -72,6 +78,17 @@ def csv_cell(text: str) -> str:
     except ValueError:
         return f"'{text}"
     return text
+
+
+def setting_text(value: Any) -> str:
+    """A setting's value in a line, label or table: `8`, `0.001`, `qkv+mlp`, `null`."""
+    if isinstance(value, list):
+        text = "+".join(map(setting_text, value))
+    elif isinstance(value, float):
+        text = f"{value:g}"
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
+    return text[:6] if _DIGEST.fullmatch(text) else shortened(text, _MOST_SETTING)
 
 
 def name_text(name: str) -> str:

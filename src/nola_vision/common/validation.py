@@ -6,6 +6,7 @@ import dataclasses
 import operator
 import reprlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -36,6 +37,11 @@ def check_counts(**counts: Any) -> None:
             raise NolaVisionError(f"{name} is {quoted(count)}: it must be a whole number from 1 to {MOST_COUNT}")
 
 
+@cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)  # compiles each of a class's annotations
+
+
 def check_types(value: T) -> T:
     """A dataclass with Python's own numbers in its fields, if each field is of its declared type.
 
@@ -46,7 +52,7 @@ def check_types(value: T) -> T:
         NolaVisionError: the first field of another type, with what it must be.
     """
     plain: dict[str, Any] = {}
-    for name, hint in get_type_hints(type(value)).items():
+    for name, hint in _type_hints(type(value)).items():
         given = getattr(value, name)
         own = plain_number(given)
         if own is not given:

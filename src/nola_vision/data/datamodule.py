@@ -155,7 +155,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
             refuse_unreadable(self._test_source, self._test_positions)
         if self.entry.own_images:
             for mistake in find_mistakes(self.entry, self.root, {split: self._open(split) for split in self._splits}):
-                self._warn(mistake)
+                self.warn(mistake)
         return True
 
     def setup(self, stage: str) -> None:
@@ -183,7 +183,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
                 f"a multiple of {self._processes}, or give --trainer.devices 1"
             )
         if len(indices) % self._processes:
-            self._warn(
+            self.warn(
                 f"{len(indices)} images do not divide by {self._processes} devices, so some count twice per epoch"
             )
         return self._loader(subset, batch_size, EpochSampler(len(indices), self.run_seed, self._processes, self._rank))

@@ -197,7 +197,7 @@ class KShotSplit:
         indices = self._draw(source)
         if self.entry.trains_on_pool:
             if lacking := self.num_classes - len(np.unique(source.labels[indices])):
-                self._warn(f"{lacking} of the {self.num_classes} classes have no training images")
+                self.warn(f"{lacking} of the {self.num_classes} classes have no training images")
             return source, indices
         if self._splits != ("train", "test"):  # there is no pool, or it is a split
             return source, indices
@@ -205,9 +205,9 @@ class KShotSplit:
         if small:
             listed = ", ".join(map(repr, small[:5])) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
             if len(small) == self.num_classes:
-                self._warn("no images are held out for validation: every class has fewer than 20 training images")
+                self.warn("no images are held out for validation: every class has fewer than 20 training images")
             else:
-                self._warn(f"no images are held out for validation of classes with fewer than 20: {listed}")
+                self.warn(f"no images are held out for validation of classes with fewer than 20: {listed}")
         return source, indices
 
     def _draw(self, source: ImageSource) -> Indices:
@@ -274,7 +274,7 @@ class KShotSplit:
         inner, validation = hold_out(labels[train], self.groups[train], self.split_seed)
         return train[inner], train[validation], test
 
-    def _warn(self, sentence: str) -> None:
+    def warn(self, sentence: str) -> None:
         """Adds a warning, and logs it once per process: a fit has several runs on the same data."""
         if sentence not in self.warnings:
             self.warnings.append(sentence)

@@ -5,15 +5,13 @@ The std is over runs with ddof 0, as in NOLA's released code; for cross-validate
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
-from nola_vision.common.text import shortened
+from nola_vision.common.text import setting_text
 from nola_vision.reports.statistics import (
     ROUNDING,
     accuracies_by_split,
@@ -30,8 +28,6 @@ from nola_vision.runs.run_id import FROZEN_METHODS, entry_settings
 
 METRICS = ("balanced_accuracy", "macro_f1", "top5_accuracy", "test_nll")  # columns of a row, next to its accuracy
 _SHOWN_SETTINGS = 2  # in a label
-_MOST_VALUE = 24  # characters of a setting's value in a label
-_DIGEST = re.compile(r"[0-9a-f]{64}")  # SHA-256 of a file or of all images
 Kind = Literal["NOLA", "trained", "frozen"]
 Number = TypeVar("Number", int, float)
 
@@ -185,19 +181,6 @@ def _labels(method: str, versions: Sequence[tuple[str, Row]]) -> list[str]:
         for label, (digest, _) in zip(labels, versions, strict=True)
     ]
     return [f"{method} ({label})" for label in hashed]
-
-
-def setting_text(value: Any) -> str:
-    """A setting's value in a label or table: `8`, `0.001`, `qkv+mlp`, `null`."""
-    if isinstance(value, list):
-        text = "+".join(map(setting_text, value))
-    elif isinstance(value, float):
-        text = f"{value:g}"
-    else:
-        text = value if isinstance(value, str) else json.dumps(value)
-    if _DIGEST.fullmatch(text):
-        return text[:6]
-    return shortened(text, _MOST_VALUE)
 
 
 def _summary(runs: list[Row], label: str) -> Summary:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from nola_vision.common.text import excerpt, printable
-from nola_vision.reports.entries import Entry, Summary, of_method
+from nola_vision.reports.entries import Entry, Summary, of_method, subject
 from nola_vision.reports.formatting import NOT_MEASURED, count_text, interval_text, points, signed
 from nola_vision.reports.published import published_result
 from nola_vision.reports.statistics import LEAST_SPLITS, paired_difference
@@ -36,7 +36,8 @@ _HELP: Mapping[str, str] = {
     "top-5 %": "share of images whose class is among the five with the largest logits",
     "NLL": "mean cross-entropy in nats, not calibrated",
     "lr": "learning rate; chosen on validation images if the config's `search` lists several",
-    "difference": "accuracy minus that of the method with the best mean, in points: mean over the splits that both "
+    "difference": "accuracy minus that of the method with the best mean (of methods at byte budgets: of the named one "
+    "at the same budget, or the next smaller one that it has), in points: mean over the splits that both "
     f"have, with Student's t interval for at least {LEAST_SPLITS} splits on a test set",
     "splits": "number of splits that both methods have",
     "std by split": "part of the std between splits; the squares of both parts add up to the square of the std",
@@ -147,11 +148,13 @@ def _marks(summaries: Sequence[Summary]) -> list[Mark]:
 
 
 def _comparison(entries: Sequence[Entry]) -> Table:
-    """Each entry's difference to the best entry, the parts of its std, and the paper's result."""
-    best, of_best = max(entries, key=lambda entry: entry.summary.mean or 0)
+    """Each entry's difference to its reference (`_references`), the parts of its std, and the paper's result."""
+    reference, rivals = _references(entries)
     published = {item: figure for item, runs in entries if (figure := published_result(runs[0]))}
     lines, notes = [], []
-    differences = {item: paired_difference(runs, of_best) for item, runs in entries if item != best}
+    differences = {
+        item: paired_difference(runs, rival.runs) for (item, runs), rival in zip(entries, rivals, strict=True) if rival
+    }
     compared = [difference for difference in differences.values() if difference is not None]
     if any(difference.cross_validated for difference in compared):
         notes.append("differences have no interval: the splits divide the same images, so they are not independent")
@@ -172,7 +175,7 @@ def _comparison(entries: Sequence[Entry]) -> Table:
         parts = [points(item.split_std), points(item.init_std)]
         lines.append(tuple(TableCell(text) for text in (item.label, *shown, *parts, *([printed] if published else []))))
     interval = " (95 % CI)" if any(difference.low is not None for difference in compared) else ""
-    difference_column = f"difference to {best.label}{interval}"
+    difference_column = f"difference to {reference}{interval}"
     names = ("method", difference_column, "splits", "std by split", "std by init", *(["paper, %"] if published else []))
     return Table(
         title="Differences and spread",
@@ -181,6 +184,28 @@ def _comparison(entries: Sequence[Entry]) -> Table:
         notes=tuple(notes),
         column_help=tuple(_HELP["difference" if name == difference_column else name] for name in names),
     )
+
+
+def _references(entries: Sequence[Entry]) -> tuple[str, list[Entry | None]]:
+    """What each entry is compared with, in words, and the entry; None for what is compared with others.
+
+    It is the entry with the best mean. Of entries at byte budgets it is the method of the cell's subject at the same
+    budget, or at the largest smaller one; for a file of a single size, at the smallest budget that this is within.
+    """
+    chosen = subject([item for item, _ in entries])
+    if chosen is None or split_budget(chosen.method)[1] is None:
+        best = max(entries, key=lambda entry: entry.summary.mean or 0)
+        return best.summary.label, [None if entry is best else best for entry in entries]
+    method = of_method(chosen)
+    at = {split_budget(entry.summary.method)[1] or 0: entry for entry in entries if of_method(entry.summary) == method}
+    found: list[Entry | None] = []
+    for item, _ in entries:
+        budget, size = split_budget(item.method)[1], item.adapter_file_bytes
+        if budget is None and size is not None:
+            budget = min((one for one in at if one >= size), default=None)
+        smaller = [one for one in at if budget is not None and one <= budget]
+        found.append(at[max(smaller)] if smaller and of_method(item) != method else None)
+    return f"{method} at the same budget", found
 
 
 def _cautions(rows: Sequence[Row], entries: Sequence[Entry]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from nola_vision.adapters.methods import registry
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.mappings import value_at
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
@@ -17,16 +18,24 @@ from nola_vision.runs.early_checks import plain_value
 from nola_vision.runs.search_grid import combinations, in_words, with_settings
 
 
+def budget_of(run_config: Mapping[str, Any]) -> int | None:
+    """The `max_bytes` of a run config's method; None if it has none, or after `solved`."""
+    budget: int | None = plain_value(value_at(run_config, "model", "method", "init_args", "max_bytes"))
+    return budget
+
+
 def solved(run_config: dict[str, Any]) -> dict[str, Any]:
-    """The `model.method` of a full run config with `max_bytes`: the setting that was solved for, and no budget.
+    """A full run config with the setting that its budget was solved for instead of the budget, if it has one.
 
     Raises:
         UnreachableBudgetError: no file of the method is that small.
         NolaVisionError: the backbone or the classes of the data set are not known, or the method does not fit them.
     """
-    method, metadata = run_config["model"]["method"], _metadata(run_config)
-    size = {metadata.method.size_setting: getattr(solve_budget(metadata), metadata.method.size_setting)}
-    return {**method, "init_args": {**method["init_args"], **size, "max_bytes": None}}
+    if budget_of(run_config) is None:
+        return run_config
+    metadata = _metadata(run_config)
+    name = metadata.method.size_setting
+    return with_settings(run_config, {name: getattr(solve_budget(metadata), name), "max_bytes": None})
 
 
 def size_and_bytes(run_config: dict[str, Any]) -> tuple[str, int] | None:
@@ -41,20 +50,6 @@ def size_and_bytes(run_config: dict[str, Any]) -> tuple[str, int] | None:
         return None
     name = method.size_setting
     return f"{name} {getattr(method, name):,}" if name else "", most_file_bytes(metadata)
-
-
-def budget_of(config: Mapping[str, Any], name: str) -> int | None:
-    """The budget of an entry in bytes, by its name or its `max_bytes`; None if it has none.
-
-    Args:
-        config: a config with `methods`, as the user wrote it: `parse` replaces a budget by the solved setting.
-        name: of the entry, such as `nola@2KB`.
-
-    Raises:
-        NolaVisionError: as `run_id.entry`.
-    """
-    budget: int | None = plain_value((run_id.entry(config, name).get("init_args") or {}).get("max_bytes"))
-    return budget
 
 
 def refuse_larger_files(run_config: dict[str, Any], search: Mapping[str, Sequence[Any]], budget: int | None) -> None:

@@ -16,7 +16,7 @@ from nola_vision.common.text import printable
 from nola_vision.data.datamodule import KShotDataModule
 from nola_vision.runs import cross_validation, run_id, runner, search_grid, store
 from nola_vision.runs.budget_names import split_budget
-from nola_vision.runs.budgets import budget_of, refuse_larger_files
+from nola_vision.runs.budgets import budget_of, refuse_larger_files, solved
 from nola_vision.runs.completed import completed_row
 from nola_vision.runs.parsing import open_data, parse
 from nola_vision.runs.record import Row
@@ -59,7 +59,7 @@ def fit(
     Prints what is done in plain lines.
 
     Args:
-        run_config: what `parse` returns.
+        run_config: what `parse` returns; with its budget, if it has one, so that `search` keeps to it.
         raw: the config that it comes from; its entries on frozen features and its `search` are used.
         out: the folder of all runs.
         accuracy: the text for the accuracy of a run.
@@ -79,7 +79,8 @@ def fit(
     if run_config["trainer"]["accelerator"] in ("cuda", "gpu") and not torch.cuda.is_available():
         raise NolaVisionError("there is no CUDA device here: leave --device (--trainer.accelerator) out, or give cpu")
     main, trains = is_main_process(run_config), run_id.has_init(run_config)
-    candidates = _candidates(raw, run_config) if search else []
+    budget, run_config = budget_of(run_config), solved(run_config)
+    candidates = _candidates(raw, run_config, budget) if search else []
     data = open_data(run_config)
     if main:
         say(_summary(run_config, data))
@@ -149,13 +150,13 @@ def _summary(run_config: run_id.Config, data: KShotDataModule) -> str:
     return f"{images:,} training images of {classes} classes, {tested}; backbone {backbone}"
 
 
-def _candidates(raw: run_id.Config, run_config: run_id.Config) -> list[dict[str, Any]]:
-    """The combinations of settings to try, for --search."""
+def _candidates(raw: run_id.Config, run_config: run_id.Config, budget: int | None) -> list[dict[str, Any]]:
+    """The combinations of settings to try, for --search, within a budget in bytes."""
     name = split_budget(run_config["method"])[0]
     search = run_id.search_of(raw, name) if name in raw.get("methods", {}) else {}
     search = search_grid.checked(name, search, run_config["model"]["method"])
     if search:
-        refuse_larger_files(run_config, search, budget_of(raw, run_config["method"]))
+        refuse_larger_files(run_config, search, budget)
     candidates = search_grid.combinations(search)
     if len(candidates) < 2:
         raise NolaVisionError(

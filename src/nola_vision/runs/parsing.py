@@ -208,6 +208,7 @@ def parse(
     options: Sequence[str] = (),
     allow_import: Sequence[str] = (),
     fastest: Callable[[Any], str] = precision.fastest,
+    keep_budget: bool = False,
 ) -> run_id.Config:
     """The full run config, every default written out.
 
@@ -218,6 +219,7 @@ def parse(
         options: command-line options that override it, such as `--data.shots=10`.
         allow_import: packages whose classes the config may name too, see `import_policy`.
         fastest: gives the precision that `auto` resolves to for an accelerator; the row and its hash have that value.
+        keep_budget: leave a method's `max_bytes` to `budgets.solved`, which every run config goes through.
 
     Raises:
         NolaVisionError: an unknown key, method or setting, a value of the wrong type, or a class that a config may not
@@ -289,8 +291,7 @@ def parse(
         raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
     full["content"] = _content(full)
     full["model"]["method"].setdefault("init_args", {})
-    if full["model"]["method"]["init_args"].get("max_bytes") is not None:
-        full["model"]["method"] = budgets.solved(full)
+    full = full if keep_budget else budgets.solved(full)
     asked = str(value_at(config, "model", "method", "class_path") or "").rpartition(".")[2]
     if full.get("method") is None or run_id.method_class(full) != asked:  # another class by --model.method
         full["method"] = run_id.method_class(full).lower()
@@ -366,14 +367,9 @@ def build(run_config: run_id.Config, folder: Path) -> RunCLI:
     try:
         return RunCLI({key: value for key, value in run_config.items() if key != "content"}, folder)
     except (argparse.ArgumentError, MisconfigurationException, ValueError, TypeError, ImportError) as error:
-        raise NolaVisionError(
-            f"the run cannot be set up: {set_up_reason(str(error))}"
-            + (
-                ""
-                if not re.search("accelerator|backend|device", str(error))
-                else "; --trainer.accelerator cpu runs anywhere"
-            )
-        ) from error
+        of_device = re.search("accelerator|backend|device", str(error))
+        fix = "; --trainer.accelerator cpu runs anywhere" if of_device else ""
+        raise NolaVisionError(f"the run cannot be set up: {set_up_reason(str(error))}{fix}") from error
 
 
 def open_data(run_config: run_id.Config) -> KShotDataModule:

@@ -39,7 +39,7 @@ from nola_vision.training.callbacks import CHECKPOINTS, LAST_CHECKPOINT, Heartbe
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.distributed import is_main_process
 from nola_vision.training.precision import tf32
-from nola_vision.training.trainer_settings import check_monitors
+from nola_vision.training.trainer_settings import check_limits, check_monitors, no_validations
 
 _log = logging.getLogger(__name__)
 
@@ -198,8 +198,12 @@ def _prepared(run_config: run_id.Config, folder: Path, stage: run_id.Stage, ckpt
     if built.trainer.world_size == 1:  # else `fit` does it: one process per machine downloads, the others wait
         built.datamodule.prepare_data()
         built.datamodule.setup("fit")
+        check_limits(built.trainer, built.datamodule)
         if isinstance(built.model, Classifier):
-            check_monitors(built.trainer, built.datamodule.describe()["counts"]["validation"] > 0)
+            has_validation = built.datamodule.describe()["counts"]["validation"] > 0
+            check_monitors(built.trainer, has_validation)
+            if built.validates and not has_validation and (warning := no_validations(built.trainer)):
+                built.datamodule.warn(warning)
     return built
 
 

@@ -1,6 +1,7 @@
 """The combinations of settings that the search of an entry tries, and the choice among them. Pure functions.
 
-An entry's `search: {lr: [0.01, 0.005], c: [2, 8]}` maps names of its method's settings to the values to try.
+An entry's `search: {lr: [0.01, 0.005], c: [2, 8]}` maps names of its method's settings to the values to try. `run_id`
+reads it from a config; `budgets.refuse_larger_files` keeps it within a byte budget.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, get_type_hints
 
 from nola_vision.adapters.methods import registry
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.text import setting_text
 from nola_vision.runs.early_checks import plain_value
 from nola_vision.runs.record import Row, search_rank
 
@@ -75,9 +77,7 @@ def best(tried: Sequence[Settings], rows: Sequence[Row]) -> Settings | None:
 
 def in_words(settings: Settings) -> str:
     """Settings as text: `lr 0.005, c 2`."""
-    return ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
-    )
+    return ", ".join(f"{key} {setting_text(value)}" for key, value in settings.items())
 
 
 def choice_in_words(name: str, chosen: Settings, tried: int) -> str:

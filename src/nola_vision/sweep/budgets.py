@@ -115,5 +115,6 @@ def complete(
         if source != name:
             settings["search"] = source
     for name in runs:
-        refuse_larger_files(run_id.resolve(config, name), run_id.search_of(config, name), budget_of(raw, name))
+        budget = budget_of(run_id.resolve(raw, name))
+        refuse_larger_files(run_id.resolve(config, name), run_id.search_of(config, name), budget)
     return Entries(config, runs, not_run, notes)

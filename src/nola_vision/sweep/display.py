@@ -9,7 +9,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from nola_vision.common.progress import PlainLines, duration, is_live, say, time_left
 from nola_vision.common.text import printable
@@ -49,10 +49,11 @@ def plan_table(
         sizes: of entries with byte budgets: the setting that was solved for, and the bytes of the file.
     """
     estimated = any(entry.estimated for entry in entries)
-    sized = ["size", "file, bytes"] if sizes else []
-    table = Table("method", *sized, "search runs", "final runs", "done", "seconds per run", box=None)
-    if estimated:
-        table.add_column("time left")
+    names = ["size", "file,|bytes"] if sizes else []
+    names += ["search|runs", "final|runs", "done", "seconds|per run", *(["time|left"] if estimated else [])]
+    table = Table(Column("method", no_wrap=True), box=None, pad_edge=False)
+    for name in names:  # with sizes, 80 columns have room for the methods' names if these have two lines
+        table.add_column(name.replace("|", "\n" if sizes else " "), justify="left" if name == "size" else "right")
     for entry in entries:
         seconds = "-" if entry.seconds is None else f"{'~' if entry.estimated else ''}{entry.seconds:.1f}"
         left = None if entry.seconds is None else planned_seconds([entry], workers or 1)

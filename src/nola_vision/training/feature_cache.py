@@ -99,7 +99,7 @@ def store(key: str, features: Tensor) -> None:
         return warn_not_stored("there is no home folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        write_whole(path, content, follow=False)
     except OSError as error:
         return warn_not_stored(f"{path.parent}: {error.strerror}")
     _delete_least_recent(path.parent, most_bytes())

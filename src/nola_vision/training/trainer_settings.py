@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
+from nola_vision.data.datamodule import KShotDataModule
 
 METRICS = ("train_loss", "val_loss", "val_accuracy")
 
@@ -26,6 +28,7 @@ _REFUSED = {
     "BaseFinetuning": "the method decides what is trained: choose FullFinetune, or an adapter's targets",
     "ModelPruning": "it replaces weights that the adapter belongs to: leave it out",
 }
+_NO_IMAGES = "there are no validation images (they need 20 images of a class, and a data set with a test set)"
 _DDP = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 
 
@@ -156,10 +159,7 @@ def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
     reason = None
     if not has_validation:
-        reason = (
-            "there are no validation images (they need 20 images of a class, and a data set with a test set): leave "
-            "model.stop_early out, or monitor train_loss"
-        )
+        reason = f"{_NO_IMAGES}: leave model.stop_early out, or monitor train_loss"
     elif not trainer.limit_val_batches:
         reason = "trainer.limit_val_batches is 0: leave it out"
     elif every is not None and every > 1 and epochs is not None and 0 < epochs < 2 * every:  # at most one validation
@@ -171,6 +171,42 @@ def check_monitors(trainer: L.Trainer, has_validation: bool) -> None:
         monitor = _monitored(callback)
         if reason and monitor.startswith("val_"):
             raise NolaVisionError(f"{type(callback).__name__} monitors {monitor!r}, but {reason}")
+
+
+def check_limits(trainer: L.Trainer, data: KShotDataModule) -> None:
+    """Refuses a share of the evaluated batches that is less than one batch, which Lightning refuses after training.
+
+    Args:
+        trainer: of the run.
+        data: its data, with `evaluations`.
+
+    Raises:
+        NolaVisionError: as above.
+    """
+    # the test of a search run too: the final runs have the same limit
+    for name in ("test", "val") if {"fit", "validate"} & {*(data.evaluations or ())} else ("test",):
+        limit = getattr(trainer, f"limit_{name}_batches")
+        if not isinstance(limit, float) or not 0 < limit < 1:
+            continue
+        images = len(data.test_indices) if name == "test" else data.describe()["counts"]["validation"]
+        batches = math.ceil(images / data.eval_batch_size)
+        if batches and int(limit * batches) == 0:
+            raise NolaVisionError(
+                f"trainer.limit_{name}_batches is {limit}, less than one of the {batches:,} batches: give a number of "
+                "batches, such as 1, or a larger share"
+            )
+
+
+def no_validations(trainer: L.Trainer) -> str | None:
+    """What to warn of in a run that is to validate and has no validation images.
+
+    None where the validation would be the one after training, which configs ask for to calibrate the adapter if they
+    can.
+    """
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    if every is not None and epochs is not None and 0 < epochs <= every:
+        return None
+    return f"nothing is validated in training: {_NO_IMAGES}"
 
 
 def _check_strategy(strategy: str | Mapping[str, Any]) -> None:

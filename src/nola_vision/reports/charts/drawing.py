@@ -30,6 +30,7 @@ WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 32, 46
 TEXT, LINE = 13, 15  # size and height of a line
 _LABEL_GAP = 14  # between the lines and their labels
+MARKED = 12  # of a label with a marker, for it
 _MARGIN = 12  # of a PNG file
 MOST_LABELS = 14  # as many as fit under each other
 _MOST_PIXELS = 20_000  # of a side of a plot of many entries
@@ -175,8 +176,11 @@ class Panel:
         line = Line2D([x / WIDTH for x in xs], [y / HEIGHT for y in ys], color=MUTED, linewidth=0.7)
         self.figure.add_artist(line)
 
-    def label_ends(self, ends: Sequence[tuple[float, float, Look]]) -> None:
-        """Writes the labels of lines to the right of the data area, each connected to its line's end in data units."""
+    def label_ends(self, ends: Sequence[tuple[float, float, Look]], marked: bool = False) -> None:
+        """Writes the labels of lines to the right of the data area, each connected to its line's end in data units.
+
+        With `marked` a label begins with the marker of its line.
+        """
         if not ends:
             return
         points = self.points([(x, y) for x, y, _ in ends])
@@ -184,7 +188,12 @@ class Panel:
         for (x, y), height, (_, _, look) in zip(points, heights, ends, strict=True):
             start = (max(x, self.right) + 2 if x >= self.right - 8 else x + 4, y)
             self.connect(start, (self.right + _LABEL_GAP - 2, height))
-            self.write(self.right + _LABEL_GAP, height, look.name, look.colour, bold=look.strong)
+            left = self.right + _LABEL_GAP
+            if marked and look.marker:
+                place = [(left + 4) / WIDTH], [height / HEIGHT]
+                self.figure.add_artist(Line2D(*place, color=look.colour, marker=look.marker, markersize=6))
+                left += MARKED
+            self.write(left, height, look.name, look.colour, bold=look.strong)
 
 
 @contextmanager

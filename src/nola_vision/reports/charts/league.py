@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
-from nola_vision.reports.charts.drawing import LEFT, MOST_LABELS, WIDTH, Chart, Panel, axis_range, label_margin
+import numpy as np
+
+from nola_vision.reports.charts.drawing import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    LINE,
+    MARKED,
+    MOST_LABELS,
+    TOP,
+    WIDTH,
+    Chart,
+    Panel,
+    axis_range,
+    label_margin,
+    name_width,
+)
+from nola_vision.reports.charts.labels import along, place_at_points
 from nola_vision.reports.charts.looks import INK, MUTED, Look
-from nola_vision.reports.charts.pareto import pareto_front, size_range, size_ticks
+from nola_vision.reports.charts.pareto import pareto_front, size_ticks
 from nola_vision.reports.entries import Entry, any_frozen, of_method
 from nola_vision.reports.formatting import bytes_text
 from nola_vision.reports.statistics import split_interval
+from nola_vision.runs.budget_names import split_budget
+
+_ROOM = 10**0.1  # factor between the smallest or largest file and the end of the axis
+
+Point = tuple[float, float]  # bytes of the file, mean accuracy in per cent
 
 
 def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart | None:
     """Mean accuracy over the size of the file, a colour and a marker per method; None if no entry has both.
 
-    Bars are Student's t 95 % intervals over splits. The dark line joins the points that no smaller file reaches.
-    Methods without a file are horizontal lines.
+    The heavy line joins the points that no smaller file reaches. Bars are Student's t 95 % intervals over splits, of
+    these points and of the cell's subject: those of ten methods at one size would cover each other. Methods without a
+    file are horizontal lines.
 
     Args:
         entries: of one cell.
@@ -33,55 +57,93 @@ def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
             if entry.summary.label == label:
                 methods.setdefault(of_method(entry.summary), []).append(entry)
     for points in methods.values():
-        points.sort(key=_size)
-    bars = {entry.summary.label: split_interval(entry.runs) for entry in sized}
-    heights = [mean for entry in measured if (mean := entry.summary.mean) is not None]
-    heights += [min(100.0, max(0.0, end)) for bar in bars.values() if bar for end in bar]
-    named = [looks[points[-1].summary.label] for points in methods.values()]
-    line_looks = [looks[item.label] for item, _ in lines]
-    margin = label_margin([*named, *line_looks][:MOST_LABELS])
-    sizes = size_range([_size(entry) for entry in sized])
-    ticks = {tick: bytes_text(tick) for tick in size_ticks(*sizes, WIDTH - LEFT - margin)}
-    heading = "top-1 accuracy, %" + ("; bars: 95 % interval over splits" if any(bars.values()) else "")
+        points.sort(key=_point)
+    front = pareto_front([item for item, _ in sized])
+    bars = {}
+    for item, runs in sized:
+        if (looks[item.label].strong or item in front) and (interval := split_interval(runs)):
+            bars[item.label] = [min(100.0, max(0.0, end)) for end in interval]
+    heights = [item.mean or 0.0 for item, _ in measured] + [end for bar in bars.values() for end in bar]
+    ends = {method: _point(points[-1]) for method, points in methods.items()}
+    widest = max(size for size, _ in ends.values())
+    at_end = [method for method, (size, _) in ends.items() if size > widest / 1.5]
+    margin = label_margin([looks[methods[method][0].summary.label] for method in at_end]) + MARKED
+    margin = max(margin, label_margin([looks[item.label] for item, _ in lines][:MOST_LABELS]))
+    sizes = min(_point(entry)[0] for entry in sized) / _ROOM, widest * _ROOM
+    budgets = {float(budget) for item, _ in sized if (budget := split_budget(item.method)[1])}
+    ticks = budgets if len(budgets) > 2 else size_ticks(*sizes, WIDTH - LEFT - margin)
+    heading = "top-1 accuracy, %" + ("; bars: 95 % interval over splits" if bars else "")
     panel = Panel.with_axes(
-        heading, "adapter file, head included", margin, sizes, axis_range(heights, 2.0, 100.0), ticks, log=True
-    )
+        heading, "adapter file, head included", margin, sizes, axis_range(heights, 2.0, 100.0),
+        {tick: bytes_text(int(tick)) for tick in ticks}, log=True,
+    )  # fmt: skip
     for item, _ in lines:
         look, mean = looks[item.label], item.mean or 0.0
         panel.draw(sizes, [mean, mean], color=MUTED, linewidth=1.2, linestyle=look.line, label=item.label)
-    front = pareto_front([item for item, _ in sized])
     xs, ys = [float(item.adapter_file_bytes or 0) for item in front], [item.mean or 0.0 for item in front]
     panel.draw(xs, ys, color=INK, linewidth=2.2, label="Pareto front")
     for method, points in reversed(methods.items()):  # draws the subject last
         look = looks[points[0].summary.label]
-        panel.draw(
-            [_size(entry) for entry in points], [entry.summary.mean or 0.0 for entry in points],
-            color=look.colour, linewidth=0.8, alpha=0.6, label=f"line of {method}",
-        )  # fmt: skip
+        panel.draw(*zip(*map(_point, points), strict=True), color=look.colour, linewidth=1, label=f"line of {method}")
         for entry in points:
-            size, label = _size(entry), entry.summary.label
-            if bar := bars[label]:
-                ends = [min(100.0, max(0.0, end)) for end in bar]
-                panel.draw([size, size], ends, color=look.colour, linewidth=1.1, alpha=0.6, label=f"bar of {label}")
+            (size, mean), label = _point(entry), entry.summary.label
+            if bar := bars.get(label):
+                panel.draw([size, size], bar, color=look.colour, linewidth=1.4, label=f"bar of {label}")
             panel.draw(
-                [size], [entry.summary.mean or 0.0],
-                color=look.colour, marker=look.marker or "o", markersize=7 if look.strong else 5, label=label,
+                [size], [mean], color=look.colour, marker=look.marker or "o", markersize=8 if look.strong else 6,
+                label=label,
             )  # fmt: skip
-    labelled = [(_size(points[-1]), points[-1].summary.mean or 0.0, looks[points[-1].summary.label])
-                for points in methods.values()]  # fmt: skip
+    labelled = [(*ends[method], looks[methods[method][-1].summary.label]) for method in at_end]
     labelled += [(sizes[1], item.mean or 0.0, looks[item.label]) for item, _ in lines]
-    panel.label_ends(labelled[:MOST_LABELS])
+    panel.label_ends(labelled[:MOST_LABELS], marked=True)
+    small = [(end, looks[methods[method][0].summary.label]) for method, end in ends.items() if method not in at_end]
+    crossed = [[(size, mean) for size in sizes] for mean in (item.mean or 0.0 for item, _ in lines)]
+    crossed.append([*zip(xs, ys, strict=True)])
+    crossed += [[(_point(entry)[0], end) for end in bars.get(entry.summary.label, ())] for entry in sized]
+    _label_points(panel, small, [list(map(_point, points)) for points in methods.values()], crossed)
     parts = []
     for method, points in methods.items():
-        shown = [f"{entry.summary.mean or 0:.1f} % at {bytes_text(_size(entry))}" for entry in points]
+        shown = [f"{mean:.1f} % at {bytes_text(int(size))}" for size, mean in map(_point, points)]
         parts.append(f"{method} {', '.join(shown)}")
     parts += [f"{item.label} {item.mean:.1f} % without a file" for item, _ in lines]
     keys = [
-        ("dark line: Pareto front, the points that no smaller file reaches", len(front) > 1),
+        ("heavy line: Pareto front, the points that no smaller file reaches", len(front) > 1),
         ("broken lines: methods without a file", any_frozen(lines)),
     ]
     return Chart.of_entries("pareto", "Top-1 accuracy at equal sizes of the adapter file", parts, keys, panel.figure)
 
 
-def _size(entry: Entry) -> float:
-    return float(entry.summary.adapter_file_bytes or 0)
+def _label_points(
+    panel: Panel,
+    ends: Sequence[tuple[Point, Look]],
+    methods: Sequence[Sequence[Point]],
+    lines: Sequence[Sequence[Point]],
+) -> None:
+    """Writes the labels of methods without large files next to their last points.
+
+    Args:
+        panel: of the chart.
+        ends: the last point and the look of each of these methods.
+        methods: the points of every method, which labels do not cover; nor do they the lines between them, if possible.
+        lines: other lines, by their ends.
+    """
+    if not ends:
+        return
+    marked, others = ([panel.points(points) for points in group if points] for group in (methods, lines))
+    drawn = [pair for points in (*marked, *others) for pair in itertools.pairwise(points)]
+    labels = place_at_points(
+        panel.points([point for point, _ in ends]),
+        [(name_width(look), LINE - 1) for _, look in ends],
+        hidden=np.array([(x - 5, y - 5, x + 5, y + 5) for points in marked for x, y in points]),
+        crossed=np.concatenate([along(*pair) for pair in drawn] or [np.empty((0, 4))]),
+        area=(LEFT - 4, BOTTOM + 1, panel.right, HEIGHT - TOP + 8),
+    )
+    for (point, look), label in zip(ends, labels, strict=True):
+        if label is not None:
+            if label.distance > 12:
+                panel.connect(panel.points([point])[0], label.near)
+            panel.write(label.left, label.middle, look.name, look.colour, bold=look.strong)
+
+
+def _point(entry: Entry) -> Point:
+    return float(entry.summary.adapter_file_bytes or 0), entry.summary.mean or 0.0

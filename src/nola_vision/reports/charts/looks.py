@@ -42,7 +42,7 @@ DARK_COLOURS: Mapping[str, str] = {
     "--paper": "#14181f",
 }
 _MOST_CHARACTERS = 18  # of a label
-_MARKERS = "os^DvPX*"
+_MARKERS = "os^DvPX*<>dp"  # as many as colours, for readers who cannot tell some of these apart
 _DASHES = ("--", ":", "-.")
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nola_vision.common.mappings import value_at
-from nola_vision.common.text import excerpt, printable
-from nola_vision.reports.entries import setting_text
+from nola_vision.common.text import excerpt, printable, setting_text
 from nola_vision.reports.formatting import plural
 from nola_vision.reports.statistics import run_accuracy
 from nola_vision.runs.record import Row

@@ -16,6 +16,7 @@ from nola_vision.reports.html.classes import ClassesView, classes_view
 from nola_vision.reports.html.confusions import ConfusionView, confusion_view
 from nola_vision.reports.html.gallery import GalleryView, gallery_view
 from nola_vision.reports.html.runs import RunsView, runs_view
+from nola_vision.reports.league import has_budgets
 from nola_vision.reports.plots import cell_charts
 from nola_vision.reports.statistics import run_accuracy
 from nola_vision.reports.tables import Table
@@ -65,6 +66,7 @@ class CellView:
     facts: Sequence[tuple[str, str]]
     tables: Sequence[Table]
     charts: Sequence[ChartView]
+    by_budget: bool  # the first table has the accuracies by budget, and the chart shows them
     classes: ClassesView | None
     confusion: ConfusionView | None
     gallery: GalleryView | None
@@ -108,6 +110,7 @@ def cell_view(cell: Cell, title: str, anchor: str, image_bytes: int, problems: l
         facts=[*cell_facts(rows), *(("note", text) for text in _warnings(own.runs if own else ()))],
         tables=cell.tables,
         charts=[ChartView(chart.title, chart.svg(f"{anchor}-{chart.name}"), chart.caption) for chart in charts],
+        by_budget=has_budgets(cell.summaries),
         classes=classes_view(tested, of_other, colours[printable(tested.label)]) if tested else None,
         confusion=confusion_view(tested) if tested else None,
         gallery=gallery_view(tested, image_bytes, problems) if tested and image_bytes else None,
