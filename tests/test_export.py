@@ -37,7 +37,7 @@ def shaken(method: NOLA | PRANC | LoRA, spec: BackboneSpec = SPEC) -> AdaptedMod
         NOLA(targets=["qkv"], num_basis=1000, nested=True, bits=4),
         NOLA(targets=["qkv"], num_basis=1000, nested=True, bits=16),
         NOLA(targets=["mlp", "head"], num_basis=300, num_basis_b=200, nested=True),
-        PRANC(targets=["re:blocks.0.attn.proj"], num_basis=700, nested=True),
+        PRANC(targets=["re:blocks.0.attn.proj"], num_basis=2000, nested=True),
     ],
     ids=str,
 )
