@@ -71,7 +71,7 @@ class _NoFilling(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _FILLING and args:
+        if getattr(func, "__name__", "") in _FILLING and args and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
 
