@@ -29,6 +29,7 @@ VERBS = {
     "report": "the tables of folders of runs",
     "export": "a shorter adapter file, or a plain timm checkpoint",
     "predict": "use an adapter: images in, labels out",
+    "serve": "a folder of adapters as an HTTP service with a page",
     "data": "check a data set on disk, or write the images of a draw to a file",
     "configs": "the shipped configs, and every cell of the paper's tables: list, show, copy",
 }

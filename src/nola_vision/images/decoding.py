@@ -59,15 +59,22 @@ def is_image(path: Path) -> bool:
         return False
 
 
-def decode_image(content: bytes, side: int | None = None) -> Image.Image:
+def decode_image(content: bytes, side: int | None = None, most_pixels: int | None = None) -> Image.Image:
     """Decodes the content of an image file and turns the image upright.
 
     Args:
         content: the bytes of the file.
         side: let a JPEG file be decoded at 1/2, 1/4 or 1/8 of its resolution, which is faster, as long as both sides
             have at least this many pixels.
+        most_pixels: refuse images with more. Pillow itself refuses more than 179 million.
+
+    Raises:
+        PIL.Image.DecompressionBombError: it has too many pixels; it was not decoded.
+        Exception: it cannot be decoded. Pillow raises many types.
     """
     with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        if most_pixels is not None and image.width * image.height > most_pixels:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         if side is not None:
             image.draft(None, (side, side))
         image.load()

@@ -95,12 +95,16 @@ class AdapterBank:
         device: where to compute, such as `cpu` or `cuda`.
         cache_mib: for factors and bases in memory, MiB; more than one pass takes makes passes faster.
 
+    Attributes:
+        backbone_tag: timm's.
+
     Raises:
         NolaVisionError: the backbone does not exist or is not pretrained, or the device cannot be used.
     """
 
     def __init__(self, backbone: str | BackboneSpec, device: str = "cpu", cache_mib: float = 512) -> None:
         self._shared = SharedBackbone(backbone, device, cache_mib)
+        self.backbone_tag = self._shared.spec.tag
         self._entries: dict[str, _Entry] = {}
         self._lock, self._reading = threading.Lock(), threading.Lock()
 

@@ -1,0 +1,48 @@
+"""Images of requests: decoded within limits."""
+
+from __future__ import annotations
+
+import binascii
+
+from PIL import Image
+
+from nola_vision.images.decoding import decode_image, decoding_error, to_rgb
+from nola_vision.serving.errors import RequestError, without_folders
+
+_MOST_RATIO = 50  # of the sides
+
+
+def from_base64(text: str, name: str) -> bytes:
+    """The bytes of an image in base64.
+
+    Args:
+        text: what the request has.
+        name: for messages: `of the request`, or `number 2`.
+
+    Raises:
+        RequestError: 422: it is not base64.
+    """
+    try:
+        return binascii.a2b_base64(text.encode(), strict_mode=True)
+    except ValueError as error:  # binascii.Error, and surrogates
+        reason = f"the image {name} is not base64: encode the bytes of its file, without line breaks"
+        raise RequestError(422, reason) from error
+
+
+def decode(content: bytes, name: str, most_pixels: int) -> Image.Image:
+    """An image file as an upright image in mode RGB.
+
+    Raises:
+        RequestError: 400: it is not an image. 413: it has too many pixels, or would have once its shorter side is
+            resized to that of the backbone.
+    """
+    try:
+        image = to_rgb(decode_image(content, most_pixels=most_pixels))
+    except Image.DecompressionBombError:
+        reason = f"the image {name} has more than {most_pixels:,} pixels: send a smaller one"
+        raise RequestError(413, reason) from None
+    except Exception as error:  # Pillow raises many types
+        raise RequestError(400, without_folders(str(decoding_error(name, error)))) from error
+    if max(image.size) > _MOST_RATIO * min(image.size):
+        raise RequestError(413, f"the image {name} has a side of more than {_MOST_RATIO} times the other: crop it")
+    return image

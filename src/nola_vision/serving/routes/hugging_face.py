@@ -1,0 +1,45 @@
+"""Image classification as Hugging Face's inference API has it, so that `huggingface_hub.InferenceClient` works."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from nola_vision.serving.adapter import BASE
+from nola_vision.serving.bodies import body_of, content_type, parse_json
+from nola_vision.serving.errors import JSON, RequestError
+from nola_vision.serving.messages import ClassifyRequest, Label, Parameters
+from nola_vision.serving.routes import failures, service_of
+
+router = APIRouter(tags=["Hugging Face"])
+_BODY = {
+    "required": True,
+    "content": {
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {"schema": ClassifyRequest.model_json_schema()},
+    },
+}
+
+
+@router.post(
+    "/models/{adapter}",
+    response_model=list[Label],
+    responses=failures(400, 401, 404, 408, 413, 415, 422, 503),
+    openapi_extra={"requestBody": _BODY},
+)
+async def classify(request: Request, adapter: str) -> JSON:
+    """The most probable classes of an image. Its bytes are the body, with or without a Content-Type, or it is JSON."""
+    service = service_of(request)
+    if adapter == BASE:
+        raise RequestError(422, f"{BASE} has no classes; POST /v2/models/{BASE}/infer gives its features")
+    kind = content_type(request)
+    if not (kind in ("", "application/octet-stream", "application/json") or kind.startswith("image/")):
+        raise RequestError(415, "the Content-Type must be image/..., application/octet-stream or application/json")
+    async with body_of(request, service.settings, service.held) as body:
+        image, parameters = body, Parameters()
+        if kind == "application/json":
+            message = await service.in_thread(parse_json, body, ClassifyRequest)
+            image, parameters = message.inputs, message.parameters
+        served, (logits,) = await service.logits(request, adapter, [image])
+    best = service.predictions(served, logits, parameters.top_k)
+    return JSON([{"label": label, "score": score} for label, score in best])
