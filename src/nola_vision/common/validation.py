@@ -38,7 +38,7 @@ def check_counts(**counts: Any) -> None:
 
 
 @cache
-def _type_hints(kind: type) -> dict[str, Any]:
+def _type_hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)  # compiles each of a class's annotations
 
 
