@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,15 @@ os.environ.setdefault(
 )
 os.environ["XDG_CACHE_HOME"] = _cache.name
 os.environ["NOLA_VISION_CACHE_GIB"] = "0"  # features are computed in every test that does not ask for their cache
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The test modules import PyTorch and Lightning, which later garbage collections need not visit."""
+    from nola_vision.common.imports import without_collections
+
+    with without_collections():
+        return (yield)
 
 
 @pytest.fixture

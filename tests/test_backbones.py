@@ -17,7 +17,7 @@ import torch
 
 from nola_vision import BackboneSpec, LinearProbe, adapt
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.models.backbones.creation import create_backbone
+from nola_vision.models.backbones.creation import create_backbone, skeleton
 from nola_vision.models.backbones.properties import eval_batch_size
 from nola_vision.models.backbones.sources import input_config, local_files
 from nola_vision.models.backbones.weights import _hub_files
@@ -197,6 +197,16 @@ def test_each_thread_reports_the_weights_that_its_own_file_lacks(
     assert [f"{n} weights of test_vit.r160_in1k, for example {first}" in found[n] for n in (1, 2, 3)] == [True] * 3
     assert [logger.level for logger in loggers] == [logging.WARNING] * 2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("tag", ["test_vit.r160_in1k", "test_convnext.r160_in1k", "resnet20_cifar.untrained"])
+def test_a_skeleton_is_the_model_without_values(tag: str) -> None:
+    made, model = skeleton(BackboneSpec(tag)), create_backbone(BackboneSpec(tag, base="random"))
+    assert str(made) == str(model)
+    tensors, expected = made.state_dict(), model.state_dict()
+    assert list(tensors) == list(expected)
+    assert all((t.shape, t.dtype) == (expected[n].shape, expected[n].dtype) for n, t in tensors.items())
+    assert all(tensor.is_meta for tensor in [*made.parameters(), *made.buffers()])
 
 
 @pytest.mark.parametrize("file", [None, "pytorch_model.bin", "open_clip_pytorch_model.bin", "x.bin", "x.safetensors"])

@@ -9,6 +9,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
+import glyph_vit  # noqa: F401  registers the golden files' backbone
 from nola_vision import LinearProbe, adapt, load_adapter
 from nola_vision.adapters.serialization import open_adapter, read_adapter
 from nola_vision.common.errors import NolaVisionError
@@ -23,7 +24,7 @@ def drawn(images: int, seed: int = 0, scale: float = 3.0) -> tuple[np.ndarray, n
     draws = np.random.default_rng(seed)
     logits = draws.normal(size=(images, 4)) * 1.5
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    return logits * scale, np.array([draws.choice(4, p=p) for p in probabilities])
+    return logits * scale, (draws.random(images)[:, None] >= probabilities.cumsum(axis=1)).sum(axis=1)
 
 
 def nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:

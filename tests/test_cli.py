@@ -79,7 +79,7 @@ def test_options_override_the_config(capsys: pytest.CaptureFixture[str]) -> None
     extra = ["--model.method.rank=2", "--model.method.num_basis", "10", "--data.shots=1", "--trainer.precision=64-true"]
     assert main(["fit", "--config", "quickstart.yaml", *SMALL, *extra]) == 0
     (row,) = trained_rows("runs")
-    assert row.adapter_parameters == 18 * 2 * 10 and row.cell.endswith("digits-1shot-quickstart")
+    assert row.adapter_parameters == 6 * 2 * 10 and row.cell.endswith("digits-1shot-quickstart")
     assert row.config["model"]["method"]["init_args"]["rank"] == 2
     (path,) = Path("runs").rglob("nola/*/adapter.safetensors")
     digit(Path("seven.png"), 7)
@@ -190,9 +190,9 @@ def test_a_dry_run_says_what_there_is_to_do(in_process: None, capsys: pytest.Cap
     assert "26 runs, 0 done; about" in printed and "~ is an estimate from a few timed steps" in printed
     assert "500 workers x 1 thread on" in aside and "is slow: give --workers" in aside
     assert not Path("runs").exists()
-    assert main([*sweep, "--vary=data.shots=1,2", "--vary=trainer.max_epochs=3,4", "--dry-run"]) == 0
+    assert main([*sweep, "--methods=1nn", "--vary=data.shots=1,2", "--vary=trainer.max_epochs=3,4", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("nola-shots2-max_epochs") == 2 and "1nn-shots1-max_epochs4" in printed
+    assert printed.count("1nn-shots2-max_epochs") == 2 and "1nn-shots1-max_epochs4" in printed
     assert main([*sweep, "--vary=data.split_seed=1,2"]) == 2 and main([*sweep, "--vary=data.shot=1,2"]) == 2
     errors = capsys.readouterr().err
     assert "--data.split_seed is set by the sweep" in errors and "shot" in errors.splitlines()[-1]
@@ -253,7 +253,7 @@ MISTAKES = {
     "a split in a sweep": (["sweep", *FIT[1:], "--data.split_seed=3"], "--splits"),
     "a method's setting in a sweep": (["sweep", "--config=quickstart.yaml", "--model.method.rank=2"], "`methods`"),
     "format": (["report", "empty", "--format=word"], "choose from"),
-    "damaged checkpoint": ([*FIT, "--ckpt_path=one.png"], "one.png is damaged or not a checkpoint"),
+    "damaged checkpoint": ([*FIT, *SMALL, "--ckpt_path=one.png"], "one.png is damaged or not a checkpoint"),
     "method": (["fit", "--config", "quickstart.yaml", "--method", "nolla"], "nola"),
     "method without config": (["fit", "--method", "nola"], "--config"),
     "stray config": (["fit", "quickstart.yaml"], "--config quickstart.yaml"),
@@ -262,9 +262,9 @@ MISTAKES = {
     "split seed": ([*FIT, "--data.split_seed=-1"], "split_seed must not be below 0"),
     "smoothing": ([*FIT, "--model.label_smoothing=2"], "label_smoothing (2.0)"),
     "learning rate": ([*FIT, "--model.method.lr=-1"], "lr of NOLA is -1"),
-    "devices": ([*FIT, "--trainer.devices=0"], "cannot be set up"),
+    "devices": ([*FIT, *SMALL, "--trainer.devices=0"], "cannot be set up"),
     "strategy": ([*FIT, "--trainer.strategy=dpp"], "dpp"),
-    "accelerator": ([*FIT, "--trainer.accelerator=tpu"], "cannot be set up"),
+    "accelerator": ([*FIT, *SMALL, "--trainer.accelerator=tpu"], "cannot be set up"),
     "checkpoint": ([*FIT, "--ckpt_path=nowhere.ckpt"], "the checkpoint nowhere.ckpt does not exist"),
     "image size": ([*FIT, "--model.backbone.img_size=-4"], "img_size is -4"),
     "methods as a list": (["fit", "--config=quickstart.yaml", "--config=listed.yaml"], "`methods` of the config"),
@@ -301,8 +301,8 @@ MISTAKES = {
     "sweep method": (["sweep", "--config", "quickstart.yaml", "--methods", "nola,lora"], "lora-r4"),
     "backbone": ([*FIT, "--model.backbone.tag=vit_tinny_patch16_224"], "vit_tiny_patch16_224"),
     "weights file": ([*FIT, "--model.backbone.file=no.pth"], "no.pth does not exist"),
-    "target": ([*FIT, "--model.method.targets=[mpl]"], "unknown target 'mpl'"),
-    "target without weight": ([*FIT, "--model.method.targets=[re:nothing]"], "matches no weight"),
+    "target": ([*FIT, *SMALL, "--model.method.targets=[mpl]"], "unknown target 'mpl'"),
+    "target without weight": ([*FIT, *SMALL, "--model.method.targets=[re:nothing]"], "matches no weight"),
     "data set": ([*FIT, "--data.dataset=digit"], "digits"),
     "shots": ([*FIT, "--data.shots=75"], "use 69 shots or fewer"),
     "folder": ([*FIT, "--data.dataset=folder", "--data.root=nowhere"], "nowhere"),

@@ -934,15 +934,15 @@ def test_lists_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         table.write_text("".join(whole))
 
 
-def test_ten_thousand_classes_of_one_image(tmp_path: Path) -> None:
+def test_thousands_of_classes_of_one_image(tmp_path: Path) -> None:
     image = save(tmp_path / "one.png")
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
-        for number in range(10_000):
+        for number in range(2_000):
             folder = f"{tmp_path}/{split}/{number:05d}"
             os.mkdir(folder), os.link(image, f"{folder}/i.png")
     source = get_dataset("folder").open(str(tmp_path), "train")
-    assert len(source) == len(source.class_names) == 10_000 and source.labels[-1] == 9_999
-    assert len(draw(source.labels, 1, 0, source.class_names)) == 10_000
-    with pytest.raises(NolaVisionError, match="'00000' has 1, .* and 9995 more classes have too few: use 1 shot, or"):
+    assert len(source) == len(source.class_names) == 2_000 and source.labels[-1] == 1_999
+    assert len(draw(source.labels, 1, 0, source.class_names)) == 2_000
+    with pytest.raises(NolaVisionError, match="'00000' has 1, .* and 1995 more classes have too few: use 1 shot, or"):
         draw(source.labels, 5, 0, source.class_names)

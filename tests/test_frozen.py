@@ -305,6 +305,7 @@ def test_an_estimate_is_cross_validated_in_the_folds_of_the_data(
     assert frozen.number_of_repeats(*some, METHODS["LogisticRegression"]()) == frozen.MOST_LOGISTIC_REPEATS
     monkeypatch.setattr(frozen, "MOST_REPEATS", 2)
     monkeypatch.setattr(frozen, "MOST_LOGISTIC_REPEATS", 2)
+    monkeypatch.setattr(frozen, "CS", (0.1, 10.0))  # 11 fits for each fold, not 31
     data = {"dataset": "folder", "root": make_photos(tmp_path / "photos", counts), "split_seed": 3}
     config = tiny("logistic", methods=ENTRIES, data={**data, "shots": shots, "test_limit": None})
     row = runner.run(config, tmp_path / "runs")

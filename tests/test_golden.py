@@ -1,5 +1,6 @@
 """Adapter files of this and of every earlier format version load for ever, and no damage to a file passes."""
 
+import functools
 import hashlib
 import json
 import random
@@ -14,6 +15,7 @@ import reference
 from nola_vision import load_adapter
 from nola_vision.adapters.serialization import read_adapter
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.models.adapted_model import AdaptedModel
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = {
@@ -21,10 +23,15 @@ EXPECTED = {
 }
 
 
+@functools.cache
+def loaded(name: str) -> AdaptedModel:
+    return load_adapter(GOLDEN / name)
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_golden_files_load_to_the_same_logits(name: str) -> None:
     assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == EXPECTED[name]["sha256"]
-    model = load_adapter(GOLDEN / name)
+    model = loaded(name)
     size = model.metadata.input.size
     with torch.no_grad():
         logits = model(torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size))[0]
@@ -33,7 +40,7 @@ def test_golden_files_load_to_the_same_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_numpy_decoder_reads_golden_files(name: str) -> None:
-    model = load_adapter(GOLDEN / name)
+    model = loaded(name)
     weights = {key: tensor.numpy() for key, tensor in model.backbone.state_dict().items()}
     expected = reference.changes(str(GOLDEN / name), reference.targets_of(model.bank), weights)
     changes = model.bank.changes()
@@ -45,14 +52,15 @@ def test_the_numpy_decoder_reads_golden_files(name: str) -> None:
         assert np.abs(np.c_[weight, bias] - expected["head"]).max() < 1e-5 * np.abs(expected["head"]).max()
 
 
-def test_ten_thousand_damaged_files_are_refused_or_unharmed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1_500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_damaged_files_are_refused_or_unharmed(count: int, tmp_path: Path) -> None:
     draws = random.Random(0)
     originals = [(GOLDEN / name).read_bytes() for name in EXPECTED]
     originals = [content for content in originals if len(content) < 30_000]
     assert len(originals) >= 5
     whole = {content: _fields(content, tmp_path) for content in originals}
     refused = 0
-    for _ in range(10_000):
+    for _ in range(count):
         content = draws.choice(originals)
         damaged = bytearray(content)
         kind = draws.randrange(4)
@@ -78,7 +86,7 @@ def test_ten_thousand_damaged_files_are_refused_or_unharmed(tmp_path: Path) -> N
             refused += 1
         else:
             assert found == whole[content]
-    assert refused > 8000
+    assert refused > 0.8 * count
 
 
 def _fields(content: bytes, folder: Path) -> tuple[str, dict[str, bytes]]:

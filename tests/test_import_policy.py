@@ -355,8 +355,11 @@ def test_null_is_refused_where_a_value_is_needed() -> None:
     assert parse(overlay(QUICK, {"trainer": {"gradient_clip_val": None}, "data": {"test_limit": None}}))
 
 
-def test_any_config_is_understood_or_refused_in_one_line(tmp_path: Path) -> None:
-    @settings(max_examples=300, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("examples", [100, pytest.param(300, marks=pytest.mark.slow)])
+def test_any_config_is_understood_or_refused_in_one_line(examples: int, tmp_path: Path) -> None:
+    quiet = list(HealthCheck)
+
+    @settings(max_examples=examples, database=None, deadline=None, derandomize=True, suppress_health_check=quiet)
     @given(fuzz_configs.inputs())
     def feed(example: tuple[str, tuple[str, list[str]]]) -> None:
         cheap(fuzz_configs.outcome(example[1], tmp_path))

@@ -316,12 +316,12 @@ def test_trained_tensors_are_searched_only_after_a_loss_that_is_not_finite(
 
 
 def test_weights_that_are_not_finite_are_named_before_training(tmp_path: Path) -> None:
-    weights = timm.create_model("test_vit").state_dict()
-    weights["blocks.2.mlp.fc1.bias"][3] = torch.nan
+    weights = timm.create_model("vit_short").state_dict()
+    weights["blocks.1.mlp.fc1.bias"][3] = torch.nan
     torch.save(weights, tmp_path / "w.pth")
     backbone = {"base": "pretrained", "file": str(tmp_path / "w.pth"), "img_size": 160}
     for method in ("linear", "1nn"):
-        with pytest.raises(NolaVisionError, match=r"w\.pth: blocks.2.mlp.fc1.bias has a value that is not finite"):
+        with pytest.raises(NolaVisionError, match=r"w\.pth: blocks.1.mlp.fc1.bias has a value that is not finite"):
             runner.run(tiny(method, model={"backbone": backbone}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

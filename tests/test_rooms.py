@@ -101,8 +101,7 @@ def test_rooms_without_lightning(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "without"),
     [
-        ("nola_vision.adapters.bank", "lightning"),
-        ("nola_vision.adapters.bank", "timm"),
+        ("nola_vision.adapters.bank", "lightning timm"),
         ("nola_vision.adapters.methods.registry", "torch"),
         ("nola_vision.data.kshot_split", "torch"),
         ("nola_vision.data.sampling", "torch"),

@@ -1,4 +1,4 @@
-"""One run from config to row: the whole path on the shipped backbone and the bundled digits, made short."""
+"""One run from config to row: on the shipped backbone and the bundled digits, made short; details on a small ViT."""
 
 import io
 import json
@@ -31,6 +31,7 @@ from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import build, parse
 from nola_vision.runs.record import DETERMINISTIC
 from nola_vision.runs.thumbnails import load_thumbnails
+from tiny import TINY
 
 SHORT = {
     "threads": 1,
@@ -43,6 +44,11 @@ pytestmark = pytest.mark.usefixtures("kept")
 def config(method: str = "nola", **changes: object) -> run_id.Config:
     """The quick start's run config of one entry, made short."""
     return parse(overlay(run_id.resolve(overlay(load_configs(["quickstart.yaml"]), SHORT), method), changes))
+
+
+def small(method: str = "nola", model: dict | None = None, **changes: object) -> run_id.Config:
+    """The same on two blocks of a small ViT with random weights."""
+    return config(method, model={"backbone": TINY["model"]["backbone"], **(model or {})}, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +193,11 @@ def test_search_stops_before_the_test_set(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("nola_vision.data.datamodule.KShotDataModule.test_dataloader", touched)
     checks: list[int] = []
     monkeypatch.setattr("nola_vision.runs.measuring.check_saved", lambda *_: checks.append(1))
-    row = runner.run(config("linear"), tmp_path, "search")
+    row = runner.run(small("linear"), tmp_path, "search")
     assert row.stage == "search" and row.test_accuracy is None and row.val_accuracy is not None
     assert not checks  # of the saved file
     with pytest.raises(AssertionError):
-        runner.run(config("linear"), tmp_path, "final")
+        runner.run(small("linear"), tmp_path, "final")
     assert checks == [1]
 
 
@@ -234,20 +240,20 @@ def test_a_checkpoint_is_small_and_resumes_to_the_same_losses(tmp_path: Path) ->
 
 
 def test_resuming_a_finished_run_keeps_it(tmp_path: Path) -> None:
-    done = runner.run(config("linear"), tmp_path)
-    folder = run_id.run_folder(tmp_path, config("linear"), "final")
+    done = runner.run(small("linear"), tmp_path)
+    folder = run_id.run_folder(tmp_path, small("linear"), "final")
     log = (folder / "metrics.csv").read_text()
-    assert runner.run(config("linear"), tmp_path, ckpt_path="last") == done
-    assert runner.run(config("linear"), tmp_path) == done  # as for `fit` typed twice
+    assert runner.run(small("linear"), tmp_path, ckpt_path="last") == done
+    assert runner.run(small("linear"), tmp_path) == done  # as for `fit` typed twice
     assert store.read_row(folder / "row.json") == done
     assert (folder / "metrics.csv").read_text() == log
 
 
 def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
-    runner.run(config("linear"), tmp_path)
-    saved = run_id.run_folder(tmp_path, config("linear"), "final") / "checkpoints" / "last.ckpt"
+    runner.run(small("linear"), tmp_path)
+    saved = run_id.run_folder(tmp_path, small("linear"), "final") / "checkpoints" / "last.ckpt"
     for changes in ({"data": {"split_seed": 3}}, {"trainer": {"max_epochs": 9}}):
-        other = config("linear", **changes)
+        other = small("linear", **changes)
         folder = run_id.run_folder(tmp_path, other, "final")
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text("an old log")
@@ -257,17 +263,17 @@ def test_only_its_own_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
         assert runner.run(other, tmp_path, ckpt_path=str(saved), keep_going=True).status == "failed"
     saved.write_bytes(b"damaged")
     with pytest.raises(NolaVisionError, match="damaged or not a checkpoint"):
-        checkpoints.evaluate(config("linear"), tmp_path, "test", None)
+        checkpoints.evaluate(small("linear"), tmp_path, "test", None)
     torch.save([1], saved)
     with pytest.raises(NolaVisionError, match="last.ckpt is not a Lightning checkpoint"):
-        checkpoints.evaluate(config("linear"), tmp_path, "test", None)
+        checkpoints.evaluate(small("linear"), tmp_path, "test", None)
     with pytest.raises(NolaVisionError, match="1nn is fitted without training"):
-        runner.run(config("1nn"), tmp_path, ckpt_path=str(saved))
-    assert runner.run(config("1nn"), tmp_path, ckpt_path="last").status == "completed"
+        runner.run(small("1nn"), tmp_path, ckpt_path=str(saved))
+    assert runner.run(small("1nn"), tmp_path, ckpt_path="last").status == "completed"
 
 
 def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
-    built = build(config("linear"), tmp_path)
+    built = build(small("linear"), tmp_path)
     with torch.no_grad():
         built.model.model.bank.head_bias.fill_(torch.nan)
     built.trainer.validate(built.model, datamodule=built.datamodule, verbose=False)
@@ -276,7 +282,7 @@ def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
 
 def test_the_last_checkpoint_is_the_trained_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     exact = {"method": {"init_args": {"head_bits": 32}}}  # the file has what the checkpoint has, not rounded
-    uneven = config("linear", model=exact, trainer={"check_val_every_n_epoch": 2})
+    uneven = small("linear", model=exact, trainer={"check_val_every_n_epoch": 2})
     runner.run(uneven, tmp_path)
     assert "weights_only" not in caplog.text  # Lightning would log a line for each epoch
     folder = run_id.run_folder(tmp_path, uneven, "final")
@@ -293,8 +299,8 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
     with pytest.raises(NolaVisionError, match=r"last.ckpt cannot be written \(PytorchStreamWriter .*\): make room"):
-        runner.run(config("linear"), tmp_path)
-    assert not list((run_id.run_folder(tmp_path, config("linear"), "final") / "checkpoints").iterdir())
+        runner.run(small("linear"), tmp_path)
+    assert not list((run_id.run_folder(tmp_path, small("linear"), "final") / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
@@ -308,7 +314,7 @@ def test_other_precisions_run(method: str, precision: str, tmp_path: Path) -> No
 def test_warm_up_counts_optimizer_steps_and_max_steps_alone_is_enough(tmp_path: Path) -> None:
     changes = {"accumulate_grad_batches": 2, "max_epochs": -1, "max_steps": 3}
     method = {"init_args": {"lr": 0.005}}
-    built = build(config(model={"warmup_epochs": 1, "method": method}, trainer=changes), tmp_path)
+    built = build(small(model={"warmup_epochs": 1, "method": method}, trainer=changes), tmp_path)
     rates = []
 
     class Watch(Callback):
@@ -340,7 +346,7 @@ def test_a_resnet_with_adapted_convolutions(tmp_path: Path) -> None:
 
 def test_learning_rates_of_head_and_adapter_are_apart(tmp_path: Path) -> None:
     method = {"method": {"init_args": {"lr": 0.25, "head_lr": 0.5}}}
-    built = build(config("nola", model={**method, "warmup_epochs": 1}), tmp_path)
+    built = build(small("nola", model={**method, "warmup_epochs": 1}), tmp_path)
     rates: dict[str, list[float]] = {"adapter": [], "head": []}
 
     class Watch(Callback):
@@ -358,14 +364,14 @@ def test_learning_rates_of_head_and_adapter_are_apart(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
-    failing = config("nola", data={"shots": 75})
+    failing = small("nola", data={"shots": 75})
     with pytest.raises(NolaVisionError, match="75"):
         runner.run(failing, tmp_path / "out")
     assert not (tmp_path / "out").exists()  # a mistake that shows before training leaves nothing
     assert runner.run(failing, tmp_path, keep_going=True).status == "failed"
     row = store.read_row(run_id.run_folder(tmp_path, failing, "final") / "row.json")
     assert row.status == "failed" and "75" in row.error and row.test_accuracy is None
-    blown = config("nola", model={"method": {"init_args": {"lr": 1e9}}}, trainer={"gradient_clip_val": None})
+    blown = small("nola", model={"method": {"init_args": {"lr": 1e9}}}, trainer={"gradient_clip_val": None})
     with pytest.raises(NolaVisionError, match=r"after step \d adapter\.\S+ of blocks\.0\.\S+ is not finite"):
         runner.run(blown, tmp_path)
     folder = run_id.run_folder(tmp_path, blown, "final")
@@ -378,12 +384,12 @@ def test_a_damaged_row_is_replaced_and_hides_no_error(
     def full(*_: object) -> None:
         raise OSError("the disk is full")
 
-    path = run_id.run_folder(tmp_path, config("linear"), "final") / "row.json"
+    path = run_id.run_folder(tmp_path, small("linear"), "final") / "row.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\xff")
     monkeypatch.setattr("nola_vision.models.adapted_model.AdaptedModel.save", full)
     with pytest.raises(OSError, match="the disk is full"):
-        runner.run(config("linear"), tmp_path)
+        runner.run(small("linear"), tmp_path)
     row = store.read_row(path)
     assert row.status == "failed" and "the disk is full" in str(row.error)
     assert f"replaces one that cannot be read: {path}" in caplog.text

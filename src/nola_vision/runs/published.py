@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,16 +52,10 @@ def published_figures() -> pd.DataFrame:
     The columns are `table`, `backbone`, `method`, `params` (text, as printed), `dataset`, `shots`, `mean` and `std`
     (top-1 in per cent) and `note`, a reason to doubt the figure. From scratch there are no shots.
     """
-    import pandas as pd  # it takes a while, and most configs have no figures
+    import pandas as pd  # it takes a while, and no config needs it
 
-    folder = resources.files(__package__) / "paper"
-    with (folder / "published_fewshot.csv").open(encoding="utf-8") as file:
-        few_shot = pd.read_csv(file, dtype={"params": "str", "shots": "Int64"})
-    with (folder / "published_from_scratch.csv").open(encoding="utf-8") as file:
-        from_scratch = pd.read_csv(file, dtype={"params": "str"})
-    from_scratch = from_scratch.rename(columns={"architecture": "backbone", "top1": "mean"})
-    figures = pd.concat([few_shot, from_scratch], ignore_index=True)
-    return figures.fillna({"note": ""})
+    columns = ["table", "backbone", "method", "params", "dataset", "shots", "mean", "std", "note"]
+    return pd.DataFrame(_figures(), columns=columns).astype({"shots": "Int64"}).fillna({"note": ""})
 
 
 def published(which: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -74,14 +68,26 @@ def published(which: Mapping[str, Any]) -> list[dict[str, Any]]:
     shared = {column: value for column, value in which.items() if column != "methods"}
     if not {"backbone", "dataset"} <= shared.keys():  # the paper lacks figures of a part
         return []
-    figures, found = _figures(), []
-    for entry, own in which["methods"].items():
-        wanted = {**shared, **(own or {})}
-        chosen = figures[(figures[list(wanted)] == list(wanted.values())).all(axis=1)] if own else figures[:0]
-        for row in chosen.to_dict("records"):
-            line = {key: row[key] for key in ("table", "params", "mean", "std", "note")}
-            found.append({"entry": entry, **{k: v for k, v in line.items() if v == v and v != ""}})
-    return found
+    return [
+        {"entry": entry, **{key: line[key] for key in ("table", "params", "mean", "std", "note") if key in line}}
+        for entry, own in which["methods"].items()
+        if own
+        for line in _figures()
+        if {**shared, **own}.items() <= line.items()
+    ]
 
 
-_figures = cache(published_figures)
+@cache
+def _figures() -> list[dict[str, Any]]:
+    """The lines of both files, each without the columns that are empty in it."""
+    lines = []
+    for name in ("published_fewshot.csv", "published_from_scratch.csv"):
+        with (resources.files(__package__) / "paper" / name).open(encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                named = {_COLUMNS.get(column, column): text for column, text in line.items() if text}
+                lines.append({column: _TYPES.get(column, str)(text) for column, text in named.items()})
+    return lines
+
+
+_COLUMNS = {"architecture": "backbone", "top1": "mean"}  # as the other file names them
+_TYPES: dict[str, Callable[[str], Any]] = {"table": int, "shots": int, "mean": float, "std": float}

@@ -49,8 +49,7 @@ def skeleton(spec: BackboneSpec) -> nn.Module:
     """
     source = resolve(spec)
     try:
-        with torch.device("meta"):
-            made = source.create(num_classes=0, img_size=spec.img_size)
+        made = source.create_shapes(num_classes=0, img_size=spec.img_size)
     except Exception as error:  # each model refuses in its own way
         raise NolaVisionError(
             f"{spec.tag} cannot be created with img_size {spec.img_size}: {_reason(error)}"

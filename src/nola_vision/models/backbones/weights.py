@@ -84,8 +84,7 @@ def announce_download(spec: BackboneSpec, source: Source) -> None:
         size, cache = None, torch.hub.get_dir()
     about = ""
     if size is None:
-        with torch.device("meta"):
-            about, size = "about ", 4 * sum(p.numel() for p in source.create(cfg.num_classes).parameters())
+        about, size = "about ", 4 * sum(p.numel() for p in source.create_shapes(cfg.num_classes).parameters())
     where = f"{_address(cfg)} ({about}{size / 1e6:.0f} MB, once; kept in {_from_home(cache)})"
     _logger.warning("%s", printable(f"downloading {spec.tag} from {where}"))
 
