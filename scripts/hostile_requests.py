@@ -50,7 +50,7 @@ ANSWER_SECONDS = 90.0
 
 
 class Request(NamedTuple):
-    """What is sent: parts with a pause in seconds after each; whether the answer is waited for; and the right answer."""
+    """Parts with a pause in seconds after each, whether the answer is waited for, and the right answer."""
 
     kind: str
     parts: Sequence[tuple[bytes, float]]
@@ -148,14 +148,16 @@ class Maker:
             for name in names
         }
         self.large = large_images()
+        self.stripes = encoded(Image.new("1", (60_000, 2)), "PNG")
+        self.too_large = encoded(Image.new("L", (10_000, 6_000)), "JPEG", quality=1)
 
     def next(self) -> Request:
         share = self.draw.random()
         if share < 0.1:
             return self.good_request()
-        if share < 0.11:
+        if share < 0.103:
             return Request("large", [(http(body=self.draw.choice(self.large)), 0)])
-        if share < 0.115:
+        if share < 0.108:
             return self.slow()
         make = self.draw.choice(
             [self.damaged, self.damaged, self.polyglot, self.bomb, self.json, self.json, self.headers, self.name,
@@ -201,7 +203,6 @@ class Maker:
         side = self.draw.choice([10_000, 50_000, 2**31 - 1])
         gif = bytearray(self.files[3])
         gif[6:10] = b"\xff\xff\xff\xff"
-        stripes = encoded(Image.new("1", (60_000, 2)), "PNG")
         content = self.draw.choice(
             [
                 png_header(side, side),
@@ -209,10 +210,10 @@ class Maker:
                 png_header(LARGE, LARGE, 16, 6),
                 ico(png_header(side, side)),
                 bytes(gif),
-                stripes,
+                self.stripes,
                 b"P6\n%d %d\n255\n" % (side, side),
                 b"P1\n7000 7000\n" + b"1 " * 1000,
-                encoded(Image.new("L", (10_000, 6_000)), "JPEG", quality=1),
+                self.too_large,
             ]
         )
         return Request("bomb", [(http(body=content), 0)])
@@ -272,13 +273,16 @@ class Maker:
 
     def name(self) -> Request:
         name = self.draw.choice(
-            ["..", "%2e%2e", "..%2f..%2fetc%2fpasswd", "%252e%252e%252fetc", "%00", "nola%00", "nola%00.safetensors", "%ff",
-             "%f0%9f", "nola.safetensors", ".", "", "/etc/passwd", "%2fetc%2fpasswd", "..%5c..%5cx", "nola%2f..%2flora",
-             "a" * 10_000, "%e2%80%ae", "NOLA", "nola%20", "nola;x=1", "nola%0d%0ax:y", "%", "%zz", "~root", "*", "[!a]",
+            ["..", "%2e%2e", "..%2f..%2fetc%2fpasswd", "%252e%252e%252fetc", "%00", "nola%00", "nola%00.safetensors",
+             "%ff", "%f0%9f", "nola.safetensors", ".", "", "/etc/passwd", "%2fetc%2fpasswd", "..%5c..%5cx",
+             "nola%2f..%2flora",
+             "a" * 10_000, "%e2%80%ae", "NOLA", "nola%20", "nola;x=1", "nola%0d%0ax:y", "%", "%zz",
+             "~root", "*", "[!a]",
              "__base__", "__class__", "nola?limit=x", "nola#x", "é", "con", "nola%2e", "{adapter}", "\x7f"]
         )  # fmt: skip
         path, method = self.draw.choice(
-            [("/models/{}", "POST"), ("/v2/models/{}/infer", "POST"), ("/v2/models/{}", "GET"), ("/v1/models/{}", "GET"),
+            [("/models/{}", "POST"), ("/v2/models/{}/infer", "POST"), ("/v2/models/{}", "GET"),
+             ("/v1/models/{}", "GET"),
              ("/v2/models/{}/ready", "GET"), ("/v1/adapters/{}", "PUT"), ("/v1/adapters/{}", "DELETE"), ("/{}", "GET"),
              ("/v1/models?after={}", "GET"), ("/v1/models?limit={}", "GET")]
         )  # fmt: skip
@@ -343,8 +347,10 @@ class Maker:
 
     def foreign(self) -> Request:
         page = self.draw.choice(
-            [{"origin": "null"}, {"origin": "http://evil.example"}, {"origin": "http://127.0.0.1:1"}, {"sec_fetch_site": "cross-site"},
-             {"host": "evil.example"}, {"host": "127.0.0.1.evil.example"}, {"host": ""}, {"host": "127.0.0.1, evil.example"},
+            [{"origin": "null"}, {"origin": "http://evil.example"}, {"origin": "http://127.0.0.1:1"},
+             {"sec_fetch_site": "cross-site"},
+             {"host": "evil.example"}, {"host": "127.0.0.1.evil.example"}, {"host": ""},
+             {"host": "127.0.0.1, evil.example"},
              {"host": "localhost@evil.example"}, {"host": "[::1"}, {"host": "a" * 10_000}]
         )  # fmt: skip
         return Request("foreign page", [(http(body=self.good[0], content_type="text/plain", **page), 0)])
@@ -493,9 +499,8 @@ def main() -> int:
                 )
                 alive = process.poll() is None
                 time.sleep(2)
-                print(
-                    f"at rest {mib(process.pid):.0f} MiB, most {mib(process.pid, 'VmHWM'):.0f} MiB; still there: {alive}"
-                )
+                rest, most = mib(process.pid), mib(process.pid, "VmHWM")
+                print(f"at rest {rest:.0f} MiB, most {most:.0f} MiB; still there: {alive}")
             finally:
                 process.terminate()
         return 0 if right and alive and process.returncode == 0 else 1

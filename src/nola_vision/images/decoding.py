@@ -81,6 +81,16 @@ def decode_image(content: bytes, side: int | None = None, most_pixels: int | Non
         return ImageOps.exif_transpose(image)
 
 
+def stated_size(content: bytes) -> tuple[str | None, int, int]:
+    """The format, width and height of an image file, from its header.
+
+    Raises:
+        Exception: it is not an image. Pillow raises many types.
+    """
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        return image.format, image.width, image.height
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image in mode RGB: 16-bit grey is scaled to 8 bits, alpha is dropped.
 
