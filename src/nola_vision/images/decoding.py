@@ -112,7 +112,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
                 f"data set by the same power of two (by at most {2 ** (16 - most.bit_length())} for this one), or save "
                 "them with 8 bits"
             )
-        image = Image.fromarray(np.round(values.astype(np.float64) / 257).astype(np.uint8))
+        # a table, since a copy as float64 would take four times the memory of the image
+        image = Image.fromarray(np.round(np.arange(65536) / 257).astype(np.uint8)[values])
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
