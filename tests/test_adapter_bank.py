@@ -1,9 +1,11 @@
 """A bank of adapters: answers are those of each adapter's own model; files, names, threads and memory."""
 
+import gc
 import hashlib
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +160,29 @@ def test_factors_are_kept_within_the_budget(folder: Path, own: dict[str, torch.T
     for _ in range(2):
         answers(whole, names, [0, 1, 2, 3, 4])
     assert whole.cache_counts() == (4, 4)
+
+
+def test_basis_seeds_that_no_adapter_has_are_forgotten(folder: Path) -> None:
+    bank = AdapterBank(SPEC, cache_mib=0.05)  # no more than 12 values, of at least 4 KiB each
+    for name in ("nola", "nola other seed", "nola per layer"):
+        answers(bank, [bank.load_adapter(folder / f"{name}.safetensors", "one")], [0])
+    gc.collect()
+    shared = bank._shared
+    assert len(shared._layouts) == len(shared._kinds) <= 2 and len(shared._cache._values) <= 12
+    layouts = [bank._shared.read(folder / f"{name}.safetensors", "").layout for name in ("nola", "nola other seed")]
+    assert layouts[0] is not layouts[1] and layouts[0].groups is layouts[1].groups
+
+
+@pytest.mark.parametrize("names", [3, None, [None], [["nola"]], b"nola"])
+def test_names_of_another_type(bank: AdapterBank, names: Any) -> None:
+    with pytest.raises(NolaVisionError, match="adapter_names is .*give one name as a string"):
+        bank.predict([torch.rand(3, 8, 8)], names)
+
+
+@pytest.mark.parametrize("mib", [0, -1, float("nan"), float("inf"), "x", None])
+def test_budgets_that_are_none(mib: Any) -> None:
+    with pytest.raises(NolaVisionError, match="cache_mib is"):
+        AdapterBank(SPEC, cache_mib=mib)
 
 
 def test_predictions_are_those_of_each_adapters_own_model(bank: AdapterBank, folder: Path) -> None:

@@ -81,6 +81,16 @@ def decode_image(content: bytes, side: int | None = None, most_pixels: int | Non
         return ImageOps.exif_transpose(image)
 
 
+def stated_size(content: bytes) -> tuple[str | None, int, int]:
+    """The format, width and height of an image file, from its header.
+
+    Raises:
+        Exception: it is not an image. Pillow raises many types.
+    """
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        return image.format, image.width, image.height
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image in mode RGB: 16-bit grey is scaled to 8 bits, alpha is dropped.
 
@@ -102,7 +112,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
                 f"data set by the same power of two (by at most {2 ** (16 - most.bit_length())} for this one), or save "
                 "them with 8 bits"
             )
-        image = Image.fromarray(np.round(values.astype(np.float64) / 257).astype(np.uint8))
+        # a table, since a copy as float64 would take four times the memory of the image
+        image = Image.fromarray(np.round(np.arange(65536) / 257).astype(np.uint8)[values])
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

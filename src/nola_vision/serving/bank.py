@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,7 @@ class AdapterBank:
         check_counts(top_k=top_k, batch_size=batch_size)
         single, several = one_or_several(images)
         images = list(several)
-        names = [adapter_names] * len(images) if isinstance(adapter_names, str) else list(adapter_names)
+        names = [adapter_names] * len(images) if isinstance(adapter_names, str) else _names(adapter_names)
         if len(names) != len(images):
             raise NolaVisionError(f"{len(names)} adapter names for {len(images)} images: give one for each image")
         adapters = {name: self.adapter(name) for name in dict.fromkeys(names)}
@@ -299,8 +299,15 @@ class AdapterBank:
         return answers[0] if single else answers
 
 
-def _is_name(name: str) -> bool:
-    return bool(name) and name.isprintable() and name != BASE
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and bool(name) and name.isprintable() and name != BASE
+
+
+def _names(names: Any) -> list[str]:
+    found = list(names) if isinstance(names, Iterable) else []
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in found):
+        raise NolaVisionError(f"adapter_names is {quoted(names)}: give one name as a string, or one for each image")
+    return found
 
 
 def _state(file: os.DirEntry[str]) -> tuple[int, ...] | None:

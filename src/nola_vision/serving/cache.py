@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
+_LEAST = 4096
+
 
 class ByteCache:
     """A mapping with a budget of bytes, for several threads.
@@ -29,7 +31,8 @@ class ByteCache:
             return found[0]
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
-        """Keeps a value of `size` bytes."""
+        """Keeps a value of `size` bytes. Each counts for at least 4 KiB, so that their number is limited too."""
+        size = max(size, _LEAST)
         with self._lock:
             self._drop(key)
             if size > self.budget:

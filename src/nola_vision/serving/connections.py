@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 _HEADER_SECONDS = 10.0
 _REQUEST_SECONDS = 120.0  # the whole request, also what is still sent after its answer
 _HEADER_BYTES = 64 * 1024
+_PART_BYTES = 16 * 1024
 
 
 class LimitedConnection(HttpToolsProtocol):
@@ -20,7 +21,7 @@ class LimitedConnection(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._header_bytes = 0
-        self._in_headers = False
+        self._in_headers = self._begun = False
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -34,14 +35,20 @@ class LimitedConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._timer is None:  # between two requests, where uvicorn's own limit ends with the first byte
             self._limit(_REQUEST_SECONDS)
-        super().data_received(data)
-        if self._in_headers and not self.transport.is_closing():
-            self._header_bytes += len(data)
-            if self._header_bytes > _HEADER_BYTES:
-                self.send_400_response("")
+        for first in range(0, len(data), _PART_BYTES):
+            if self.transport.is_closing():
+                return
+            part = data[first : first + _PART_BYTES]
+            self._begun = False
+            super().data_received(part)
+            # the part in which a request begins is not counted: other requests, sent ahead, may take most of it
+            if self._in_headers and not self._begun and not self.transport.is_closing():
+                self._header_bytes += len(part)
+                if self._header_bytes > _HEADER_BYTES:
+                    self.send_400_response("")
 
     def on_message_begin(self) -> None:
-        self._in_headers, self._header_bytes = True, 0
+        self._in_headers, self._begun, self._header_bytes = True, True, 0
         self._limit(_HEADER_SECONDS)
         super().on_message_begin()
 

@@ -20,6 +20,8 @@ from nola_vision.serving.errors import RequestError, busy, without_folders
 _log = logging.getLogger(__name__)
 _SCAN_SECONDS = 1.0  # at least, between two scans of the folder
 _SCAN_SHARE = 50  # and this many times as long as a scan takes
+_TEMPORARY = re.compile(r"\.(?:\.[0-9a-f]{32}\.tmp\.)?[0-9a-f]{32}\.tmp")  # of `store` and `write_whole`
+_LEFT_SECONDS = 3600.0  # a temporary file that is older was left by a service that was killed
 _NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -94,6 +96,7 @@ class AdapterFolder:
         path = self._file(name)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # not a name of an adapter
         with self._changing:
+            self._remove_left()
             try:
                 write_whole(temporary, bytes(content))
                 self.bank.check(temporary)
@@ -125,6 +128,15 @@ class AdapterFolder:
             except OSError as error:
                 raise busy(f"the adapter cannot be deleted ({error.strerror})") from error
         self._scan_now()
+
+    def _remove_left(self) -> None:
+        """Removes temporary files of services that were killed while they stored an adapter."""
+        try:
+            for file in self._path.iterdir():
+                if _TEMPORARY.fullmatch(file.name) and time.time() - file.lstat().st_mtime > _LEFT_SECONDS:
+                    file.unlink(missing_ok=True)
+        except OSError:
+            pass  # another service removed it, or the folder cannot be written to, which `store` reports
 
     def _file(self, name: str) -> Path:
         path = self._path / f"{name}{SUFFIX}"

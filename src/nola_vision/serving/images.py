@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import binascii
+import ctypes
 
 from PIL import Image
 
-from nola_vision.images.decoding import decode_image, decoding_error, to_rgb
+from nola_vision.images.decoding import decode_image, decoding_error, stated_size, to_rgb
 from nola_vision.serving.errors import RequestError, without_folders
 
 _MOST_RATIO = 50  # of the sides
+_LARGE = 4_000_000  # pixels
 
 
 def limit_pillow(most_pixels: int) -> None:
@@ -32,6 +34,25 @@ def from_base64(text: str, name: str) -> bytes:
     except ValueError as error:  # binascii.Error, and surrogates
         reason = f"the image {name} is not base64: encode the bytes of its file, without line breaks"
         raise RequestError(422, reason) from error
+
+
+def is_large(content: bytes) -> bool:
+    """Whether decoding an image takes much memory, as its header shows. Not an image: False."""
+    try:
+        kind, width, height = stated_size(content)
+    except Exception:  # Pillow raises many types
+        return False
+    return width * height > _LARGE or kind == "ICO"  # which has an image of another size inside
+
+
+def return_memory() -> None:
+    """Gives memory that large images took back to the system. The C library would keep up to a gigabyte of it.
+
+    Does nothing where the library is not glibc.
+    """
+    trim = getattr(ctypes.pythonapi, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def decode(content: bytes, name: str, most_pixels: int) -> Image.Image:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from nola_vision.serving.bodies import gone
 from nola_vision.serving.budget import Budget
 from nola_vision.serving.errors import RequestError, busy, without_folders
 from nola_vision.serving.folder import AdapterFolder
-from nola_vision.serving.images import decode, from_base64
+from nola_vision.serving.images import decode, from_base64, is_large, return_memory
 from nola_vision.serving.metrics import Metrics
 from nola_vision.serving.settings import Settings
 
@@ -46,13 +46,16 @@ class Service:
         self.held = Budget(settings.held_bytes, "bytes")
         self._images = Budget(settings.waiting_images, "images")
         self._batcher = Batcher(folder.bank.logits, settings.max_batch_size, settings.max_delay, metrics.batch)
-        # as many images are decoded at once, which bounds the memory; torch's own threads are for the forward pass
+        # as many images are decoded at once, and one large one, which bounds the memory and keeps large ones from
+        # delaying the others; torch's own threads are for the forward pass
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,))
+        self._large = ThreadPoolExecutor(1, "decode-large", torch.set_num_threads, (1,))
 
     def close(self) -> None:
         """Finishes what was taken."""
         self._pool.shutdown()
+        self._large.shutdown()
         self._batcher.close()
 
     async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -80,7 +83,10 @@ class Service:
 
     async def _logits(self, name: str, images: Sequence[bytes | bytearray | str]) -> tuple[ServedAdapter, list[Tensor]]:
         end = time.monotonic() + self.settings.answer_seconds
-        adapter, tensors = await self.in_thread(self._prepare, name, images, end)
+        adapter, contents, large = await self.in_thread(self._open, name, images)
+        prepare = self._prepare_large if large else self._prepare
+        pool = self._large if large else self._pool
+        tensors = await asyncio.get_running_loop().run_in_executor(pool, prepare, adapter, contents, end)
         results = map(asyncio.wrap_future, self._batcher.submit(tensors, adapter))
         try:
             return adapter, list(await asyncio.gather(*results))
@@ -101,18 +107,33 @@ class Service:
         except NolaVisionError as error:
             raise RequestError(422, without_folders(str(error))) from error
 
-    def _prepare(
-        self, name: str, images: Sequence[bytes | bytearray | str], end: float
-    ) -> tuple[ServedAdapter, list[Tensor]]:
-        """The adapter, and its input for each image, `[3, size, size]`."""
-        adapter, tensors = self.folder.find(name), []
-        for number, image in enumerate(images, 1):
+    def _open(
+        self, name: str, images: Sequence[bytes | bytearray | str]
+    ) -> tuple[ServedAdapter, dict[str, bytes], bool]:
+        """The adapter, the image files by what messages call them, and whether one of them is large."""
+        places = (
+            ["of the request"] if len(images) == 1 else [f"number {number}" for number in range(1, len(images) + 1)]
+        )
+        contents = {
+            place: from_base64(image, place) if isinstance(image, str) else bytes(image)
+            for place, image in zip(places, images, strict=True)
+        }
+        return self.folder.find(name), contents, any(map(is_large, contents.values()))
+
+    def _prepare(self, adapter: ServedAdapter, contents: Mapping[str, bytes], end: float) -> list[Tensor]:
+        """An adapter's input for each image file, `[3, size, size]`."""
+        tensors = []
+        for place, content in contents.items():
             if time.monotonic() > end:  # the request is refused already
                 raise _late()
-            place = "of the request" if len(images) == 1 else f"number {number}"
-            content = from_base64(image, place) if isinstance(image, str) else bytes(image)
             tensors.append(adapter.transform(decode(content, place, self.settings.pixels)))
-        return adapter, tensors
+        return tensors
+
+    def _prepare_large(self, adapter: ServedAdapter, contents: Mapping[str, bytes], end: float) -> list[Tensor]:
+        try:
+            return self._prepare(adapter, contents, end)
+        finally:
+            return_memory()
 
     async def _while_connected(self, request: Request, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of a coroutine, which is cancelled after `answer_seconds` or if the client closes the connection.

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,12 @@ from nola_vision.adapters.context import Pass, Settings
 from nola_vision.adapters.header import canonical
 from nola_vision.adapters.injection import Injection
 from nola_vision.adapters.methods import LinearProbe, registry
-from nola_vision.adapters.methods.base import Adapter
+from nola_vision.adapters.methods.base import Adapter, Group, Method
 from nola_vision.adapters.target import HEAD, Target
 from nola_vision.common.devices import parse_device
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.tags import split_tag
-from nola_vision.common.validation import check_types
+from nola_vision.common.validation import check_types, quoted
 from nola_vision.models.backbones.creation import create_backbone, to_int8
 from nola_vision.models.backbones.properties import fingerprint, input_lengths, probe_batch
 from nola_vision.models.backbones.sources import input_config, resolve
@@ -50,6 +51,8 @@ class SharedBackbone:
 
     def __init__(self, backbone: str | BackboneSpec, device: str, cache_mib: float) -> None:
         parse_device(device)
+        if not (isinstance(cache_mib, int | float) and 0 < cache_mib < 2**40):
+            raise NolaVisionError(f"cache_mib is {quoted(cache_mib)}: it must be a number of MiB greater than 0")
         spec = check_types(BackboneSpec(backbone) if isinstance(backbone, str) else backbone)
         if spec.base != "pretrained":
             raise NolaVisionError(f"a bank needs pretrained weights, and base is {spec.base}: use load_adapter instead")
@@ -73,8 +76,11 @@ class SharedBackbone:
         )
         self._cache = ByteCache(int(cache_mib * 2**20))
         self._maker = FactorMaker(model, self.device, self._cache)
-        self._layouts: dict[str, Layout] = {}
-        self._kinds: dict[Layout, tuple[int, bool]] = {}  # bytes of one adapter's factors, and `mixes`
+        # layouts differ by their seeds, of which there may be any number: each is kept as long as an adapter has it
+        self._groups: dict[str, tuple[Method, tuple[Group, ...]]] = {}
+        self._layouts: WeakValueDictionary[tuple[str, int], Layout] = WeakValueDictionary()
+        # bytes of one adapter's factors, and `mixes`
+        self._kinds: WeakKeyDictionary[Layout, tuple[int, bool]] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._served = self._made = 0  # distinct adapters of all passes; factors that were made for them
         layout = Layout(LinearProbe(), (), 0)
@@ -152,13 +158,12 @@ class SharedBackbone:
             {
                 "class_path": described["class_path"],
                 "settings": {name: one for name, one in described["init_args"].items() if name not in _OF_TRAINING},
-                "seed": metadata.basis_seed,
                 "targets": header.targets,
                 "classes": classes if HEAD in stated else None,
             }
         )
         with self._lock:
-            if (known := self._layouts.get(key)) is None:
+            if (groups := self._groups.get(key)) is None:
                 targets = header_targets(header, model, path)
                 if idle := [target.name for target in targets if target.weight in self._idle]:
                     raise NolaVisionError(
@@ -166,7 +171,9 @@ class SharedBackbone:
                         "file"
                     )
                 method = method.for_base("pretrained").for_loading(targets)
-                known = self._layouts[key] = Layout(method, tuple(method.groups(targets)), metadata.basis_seed)
+                groups = self._groups[key] = method, tuple(method.groups(targets))
+            if (known := self._layouts.get((key, metadata.basis_seed))) is None:
+                known = self._layouts[key, metadata.basis_seed] = Layout(*groups, metadata.basis_seed)
         return known
 
     # --- passes --------------------------------------------------------------------------------------------------
