@@ -15,7 +15,7 @@ from nola_vision import BackboneSpec, adapt, load_adapter
 from nola_vision.adapters import methods
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.backbones.creation import create_backbone
-from nola_vision.serving.bank import BASE, AdapterBank, UnknownAdapter
+from nola_vision.serving.bank import BASE, AdapterBank, UnknownAdapter, backbone_of
 
 SPEC = BackboneSpec("vit_mini_patch4_32.contours")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -258,6 +258,19 @@ def test_files_that_cannot_share_the_backbone_are_refused_by_name(
     adapt(spec, method, ["a", "b"]).save(tmp_path / "other.safetensors")
     with pytest.raises(NolaVisionError, match=f"other.safetensors .*{reason}"):
         bank.load_adapter(tmp_path / "other.safetensors")
+
+
+def test_the_backbone_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    assert backbone_of(tmp_path, tag="some.tag") == BackboneSpec("some.tag")
+    with pytest.raises(NolaVisionError, match="has no adapter file"):
+        backbone_of(tmp_path)
+    adapt(BackboneSpec("test_vit.r160_in1k", base="random"), nola_vision.LoRA(), ["a", "b"]).save(
+        tmp_path / "a.safetensors"
+    )
+    with pytest.raises(NolaVisionError, match="a.safetensors belongs to a backbone that is not pretrained"):
+        backbone_of(tmp_path)
+    (tmp_path / "b.safetensors").write_bytes((folder / "nola.safetensors").read_bytes())
+    assert backbone_of(tmp_path).tag == SPEC.tag
 
 
 def test_batches_that_do_not_fit_are_refused(bank: AdapterBank) -> None:

@@ -31,7 +31,7 @@ from nola_vision.cli.main import main
 from nola_vision.serving import bank
 made = fake_bank.FakeBank()
 made.seconds = 0.01
-bank.AdapterBank, bank.backbone_of = lambda *settings: made, lambda folder, weights: "fake.backbone"
+bank.AdapterBank, bank.backbone_of = lambda *settings: made, lambda folder, weights, tag: "fake.backbone"
 sys.exit(main())
 """
 

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     options = Options(verb)
     options.description = "An HTTP service for a folder of adapters of one backbone. docs/serving.md describes it."
     options.add_argument("--adapters", required=True, metavar="DIR", help="a folder of adapter files that `fit` wrote")
+    options.add_argument("--backbone", metavar="TAG", help="timm's tag (default: that of the first adapter file)")
     options.add_argument(
         "--weights", metavar="FILE", help="local file with the backbone's weights (default: found by its digest)"
     )
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
             from nola_vision.serving.images import limit_pillow
 
         device = known.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        bank = AdapterBank(backbone_of(folder, known.weights), device, known.cache_mib)
+        bank = AdapterBank(backbone_of(folder, known.weights, known.backbone), device, known.cache_mib)
         settings = service_settings(known.max_batch_size, known.max_delay_ms, known.allow_changes)
         limit_pillow(settings.pixels)
         _log_to_stderr()

@@ -326,20 +326,29 @@ def _info(name: str, entry: _Entry) -> AdapterInfo:
     return AdapterInfo(name, entry.size, entry.uses, adapter.digest, adapter.method, adapter.class_names, None)
 
 
-def backbone_of(folder: str | Path, weights: str | None = None) -> BackboneSpec:
-    """The backbone of the first file of a folder that can be read, by name.
+def backbone_of(folder: str | Path, weights: str | None = None, tag: str | None = None) -> BackboneSpec:
+    """The backbone that a folder of adapters is for: that of the first file, by name, that a bank can have.
 
     Args:
         folder: with adapter files.
         weights: a local file with the backbone's weights; else it is found as `load_adapter` finds it.
+        tag: timm's tag of the backbone, if it is known: no file is read then.
 
     Raises:
-        NolaVisionError: there is no adapter file, or none can be read.
+        NolaVisionError: there is no adapter file, or a bank can have none of them.
     """
-    problem = NolaVisionError(f"{folder} has no adapter file ({SUFFIX}): name a folder with files that `fit` wrote")
+    if tag is not None:
+        return BackboneSpec(tag, file=weights)
+    problem = NolaVisionError(
+        f"{folder} has no adapter file ({SUFFIX}): name a folder with files that `fit` wrote, or the backbone by "
+        "--backbone"
+    )
     for number, path in enumerate(sorted(Path(folder).glob(f"*{SUFFIX}"))):
         try:
-            return loading.backbone_of(path, weights)
+            spec = loading.backbone_of(path, weights)
+            if spec.base == "pretrained":
+                return spec
+            raise NolaVisionError(f"{path} belongs to a backbone that is not pretrained: use `predict` with it")
         except NolaVisionError as error:
             problem = error if number == 0 else problem
     raise problem

@@ -89,9 +89,11 @@ class AdapterFolder:
             RequestError: 422: the name or the file cannot be used; the folder is as it was. 503: the folder cannot be
                 written to.
         """
-        if not _NEW_NAME.fullmatch(name):
+        if not _NEW_NAME.fullmatch(name) or name.endswith(SUFFIX):
             raise RequestError(
-                422, "an adapter's name has 1 to 128 letters, digits, dots, - and _, and begins with a letter or digit"
+                422,
+                "an adapter's name has 1 to 128 letters, digits, dots, - and _, begins with a letter or digit, and "
+                f"does not end with {SUFFIX}",
             )
         path = self._file(name)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # not a name of an adapter

@@ -19,6 +19,7 @@ class Arguments(BaseModel):
 
     Args:
         adapters: the folder of the adapter files, the same on every node.
+        backbone: timm's tag; that of the first adapter file if not given.
         weights: a local file with the backbone's weights, on every node; else it is found by its digest.
         max_batch_size: images per forward pass of a replica.
         max_delay_ms: that the first image of a batch waits for others.
@@ -28,6 +29,7 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     adapters: str
+    backbone: str | None = None
     weights: str | None = None
     max_batch_size: int = Field(64, ge=1)
     max_delay_ms: int = Field(5, ge=0)
@@ -77,7 +79,9 @@ def _app(arguments: Arguments) -> FastAPI:
     if settings.api_key is None:  # Ray's proxies may listen at any address
         raise NolaVisionError(f"this node has no API key: set {KEY_VARIABLE} on every node before `ray start`")
     device = "cuda" if ray.get_gpu_ids() else "cpu"  # of the deployment's num_gpus
-    bank = AdapterBank(backbone_of(arguments.adapters, arguments.weights), device, arguments.cache_mib)
+    bank = AdapterBank(
+        backbone_of(arguments.adapters, arguments.weights, arguments.backbone), device, arguments.cache_mib
+    )
     limit_pillow(settings.pixels)
     replica = serve.get_replica_context().replica_id.unique_id
     return create_app(bank, arguments.adapters, settings, {"replica": replica})

@@ -10,6 +10,8 @@ from nola_vision.serving.errors import JSON, RequestError
 from nola_vision.serving.messages import ClassifyRequest, Label, Parameters
 from nola_vision.serving.routes import failures, service_of
 
+# the last is what curl states of whatever it sends
+_KINDS = ("", "application/octet-stream", "application/json", "application/x-www-form-urlencoded")
 router = APIRouter(tags=["Hugging Face"])
 _BODY = {
     "required": True,
@@ -33,8 +35,10 @@ async def classify(request: Request, adapter: str) -> JSON:
     if adapter == BASE:
         raise RequestError(422, f"{BASE} has no classes; POST /v2/models/{BASE}/infer gives its features")
     kind = content_type(request)
-    if not (kind in ("", "application/octet-stream", "application/json") or kind.startswith("image/")):
-        raise RequestError(415, "the Content-Type must be image/..., application/octet-stream or application/json")
+    if not (kind in _KINDS or kind.startswith("image/")):
+        raise RequestError(
+            415, f"the Content-Type {kind[:100]!r} is not image/..., application/octet-stream or application/json"
+        )
     async with body_of(request, service.settings, service.held) as body:
         image, parameters = body, Parameters()
         if kind == "application/json":
