@@ -19,25 +19,17 @@ from nola_vision.sweep.engines import ray as ray_engine
 from nola_vision.sweep.plan import RunSpec
 from nola_vision.training import precision
 from test_local_engine import light, results, specs
+from two_nodes import two_nodes
 
 pytestmark = pytest.mark.slow  # processes of their own, each of which imports torch
 
-# Ray reads them once, when it is imported
-os.environ.update(
-    RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a-token-of-the-tests-that-is-long-enough", RAY_USAGE_STATS_ENABLED="0"
-)
 pytest.importorskip("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no node has it
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
-    """A head and a second node, one CPU each."""
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    yield made
-    made.shutdown()
+    with two_nodes() as found:
+        yield found
 
 
 def test_its_rows_are_the_local_engines(cluster, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import argparse
 import ipaddress
 import logging
 import os
-import re
 import signal
 import socket
 import warnings
@@ -22,8 +21,8 @@ from nola_vision.common.imports import without_collections
 from nola_vision.common.progress import say, say_start
 from nola_vision.common.text import printable
 from nola_vision.common.validation import check_counts
+from nola_vision.serving.settings import KEY_VARIABLE, api_key, service_settings
 
-KEY_VARIABLE = "NOLA_VISION_API_KEY"
 _END_SECONDS = 60  # for what was taken, after a signal
 
 
@@ -69,24 +68,16 @@ def main(arguments: Sequence[str], verb: str) -> int:
         with without_collections():
             import torch
             import uvicorn
-            from PIL import Image
 
             from nola_vision.serving.app import create_app
             from nola_vision.serving.bank import AdapterBank, backbone_of
             from nola_vision.serving.connections import LimitedConnection
-            from nola_vision.serving.settings import Settings
+            from nola_vision.serving.images import limit_pillow
 
         device = known.device or ("cuda" if torch.cuda.is_available() else "cpu")
         bank = AdapterBank(backbone_of(folder, known.weights), device, known.cache_mib)
-        settings = Settings(
-            max_batch_size=known.max_batch_size,
-            max_delay=known.max_delay_ms / 1000,
-            api_key=_api_key(),
-            allow_changes=known.allow_changes,
-            waiting_images=max(Settings.waiting_images, 4 * known.max_batch_size),
-        )
-        # Pillow refuses twice as many, also in an image inside an image, such as a PNG in an ICO
-        Image.MAX_IMAGE_PIXELS = settings.pixels // 2
+        settings = service_settings(known.max_batch_size, known.max_delay_ms, known.allow_changes)
+        limit_pillow(settings.pixels)
         _log_to_stderr()
         config = uvicorn.Config(
             create_app(bank, folder, settings),
@@ -127,7 +118,7 @@ def _listener(known: argparse.Namespace) -> socket.socket:
             f"--host {known.host} --port {known.port} is not an address ({error}): give others"
         ) from error
     local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
-    if _api_key() is None and not (local and not known.allow_changes):
+    if api_key() is None and not (local and not known.allow_changes):
         what = "--allow-changes" if local else f"--host {known.host}"
         raise NolaVisionError(f"{what} needs an API key: set the environment variable {KEY_VARIABLE}")
     listener = socket.socket(kind, socket.SOCK_STREAM)
@@ -141,23 +132,6 @@ def _listener(known: argparse.Namespace) -> socket.socket:
             f"{known.host} port {known.port} cannot be used ({error.strerror}): give another by --port or --host"
         ) from error
     return listener
-
-
-def _api_key() -> str | None:
-    """The API key of the environment; None if there is none.
-
-    Raises:
-        NolaVisionError: a request could not have it, or it is easy to guess.
-    """
-    key = os.environ.get(KEY_VARIABLE, "")
-    if not key:
-        return None
-    if not re.fullmatch(r"[!-~]{16,}", key):
-        raise NolaVisionError(
-            f"{KEY_VARIABLE} must have 16 or more ASCII characters without spaces: "
-            "python -c 'import secrets; print(secrets.token_urlsafe())' prints one"
-        )
-    return key
 
 
 def _url(listener: socket.socket) -> str:

@@ -52,7 +52,8 @@ def check_types(value: T) -> T:
         NolaVisionError: the first field of another type, with what it must be.
     """
     plain: dict[str, Any] = {}
-    for name, hint in _type_hints(type(value)).items():
+    kind: Any = type(value)
+    for name, hint in _type_hints(kind).items():
         given = getattr(value, name)
         own = plain_number(given)
         if own is not given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
@@ -30,16 +30,22 @@ _PAGE = {
 }
 
 
-def create_app(bank: AdapterBank, folder: str | Path, settings: Settings | None = None) -> FastAPI:
+def create_app(
+    bank: AdapterBank,
+    folder: str | Path,
+    settings: Settings | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> FastAPI:
     """The ASGI application of a service. Its threads run from the start of its lifespan to the end.
 
     Args:
         bank: answers the requests.
         folder: with the adapter files, see `AdapterFolder`.
         settings: limits, API key and batch sizes.
+        labels: of every metric.
     """
     settings = settings or Settings()
-    metrics = Metrics(bank.cache_counts)
+    metrics = Metrics(bank.cache_counts, labels)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

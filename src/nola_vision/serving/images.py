@@ -14,6 +14,11 @@ _MOST_RATIO = 50  # of the sides
 _LARGE = 4_000_000  # pixels
 
 
+def limit_pillow(most_pixels: int) -> None:
+    """Pillow's own limit, of this process: it holds for an image inside an image too, such as a PNG in an ICO."""
+    Image.MAX_IMAGE_PIXELS = most_pixels // 2  # Pillow refuses twice as many
+
+
 def from_base64(text: str, name: str) -> bytes:
     """The bytes of an image in base64.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -16,10 +16,11 @@ class Metrics:
 
     Args:
         cache_counts: hits and misses of the bank's cache of factors since the start.
+        labels: of every metric, for one of several services that a scrape may reach.
     """
 
-    def __init__(self, cache_counts: Callable[[], tuple[int, int]]) -> None:
-        self._registry = CollectorRegistry()
+    def __init__(self, cache_counts: Callable[[], tuple[int, int]], labels: Mapping[str, str] | None = None) -> None:
+        self._registry, self._labels = CollectorRegistry(), dict(labels or {})
         self._requests = Counter(
             "nola_vision_requests", "Requests by route and status", ["route", "status"], registry=self._registry
         )
@@ -28,7 +29,6 @@ class Metrics:
         self._images = self._histogram("batch_images", "Images per batch", _COUNTS)
         self._adapters = self._histogram("batch_adapters", "Distinct adapters per batch", _COUNTS)
         self._cache_counts = cache_counts
-        self._registry.register(self)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"nola_vision_{name}", text, buckets=buckets, registry=self._registry)
@@ -46,11 +46,16 @@ class Metrics:
         self._adapters.observe(distinct)
 
     def collect(self) -> Iterator[Metric]:
-        """The cache's counts, for the registry."""
+        """All metrics, for `generate_latest`."""
         hits, misses = self._cache_counts()
-        yield CounterMetricFamily("nola_vision_cache_hits", "Factors of adapters found in the cache", hits)
-        yield CounterMetricFamily("nola_vision_cache_misses", "Factors of adapters that were computed", misses)
+        cache = (
+            CounterMetricFamily("nola_vision_cache_hits", "Factors of adapters found in the cache", hits),
+            CounterMetricFamily("nola_vision_cache_misses", "Factors of adapters that were computed", misses),
+        )
+        for metric in (*self._registry.collect(), *cache):
+            metric.samples = [one._replace(labels={**self._labels, **one.labels}) for one in metric.samples]
+            yield metric
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self)

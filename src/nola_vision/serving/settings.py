@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
+
+from nola_vision.common.errors import NolaVisionError
+
+KEY_VARIABLE = "NOLA_VISION_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,35 @@ class Settings:
     body_seconds: float = 60
     idle_seconds: float = 10
     answer_seconds: float = 60
+
+
+def service_settings(max_batch_size: int, max_delay_ms: int, allow_changes: bool = False) -> Settings:
+    """The settings of a service that requests reach from other processes, with the API key of the environment.
+
+    Raises:
+        NolaVisionError: as `api_key`.
+    """
+    return Settings(
+        max_batch_size=max_batch_size,
+        max_delay=max_delay_ms / 1000,
+        api_key=api_key(),
+        allow_changes=allow_changes,
+        waiting_images=max(Settings.waiting_images, 4 * max_batch_size),
+    )
+
+
+def api_key() -> str | None:
+    """The API key of the environment; None if there is none.
+
+    Raises:
+        NolaVisionError: a request could not have it, or it is easy to guess.
+    """
+    key = os.environ.get(KEY_VARIABLE, "")
+    if not key:
+        return None
+    if not re.fullmatch(r"[!-~]{16,}", key):
+        raise NolaVisionError(
+            f"{KEY_VARIABLE} must have 16 or more ASCII characters without spaces: "
+            "python -c 'import secrets; print(secrets.token_urlsafe())' prints one"
+        )
+    return key
