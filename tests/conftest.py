@@ -1,6 +1,7 @@
 """The tests import helpers that lie beside them, and run on one thread each: several processes may share the cores."""
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
@@ -28,6 +29,17 @@ def pytest_collection() -> Generator[None, object, object]:
 
     with without_collections():
         return (yield)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's chromium, for modules that skip their tests without it."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield found
+        found.close()
 
 
 @pytest.fixture

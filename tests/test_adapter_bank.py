@@ -160,6 +160,9 @@ def test_factors_are_kept_within_the_budget(folder: Path, own: dict[str, torch.T
     for _ in range(2):
         answers(whole, names, [0, 1, 2, 3, 4])
     assert whole.cache_counts() == (4, 4)
+    used = whole._shared._cache.used
+    whole.load_adapter(folder / "nola.safetensors", "nola")  # the name's former adapter leaves nothing in memory
+    assert whole._shared._cache.used < used
 
 
 def test_basis_seeds_that_no_adapter_has_are_forgotten(folder: Path) -> None:

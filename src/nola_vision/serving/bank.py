@@ -27,7 +27,7 @@ SUFFIX = ".safetensors"
 
 
 class UnknownAdapter(NolaVisionError):
-    """There is no adapter of a name.
+    """A name that no adapter has.
 
     Attributes:
         close: names that are similar.
@@ -128,6 +128,7 @@ class AdapterBank:
             raise NolaVisionError(f"the adapter's name is {quoted(name)}: use printable characters, and not {BASE}")
         adapter = self._shared.read(path, name)
         with self._lock:
+            self._forget(name)
             self._entries[name] = _Entry(path, adapter.bytes, adapter=adapter)
         return name
 
@@ -170,10 +171,16 @@ class AdapterBank:
         Raises:
             UnknownAdapter: there is none of this name.
         """
+        self._entry(adapter_name)
         with self._lock:
-            if adapter_name not in self._entries:
-                raise UnknownAdapter(adapter_name, [*self._entries])
             self._forget(adapter_name)
+
+    def _entry(self, name: str) -> _Entry:
+        with self._lock:
+            if (entry := self._entries.get(name)) is not None:
+                return entry
+            known = [*self._entries]
+        raise UnknownAdapter(name, known)  # names are compared without the lock
 
     def _forget(self, name: str) -> None:
         entry = self._entries.pop(name, None)
@@ -195,9 +202,7 @@ class AdapterBank:
         """
         if name == BASE:
             return self._shared.base
-        with self._lock:
-            if (entry := self._entries.get(name)) is None:
-                raise UnknownAdapter(name, [*self._entries])
+        entry = self._entry(name)
         if entry.adapter is None:
             with self._reading:
                 if entry.error is not None:
@@ -216,10 +221,7 @@ class AdapterBank:
         Raises:
             UnknownAdapter: there is none of this name.
         """
-        with self._lock:
-            if (entry := self._entries.get(name)) is None:
-                raise UnknownAdapter(name, [*self._entries])
-        return _info(name, entry)
+        return _info(name, self._entry(name))
 
     def check(self, path: str | Path) -> None:
         """Raises what `load_adapter` raises, and keeps nothing."""

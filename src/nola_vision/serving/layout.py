@@ -23,7 +23,7 @@ class Layout:
     """What adapters share whose changes one product per group makes.
 
     Args:
-        method: without the settings that only training reads.
+        method: that of one of them; settings that only training reads may differ.
         groups: of the method on this backbone; an adapted head's is the last one.
         basis_seed: of everything fixed and random.
     """

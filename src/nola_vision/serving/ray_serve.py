@@ -15,7 +15,7 @@ _END_SECONDS = 60.0  # for what a replica took, before it is stopped
 
 
 class Arguments(BaseModel):
-    """What the deployment file has under `args`. Each replica keeps `cache_mib` of its own.
+    """What the deployment file has under `args`. Each replica has a separate cache.
 
     Args:
         adapters: the folder of the adapter files, the same on every node.
