@@ -180,7 +180,7 @@ def test_requests_go_on_while_a_killed_replica_is_replaced(served: Served) -> No
 
 
 def test_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from nola_vision.serving import ray_serve
+    from nola_vision.serving.http import ray_serve
 
     for wrong, reason in {
         "{adapters: data}": "absolute path",

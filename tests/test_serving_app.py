@@ -28,11 +28,11 @@ from PIL import Image
 
 from fake_bank import GOOD, FakeBank, expected, png
 from nola_vision import load_adapter
-from nola_vision.serving import service
-from nola_vision.serving.app import create_app
 from nola_vision.serving.bank import AdapterBank
-from nola_vision.serving.connections import LimitedConnection
-from nola_vision.serving.settings import Settings
+from nola_vision.serving.http import service
+from nola_vision.serving.http.app import create_app
+from nola_vision.serving.http.connections import LimitedConnection
+from nola_vision.serving.http.settings import Settings
 from test_adapter_bank import SPEC, save
 
 FILES = {"birds": b"", "cats": b"", "many classes": b"", "wide": b"wide", "nan": b"nan", "crash": b"crash"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nola_vision.serving.batcher import Batcher
+from nola_vision.serving.http.batcher import Batcher
 
 
 class Sums:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fake_bank import GOOD, expected, png
-from nola_vision.serving.settings import Settings
+from nola_vision.serving.http.settings import Settings
 from test_serving_app import Served, serve
 
 CHROMIUM = shutil.which("chromium")

@@ -21,7 +21,7 @@ from nola_vision.common.imports import without_collections
 from nola_vision.common.progress import say, say_start
 from nola_vision.common.text import printable
 from nola_vision.common.validation import check_counts
-from nola_vision.serving.settings import KEY_VARIABLE, api_key, service_settings
+from nola_vision.serving.http.settings import KEY_VARIABLE, api_key, service_settings
 
 _END_SECONDS = 60  # for what was taken, after a signal
 
@@ -70,10 +70,10 @@ def main(arguments: Sequence[str], verb: str) -> int:
             import torch
             import uvicorn
 
-            from nola_vision.serving.app import create_app
             from nola_vision.serving.bank import AdapterBank, backbone_of
-            from nola_vision.serving.connections import LimitedConnection
-            from nola_vision.serving.images import limit_pillow
+            from nola_vision.serving.http.app import create_app
+            from nola_vision.serving.http.connections import LimitedConnection
+            from nola_vision.serving.http.images import limit_pillow
 
         device = known.device or ("cuda" if torch.cuda.is_available() else "cpu")
         bank = AdapterBank(backbone_of(folder, known.weights, known.backbone), device, known.cache_mib)

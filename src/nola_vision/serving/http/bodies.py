@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from nola_vision.common.errors import one_line
-from nola_vision.serving.budget import Budget
-from nola_vision.serving.errors import RequestError
-from nola_vision.serving.settings import Settings
+from nola_vision.serving.http.budget import Budget
+from nola_vision.serving.http.errors import RequestError
+from nola_vision.serving.http.settings import Settings
 
 _MOST_VALUES = 10_000  # of JSON: a body of brackets would take a hundred times its size in memory
 Model = TypeVar("Model", bound=BaseModel)

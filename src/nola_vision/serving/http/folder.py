@@ -15,7 +15,7 @@ from nola_vision.common.files import write_whole
 from nola_vision.common.validation import quoted
 from nola_vision.serving.adapter import BASE, ServedAdapter
 from nola_vision.serving.bank import SUFFIX, AdapterBank, AdapterInfo, UnknownAdapter
-from nola_vision.serving.errors import RequestError, busy, without_folders
+from nola_vision.serving.http.errors import RequestError, busy, without_folders
 
 _log = logging.getLogger(__name__)
 _SCAN_SECONDS = 1.0  # at least, between two scans of the folder

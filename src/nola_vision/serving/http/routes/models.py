@@ -8,11 +8,11 @@ from fastapi import APIRouter, Query, Request
 
 from nola_vision.serving.adapter import BASE
 from nola_vision.serving.bank import AdapterInfo
-from nola_vision.serving.bodies import body_of
-from nola_vision.serving.errors import JSON, without_folders
-from nola_vision.serving.folder import AdapterFolder
-from nola_vision.serving.messages import ModelDetails, ModelList, Stored
-from nola_vision.serving.routes import failures, service_of
+from nola_vision.serving.http.bodies import body_of
+from nola_vision.serving.http.errors import JSON, without_folders
+from nola_vision.serving.http.folder import AdapterFolder
+from nola_vision.serving.http.messages import ModelDetails, ModelList, Stored
+from nola_vision.serving.http.routes import failures, service_of
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 changes = APIRouter(prefix="/v1/adapters", tags=["changes"])

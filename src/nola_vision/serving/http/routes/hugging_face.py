@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from nola_vision.serving.adapter import BASE
-from nola_vision.serving.bodies import body_of, content_type, parse_json
-from nola_vision.serving.errors import JSON, RequestError
-from nola_vision.serving.messages import ClassifyRequest, Label, Parameters
-from nola_vision.serving.routes import failures, service_of
+from nola_vision.serving.http.bodies import body_of, content_type, parse_json
+from nola_vision.serving.http.errors import JSON, RequestError
+from nola_vision.serving.http.messages import ClassifyRequest, Label, Parameters
+from nola_vision.serving.http.routes import failures, service_of
 
 # the last is what curl states of whatever it sends
 _KINDS = ("", "application/octet-stream", "application/json", "application/x-www-form-urlencoded")

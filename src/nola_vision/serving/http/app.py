@@ -14,14 +14,14 @@ from starlette.responses import Response
 
 from nola_vision import __version__
 from nola_vision.serving.bank import AdapterBank
-from nola_vision.serving.bodies import unprocessable
-from nola_vision.serving.errors import JSON, RequestError
-from nola_vision.serving.folder import AdapterFolder
-from nola_vision.serving.guard import Guard
-from nola_vision.serving.metrics import Metrics
-from nola_vision.serving.routes import hugging_face, models, open_inference
-from nola_vision.serving.service import Service
-from nola_vision.serving.settings import Settings
+from nola_vision.serving.http.bodies import unprocessable
+from nola_vision.serving.http.errors import JSON, RequestError
+from nola_vision.serving.http.folder import AdapterFolder
+from nola_vision.serving.http.guard import Guard
+from nola_vision.serving.http.metrics import Metrics
+from nola_vision.serving.http.routes import hugging_face, models, open_inference
+from nola_vision.serving.http.service import Service
+from nola_vision.serving.http.settings import Settings
 
 _PAGE = {
     "/": ("index.html", "text/html"),
@@ -78,7 +78,7 @@ def create_app(
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     for path, (file, kind) in _PAGE.items():
-        content = (resources.files("nola_vision.serving") / "page" / file).read_bytes()
+        content = (resources.files("nola_vision.serving.http") / "page" / file).read_bytes()
         app.add_api_route(path, _static(content, kind), include_in_schema=False, response_class=Response)
     return app
 

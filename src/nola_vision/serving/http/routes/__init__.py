@@ -6,8 +6,8 @@ from typing import Any
 
 from starlette.requests import Request
 
-from nola_vision.serving.messages import Failure
-from nola_vision.serving.service import Service
+from nola_vision.serving.http.messages import Failure
+from nola_vision.serving.http.service import Service
 
 
 def service_of(request: Request) -> Service:

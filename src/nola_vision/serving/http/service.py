@@ -17,14 +17,14 @@ from torch import Tensor
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.prediction import Prediction
 from nola_vision.serving.adapter import ServedAdapter
-from nola_vision.serving.batcher import Batcher
-from nola_vision.serving.bodies import gone
-from nola_vision.serving.budget import Budget
-from nola_vision.serving.errors import RequestError, busy, without_folders
-from nola_vision.serving.folder import AdapterFolder
-from nola_vision.serving.images import decode, from_base64, is_large, return_memory
-from nola_vision.serving.metrics import Metrics
-from nola_vision.serving.settings import Settings
+from nola_vision.serving.http.batcher import Batcher
+from nola_vision.serving.http.bodies import gone
+from nola_vision.serving.http.budget import Budget
+from nola_vision.serving.http.errors import RequestError, busy, without_folders
+from nola_vision.serving.http.folder import AdapterFolder
+from nola_vision.serving.http.images import decode, from_base64, is_large, return_memory
+from nola_vision.serving.http.metrics import Metrics
+from nola_vision.serving.http.settings import Settings
 
 _log = logging.getLogger(__name__)
 _MOST_THREADS = 8

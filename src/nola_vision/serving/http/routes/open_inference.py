@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request
 
 from nola_vision import __version__
 from nola_vision.serving.adapter import BASE
-from nola_vision.serving.bodies import body_of, content_type, parse_json
-from nola_vision.serving.errors import JSON, RequestError
-from nola_vision.serving.messages import (
+from nola_vision.serving.http.bodies import body_of, content_type, parse_json
+from nola_vision.serving.http.errors import JSON, RequestError
+from nola_vision.serving.http.messages import (
     InferRequest,
     InferResponse,
     Live,
@@ -19,7 +19,7 @@ from nola_vision.serving.messages import (
     Ready,
     ServerMetadata,
 )
-from nola_vision.serving.routes import failures, service_of
+from nola_vision.serving.http.routes import failures, service_of
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 _BODY = {"required": True, "content": {"application/json": {"schema": InferRequest.model_json_schema()}}}

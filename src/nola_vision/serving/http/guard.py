@@ -14,7 +14,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nola_vision.serving.errors import RequestError
+from nola_vision.serving.http.errors import RequestError
 
 PAGE_ROUTES = frozenset({"/", "/page.css", "/page.js"})
 _OPEN_ROUTES = PAGE_ROUTES | {"/v2/health/live", "/v2/health/ready"}

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.serving.settings import KEY_VARIABLE, service_settings
+from nola_vision.serving.http.settings import KEY_VARIABLE, service_settings
 
 _RETRY_SECONDS = 1.0
 _END_SECONDS = 60.0  # for what a replica took, before it is stopped
@@ -71,9 +71,9 @@ def _app(arguments: Arguments) -> FastAPI:
     """
     import ray
 
-    from nola_vision.serving.app import create_app
     from nola_vision.serving.bank import AdapterBank, backbone_of
-    from nola_vision.serving.images import limit_pillow
+    from nola_vision.serving.http.app import create_app
+    from nola_vision.serving.http.images import limit_pillow
 
     settings = service_settings(arguments.max_batch_size, arguments.max_delay_ms)
     if settings.api_key is None:  # Ray's proxies may listen at any address

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nola_vision.serving.errors import busy
+from nola_vision.serving.http.errors import busy
 
 
 class Budget:

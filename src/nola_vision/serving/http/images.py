@@ -8,7 +8,7 @@ import ctypes
 from PIL import Image
 
 from nola_vision.images.decoding import decode_image, decoding_error, stated_size, to_rgb
-from nola_vision.serving.errors import RequestError, without_folders
+from nola_vision.serving.http.errors import RequestError, without_folders
 
 _MOST_RATIO = 50  # of the sides
 _LARGE = 4_000_000  # pixels
