@@ -95,8 +95,13 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _column_major(factor: Tensor) -> Tensor:
+    """A factor of few columns, `[..., m, r]`, in the order in which `x @ factor` is fastest: in 16 bits, in any."""
+    return factor.mT.contiguous().mT if factor.dtype == torch.float32 else factor
+
+
 def _thin(x: Tensor, factor: Tensor) -> Tensor:
-    """`x @ factor` for a factor of few columns, which BLAS multiplies fastest in column-major order."""
+    """`x @ factor` for a factor of few columns."""
     return F.linear(x, factor.t().contiguous())
 
 
@@ -151,7 +156,7 @@ def additive_linear(x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, scale: fl
     if torch.is_autocast_enabled(x.device.type):  # cast once, where each of the two products would do it
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # scaled before the products: unscaled ones may be too large for float16
-    a, b = (scale * a).to(x.dtype), b.to(x.dtype)
+    a, b = _column_major((scale * a).to(x.dtype)), b.to(x.dtype)
     routed = x.reshape(*a.shape[:-2], -1, x.shape[-1])
     y = F.linear(routed, layer.weight, layer.bias)
     # F.linear may give a view of its product, and autograd would copy the gradient of a view that is written to
