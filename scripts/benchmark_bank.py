@@ -17,9 +17,7 @@ with --small, NOLA of the quick start for its own backbone. Their values are ran
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
-import io
 import itertools
 import json
 import resource
@@ -46,6 +44,7 @@ from nola_vision.adapters.quantization import scales_per_row
 from nola_vision.adapters.serialization import open_adapter
 from nola_vision.adapters.stored import Stored, rows_and_count
 from nola_vision.models.backbones.creation import create_backbone
+from serving_clients import CLIENTS
 
 CLASSES = [f"class {number}" for number in range(10)]
 METHODS = {
@@ -196,15 +195,13 @@ def memory(folder: Path, small: bool, count: int, rounds: int) -> None:
 
 # --- the service -----------------------------------------------------------------------------------------------------
 
-CLIENTS = 64
-
 
 def serve(folder: Path, small: bool, count: int, rounds: int, requests: int) -> None:
     """Throughput and latency of the service."""
     spec = backbone(folder, small)
     made = adapters(folder, spec, small, count)
     names = sorted(path.stem for path in made.iterdir())
-    images = [encoded(seed, 32 if small else 256) for seed in range(16)]
+    images = encoded(folder, 32 if small else 256)
     ours = AdapterBank(spec)
     ours.load_folder(made)
     port = free_port()
@@ -221,16 +218,20 @@ def serve(folder: Path, small: bool, count: int, rounds: int, requests: int) -> 
             for n in (1, 100, count)
             for zipf in ((False, True) if n > 1 else (False,))
         }
+        everyone = f"{count:,} adapters"
         latencies: dict[str, list[float]] = {name: [] for name in loads}
-        contenders: dict[str, Any] = {"the bank, 1 adapter": lambda: offline(ours, loads["1 adapters"], images)}
-        contenders[f"the bank, {count:,} adapters"] = lambda: offline(ours, loads[f"{count:,} adapters"], images)
+        contenders: dict[str, Any] = {
+            f"the bank, {name}": lambda name=name: offline(ours, loads[name], images)
+            for name in ("1 adapters", everyone)
+        }
         for name, load in loads.items():
-            contenders[name] = lambda name=name, load=load: latencies[name].extend(client(port, load, images))
-        table(interleave(contenders, rounds, warm_up=1), "1 adapters")
+            contenders[name] = lambda name=name, load=load: latencies[name].extend(clients(port, load, images))
+            clients(port, load[:64], images)  # warms up
+        offline(ours, loads[everyone][:64], images)
+        table(interleave(contenders, rounds, warm_up=0), "1 adapters")
         for name, seconds in latencies.items():
-            some = seconds[len(loads[name]) :]  # without the warm-up
-            cuts = statistics.quantiles(some, n=20)
-            print(f"{name:34s}p50 {1000 * statistics.median(some):8.1f} ms   p95 {1000 * cuts[-1]:8.1f} ms")
+            cuts = statistics.quantiles(seconds, n=20)
+            print(f"{name:34s}p50 {1000 * cuts[9]:8.1f} ms   p95 {1000 * cuts[-1]:8.1f} ms")
         print(f"{requests:,} requests of {CLIENTS} clients in each; a ratio above 1 is slower")
     finally:
         server.terminate()
@@ -254,12 +255,13 @@ def wait_until_ready(port: int) -> None:
     raise SystemExit("the server does not become ready")
 
 
-def encoded(seed: int, side: int) -> bytes:
-    """A JPEG image of smooth colours."""
-    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    content = io.BytesIO()
-    Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(content, "JPEG", quality=90)
-    return content.getvalue()
+def encoded(folder: Path, side: int) -> list[Path]:
+    """16 JPEG images of smooth colours."""
+    made = [folder / f"{number}-{side}.jpg" for number in range(16)]
+    for number, path in enumerate(made):
+        small = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(path, quality=90)
+    return made
 
 
 def chosen(names: list[str], requests: int, zipf: bool) -> list[str]:
@@ -269,64 +271,30 @@ def chosen(names: list[str], requests: int, zipf: bool) -> list[str]:
     return [names[place] for place in drawn]
 
 
-def offline(ours: AdapterBank, load: list[str], images: list[bytes]) -> None:
-    for first in range(0, len(load), 64):
-        some = load[first : first + 64]
-        decoded = [Image.open(io.BytesIO(images[place % len(images)])) for place in range(len(some))]
-        ours.predict(decoded, some, top_k=1)
+def offline(ours: AdapterBank, load: list[str], images: list[Path]) -> None:
+    ours.predict([images[number % len(images)] for number in range(len(load))], load, top_k=5)
 
 
-def client(port: int, load: list[str], images: list[bytes]) -> list[float]:
-    """The seconds of each request, sent by 64 clients in a separate process."""
-    folder = Path(tempfile.mkdtemp())
-    (folder / "load.json").write_text(json.dumps({"port": port, "names": load}))
-    for number, image in enumerate(images):
-        (folder / f"{number}.jpg").write_bytes(image)
-    done = subprocess.run(
-        [sys.executable, __file__, "client", "--folder", str(folder)], stdout=subprocess.PIPE, check=True
-    )
+def clients(port: int, load: list[str], images: list[Path]) -> list[float]:
+    """The seconds of each request, sent from a process of its own."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as names:
+        json.dump(load, names)
+        names.flush()
+        command = [sys.executable, str(Path(__file__).with_name("serving_clients.py")), str(port), names.name]
+        done = subprocess.run([*command, *map(str, images)], stdout=subprocess.PIPE, check=True)
     seconds: list[float] = json.loads(done.stdout)
-    return seconds
-
-
-async def clients(folder: Path) -> list[float]:
-    """64 connections that take one request after the other from a common list."""
-    known = json.loads((folder / "load.json").read_text())
-    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
-    waiting = iter(enumerate(known["names"]))
-    seconds = []
-
-    async def one() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", known["port"])
-        for number, name in waiting:
-            body = images[number % len(images)]
-            start = time.perf_counter()
-            head = f"POST /models/{name} HTTP/1.1\r\nHost: 127.0.0.1:{known['port']}\r\n"
-            head += f"Content-Length: {len(body)}\r\n\r\n"
-            writer.write(head.encode() + body)
-            answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-            content = await reader.readexactly(int(answer.partition("content-length:")[2].partition("\r")[0]))
-            if " 200 " not in answer.partition("\r")[0]:
-                raise SystemExit(f"{answer} {content!r}")
-            seconds.append(time.perf_counter() - start)
-        writer.close()
-
-    await asyncio.gather(*(one() for _ in range(CLIENTS)))
     return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["bank", "memory", "serve", "client"])
+    parser.add_argument("what", choices=["bank", "memory", "serve"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "nola-vision-bank")
     parser.add_argument("--count", type=int, default=10_000, help="adapters")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="the quick start's backbone")
     parser.add_argument("--requests", type=int, default=500, help="of serve, for each load")
     known = parser.parse_args()
-    if known.what == "client":
-        print(json.dumps(asyncio.run(clients(known.folder))))
-        return
     known.folder.mkdir(parents=True, exist_ok=True)
     common = known.folder, known.small, known.count, known.rounds
     if known.what == "serve":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -51,9 +50,6 @@ def image(size: int) -> torch.Tensor:
 
 
 def main() -> None:
-    sys.path.insert(0, str(FOLDER.parent))
-    import glyph_vit  # noqa: F401  registers the backbone
-
     page = FOLDER / f"v{FORMAT_VERSION}.json"
     expected = json.loads(page.read_text()) if page.exists() else {}
     for name, (spec, method) in CASES.items():

@@ -22,7 +22,6 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from PIL import Image
 
-import glyph_vit  # noqa: F401  registers the golden files' backbone
 from fuzzing import Outcome, measured
 from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, FullFinetune, HashedNet, LinearProbe, LoRA, adapt, load_adapter
 from nola_vision.adapters.format_v1 import digest

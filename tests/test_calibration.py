@@ -9,7 +9,6 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
-import glyph_vit  # noqa: F401  registers the golden files' backbone
 from nola_vision import LinearProbe, adapt, load_adapter
 from nola_vision.adapters.serialization import open_adapter, read_adapter
 from nola_vision.common.errors import NolaVisionError

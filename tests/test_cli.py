@@ -174,7 +174,9 @@ def test_sweep_chooses_settings_runs_everything_once_and_resumes(
     assert main(["fit", "--config=quickstart.yaml", "--method=linear", *options, *SMALL]) == 0
     capsys.readouterr()
     assert main(["fit", *configs, "--method=linear", "--search", *SMALL]) == 0
-    assert choice in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    tried = [f"linear: lr {lr:g}, head_bits {bits}, validation" for lr, bits in tried]
+    assert choice in printed and all(trial in printed for trial in tried)
     assert len(trained_rows("runs")) == len([row for row in rows if row.method == "linear"])
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import glyph_vit  # noqa: F401  registers the golden files' backbone
 import reference
 from nola_vision import load_adapter
 from nola_vision.adapters.serialization import read_adapter

@@ -185,7 +185,7 @@ def test_a_part_of_the_budgets_searches_where_all_do() -> None:
     found = budgets.complete(named, ["like@9KB"], lambda config: parse(config, QUIET))
     assert found.methods == ["like@9KB"] and not found.notes
     assert {spec.method for spec in plan.search_specs(found.config, found.methods)} == {"linear"}
-    with pytest.raises(NolaVisionError, match="none of lora has the budget 7: give one of the config's"):
+    with pytest.raises(NolaVisionError, match="no entry has the budget 7B: give some of 1KB, 8990B, 9KB, 20KB, 30KB"):
         budgets.expand(LEAGUE, ["lora"], [7])
     with pytest.raises(UnreachableBudgetError):
         budgets.complete(LEAGUE, ["lora@1KB"], lambda config: parse(config, QUIET))

@@ -1,4 +1,4 @@
-"""The quick-start backbone: it loads from the package alone."""
+"""The packaged backbones: they load from the package alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 import timm
 import torch
 
-from nola_vision.models.zoo.mini_vit import WEIGHTS
+from nola_vision.models.zoo import mini_vit
 
 NAME = "vit_mini_patch4_32.contours"
+NAMES = pytest.mark.parametrize("name", [NAME, "vit_glyph_patch4_32.glyphs"])
+WEIGHTS = mini_vit.WEIGHTS / "vit_mini_patch4_32.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +27,15 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", refuse)
 
 
-def test_is_registered() -> None:
-    assert timm.is_model("vit_mini_patch4_32")
-    assert NAME in timm.list_pretrained("vit_mini*")
+@NAMES
+def test_is_registered(name: str) -> None:
+    assert timm.is_model(name.partition(".")[0])
+    assert name in timm.list_pretrained("vit_*_patch4_32*")
 
 
-def test_loads_offline_with_finite_features() -> None:
-    model = timm.create_model(NAME, pretrained=True, num_classes=0).eval()
+@NAMES
+def test_loads_offline_with_finite_features(name: str) -> None:
+    model = timm.create_model(name, pretrained=True, num_classes=0).eval()
     with torch.no_grad():
         features = model(torch.rand(2, 3, 32, 32) * 2 - 1)
     assert features.shape == (2, model.num_features) == (2, 160)
@@ -39,9 +43,10 @@ def test_loads_offline_with_finite_features() -> None:
     assert features[0].sub(features[1]).abs().max() > 0
 
 
-def test_weights_are_the_packaged_ones() -> None:
-    first, second = (timm.create_model(NAME, pretrained=True, num_classes=0).state_dict() for _ in range(2))
-    random = timm.create_model(NAME, pretrained=False, num_classes=0).state_dict()
+@NAMES
+def test_weights_are_the_packaged_ones(name: str) -> None:
+    first, second = (timm.create_model(name, pretrained=True, num_classes=0).state_dict() for _ in range(2))
+    random = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["blocks.0.attn.qkv.weight"], random["blocks.0.attn.qkv.weight"])
 
@@ -69,4 +74,6 @@ def test_the_log_and_the_page_are_those_of_the_weights() -> None:
     end = json.loads(log.read_text().splitlines()[-1])
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     assert (end["sha256"], end["bytes"]) == (digest, WEIGHTS.stat().st_size)
-    assert digest in (WEIGHTS.parent / "README.md").read_text()
+    described = (mini_vit.WEIGHTS / "README.md").read_text()
+    for file in mini_vit.WEIGHTS.glob("*.safetensors"):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in described

@@ -43,6 +43,8 @@ CELL = "tag-digits-5shot-quickstart"
 
 CONFIG = {"model": {"backbone": {"tag": "b"}, "method": {"class_path": "NOLA"}}, "data": {"dataset": "digits"}}
 
+SCALED = {**CONFIG, "model": {**CONFIG["model"], "method": {"class_path": "NOLA", "init_args": {"c": 16.0}}}}
+
 
 def row(method: str = "nola", accuracy: float | None = 0.5, **columns: Any) -> Row:
     columns = {"split": 0, "init": 0, "entry_hash": "e" * 10, "method_class": "NOLA", "status": "completed"} | columns
@@ -278,7 +280,7 @@ def test_a_run_in_two_folders_counts_once_the_newest() -> None:
 
 ROWS = [
     row("other", 0.30, method_class="PRANC"),
-    row("nola", 0.805, adapter_parameters=24552, adapter_file_bytes=98612, learning_rate=0.005),
+    row("nola", 0.805, adapter_parameters=24552, adapter_file_bytes=98612, learning_rate=0.005, config=SCALED),
     row("nola", 0.795, split=1),
     row("nola-big", 0.801, adapter_file_bytes=3 * 2**20),
     row("lora", 0.790, method_class="LoRA"),
@@ -318,15 +320,15 @@ def test_markdown_table() -> None:
         "",
         "### Results",
         "",
-        "| method | trainable | file, bytes | top-1 % | n | lr |",
-        "|:-|-:|-:|-:|-:|-:|",
-        "| nn1 | - | - | 70.0 | 1 | - |",
-        "| linear | 0 | 800 | 75.0 | 1 | - |",
-        "| full | - | - | 78.9 | 1 | - |",
-        "| lora | - | - | 79.0 | 1 | - |",
-        f"| nola | 24,552 | 98,612 | {close} | 2 | 0.005 |",
-        f"| nola-big | - | 3,145,728 | {best} | 1 | - |",
-        "| other | - | - | 30.0 | 1 | - |",
+        "| method | trainable | file, bytes | top-1 % | n | lr | c |",
+        "|:-|-:|-:|-:|-:|-:|-:|",
+        "| nn1 | - | - | 70.0 | 1 | - | - |",
+        "| linear | 0 | 800 | 75.0 | 1 | - | - |",
+        "| full | - | - | 78.9 | 1 | - | - |",
+        "| lora | - | - | 79.0 | 1 | - | - |",
+        f"| nola | 24,552 | 98,612 | {close} | 2 | 0.005 | 16 |",
+        f"| nola-big | - | 3,145,728 | {best} | 1 | - | - |",
+        "| other | - | - | 30.0 | 1 | - | - |",
         "",
         "- mean (std) over n runs; best in bold, within 1 point underlined",
         "- lora: 1 failed, 1 interrupted, not in its mean; the last failure: unknown",
@@ -433,7 +435,7 @@ def test_further_metrics_by_choice(tmp_path: Path, capsys: pytest.CaptureFixture
     rows = [row("nola", 0.8, **measured), row("lora", 0.7, macro_f1=0.5), row("lora", 0.7, split=1, macro_f1=0.7)]
     (table, _) = cell_of(rows, CELL, ("balanced", "f1", "top5", "nll")).tables
     assert table.columns == ("method", "trainable", "file, bytes", "top-1 %", "n",
-                             "balanced %", "macro F1 %", "top-5 %", "NLL", "lr")  # fmt: skip
+                             "balanced %", "macro F1 %", "top-5 %", "NLL", "lr", "c")  # fmt: skip
     assert {line[0].text: [cell.text for cell in line[5:9]] for line in table.lines} == {
         "nola": ["70.0", "65.0", "95.0", "1.235"],
         "lora": ["-", "60.0 (10.0)", "-", "-"],

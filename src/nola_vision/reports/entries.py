@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal, NamedTuple, TypeVar
 
+from nola_vision.common.mappings import value_at
 from nola_vision.common.text import setting_text
 from nola_vision.reports.statistics import (
     ROUNDING,
@@ -49,6 +50,7 @@ class Summary:
         split_std, init_std: the parts of `std` (`variance_parts`); None for folds, one split or one init.
         chance: the largest class's share of the tested images, in per cent.
         trainable_parameters: without the head.
+        scale: c of the method, None if it has none.
         metrics: mean and std of the other metrics by column (`METRICS`), in the row's units.
     """
 
@@ -74,6 +76,7 @@ class Summary:
     head_parameters: int | None
     adapter_file_bytes: int | None
     learning_rate: float | None
+    scale: float | None
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict, compare=False)
 
     @property
@@ -219,6 +222,7 @@ def _summary(runs: list[Row], label: str) -> Summary:
         head_parameters=_largest(row.head_parameters for row in runs),
         adapter_file_bytes=_largest(row.adapter_file_bytes for row in runs),
         learning_rate=_largest(row.learning_rate for row in runs),
+        scale=_largest(map(scale_of, runs)),
         metrics=metrics,
     )
 
@@ -231,6 +235,12 @@ def _interval(measured: Sequence[Row]) -> tuple[float, float] | None:
 
 def _largest(values: Iterable[Number | None]) -> Number | None:
     return max((value for value in values if value is not None), default=None)
+
+
+def scale_of(row: Row) -> float | None:
+    """A run's c, None if its method has none."""
+    found = value_at(row.config, "model", "method", "init_args", "c")
+    return float(found) if type(found) in (int, float) else None
 
 
 def _trainable(row: Row) -> int | None:

@@ -36,6 +36,7 @@ _HELP: Mapping[str, str] = {
     "top-5 %": "share of images whose class is among the five with the largest logits",
     "NLL": "mean cross-entropy in nats, not calibrated",
     "lr": "learning rate; chosen on validation images if the config's `search` lists several",
+    "c": "scale of the adapter's change of a weight; chosen likewise",
     "difference": "accuracy minus that of the method with the best mean (of methods at byte budgets: of the named one "
     "at the same budget, or the next smaller one that it has), in points: mean over the splits that both "
     f"have, with Student's t interval for at least {LEAST_SPLITS} splits on a test set",
@@ -78,7 +79,7 @@ def cell_tables(rows: Sequence[Row], entries: Sequence[Entry], columns: Sequence
     entries = sorted(entries, key=lambda entry: _rank(entry.summary))
     shown = _shown(entries)
     summaries = [item for item, _ in shown]
-    names = ("method", "trainable", "file, bytes", "top-1 %", "n", *(COLUMNS[name][1] for name in columns), "lr")
+    names = ("method", "trainable", "file, bytes", "top-1 %", "n", *(COLUMNS[name][1] for name in columns), "lr", "c")
     results = Table(
         title="Results",
         columns=names,
@@ -110,11 +111,11 @@ def _results(item: Summary, mark: Mark, columns: Sequence[str]) -> tuple[TableCe
         mean, std = item.metrics.get(key, (None, 0.0))
         spread = f" ({factor * std:.{digits}f})" if item.completed > 1 else ""
         others.append(NOT_MEASURED if mean is None else f"{factor * mean:.{digits}f}{spread}")
-    rate = NOT_MEASURED if item.learning_rate is None else f"{item.learning_rate:g}"
+    chosen = [NOT_MEASURED if one is None else f"{one:g}" for one in (item.learning_rate, item.scale)]
     head_alone = item.trainable_parameters == 0 and item.head_parameters is not None
     trainable = item.head_parameters if head_alone else item.trainable_parameters
     before = (item.label, count_text(trainable), count_text(item.adapter_file_bytes))
-    return (*map(TableCell, before), TableCell(accuracy, mark), *map(TableCell, (str(item.n), *others, rate)))
+    return (*map(TableCell, before), TableCell(accuracy, mark), *map(TableCell, (str(item.n), *others, *chosen)))
 
 
 def _explanations(shown: Sequence[Summary]) -> list[str]:

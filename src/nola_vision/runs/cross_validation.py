@@ -45,6 +45,7 @@ def run_with_estimate(
     stage: run_id.Stage = "final",
     *,
     candidates: Sequence[Settings] = (),
+    on_trial: Callable[[Settings, Row], None] | None = None,
     on_choice: Callable[[Settings], None] | None = None,
     on_fold: Callable[[int, Row], None] | None = None,
     folds: int | None = None,
@@ -59,6 +60,7 @@ def run_with_estimate(
         stage: as of `runner.run`; only a final run has an estimate.
         candidates: settings to try; the best ones on a validation pool are used. If the final run trains on all images,
             search runs hold the pool out of them, and out of each fold's training part.
+        on_trial: called with the settings and the row of each search run for the final run.
         on_choice: called with the settings that are chosen for the final run.
         on_fold: called with the number and the row of each finished fold.
         folds: how many to run, from 0; `number_of_folds` if not given.
@@ -87,7 +89,7 @@ def run_with_estimate(
         if on_fold is not None:
             on_fold(fold, held_out[-1])
     holds_out = bool(candidates) and open_data(run_config).search_holds_out
-    run_config = _with_best(run_config, out, candidates, holds_out, before, on_choice)
+    run_config = _with_best(run_config, out, candidates, holds_out, before, on_trial, on_choice)
     return runner.run(run_config, out, held_out=held_out, **options)
 
 
@@ -111,6 +113,7 @@ def _with_best(
     candidates: Sequence[Settings],
     hold_out: bool,
     options: dict[str, Any],
+    on_trial: Callable[[Settings, Row], None] | None = None,
     on_choice: Callable[[Settings], None] | None = None,
 ) -> Config:
     """The run config with the settings of the best validation accuracy, after one search run with each."""
@@ -118,7 +121,11 @@ def _with_best(
         return run_config
     held_out = _with(run_config, "data", hold_out=hold_out)
     options = {**options, "keep_going": True}  # settings that diverge are not chosen
-    rows = [runner.run(with_settings(held_out, settings), out, "search", **options) for settings in candidates]
+    rows = []
+    for settings in candidates:
+        rows.append(runner.run(with_settings(held_out, settings), out, "search", **options))
+        if on_trial is not None:
+            on_trial(settings, rows[-1])
     chosen = best(candidates, rows)
     if chosen is None:
         reason = rows[-1].error or "no image can be held out"

@@ -118,6 +118,9 @@ def fit(
         more = f"; {time_left(seconds)}" if left and fold in pending else ""
         say(f"fold {fold + 1} of {folds}: {correct} of its {row.data['counts']['test']} images right{more}")
 
+    def on_trial(settings: search_grid.Settings, row: Row) -> None:
+        say(search_grid.trial_in_words(run_config["method"], settings, row))
+
     def on_choice(chosen: search_grid.Settings) -> None:
         say(search_grid.choice_in_words(run_config["method"], chosen, len(candidates)))
 
@@ -125,6 +128,7 @@ def fit(
         run_config,
         out,
         candidates=candidates,
+        on_trial=on_trial if main else None,
         on_choice=on_choice if main else None,
         on_fold=on_fold if main else None,
         folds=folds,

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from nola_vision.adapters.methods import registry
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.text import setting_text
+from nola_vision.common.text import excerpt, setting_text
 from nola_vision.runs.early_checks import plain_value
 from nola_vision.runs.record import Row, search_rank
 
@@ -78,6 +78,13 @@ def best(tried: Sequence[Settings], rows: Sequence[Row]) -> Settings | None:
 def in_words(settings: Settings) -> str:
     """Settings as text: `lr 0.005, c 2`."""
     return ", ".join(f"{key} {setting_text(value)}" for key, value in settings.items())
+
+
+def trial_in_words(name: str, settings: Settings, row: Row) -> str:
+    """A search run as a line: `nola: lr 0.005, c 2, validation 87.6 %`."""
+    failed = f"failed ({excerpt(row.error or row.status)})"
+    found = failed if row.val_accuracy is None else f"validation {100 * row.val_accuracy:.1f} %"
+    return f"{name}: {in_words(settings)}, {found}"
 
 
 def choice_in_words(name: str, chosen: Settings, tried: int) -> str:

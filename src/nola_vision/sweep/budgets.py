@@ -42,14 +42,17 @@ def expand(raw: Mapping[str, Any], methods: Sequence[str], budgets: Sequence[int
     Raises:
         NolaVisionError: no entry has one of the budgets.
     """
-    names, had = [], set()
+    names: list[str] = []
+    had: set[int] = set()
     for method in methods:
         sizes = budgets_of(method, run_id.entry(raw, method))
-        had |= {*sizes, split_budget(method)[1]}
+        had |= {*sizes, split_budget(method)[1] or 0}
         kept = [size for size in sizes if budgets is None or size in budgets]
         names += [with_budget(method, size) for size in kept] if sizes else [method]
     if missing := [size for size in budgets or () if size not in had]:
-        raise NolaVisionError(f"none of {', '.join(methods)} has the budget {missing[0]:,}: give one of the config's")
+        known = ", ".join(with_budget("", size)[1:] for size in sorted(had - {0}))
+        hint = f"give some of {known}" if known else "list some as `budgets` of a method in the config"
+        raise NolaVisionError(f"no entry has the budget {with_budget('', missing[0])[1:]}: {hint}")
     return list(dict.fromkeys(names))
 
 

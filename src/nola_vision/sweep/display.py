@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from nola_vision.common.progress import PlainLines, duration, is_live, say, time_left
 from nola_vision.common.text import printable
 from nola_vision.runs.record import Row
-from nola_vision.runs.search_grid import in_words
+from nola_vision.runs.search_grid import trial_in_words
 from nola_vision.sweep.plan import RunSpec
 from nola_vision.sweep.progress import EntryProgress, planned_seconds, remaining_seconds
 
@@ -143,5 +143,5 @@ class SweepDisplay:
         if row.status != "completed":
             return printable(f"{run}: {row.status}, {row.error}")
         if spec.stage == "search":
-            return f"{run}: {in_words(spec.searched)}, validation {100 * (row.val_accuracy or 0):.1f} %"
+            return trial_in_words(run, spec.searched, row)
         return f"{run}: {self._accuracy(row)}, {row.seconds_total:.1f} s"

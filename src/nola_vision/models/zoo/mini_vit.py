@@ -1,7 +1,8 @@
-"""The quick-start backbone: a small ViT pretrained on shapes drawn by a formula, whose weights ship with the package.
+"""Two small ViTs of one architecture, whose weights ship with the package.
 
-Importing this module registers `vit_mini_patch4_32.contours` with timm. `weights/README.md` describes how the weights
-were made; `scripts/pretrain_contours.py` is the recipe.
+Importing this module registers them with timm: `vit_mini_patch4_32.contours`, the quick start's, was pretrained on
+shapes drawn by a formula (`scripts/pretrain_contours.py`), and `vit_glyph_patch4_32.glyphs` on letters and signs.
+`weights/README.md` describes both.
 """
 
 from __future__ import annotations
@@ -12,37 +13,54 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-WEIGHTS = Path(__file__).parent / "weights" / "vit_mini_patch4_32.safetensors"
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def _config(architecture: str) -> dict[str, Any]:
+    return {
+        "file": str(WEIGHTS / f"{architecture}.safetensors"),
+        "num_classes": 0,  # the file is without a head
+        "input_size": (3, 32, 32),
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+
 
 # timm looks up `default_cfgs` in the module that registers the model
 default_cfgs = generate_default_cfgs(
     {
-        "vit_mini_patch4_32.contours": {
-            "file": str(WEIGHTS),
-            "num_classes": 0,  # the file is without a head
-            "input_size": (3, 32, 32),
-            "pool_size": None,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "fixed_input_size": True,
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
+        "vit_mini_patch4_32.contours": _config("vit_mini_patch4_32"),
+        "vit_glyph_patch4_32.glyphs": _config("vit_glyph_patch4_32"),
     }
 )
 
 
-@register_model
-def vit_mini_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+def _create(architecture: str, pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
     """ViT for 32x32 images: 64 patches of 4x4 and a class token, width 160, 6 blocks, mean pooling; 1.9 M weights."""
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 160, "depth": 6, "num_heads": 5, "global_pool": "avg"}
     model: VisionTransformer = build_model_with_cfg(
         VisionTransformer,
-        "vit_mini_patch4_32",
+        architecture,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,  # resizes the position embedding
-        **{**shape, **kwargs},
+        **{**shape, **options},
     )
     return model
+
+
+@register_model
+def vit_mini_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """The quick start's ViT."""
+    return _create("vit_mini_patch4_32", pretrained, options)
+
+
+@register_model
+def vit_glyph_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """The same architecture, with weights that know letters."""
+    return _create("vit_glyph_patch4_32", pretrained, options)

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nola_vision.common.mappings import value_at
 from nola_vision.common.text import excerpt, printable, setting_text
+from nola_vision.reports.entries import scale_of
 from nola_vision.reports.formatting import plural
 from nola_vision.reports.statistics import run_accuracy
 from nola_vision.runs.record import Row
@@ -70,7 +70,7 @@ def _run_texts(row: Row) -> tuple[str, ...]:
     accuracy = row.test_accuracy if found is None else found.value
     fold = row.config["data"].get("fold") if row.stage == "fold" else None
     fold = fold if type(fold) is int else None
-    scale = value_at(row.config, "model", "method", "init_args", "c")
+    scale = scale_of(row)
     texts = (
         row.status,
         row.stage if fold is None else f"fold {fold + 1}",
