@@ -19,18 +19,37 @@ from nola_vision.serving.cache import ByteCache
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """What adapters share whose changes one product per group makes.
+class Grouping:
+    """What adapters share that differ in their basis seeds only.
 
     Args:
         method: that of one of them; settings that only training reads may differ.
         groups: of the method on this backbone; an adapted head's is the last one.
-        basis_seed: of everything fixed and random.
     """
 
     method: Method
     groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What adapters share whose changes one product per group makes.
+
+    Args:
+        grouping: theirs.
+        basis_seed: of everything fixed and random; 0 if nothing is.
+    """
+
+    grouping: Grouping
     basis_seed: int
+
+    @property
+    def method(self) -> Method:
+        return self.grouping.method
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.grouping.groups
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,6 +108,7 @@ class Method:
             bit do so from the first step.
         cuttable: names of trained tensors whose last axis may be cut to its first entries: a cut file and
             `bank.using(prefix=...)` do that.
+        uses_basis_seed: what `fixed` gives depends on the basis seed. If not, adapters of all seeds share it in memory.
         size_setting: the setting that decides how large an adapter file is, such as `rank`. A byte budget (`max_bytes`)
             solves for it, so a larger value must not give a smaller file. Empty: no budget is possible.
     """
@@ -122,6 +123,7 @@ class Method:
     nested = False
     quantise_from = 1.0
     cuttable = frozenset[str]()
+    uses_basis_seed = True
     size_setting = ""
 
     # --- settings ------------------------------------------------------------------------------------------------
