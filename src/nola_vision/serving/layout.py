@@ -17,6 +17,8 @@ from nola_vision.adapters.target import HEAD, Change, Dense, LowRank, Target, de
 from nola_vision.models.building import feature_width, generator, head_start
 from nola_vision.serving.cache import ByteCache
 
+_TARGET_BYTES = 512  # of memory, about
+
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
@@ -140,7 +142,8 @@ class FactorMaker:
                 name: one.to(self.device) if hasattr(one, "to") else one
                 for name, one in layout.method.fixed(group, source).items()
             }
-            self.cache.put(key, found, sum(one.nbytes for one in found.values() if isinstance(one, Tensor)))
+            tensors = sum(one.nbytes for one in found.values() if isinstance(one, Tensor))
+            self.cache.put(key, found, tensors + _TARGET_BYTES * len(group.targets))  # the key keeps the group
         return {name: self._shared(one) if isinstance(one, Basis) else one for name, one in found.items()}
 
     def _shared(self, basis: Basis) -> Basis:
