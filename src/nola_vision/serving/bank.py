@@ -214,8 +214,9 @@ class AdapterBank:
         if known is not None:
             return known
         with self._reading:
-            if (known := cache.get(entry)) is not None:  # another thread has read it
-                return known
+            again: ServedAdapter | None = cache.get(entry)  # another thread may have read it
+            if again is not None:
+                return again
             if entry.error is not None:
                 raise NolaVisionError(entry.error)
             changed = max(entry.state[1:3]) if entry.state else 0
