@@ -143,21 +143,23 @@ class AdapterFile:
         """Whether a tensor contains floats, not integers."""
         return self.stored[name].bits != INTEGERS
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name: float32, or int64 where a backbone's buffers count. Packed levels are dequantised.
+    def tensor(self, name: str) -> Tensor:
+        """One tensor: float32, or int64 where a backbone's buffers count. Packed levels are dequantised.
 
         Raises:
             NolaVisionError: a packed tensor has levels that do not exist, or a number is not finite or too large.
         """
-        whole = {}
-        for name, one in self.stored.items():
-            try:
-                whole[name] = one.tensor()
-            except ValueError as error:
-                raise NolaVisionError(f"the packed values of {name} in {self.path} are wrong: {error}") from error
-            if fault := _fault(whole[name]):
-                raise NolaVisionError(f"{name} in {self.path} {fault}: train again")
+        try:
+            whole = self.stored[name].tensor()
+        except ValueError as error:
+            raise NolaVisionError(f"the packed values of {name} in {self.path} are wrong: {error}") from error
+        if fault := _fault(whole):
+            raise NolaVisionError(f"{name} in {self.path} {fault}: train again")
         return whole
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, as `tensor` gives them."""
+        return {name: self.tensor(name) for name in self.stored}
 
     def rewritten(self, changes: Mapping[str, Any]) -> bytes:
         """The content of the file with other fields in its metadata and the tensors as they are stored."""

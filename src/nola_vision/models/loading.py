@@ -264,8 +264,8 @@ def set_temperature(path: str | Path, temperature: float, calibrated_on: str | N
     write_file(path, file.rewritten({"calibration": calibrated}))
 
 
-def backbone_of(path: str | Path, weights: str | None = None) -> BackboneSpec:
-    """The backbone that an adapter file was made for, with the local file of its weights.
+def read_header(path: str | Path, weights: str | None = None) -> Header:
+    """The header of an adapter file, with the local file of its backbone's weights.
 
     Args:
         path: the adapter file.
@@ -275,4 +275,4 @@ def backbone_of(path: str | Path, weights: str | None = None) -> BackboneSpec:
         NolaVisionError: the file is damaged, or names weights that only the user may name.
     """
     header, _ = with_weights(parse_header(open_adapter(path).metadata, Path(path), weights), path)
-    return header.metadata.backbone
+    return header

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from torch import Tensor
 from nola_vision.adapters.serialization import AdapterFile, open_adapter
 from nola_vision.adapters.stored import Stored
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.files import need_adapter_file
+from nola_vision.common.files import why_not_a_file
 from nola_vision.common.hashing import sha256
 from nola_vision.common.local_files import read_file
 from nola_vision.images.input_config import InputConfig
@@ -25,6 +27,10 @@ from nola_vision.serving.layout import Layout
 
 BASE = "__base__"  # the name under which the backbone alone answers, with its features
 MOST_BYTES = 256 * 2**20  # of a file that a bank reads
+
+
+class UnreadableAdapter(NolaVisionError):
+    """A file that could not be read, whatever it contains. Another try may succeed."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,9 +61,15 @@ class ServedAdapter:
     run_seed: int
     stored: Mapping[str, Stored]
 
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes."""
+        tensors = sum(one.data.nbytes for one in self.stored.values())
+        return tensors + sum(map(sys.getsizeof, self.class_names))
+
     def transform(self, image: Any) -> Tensor:
         """A decoded RGB image as the float32 tensor `[3, size, size]` that the backbone takes."""
-        return _transform(self.input)(image)
+        return transform_for(self.input)(image)
 
     def predictions(self, logits: Tensor, top_k: int) -> list[Prediction]:
         """The most probable classes of an image, from its logits `[classes]`: softmax(logits / temperature).
@@ -73,7 +85,12 @@ class ServedAdapter:
 
 
 @lru_cache(maxsize=64)
-def _transform(config: InputConfig) -> Transform:
+def transform_for(config: InputConfig) -> Transform:
+    """From a decoded image to the backbone's input.
+
+    Raises:
+        NolaVisionError: as `eval_transform`.
+    """
     return eval_transform(config)
 
 
@@ -81,19 +98,27 @@ def read_packed(path: Path) -> tuple[AdapterFile, str, int]:
     """An adapter file, its digest and its size, in memory: what happens to the file later has no effect.
 
     The copy is what is checked and used: memory that is mapped to a file ends the process when somebody truncates it.
+    No tensor is decoded.
 
     Raises:
-        NolaVisionError: as `open_adapter`; or the file is larger than a bank takes.
+        UnreadableAdapter: there is no such file, it is larger than a bank takes, or reading it failed.
+        NolaVisionError: the content is not that of an adapter file, as `open_adapter` raises it.
     """
-    need_adapter_file(path)
+    if not os.path.isfile(path):
+        raise UnreadableAdapter(
+            f"the adapter file {path} {why_not_a_file(path)}: give the path of a file that `fit` wrote"
+        )
     try:
         content = read_file(path, MOST_BYTES)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "adapter.safetensors"  # safetensors reads metadata from files only
+            copy.write_bytes(content)
+            file = open_adapter(copy, shown=path)
+            stored = {name: dataclasses.replace(one, data=one.data.clone()) for name, one in file.stored.items()}
     except OSError as error:
-        raise NolaVisionError(f"the adapter file {path} cannot be read ({error.strerror}): check it") from error
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "adapter.safetensors"
-        copy.write_bytes(content)
-        file = open_adapter(copy, shown=path)
-        file.tensors()  # levels that do not exist, and numbers that are not finite, are refused here
-        stored = {name: dataclasses.replace(one, data=one.data.clone()) for name, one in file.stored.items()}
+        raise UnreadableAdapter(f"the adapter file {path} cannot be read ({error.strerror}): check it") from error
+    except NolaVisionError as error:
+        if isinstance(error.__cause__, OSError):  # the copy could not be opened
+            raise UnreadableAdapter(str(error)) from error
+        raise
     return dataclasses.replace(file, stored=stored), sha256(content), len(content)

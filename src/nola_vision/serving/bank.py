@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import stat
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,14 +17,15 @@ import torch
 from torch import Tensor
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.local_files import RACY_NS
 from nola_vision.common.suggestions import close_names
 from nola_vision.common.text import printable
 from nola_vision.common.validation import check_counts, quoted
-from nola_vision.models import loading
 from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.models.loading import read_header
 from nola_vision.models.prediction import load_image, one_or_several
-from nola_vision.serving.adapter import BASE, ServedAdapter
-from nola_vision.serving.shared_backbone import SharedBackbone
+from nola_vision.serving.adapter import BASE, ServedAdapter, UnreadableAdapter
+from nola_vision.serving.shared_backbone import SharedBackbone, check_shareable
 
 SUFFIX = ".safetensors"
 
@@ -41,15 +45,15 @@ class UnknownAdapter(NolaVisionError):
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What is known of an adapter without reading its file; the fields that may be None are known after its first use.
+    """What is known of an adapter without reading its file.
 
     Args:
         name: in the bank.
         bytes: of the file.
         uses: images that it answered.
-        digest: SHA-256 of the file in hexadecimal digits.
-        method: the class of its method.
-        classes: their names.
+        digest: SHA-256 of the file in hexadecimal digits; None before its first use.
+        method: the class of its method; None before its first use.
+        classes: their names; None while the adapter is not in memory.
         error: why its file cannot be used.
     """
 
@@ -62,15 +66,18 @@ class AdapterInfo:
     error: str | None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
-    """An adapter by its name: its file, and what was read of it."""
+    """An adapter by its name: its file, and what was read of it. An adapter of a folder is kept in the cache by it."""
 
     path: Path
     size: int
     state: tuple[int, ...] | None = None  # of a file that `load_folder` found
-    adapter: ServedAdapter | None = None
+    adapter: ServedAdapter | None = None  # of `load_adapter`
+    digest: str | None = None
+    method: str | None = None
     error: str | None = None
+    unsettled: bool = False  # the file was read so soon after a change that another may not show in its times
     uses: int = 0
 
 
@@ -83,17 +90,21 @@ class AdapterBank:
 
     An adapter is in memory as its file has it: packed, a few kilobytes. A pass makes the low-rank factors of the
     distinct adapters of its batch, by one matrix product for each layout (adapters whose method, targets, number of
-    coefficients and basis seed are the same), and keeps them for later passes within a number of bytes. So the cost of
-    a batch does not depend on how many adapters there are. `y = x W' + (x A) B` is computed for all samples together,
-    each with its own A and B; smaller ranks are padded with zeros. Adapters whose change is not low-rank or not of a
-    plain linear layer (convolutions, HashedNet, PRANC) are computed one after the other.
+    coefficients and basis seed are the same). So the cost of a batch does not depend on how many adapters there are.
+    `y = x W' + (x A) B` is computed for all samples together, each with its own A and B; smaller ranks are padded with
+    zeros. Adapters whose change is not low-rank or not of a plain linear layer (convolutions, HashedNet, PRANC) are
+    computed one after the other.
+
+    Factors, bases and the adapters of a folder stay in memory within a number of bytes; those that were not used for
+    the longest time go first, and are read or made again at their next use.
 
     All methods may be called by several threads at a time.
 
     Args:
         backbone: timm's tag, or a `BackboneSpec` for a local file or another image size.
         device: where to compute, such as `cpu` or `cuda`.
-        cache_mib: for factors and bases in memory, MiB; more than one pass takes makes passes faster.
+        cache_mib: MiB of memory for what was read from a folder or computed from files. It limits how many adapters a
+            pass computes with at once, too.
 
     Attributes:
         backbone_tag: timm's.
@@ -106,10 +117,12 @@ class AdapterBank:
         self._shared = SharedBackbone(backbone, device, cache_mib)
         self.backbone_tag = self._shared.spec.tag
         self._entries: dict[str, _Entry] = {}
-        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._lock, self._reading, self._scanning = threading.Lock(), threading.Lock(), threading.Lock()
 
     def load_adapter(self, path: str | Path, adapter_name: str | None = None) -> str:
         """Reads and checks an adapter file and gives it a name, which it takes from another adapter that has it.
+
+        The adapter stays in memory, and its file is not read again.
 
         Args:
             path: of the file.
@@ -119,24 +132,26 @@ class AdapterBank:
             The name.
 
         Raises:
-            NolaVisionError: the file is damaged, does not belong to this backbone, or changes more than chosen weights
-                (Full-FT, PEFT, batch norms); or the name is empty, not printable or `__base__`.
+            NolaVisionError: the file is damaged, does not belong to this backbone, changes more than chosen weights
+                (Full-FT, PEFT, batch norms), or needs the float weights of a backbone in 8 bits (LoRA-XS, TinyLoRA); or
+                the name is empty, not printable or `__base__`.
         """
-        path = Path(path)
+        path = _path(path, "path")
         name = path.stem if adapter_name is None else adapter_name
         if not _is_name(name):
             raise NolaVisionError(f"the adapter's name is {quoted(name)}: use printable characters, and not {BASE}")
         adapter = self._shared.read(path, name)
         with self._lock:
-            self._forget(name)
-            self._entries[name] = _Entry(path, adapter.bytes, adapter=adapter)
+            self._entries[name] = _Entry(
+                path, adapter.bytes, adapter=adapter, digest=adapter.digest, method=adapter.method
+            )
         return name
 
     def load_folder(self, folder: str | Path) -> list[str]:
         """Gives a name to each `.safetensors` file of a folder, its stem; a file is read when it is first used.
 
-        Called again, it finds new and changed files, and forgets those that are gone. A name that is not printable, or
-        is `__base__`, is left out.
+        Called again, it finds new and changed files, and forgets those that are gone. A name that is not printable, is
+        `__base__` or begins with a dot is left out.
 
         Returns:
             The names of the folder's adapters, sorted.
@@ -144,25 +159,19 @@ class AdapterBank:
         Raises:
             NolaVisionError: the folder cannot be read.
         """
-        folder = Path(folder)
-        found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-        try:
-            with os.scandir(folder) as files:
-                for file in files:
-                    name = file.name.removesuffix(SUFFIX)
-                    if name != file.name and _is_name(name) and (state := _state(file)) is not None:
-                        found[name] = folder / file.name, state
-        except OSError as error:
-            raise NolaVisionError(f"the folder {folder} cannot be read ({error.strerror}): check it") from error
-        with self._lock:
-            for name, entry in list(self._entries.items()):
-                if entry.state is not None and entry.path.parent == folder and name not in found:
-                    self._forget(name)
-            for name, (path, state) in found.items():
-                before = self._entries.get(name)
-                if before is None or before.path != path or before.state != state:
-                    self._forget(name)
-                    self._entries[name] = _Entry(path, state[0], state)
+        folder = _path(folder, "folder")
+        with self._scanning:  # an older list must not replace a newer one
+            found = {name: (path, state) for name, path in _files(folder).items() if (state := _state(path))}
+            with self._lock:
+                for name, entry in list(self._entries.items()):
+                    if entry.state is not None and entry.path.parent == folder and name not in found:
+                        del self._entries[name]
+                for name, (path, state) in found.items():
+                    before = self._entries.get(name)
+                    if before is None or before.path != path or before.state != state:
+                        self._entries[name] = _Entry(path, state[0], state)
+                    elif before.unsettled:  # is read again
+                        self._entries[name] = dataclasses.replace(before, error=None, unsettled=False)
         return sorted(found)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -173,47 +182,55 @@ class AdapterBank:
         """
         self._entry(adapter_name)
         with self._lock:
-            self._forget(adapter_name)
+            self._entries.pop(adapter_name, None)
 
     def _entry(self, name: str) -> _Entry:
+        if not isinstance(name, str):
+            raise NolaVisionError(f"the adapter's name is {quoted(name)}: give text")
         with self._lock:
             if (entry := self._entries.get(name)) is not None:
                 return entry
             known = [*self._entries]
         raise UnknownAdapter(name, known)  # names are compared without the lock
 
-    def _forget(self, name: str) -> None:
-        entry = self._entries.pop(name, None)
-        if entry is not None and entry.adapter is not None:
-            self._shared.forget(entry.adapter)
-
     def adapters(self) -> list[AdapterInfo]:
         """All adapters, sorted by name; no file is read for it."""
         with self._lock:
             every = sorted(self._entries.items())
-        return [_info(name, entry) for name, entry in every]
+        return [self._info(name, entry) for name, entry in every]
 
     def adapter(self, name: str) -> ServedAdapter:
-        """An adapter by its name; its file is read if it was not yet.
+        """An adapter by its name; its file is read if it is not in memory.
 
         Raises:
             UnknownAdapter: there is none of this name.
+            UnreadableAdapter: its file could not be read; the next call tries it again.
             NolaVisionError: its file cannot be used, as for `load_adapter`.
         """
         if name == BASE:
             return self._shared.base
-        entry = self._entry(name)
-        if entry.adapter is None:
-            with self._reading:
-                if entry.error is not None:
-                    raise NolaVisionError(entry.error)
-                if entry.adapter is None:
-                    try:
-                        entry.adapter = self._shared.read(entry.path, name)
-                    except NolaVisionError as error:
-                        entry.error = str(error)
-                        raise
-        return entry.adapter
+        entry, cache = self._entry(name), self._shared.cache
+        known: ServedAdapter | None = entry.adapter or cache.get(entry)
+        if known is not None:
+            return known
+        with self._reading:
+            again: ServedAdapter | None = cache.get(entry)  # another thread may have read it
+            if again is not None:
+                return again
+            if entry.error is not None:
+                raise NolaVisionError(entry.error)
+            changed = max(entry.state[1:3]) if entry.state else 0
+            entry.unsettled = changed > time.time_ns() - RACY_NS
+            try:
+                read = self._shared.read(entry.path, name)
+            except UnreadableAdapter:
+                raise
+            except NolaVisionError as error:
+                entry.error = str(error)
+                raise
+            entry.digest, entry.method = read.digest, read.method
+            cache.put(entry, read, read.memory, file=True)
+        return read
 
     def info(self, name: str) -> AdapterInfo:
         """What `adapters` lists of one adapter.
@@ -221,11 +238,16 @@ class AdapterBank:
         Raises:
             UnknownAdapter: there is none of this name.
         """
-        return _info(name, self._entry(name))
+        return self._info(name, self._entry(name))
+
+    def _info(self, name: str, entry: _Entry) -> AdapterInfo:
+        adapter: ServedAdapter | None = entry.adapter or self._shared.cache.peek(entry)
+        classes = None if adapter is None else adapter.class_names
+        return AdapterInfo(name, entry.size, entry.uses, entry.digest, entry.method, classes, entry.error)
 
     def check(self, path: str | Path) -> None:
         """Raises what `load_adapter` raises, and keeps nothing."""
-        self._shared.read(Path(path), "")
+        self._shared.read(_path(path, "path"), "")
 
     def cache_counts(self) -> tuple[int, int]:
         """How many adapters of all passes had their factors in the cache, and for how many these were made."""
@@ -312,20 +334,37 @@ def _names(names: Any) -> list[str]:
     return found
 
 
-def _state(file: os.DirEntry[str]) -> tuple[int, ...] | None:
+def _path(value: Any, what: str) -> Path:
+    try:
+        return Path(value)
+    except TypeError as error:
+        raise NolaVisionError(f"{what} is {quoted(value)}: give a path as text or a Path") from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The adapter files of a folder by their adapters' names; hidden ones are not adapters.
+
+    Raises:
+        NolaVisionError: the folder cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise NolaVisionError(f"the folder {folder} cannot be read ({reason}): check it") from error
+    stems = {name.removesuffix(SUFFIX): folder / name for name in names if name.endswith(SUFFIX)}
+    return {stem: path for stem, path in stems.items() if _is_name(stem) and not stem.startswith(".")}
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
     """Size, times and inode of a file, which are others when it was changed; None for what is not a regular file."""
     try:
-        status = file.stat()
-        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) if file.is_file() else None
+        status = os.stat(path)
     except OSError:
         return None
-
-
-def _info(name: str, entry: _Entry) -> AdapterInfo:
-    adapter = entry.adapter
-    if adapter is None:
-        return AdapterInfo(name, entry.size, entry.uses, None, None, None, entry.error)
-    return AdapterInfo(name, entry.size, entry.uses, adapter.digest, adapter.method, adapter.class_names, None)
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def backbone_of(folder: str | Path, weights: str | None = None, tag: str | None = None) -> BackboneSpec:
@@ -341,16 +380,17 @@ def backbone_of(folder: str | Path, weights: str | None = None, tag: str | None 
     """
     if tag is not None:
         return BackboneSpec(tag, file=weights)
-    problem = NolaVisionError(
-        f"{folder} has no adapter file ({SUFFIX}): name a folder with files that `fit` wrote, or the backbone by "
-        "--backbone"
-    )
-    for number, path in enumerate(sorted(Path(folder).glob(f"*{SUFFIX}"))):
+    problems: list[NolaVisionError] = []
+    for _, path in sorted(_files(_path(folder, "folder")).items()):
         try:
-            spec = loading.backbone_of(path, weights)
-            if spec.base == "pretrained":
-                return spec
-            raise NolaVisionError(f"{path} belongs to a backbone that is not pretrained: use `predict` with it")
+            metadata = read_header(path, weights).metadata
+            check_shareable(metadata, path)
+            return metadata.backbone
         except NolaVisionError as error:
-            problem = error if number == 0 else problem
-    raise problem
+            problems.append(error)
+    if problems:
+        raise problems[0]
+    raise NolaVisionError(
+        f"{folder} has no adapter file ({SUFFIX}): give a folder with files that `fit` wrote, or timm's tag of the "
+        "backbone (--backbone)"
+    )

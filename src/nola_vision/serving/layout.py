@@ -17,20 +17,41 @@ from nola_vision.adapters.target import HEAD, Change, Dense, LowRank, Target, de
 from nola_vision.models.building import feature_width, generator, head_start
 from nola_vision.serving.cache import ByteCache
 
+_TARGET_BYTES = 512  # of memory, about
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """What adapters share that differ in their basis seeds only.
+
+    Args:
+        method: that of one of them; settings that only training reads may differ.
+        groups: of the method on this backbone; an adapted head's is the last one.
+    """
+
+    method: Method
+    groups: tuple[Group, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """What adapters share whose changes one product per group makes.
 
     Args:
-        method: that of one of them; settings that only training reads may differ.
-        groups: of the method on this backbone; an adapted head's is the last one.
-        basis_seed: of everything fixed and random.
+        grouping: theirs.
+        basis_seed: of everything fixed and random; 0 if nothing is.
     """
 
-    method: Method
-    groups: tuple[Group, ...]
+    grouping: Grouping
     basis_seed: int
+
+    @property
+    def method(self) -> Method:
+        return self.grouping.method
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.grouping.groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +142,8 @@ class FactorMaker:
                 name: one.to(self.device) if hasattr(one, "to") else one
                 for name, one in layout.method.fixed(group, source).items()
             }
-            self.cache.put(key, found, sum(one.nbytes for one in found.values() if isinstance(one, Tensor)))
+            tensors = sum(one.nbytes for one in found.values() if isinstance(one, Tensor))
+            self.cache.put(key, found, tensors + _TARGET_BYTES * len(group.targets))  # the key keeps the group
         return {name: self._shared(one) if isinstance(one, Basis) else one for name, one in found.items()}
 
     def _shared(self, basis: Basis) -> Basis:

@@ -11,13 +11,13 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nola_vision.adapters.context import Pass, Settings
 from nola_vision.adapters.header import canonical
 from nola_vision.adapters.injection import Injection
 from nola_vision.adapters.methods import LinearProbe, registry
-from nola_vision.adapters.methods.base import Adapter, Group, Method
+from nola_vision.adapters.methods.base import Adapter
 from nola_vision.adapters.target import HEAD, Target
 from nola_vision.common.devices import parse_device
 from nola_vision.common.errors import NolaVisionError
@@ -29,12 +29,12 @@ from nola_vision.models.backbones.sources import input_config, resolve
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.building import feature_width, file_shapes
 from nola_vision.models.loading import check_shapes, check_sketch, header_targets
-from nola_vision.models.metadata import Header, parse_header
+from nola_vision.models.metadata import AdapterMetadata, Header, parse_header
 from nola_vision.models.prediction import to_device
 from nola_vision.models.targets import find_targets
-from nola_vision.serving.adapter import BASE, ServedAdapter, read_packed
+from nola_vision.serving.adapter import BASE, ServedAdapter, read_packed, transform_for
 from nola_vision.serving.cache import ByteCache
-from nola_vision.serving.layout import FactorMaker, Factors, Layout, mixes, stacked
+from nola_vision.serving.layout import FactorMaker, Factors, Grouping, Layout, mixes, stacked
 
 # settings that every adapter has and that only training and the file read
 _OF_TRAINING = frozenset(field.name for field in dataclasses.fields(Adapter)) - {"targets"}
@@ -50,9 +50,12 @@ class SharedBackbone:
     merged = False  # as `injection.Bank` asks
 
     def __init__(self, backbone: str | BackboneSpec, device: str, cache_mib: float) -> None:
-        parse_device(device)
+        device = str(device)
+        parse_device(device, "device")
         if not (isinstance(cache_mib, int | float) and 0 < cache_mib < 2**40):
             raise NolaVisionError(f"cache_mib is {quoted(cache_mib)}: it must be a number of MiB greater than 0")
+        if not isinstance(backbone, str | BackboneSpec):
+            raise NolaVisionError(f"backbone is {quoted(backbone)}: give timm's tag or a BackboneSpec")
         spec = check_types(BackboneSpec(backbone) if isinstance(backbone, str) else backbone)
         if spec.base != "pretrained":
             raise NolaVisionError(f"a bank needs pretrained weights, and base is {spec.base}: use load_adapter instead")
@@ -68,50 +71,56 @@ class SharedBackbone:
         self._injection = Injection(self, model)
         probe = probe_batch(model)
         self._idle = frozenset(self._injection.idle(probe))
-        lengths = input_lengths(model, probe)
-        self._odd = frozenset(
-            target.weight
-            for target in self.targets
-            if any(lengths.get(name, 1) % len(probe) for name in target.modules)
-        )
-        self._cache = ByteCache(int(cache_mib * 2**20))
-        self._maker = FactorMaker(model, self.device, self._cache)
-        # layouts differ by their seeds, of which there may be any number: each is kept as long as an adapter has it
-        self._groups: dict[str, tuple[Method, tuple[Group, ...]]] = {}
-        self._layouts: WeakValueDictionary[tuple[str, int], Layout] = WeakValueDictionary()
+        odd = odd_layers(model, probe)
+        self._odd = frozenset(target.weight for target in self.targets if not odd.isdisjoint(target.modules))
+        # adapters that were read, their factors, and what is fixed
+        self.cache = ByteCache(int(cache_mib * 2**20))
+        self._maker = FactorMaker(model, self.device, self.cache)
+        # files decide how many there are: each is kept as long as an adapter has it
+        self._groupings: WeakValueDictionary[str, Grouping] = WeakValueDictionary()
+        self._layouts: WeakValueDictionary[tuple[Grouping, int], Layout] = WeakValueDictionary()
         # bytes of one adapter's factors, and `mixes`
         self._kinds: WeakKeyDictionary[Layout, tuple[int, bool]] = WeakKeyDictionary()
         self._lock = threading.Lock()
-        self._served = self._made = 0  # distinct adapters of all passes; factors that were made for them
-        layout = Layout(LinearProbe(), (), 0)
+        self._hits = self._misses = 0
+        layout = Layout(Grouping(LinearProbe(), ()), 0)
         self.base = ServedAdapter(BASE, self.fingerprint, 0, "", (), self._input, 1.0, layout, 0, {})
 
     def make_pass(self, targets: Sequence[Target], settings: Settings | None = None) -> Pass:
         """Of a call of the backbone by itself: no adapter."""
         return Pass({}, None)
 
-    def forget(self, adapter: ServedAdapter) -> None:
-        """Drops an adapter's factors."""
-        self._cache.drop(adapter)
-
     # --- files ---------------------------------------------------------------------------------------------------
 
     def read(self, path: Path, name: str) -> ServedAdapter:
-        """An adapter from its file, checked against this backbone.
+        """An adapter from its file, checked against this backbone. One tensor at a time is decoded, the last check.
 
         Raises:
-            NolaVisionError: as `AdapterBank.load_adapter`.
+            UnreadableAdapter: the file could not be read.
+            NolaVisionError: its content cannot be used, as for `AdapterBank.load_adapter`.
         """
         file, digest, size = read_packed(path)
         header = parse_header(file.metadata, path)
         self._check_backbone(header, path)
         metadata = header.metadata
-        layout = self._layout(header, path)
-        check_shapes(file, file_shapes(layout.groups, len(metadata.class_names), self.width))
+        key = self._grouping_key(header)
+        with self._lock:
+            grouping = self._groupings.get(key)
+        if grouping is None:
+            grouping = self._grouping(header, path)
+        check_shapes(file, file_shapes(grouping.groups, len(metadata.class_names), self.width))
+        for stored in file.stored:
+            file.tensor(stored)  # levels that do not exist, and numbers that are not finite, are refused here
+        # a subclass states it itself
+        seeded = vars(type(metadata.method)).get("uses_basis_seed", True)
+        seed = metadata.basis_seed if seeded else 0
+        with self._lock:
+            grouping = self._groupings.setdefault(key, grouping)
+            layout = self._layouts.setdefault((grouping, seed), Layout(grouping, seed))
         for group in layout.groups if any(one.sketch for one in layout.groups) else ():
             for own, tensor in layout.method.sketch(group, self._maker.fixed(layout, group)).items():
                 stated = f"sketch.{group.name}.{own}"
-                check_sketch(stated, tensor.cpu(), file.stored[stated].tensor(), path)
+                check_sketch(stated, tensor.cpu(), file.tensor(stated), path)
         temperature = 1.0 if header.calibrated is None else header.calibrated.temperature
         return ServedAdapter(
             name,
@@ -127,12 +136,9 @@ class SharedBackbone:
         )
 
     def _check_backbone(self, header: Header, path: Path) -> None:
-        """Refuses a file that was not made for this backbone, or that changes more of it than chosen weights."""
-        method, spec = header.metadata.method, header.metadata.backbone
-        kind = type(method).__name__
-        if method.trains_backbone or method.edits_backbone or method.train_norms:
-            what = "its batch norms" if method.train_norms else f"{kind} changes the whole backbone"
-            raise NolaVisionError(f"{path} cannot share a backbone with others ({what}): use `predict` with it")
+        """Refuses a file that was not made for this backbone, or that needs other images than any backbone takes."""
+        check_shareable(header.metadata, path)
+        spec = header.metadata.backbone
         sources = [split_tag(one.tag) for one in (spec, self.spec)]
         named = [tag.partition(".")[0] for source, tag in sources if not source]
         if header.fingerprint != self.fingerprint or len({*named}) > 1:
@@ -141,40 +147,50 @@ class SharedBackbone:
                 "its backbone"
             )
         if spec.int8 != self.spec.int8:
-            raise NolaVisionError(f"{path} was trained with int8 {spec.int8}, and the bank has {self.spec.int8}")
+            own, bank = ("8 bits" if one.int8 else "floats" for one in (spec, self.spec))
+            raise NolaVisionError(
+                f"{path} was trained on a backbone in {own}, and the bank's is in {bank}: start a bank with "
+                f"BackboneSpec({spec.tag!r}, int8={spec.int8})"
+            )
         if self._one_size and header.metadata.input.size != self._input.size:
             raise NolaVisionError(
                 f"{path} was trained with images of {header.metadata.input.size} pixels, and the bank's backbone takes "
                 f"{self._input.size}: start a bank with that img_size"
             )
+        try:
+            transform_for(header.metadata.input)
+        except NolaVisionError as error:
+            raise NolaVisionError(f"{path} cannot be used: {error}") from error
 
-    def _layout(self, header: Header, path: Path) -> Layout:
-        """What an adapter shares with others."""
-        metadata, model = header.metadata, self._injection.backbone
-        method, classes = metadata.method, len(metadata.class_names)
-        described = registry.to_dict(method)
-        stated = header.targets if isinstance(header.targets, list) else method.target_names or ()
-        key = canonical(
+    def _grouping_key(self, header: Header) -> str:
+        """What decides on an adapter's `Grouping`."""
+        metadata = header.metadata
+        described = registry.to_dict(metadata.method)
+        stated = header.targets if isinstance(header.targets, list) else metadata.method.target_names or ()
+        return canonical(
             {
                 "class_path": described["class_path"],
                 "settings": {name: one for name, one in described["init_args"].items() if name not in _OF_TRAINING},
                 "targets": header.targets,
-                "classes": classes if HEAD in stated else None,
+                "classes": len(metadata.class_names) if HEAD in stated else None,
             }
         )
-        with self._lock:
-            if (groups := self._groups.get(key)) is None:
-                targets = header_targets(header, model, path)
-                if idle := [target.name for target in targets if target.weight in self._idle]:
-                    raise NolaVisionError(
-                        f"{path} changes {idle[0]}, which does not reach the features of {self.spec.tag}: get another "
-                        "file"
-                    )
-                method = method.for_base("pretrained").for_loading(targets)
-                groups = self._groups[key] = method, tuple(method.groups(targets))
-            if (known := self._layouts.get((key, metadata.basis_seed))) is None:
-                known = self._layouts[key, metadata.basis_seed] = Layout(*groups, metadata.basis_seed)
-        return known
+
+    def _grouping(self, header: Header, path: Path) -> Grouping:
+        """An adapter's method and groups. Its file may still have other tensors."""
+        targets = header_targets(header, self._injection.backbone, path)
+        if idle := [target.name for target in targets if target.weight in self._idle]:
+            raise NolaVisionError(
+                f"{path} changes {idle[0]}, which does not reach the features of {self.spec.tag}: get another file"
+            )
+        method = header.metadata.method.for_base("pretrained").for_loading(targets)
+        groups = tuple(method.groups(targets))
+        if self.spec.int8 and any(group.sketch for group in groups):
+            raise NolaVisionError(
+                f"{path} cannot be in a bank whose backbone is in 8 bits ({type(method).__name__} computes with the "
+                "float weights, which are not kept): use `predict` with it"
+            )
+        return Grouping(method, groups)
 
     # --- passes --------------------------------------------------------------------------------------------------
 
@@ -186,8 +202,9 @@ class SharedBackbone:
         places: dict[ServedAdapter, list[int]] = {}
         for place, adapter in enumerate(adapters):
             places.setdefault(adapter, []).append(place)
+        misses = sum(self.cache.peek(adapter.digest) is None for adapter in places)
         with self._lock:
-            self._served += len(places)
+            self._hits, self._misses = self._hits + len(places) - misses, self._misses + misses
         images = images.to(self.device)
         found: list[Tensor] = [images.new_empty(0)] * len(images)
         for together in self._passes(list(places)):
@@ -221,7 +238,7 @@ class SharedBackbone:
             if not mixed:
                 yield self._factors([adapter])
                 continue
-            if waiting and (len(waiting) + 1) * size > self._cache.budget:
+            if waiting and (len(waiting) + 1) * size > self.cache.budget:
                 yield self._factors(waiting)
                 waiting = []
             waiting.append(adapter)
@@ -241,7 +258,7 @@ class SharedBackbone:
         found: dict[ServedAdapter, Factors] = {}
         missing: dict[Layout, list[ServedAdapter]] = {}
         for adapter in adapters:
-            if (factors := self._cache.get(adapter)) is not None:
+            if (factors := self.cache.get(adapter.digest)) is not None:
                 found[adapter] = factors
             else:
                 missing.setdefault(adapter.layout, []).append(adapter)
@@ -255,12 +272,36 @@ class SharedBackbone:
     def _make(self, layout: Layout, adapters: Sequence[ServedAdapter]) -> list[Factors]:
         made = self._maker.make(layout, [one.stored for one in adapters], [one.run_seed for one in adapters])
         for adapter, factors in zip(adapters, made, strict=True):
-            self._cache.put(adapter, factors, factors.size)
-        with self._lock:
-            self._made += len(made)
+            self.cache.put(adapter.digest, factors, factors.size)  # a file's content decides on them
         return made
 
     def cache_counts(self) -> tuple[int, int]:
         """As `AdapterBank.cache_counts`."""
         with self._lock:
-            return max(0, self._served - self._made), self._made
+            return self._hits, self._misses
+
+
+def check_shareable(metadata: AdapterMetadata, path: Path) -> None:
+    """Refuses an adapter that changes more of a backbone than chosen weights, or a backbone that a bank cannot have.
+
+    Raises:
+        NolaVisionError: as above; `path` is that of the file.
+    """
+    method = metadata.method
+    if method.trains_backbone or method.edits_backbone or method.train_norms:
+        what = "its batch norms" if method.train_norms else f"{type(method).__name__} changes the whole backbone"
+        raise NolaVisionError(f"{path} cannot share a backbone with others ({what}): use `predict` with it")
+    if metadata.backbone.base != "pretrained":
+        raise NolaVisionError(f"{path} belongs to a backbone that is not pretrained: use `predict` with it")
+
+
+def odd_layers(backbone: nn.Module, images: Tensor) -> set[str]:
+    """The layers whose input does not have the batch as its first dimension: it does not grow with the batch.
+
+    Args:
+        backbone: the model.
+        images: a batch of two or more.
+    """
+    more = torch.cat([images, images[:1]])
+    lengths, longer = input_lengths(backbone, images), input_lengths(backbone, more)
+    return {name for name in lengths if lengths[name] * len(more) != longer.get(name, 0) * len(images)}

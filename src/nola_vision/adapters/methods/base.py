@@ -104,10 +104,10 @@ class Method:
         edits_backbone: it trains parameters that it adds to the backbone itself.
         train_norms: the backbone's batch norms are trained and stored with their statistics.
         nested: training uses a random share of the coefficients, so that a file can be cut.
-        quantise_from: share of the training after which the forward pass computes with the stored bits; values of 1
-            bit do so from the first step.
+        quantise_from: share of the training after which passes compute with the stored bits; always with 1 bit.
         cuttable: names of trained tensors whose last axis may be cut to its first entries: a cut file and
             `bank.using(prefix=...)` do that.
+        uses_basis_seed: what `fixed` gives depends on the basis seed.
         size_setting: the setting that decides how large an adapter file is, such as `rank`. A byte budget (`max_bytes`)
             solves for it, so a larger value must not give a smaller file. Empty: no budget is possible.
     """
@@ -122,6 +122,7 @@ class Method:
     nested = False
     quantise_from = 1.0
     cuttable = frozenset[str]()
+    uses_basis_seed = True
     size_setting = ""
 
     # --- settings ------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class FacT(Adapter):
     rank: int = 8
     c: float = 1.0
 
+    uses_basis_seed = False
     size_setting = "rank"
 
     def check(self) -> None:

@@ -23,6 +23,7 @@ class LinearProbe(Method):
     head_bits: int = 32
 
     trains_only_head = True
+    uses_basis_seed = False
 
     def check(self) -> None:
         check_positive(self, "lr")

@@ -35,6 +35,7 @@ class LoRA(Adapter):
     rank: int = 4
     c: float = 8.0
 
+    uses_basis_seed = False
     size_setting = "rank"
 
     def check(self) -> None:

@@ -62,6 +62,7 @@ class LoRAXS(Adapter):
     rank: int = 16
     c: float = 16.0
 
+    uses_basis_seed = False
     size_setting = "rank"
 
     def check(self) -> None:
