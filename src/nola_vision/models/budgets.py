@@ -34,7 +34,7 @@ from nola_vision.models.metadata import AdapterMetadata, Calibrated
 _CALIBRATIONS = (None, Calibrated(1.0, "folds"), Calibrated(1.0, "validation"))  # training may end with any of them
 # Numbers of the header that are chosen later: as long as they can be, and with digits that hardly compress.
 _SEEDS = {"run_seed": 8304917265830947162, "basis_seed": 9152637480613925748}
-LONGEST = {"lr": 1.2345678901234567e-05, "head_lr": 7.8306942514938671e-05, "c": 6.1940527836194075e-05}
+LONGEST = {"lr": 1.2345678901234567e-05, "head_lr": 1.8306942514938624e-05, "c": 2.6940527836194074e-05}
 _DIGITS = 8  # bytes: other digits may compress a little less
 _ROOM = 8  # bytes of a budget that are left for other values of further settings, such as a searched `quantise_from`
 

@@ -257,9 +257,8 @@ class Adapter(Method):
         lr: learning rate of the adapter's values (and of batch norms, if they are trained).
         head_lr: learning rate of the head; the same as `lr` if not given.
         train_norms: train the backbone's batch norms too, and store them with their statistics.
-        bits: bits per stored value: 1 for one of two numbers, 2 to 8 for integers with a scale per group of 64, 16 or
-            32 for floats. The two numbers belong to a row of a stored tensor, see `quantization.rows_of`: the values of
-            a layer in most methods. What is tested is what the file contains.
+        bits: bits per stored value: 1 for one of two numbers per row (`quantization.rows_of`), 2 to 8 for integers with
+            a scale per group of 64, 16 or 32 for floats. What is tested is what the file contains.
         head_bits: the same for the head's matrix; `bits` if not given.
         quantise_from: share of the training after which the forward pass computes with the stored bits already
             (quantisation-aware training, the gradient goes straight through); 1 is post-training quantisation. Values
@@ -395,9 +394,6 @@ def he_scale(c: float, rank: int, target: Target) -> float:
 
 
 def storage_by_size(basis_bytes: int, memory_mib: float) -> dict[str, Any]:
-    """The arguments `storage` and `memory_mib` of a basis whose size decides: of a loaded adapter, of TinyLoRA.
-
-    Streaming compiles code, so it is the exception.
-    """
+    """`storage` and `memory_mib` where only the size decides. Streaming compiles code, so it is the exception."""
     storage = "cached" if basis_bytes <= MOST_CACHED_ON_LOAD else "streamed"
     return {"storage": storage, "memory_mib": min(memory_mib, 64.0)}
