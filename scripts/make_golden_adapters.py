@@ -12,8 +12,17 @@ from pathlib import Path
 
 import torch
 
-from nola_vision import NOLA, PRANC, BackboneSpec, HashedNet, LinearProbe, LoRA, adapt, load_adapter
-from nola_vision.adapters.methods import FacT, LoRAXS, Method, TinyLoRA, UniLoRA, VeRA
+from nola_vision import NOLA, PEFT, PRANC, BackboneSpec, HashedNet, LinearProbe, LoRA, adapt, load_adapter
+from nola_vision.adapters.methods import (
+    FacT,
+    LogisticRegression,
+    LoRAXS,
+    Method,
+    NearestMean,
+    TinyLoRA,
+    UniLoRA,
+    VeRA,
+)
 from nola_vision.adapters.serialization import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent.parent / "tests" / "golden"
@@ -42,7 +51,13 @@ CASES: dict[str, tuple[BackboneSpec, Method]] = {
     "linear": (GLYPHS, LinearProbe()),
     "lora-1bit": (GLYPHS, LoRA(targets=["qkv"], rank=1, bits=1)),
     "linear-1bit": (GLYPHS, LinearProbe(head_bits=1)),
+    "nearest-mean": (GLYPHS, NearestMean()),
+    "logistic-4bit": (GLYPHS, LogisticRegression(head_bits=4)),
+    "peft-lora": (GLYPHS, PEFT(config="LoraConfig", settings={"r": 1, "target_modules": ["blocks.0.attn.qkv"]})),
+    "lora-int8": (BackboneSpec(GLYPHS.tag, int8=True), LoRA(targets=["re:blocks.0.attn.qkv"], rank=1, bits=4)),
+    "lora-64px": (BackboneSpec(GLYPHS.tag, img_size=64), LoRA(targets=["re:blocks.0.attn.qkv"], rank=1, bits=4)),
 }  # fmt: skip
+CALIBRATED = {"logistic-4bit": (1.25, "folds", 40), "lora-64px": (0.75, "validation", None)}
 
 
 def image(size: int) -> torch.Tensor:
@@ -62,10 +77,14 @@ def main() -> None:
             for parameter in [*model.bank.parameters(), *(p for p in model.backbone.parameters() if p.requires_grad)]:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         model.round_to_stored_bits()
+        calibration = CALIBRATED.get(name, (1.0, None, None))
+        model.temperature, model.calibrated_on, model.calibration_images = calibration
         model.save(path)
         loaded = load_adapter(path)
         logits = loaded(image(loaded.metadata.input.size))[0].tolist()
         expected[path.name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "logits": logits}
+        if name in CALIBRATED:
+            expected[path.name]["calibration"] = calibration
     page.write_text(json.dumps(expected, indent=1) + "\n")
 
 

@@ -86,7 +86,7 @@ METHODS = [
     HashedNet(targets=["mlp"], max_parameters=50),
     HashedNet(targets=["qv", "head"], max_parameters=50),
     LoRAXS(targets=["qv", "mlp"], rank=5),
-    VeRA(targets=["qv", "mlp"], rank=60),
+    VeRA(targets=["qv", "mlp"], rank=30),  # factors for the MLP, dense changes for the smaller Q and V
     UniLoRA(targets=["qv", "mlp"], rank=3, max_parameters=70),
     FacT(targets=["qkv", "mlp"], rank=3),
     TinyLoRA(targets=["qv", "mlp"], rank=5, num_basis=9),

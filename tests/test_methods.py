@@ -16,8 +16,9 @@ from torch import nn
 import reference
 from fuzz_adapters import _opened, written
 from nola_vision import BackboneSpec, adapt, load_adapter
-from nola_vision.adapters.methods import FacT, LoRAXS, Method, TinyLoRA, UniLoRA, VeRA, lora_xs
+from nola_vision.adapters.methods import FacT, HashedNet, LoRAXS, Method, TinyLoRA, UniLoRA, VeRA, svd
 from nola_vision.adapters.random_basis import balanced_slots, basis_key
+from nola_vision.adapters.target import LowRank, dense
 from nola_vision.common import process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.building import make_bank
@@ -242,6 +243,7 @@ def test_slots_are_balanced_and_those_of_the_format_page(size: int, count: int) 
 
 
 def test_uni_lora_equals_peft_without_a0() -> None:
+    """The wiring alone: PEFT's layers get our hash and normalisers. The hash is tested above, the start below."""
     from peft import UniLoraConfig
 
     backbone, rank = vit(), 3
@@ -381,10 +383,10 @@ def test_rounding_changes_neither_signs_nor_vectors() -> None:
     reflected = torch.cat([symmetric, symmetric.flip(0)], 1)
     generator = torch.Generator().manual_seed(0)
     for weight in (vit().blocks[0].mlp.fc1.weight.t(), vit().blocks[0].mlp.fc2.weight.t(), symmetric, reflected):
-        plain = lora_xs._factors(None, weight, 3)
+        plain = svd._factors(None, weight, 3)
         for _ in range(10):
             noise = 1e-14 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            moved = lora_xs._factors(None, weight.double() + noise, 3)
+            moved = svd._factors(None, weight.double() + noise, 3)
             for one, other in zip(plain[:2], moved[:2], strict=True):
                 assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
@@ -430,14 +432,14 @@ def test_a_file_for_other_factors_is_refused(tmp_path: Path, monkeypatch: pytest
     assert "bits and shape of the tensor sketch.160x640.a do not exist" in ending(torch.zeros(2, dtype=torch.int64))
     assert ending(sketch) == ""
     # a library that finds one vector with the other sign
-    plain = lora_xs._factors
+    plain = svd._factors
 
     def flipped(target: object, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         a, b, most = plain(target, weight, rank)
         sign = torch.tensor([1.0, 1, -1, 1]) if target.name.startswith("blocks.1.") else torch.ones(4)
         return a * sign, b * sign.unsqueeze(1), most
 
-    monkeypatch.setattr(lora_xs, "_factors", flipped)
+    monkeypatch.setattr(svd, "_factors", flipped)
     assert "use the weights and the release" in ending(sketch)
 
 
@@ -491,6 +493,24 @@ def test_vera_equals_peft() -> None:
                 assert torch.allclose(mine, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("rank", [1, 36, 37, 300])
+def test_veras_changes_are_never_larger_than_the_weights(rank: int) -> None:
+    """The factors of a 48 x 144 weight have as many entries as the weight at rank 36."""
+    bank = attached(vit(), VeRA(targets=["qkv"], rank=rank, c=2))
+    shake(bank)
+    (group,) = bank.group_settings.values()
+    trained, fixed = dict(bank.groups[group.name].items()), bank.fixed[group.name]
+    with torch.no_grad():
+        found = bank.method.changes(group, trained, fixed, group.targets)
+    for place, target in enumerate(group.targets):
+        change = found[target.name]
+        assert isinstance(change, LowRank) == (rank <= 36)
+        assert sum(part.numel() for part in change[:2] if isinstance(part, torch.Tensor)) <= target.size
+        d, b = (trained[name][0, place].detach().diag() for name in "db")
+        expected = (2 * fixed["a"] @ d @ fixed["b"] @ b).t()
+        assert torch.allclose(dense(target, change)[0], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_veras_pair_is_one_for_all_shapes_with_kaimings_variances() -> None:
     bank = make_bank(vit(), VeRA(targets=["qkv", "mlp"], rank=300), 5)
     narrow, wide = bank.fixed["48x192"], bank.fixed["192x48"]
@@ -502,7 +522,14 @@ def test_veras_pair_is_one_for_all_shapes_with_kaimings_variances() -> None:
     assert sum(p.numel() for p in make_bank(vit(), LoRAXS(rank=9), 5).adapter_parameters()) == 2 * 81
 
 
+def test_hashednet_keeps_four_bytes_per_weight() -> None:
+    bank = make_bank(vit(), HashedNet(targets=["qkv", "mlp"], max_parameters=50), 5)
+    kept = [tensor for fixed in bank.fixed.values() for tensor in fixed.values()]
+    assert sum(tensor.nbytes for tensor in kept) == 4 * sum(target.size for target in bank.targets)
+
+
 REFUSED = {
+    "hashednet's values": (HashedNet(max_parameters=2 * 10**9), "max_parameters of HashedNet is 2000000000: it must"),
     "head": (LoRAXS(targets=["qkv", "head"]), "LoRAXS does not adapt the head .*: leave head out of targets"),
     "vera's head": (VeRA(targets=["qkv", "head"]), "VeRA does not adapt the head"),
     "rank": (LoRAXS(rank=49), "rank 49 is not possible for blocks.0.attn.qkv.weight"),

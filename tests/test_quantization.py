@@ -62,8 +62,9 @@ def test_one_bit_is_the_nearer_quartile_of_the_normal_distribution() -> None:
     mean, std = values.mean(1, keepdim=True), values.std(1, correction=0, keepdim=True)
     expected = mean + float(scipy.stats.norm.ppf(0.75)) * std * (values - mean).sign()
     once = rounded(values, 1)
-    near = ((values - mean).abs() < 0.02 * std) | torch.isclose(once, expected, rtol=0, atol=float("inf"))
-    assert ((once - expected).abs() <= 2**-8 * expected.abs() + near * ((values - mean).abs() < 0.02 * std) * 9).all()
+    decided = (values - mean).abs() >= 0.02 * std  # the mean of the two bfloat16 numbers is not exactly that of the row
+    assert decided.float().mean() > 0.95
+    assert ((once - expected).abs() <= 2**-8 * expected.abs())[decided].all()
     assert all(len(row.unique()) == 2 for row in once) and torch.equal(once, once.bfloat16().float())
     assert torch.equal(rounded(once, 1), once)
     for kept in ([0.0] * 5, [0.25, -0.5, 0.25], [3.0]):  # two values at most stay as they are
@@ -85,7 +86,7 @@ def test_the_gradient_of_one_bit_is_that_of_the_authors_formula() -> None:
     formula = ((z.sign() * float(scipy.stats.norm.ppf(0.75)) - z).detach() + z) * std + mean
     (expected,) = torch.autograd.grad((formula * weights).sum(), values)
     seen = rounded_straight_through(values, 1)
-    assert torch.equal(seen, rounded(values.detach(), 1)) or (seen - rounded(values.detach(), 1)).abs().max() < 1e-12
+    assert (seen - rounded(values.detach(), 1)).abs().max() < 1e-12
     # 4 of 100 draws have a value between the mean and the mean of the stored bfloat16 numbers: it gets the other sign
     assert torch.equal(seen > mean, z > 0)
     (found,) = torch.autograd.grad((seen * weights).sum(), values)
@@ -100,7 +101,7 @@ def test_gradients_go_straight_through() -> None:
     weights = torch.randn(2, 70)
     seen = rounded_straight_through(values, 3)
     (seen * weights).sum().backward()
-    assert torch.equal(seen, rounded(values.detach(), 3)) or (seen - rounded(values.detach(), 3)).abs().max() < 1e-6
+    assert (seen - rounded(values.detach(), 3)).abs().max() < 1e-6
     assert torch.equal(values.grad, weights)
 
 

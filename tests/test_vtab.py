@@ -100,6 +100,7 @@ def test_a_search_holds_val200_out_and_a_final_run_trains_on_all(root: Path) -> 
         (lambda f: (f / "images/val200/000003.jpg").unlink(), "1 of 1000 listed images of dmlab are missing"),
         (lambda f: edit(f / "train800.txt", ".jpg 5\n", ".jpg 6\n"), "line 6 of .* label '6', .* the labels 0 to 5"),
         (lambda f: edit(f / "train800.txt", ".jpg 5\n", ".jpg x\n"), "line 6 of .*train800.txt has label 'x'"),
+        (lambda f: edit(f / "test.txt", ".jpg 5\n", f".jpg {'9' * 5000}\n"), r"line 6 of .* label '9+\.\.\.9+', but"),
         (lambda f: edit(f / "train800.txt", "images/train800/000000.jpg 0\n", ""), "lists 799 images instead of 800"),
         (lambda f: edit(f / "train800val200.txt", ".jpg 5\n", ".jpg 4\n"), "train800val200.txt has other labels than"),
         (lambda f: edit(f / "test.txt", ".jpg 5\n", "\n"), "line 6 of the list .*test.txt lacks the label"),
@@ -112,6 +113,27 @@ def test_a_wrong_folder_is_one_line(change, expected: str, tmp_path: Path, monke
         for split in ("train", "test"):
             DATASETS["vtab_dmlab"].open(str(tmp_path), split)
     assert "\n" not in str(caught.value) and ": " in str(caught.value)
+
+
+def test_the_lists_are_in_the_hash(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dmlab"
+    folder.mkdir()
+    for name in ("train800", "val200", "test"):
+        (folder / f"{name}.txt").write_bytes((root / f"vtab-1k/dmlab/{name}.txt").read_bytes())
+    config = compose("vitb_in21k", "vtab_dmlab", None, "vtab")
+    config["data"]["root"] = str(tmp_path)
+
+    def content() -> str:
+        return str(parse(run_id.resolve(config, "nearest-mean"))["content"]["data"])
+
+    seen = [content()]
+    for name in ("train800", "val200", "test"):
+        file = folder / f"{name}.txt"
+        file.write_text(file.read_text()[:-2] + "0\n")  # the last image gets another label
+        seen.append(content())
+    assert len({*seen}) == 4
+    (folder / "test.txt").unlink()  # the run reports it
+    assert "data" not in parse(run_id.resolve(config, "nearest-mean"))["content"]
 
 
 def edit(file: Path, old: str, new: str) -> None:

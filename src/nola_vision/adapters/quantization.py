@@ -82,7 +82,11 @@ def dequantise(levels: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def rows_of(values: Tensor) -> Tensor:
-    """A trained tensor `[n, layers, ...]` or `[n, k]` as rows: a scale never spans two layers or two adapters."""
+    """A trained tensor `[n, first, ...]` or `[n, k]` as rows, one per adapter and entry of the first dimension.
+
+    That is a layer, a class of the head's matrix, or a vector of U or V or a core of FacT. A tensor `[n, k]` is one row
+    per adapter: the targets of Uni-LoRA's theta, and those of PRANC's scope `model`, share its scales.
+    """
     return values.flatten(2).flatten(0, 1) if values.dim() > 2 else values
 
 

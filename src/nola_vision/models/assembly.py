@@ -91,7 +91,7 @@ def assemble(
     if (
         isinstance(method, Adapter) and method.max_bytes is not None and target_names is None
     ):  # a file's values are counted already
-        metadata = dataclasses.replace(metadata, method=spend_bytes(backbone, metadata, weights))
+        metadata = dataclasses.replace(metadata, method=spend_bytes(backbone, metadata))
     bank = make_bank(
         backbone,
         metadata.method,

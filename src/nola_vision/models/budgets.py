@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import nn
 
@@ -18,46 +20,53 @@ from nola_vision.common.validation import MOST_COUNT
 from nola_vision.models import known_weights
 from nola_vision.models.adapted_model import backbone_tensors, file_bits, file_metadata
 from nola_vision.models.backbones.creation import skeleton
-from nola_vision.models.building import feature_width, file_shapes, method_targets, names_in_bank, stated_targets
+from nola_vision.models.building import (
+    feature_width,
+    file_shapes,
+    method_targets,
+    names_in_bank,
+    selects_by_structure,
+    targets_checksum,
+)
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, Calibrated
 
 _CALIBRATIONS = (None, Calibrated(1.0, "folds"), Calibrated(1.0, "validation"))  # training may end with any of them
 # Numbers of the header that are chosen later: as long as they can be, and with digits that hardly compress.
 _SEEDS = {"run_seed": 8304917265830947162, "basis_seed": 9152637480613925748}
-_RATES = {"lr": 1.2345678901234567e-05, "head_lr": 7.8306942514938671e-05}
-_MARGIN = 24  # bytes: other digits, such as those of a searched `c`, may compress a little less
+LONGEST = {"lr": 1.2345678901234567e-05, "head_lr": 1.8306942514938624e-05, "c": 2.6940527836194074e-05}
+_DIGITS = 8  # bytes: other digits may compress a little less
+_ROOM = 8  # bytes of a budget that are left for other values of further settings, such as a searched `quantise_from`
 
 
 def solve_budget(metadata: AdapterMetadata) -> Method:
     """The method with the largest `size_setting` whose file is within its `max_bytes`.
 
-    Only the shapes of the backbone are used: its weights are not read or downloaded.
+    Only the shapes of the backbone are used: its weights are not read, hashed or downloaded.
 
     Args:
-        metadata: of the model. Seeds, learning rates and calibration do not matter: a file is counted with the longest
-            of them.
+        metadata: of the model. Seeds, learning rates, c, calibration and the file of the weights do not matter: a file
+            is counted with the longest of them.
 
     Raises:
         UnreachableBudgetError: the smallest file is larger.
         NolaVisionError: the method cannot be used on this backbone.
     """
-    return spend_bytes(skeleton(metadata.backbone), metadata, known_weights.origin(metadata.backbone))
+    return spend_bytes(skeleton(metadata.backbone), metadata)
 
 
 def most_file_bytes(metadata: AdapterMetadata) -> int:
     """The bytes of the longest adapter file of a model, by its shapes; arguments as in `solve_budget`."""
     backbone, method = skeleton(metadata.backbone), metadata.method
-    files = _Files.of(backbone, metadata, known_weights.origin(metadata.backbone))
-    return files.size(method)
+    return _Files.of(backbone, metadata).size(method)
 
 
-def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata, weights: WeightsOrigin | None) -> Method:
-    """As `solve_budget`, for a backbone that may be on the meta device and the file of its weights."""
+def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata) -> Method:
+    """As `solve_budget`, for a backbone whose weights may be on the meta device."""
     method = metadata.method
     assert isinstance(method, Adapter) and method.max_bytes is not None
     budget = method.max_bytes
-    files = _Files.of(backbone, metadata, weights)
+    files = _Files.of(backbone, metadata)
 
     def is_allowed(count: int) -> bool:
         try:
@@ -66,7 +75,7 @@ def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata, weights: Weights
             return False
 
     def size(count: int) -> int:
-        return files.size(method.with_count(count))
+        return files.size(method.with_count(count)) + _ROOM
 
     if (least := smallest(is_allowed)) is None:
         files.groups(method.with_count(1))  # raises why every size is refused
@@ -88,23 +97,19 @@ class _Files:
     """The adapter files of a backbone, for methods that differ in their size alone."""
 
     metadata: AdapterMetadata
-    weights: WeightsOrigin | None
+    weights: Sequence[WeightsOrigin | None]  # the file states one of them
     targets: Sequence[Target]
     width: int
-    stated: str | None  # the checksum of the targets, where a file has it instead of their names
     fixed: Mapping[str, tuple[int, ...]]  # shapes of the stored tensors of the backbone itself
 
     @classmethod
-    def of(cls, backbone: nn.Module, metadata: AdapterMetadata, weights: WeightsOrigin | None) -> _Files:
-        method, classes = metadata.method, len(metadata.class_names)
-        targets = method_targets(backbone, method, classes)
-        stated = stated_targets(backbone, method, classes, [target.name for target in targets])
+    def of(cls, backbone: nn.Module, metadata: AdapterMetadata) -> _Files:
+        method = metadata.method
         return cls(
             replace(metadata, **_SEEDS),  # type: ignore[arg-type]
-            weights,
-            targets,
+            known_weights.longest_origins(metadata.backbone),
+            method_targets(backbone, method, len(metadata.class_names)),
             feature_width(backbone),
-            stated if isinstance(stated, str) else None,
             {name: tuple(tensor.shape) for name, tensor in backbone_tensors(backbone, method).items()},
         )
 
@@ -121,11 +126,17 @@ class _Files:
         method = method.for_base(self.metadata.backbone.base)
         groups, classes = self.groups(method), len(self.metadata.class_names)
         shapes = file_shapes(groups, classes, self.width) | dict(self.fixed)
-        names = names_in_bank(groups) if self.stated is None else self.stated
-        rates = _RATES if isinstance(method, Adapter) else {}
-        metadata, bits = replace(self.metadata, method=replace(method, **rates)), file_bits(shapes, method)
-        described = (file_metadata(metadata, names, None, self.weights, ended) for ended in _CALIBRATIONS)
-        return max(adapter_size(one, shapes, bits) for one in described) + _MARGIN
+        # as `stated_targets`, whose look-up of the method's names is done already
+        by_structure = selects_by_structure(method)
+        names = targets_checksum([t.name for t in self.targets]) if by_structure else names_in_bank(groups)
+        settings = {field.name for field in fields(method)} if isinstance(method, Adapter) else set[str]()
+        longest: dict[str, Any] = {name: value for name, value in LONGEST.items() if name in settings}
+        metadata, bits = replace(self.metadata, method=replace(method, **longest)), file_bits(shapes, method)
+        described = (
+            file_metadata(metadata, names, None, weights, ended)
+            for weights, ended in itertools.product(self.weights, _CALIBRATIONS)
+        )
+        return max(adapter_size(one, shapes, bits) for one in described) + _DIGITS
 
 
 def smallest(is_allowed: Callable[[int], bool]) -> int | None:

@@ -21,10 +21,11 @@ from nola_vision.common.files import WEIGHTS_SUFFIXES
 from nola_vision.common.local_files import cache_folder, file_digest, file_digests, read_cache, write_cache
 from nola_vision.common.progress import PlainLines, say_aside
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.backbones.weights import repository, weights_file
+from nola_vision.models.backbones.weights import possible_file_names, repository, weights_file
 
 FOLDER_VARIABLE = "NOLA_VISION_WEIGHTS"
 _MOST_NAME = 255  # characters
+_LONG_SIZE = 73_920_561_843  # bytes, more than any file of timm's, with digits that hardly compress
 _MOST_KNOWN = 1000  # files in the list; the oldest are dropped
 _MOST_ENTRIES = 10_000  # files and folders that a search reads
 
@@ -52,6 +53,17 @@ def origin(spec: BackboneSpec) -> WeightsOrigin | None:
         return None
     digest = file_digest(path)
     return None if digest is None else WeightsOrigin(repository(spec), _name(path), path.stat().st_size, digest)
+
+
+def longest_origins(spec: BackboneSpec) -> list[WeightsOrigin | None]:
+    """What `origin` may give on any machine, as long as it can be: the longest file states one of them.
+
+    They follow from the spec alone, so that a size which is counted with them does not depend on what is downloaded.
+    """
+    if spec.base != "pretrained":
+        return [None]
+    names = possible_file_names(spec)
+    return [WeightsOrigin(repository(spec), _name(Path(one)), _LONG_SIZE, "") for one in names] or [None]
 
 
 def is_file_name(name: str) -> bool:

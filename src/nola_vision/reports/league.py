@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nola_vision.common.text import excerpt
-from nola_vision.reports.entries import Entry, Summary, of_method
+from nola_vision.reports.entries import Entry, Summary, kind, of_method
 from nola_vision.reports.formatting import NOT_MEASURED, bytes_text, plural, points
-from nola_vision.reports.statistics import LEAST_SPLITS, ROUNDING, paired_difference
+from nola_vision.reports.statistics import LEAST_SPLITS, ROUNDING, accuracies_by_split, paired_difference
 from nola_vision.reports.tables import Mark, Table, TableCell, printable_table
 from nola_vision.runs.budget_names import split_budget, with_budget
 from nola_vision.runs.not_run import NotRun
@@ -30,8 +30,9 @@ class _Place:
 def budget_table(entries: Sequence[Entry], not_run: Mapping[str, NotRun]) -> Table | None:
     """Mean accuracies of methods by budgets; None if no entry has a budget.
 
-    The best of a budget is marked `best`. A method whose paired difference to it over splits has a 95 % interval
-    (Student's t) that contains 0 is marked `close`: it is not significantly worse.
+    The best mean of a budget over the most splits that a method has there is marked `best`. A method whose paired
+    difference to it over splits has a 95 % interval (Student's t) that contains 0 is marked `even`: it is not
+    significantly worse. If there is no interval, the text states that they are not compared.
 
     Args:
         entries: of one cell.
@@ -51,24 +52,20 @@ def budget_table(entries: Sequence[Entry], not_run: Mapping[str, NotRun]) -> Tab
         if name not in grid:
             grid[name] = [_place(name, budget, measured, entries, not_run) for budget in budgets]
     most = max((place.entry.summary.splits for places in grid.values() for place in places if place.entry), default=0)
-    best = [_best([places[column] for places in grid.values()]) for column in range(len(budgets))]
+    leaders = [_leader([places[column] for places in grid.values()]) for column in range(len(budgets))]
+    shown = [place.entry for places in grid.values() for place in places if place.entry]
+    compared = most >= LEAST_SPLITS and not any(entry.summary.cross_validated for entry in shown)
     lines = []
     for method, places in grid.items():
         cells = [TableCell(method)]
-        for place, leader, budget in zip(places, best, budgets, strict=True):
-            if place.entry is None:
-                cells.append(TableCell(NOT_MEASURED))
-            else:
-                item = place.entry.summary
-                fewer = f" (n = {item.splits})" if item.splits < most else ""
-                cells.append(TableCell(f"{points(item.mean)}{fewer}", _mark(place.entry, leader)))
+        for place, leader, budget in zip(places, leaders, budgets, strict=True):
+            cells.append(_cell(place.entry, leader, most, compared) if place.entry else TableCell(NOT_MEASURED))
             if place.reason:
                 notes.append(f"{method} at {bytes_text(budget)}: {place.reason}")
         lines.append(tuple(cells))
-    inits = max(item.completed // max(1, item.splits) for item, _ in measured)
-    heading = f"means over n = {plural('split', most)}, {plural('init', inits)} each; best in bold"
-    if most >= LEAST_SPLITS:
-        heading += ", underlined: not significantly worse (paired difference over splits, 95 % interval contains 0)"
+    heading = f"means over n = {plural('split', most)}{_inits(shown)}; best in bold"
+    if compared:
+        heading += ", in italics: not significantly worse (paired difference over splits, 95 % interval contains 0)"
     return printable_table(
         Table(
             title="Accuracy by budget of the whole file",
@@ -102,19 +99,44 @@ def _place(
     return _Place(same, why.reason)
 
 
-def _best(places: Sequence[_Place]) -> Entry | None:
+def _leader(places: Sequence[_Place]) -> Entry | None:
+    """The best mean; a mean over fewer splits than others have is not evidence against them."""
     found = [place.entry for place in places if place.entry is not None]
-    return max(found, key=lambda entry: entry.summary.mean or 0.0, default=None)
+    return max(found, key=lambda entry: (entry.summary.splits, entry.summary.mean or 0.0), default=None)
 
 
-def _mark(entry: Entry, best: Entry | None) -> Mark:
-    if best is None or entry.summary.label == best.summary.label:
-        return "best"
-    difference = paired_difference(entry.runs, best.runs)
-    if difference is None or difference.cross_validated:
-        return "plain"
-    same = difference.splits >= LEAST_SPLITS and difference.low is None and abs(difference.mean) <= ROUNDING
-    return "close" if same or (difference.low is not None and not difference.shown) else "plain"
+def _cell(entry: Entry, leader: Entry | None, most: int, compared: bool) -> TableCell:
+    """One accuracy of the table.
+
+    Args:
+        entry: whose it is.
+        leader: the best of the column.
+        most: splits of the heading.
+        compared: whether the heading explains differences to the best.
+    """
+    item = entry.summary
+    remarks = [f"n = {item.splits}"] if item.splits < most else []
+    mark: Mark = "best"
+    if leader is not None and item.label != leader.summary.label:
+        difference = paired_difference(entry.runs, leader.runs)
+        if difference is not None and difference.splits >= LEAST_SPLITS:
+            # equal differences have no interval: their spread is unknown
+            worse = difference.mean < -ROUNDING and (difference.low is None or difference.shown)
+            mark = "even" if compared and not worse else "plain"
+        else:
+            mark = "plain"
+            remarks += ["not compared"] * compared
+    return TableCell(points(item.mean) + f" ({', '.join(remarks)})" * bool(remarks), mark)
+
+
+def _inits(entries: Sequence[Entry]) -> str:
+    """How many inits a split has, for the heading; those of methods on frozen features do not exist."""
+    trained = [entry.runs for entry in entries if kind(entry.summary) != "frozen"]
+    counts = {len(inits) for runs in trained for inits in accuracies_by_split(runs).values()}
+    if not counts:
+        return ""
+    few = f"{min(counts)} to " if len(counts) > 1 else ""
+    return f", {few}{plural('init', max(counts))} each"
 
 
 def _rank(entry: Entry) -> tuple[bool, str]:

@@ -42,7 +42,7 @@ def markdown_text(text: str) -> str:
 
 
 def _markdown(table: Table) -> str:
-    frame = _frame(table, markdown_text, {"best": "**{}**", "close": "<u>{}</u>", "plain": "{}"})
+    frame = _frame(table, markdown_text, {"best": "**{}**", "close": "<u>{}</u>", "even": "*{}*", "plain": "{}"})
     alignment = ["left", *["right"] * (len(table.columns) - 1)]
     text = frame.to_markdown(index=False, colalign=alignment, disable_numparse=True)
     notes = "".join(f"- {markdown_text(note)}\n" for note in table.notes)
@@ -50,7 +50,8 @@ def _markdown(table: Table) -> str:
 
 
 def _latex(table: Table, title: str) -> str:
-    frame = _frame(table, _latex_text, {"best": r"\textbf{{{}}}", "close": r"\underline{{{}}}", "plain": "{}"})
+    styles: dict[Mark, str] = {"best": r"\textbf{{{}}}", "close": r"\underline{{{}}}", "even": r"\textit{{{}}}"}
+    frame = _frame(table, _latex_text, styles | {"plain": "{}"})
     return frame.style.hide(axis="index").to_latex(
         caption=" ".join(_latex_text(f"{text}.") for text in (title, table.title, *table.notes)),
         column_format="l" + "r" * (len(table.columns) - 1),

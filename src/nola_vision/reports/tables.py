@@ -45,11 +45,12 @@ _HELP: Mapping[str, str] = {
     "std by init": "part of the std between inits of one split",
     "paper, %": "the paper's result for this method, mean (std), with its protocol, splits and whole test set",
 }
-Mark = Literal["best", "close", "plain"]
+# close: within a point of the best; even: not significantly worse than the best
+Mark = Literal["best", "close", "even", "plain"]
 
 
 class TableCell(NamedTuple):
-    """A value of a table as text; as in the paper, the best is bold and what is within a point of it underlined."""
+    """A value of a table as text, and its mark: bold for `best`, underlined for `close`, italic for `even`."""
 
     text: str
     mark: Mark = "plain"

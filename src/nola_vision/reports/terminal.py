@@ -48,7 +48,7 @@ def _tables(cell: Cell | Benchmark) -> Iterator[RenderableType]:
 
 
 def _rich(table: Table) -> RichTable:
-    styles = {"best": "bold", "close": "underline", "plain": ""}
+    styles = {"best": "bold", "close": "underline", "even": "italic", "plain": ""}
     rich = RichTable(title=Text(table.title), title_justify="left")
     for place, column in enumerate(table.columns):
         head = Text(column.replace(" (", "\n("))  # the interval on a second line, for terminals of 80 columns

@@ -11,7 +11,7 @@ from nola_vision.common.mappings import value_at
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.budgets import most_file_bytes, solve_budget
+from nola_vision.models.budgets import LONGEST, most_file_bytes, solve_budget
 from nola_vision.models.metadata import AdapterMetadata
 from nola_vision.runs import run_id
 from nola_vision.runs.early_checks import plain_value
@@ -69,7 +69,7 @@ def refuse_larger_files(run_config: dict[str, Any], search: Mapping[str, Sequenc
     size_setting = registry.known_method(run_id.method_class(run_config)).size_setting
     if size_setting in search:
         raise NolaVisionError(f"{whose} has {size_setting}, which its budget decides: leave it out")
-    sizes = {name: values for name, values in search.items() if not _are_floats(values)}
+    sizes = {name: values for name, values in search.items() if name not in LONGEST}  # these are counted already
     if not sizes:
         return
     for settings in combinations(sizes):
@@ -79,11 +79,6 @@ def refuse_larger_files(run_config: dict[str, Any], search: Mapping[str, Sequenc
                 f"{whose} has {in_words(settings)}, with which the file has {found[1]:,} bytes, more than {budget:,}: "
                 "search values with smaller files"
             )
-
-
-def _are_floats(values: Sequence[Any]) -> bool:
-    """Whether a setting has no effect on the shapes: a rate or a scale. The digits of one are within the count."""
-    return {float} <= {type(value) for value in values} <= {float, type(None)}
 
 
 def _metadata(run_config: dict[str, Any]) -> AdapterMetadata:

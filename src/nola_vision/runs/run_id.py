@@ -113,7 +113,9 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         raise NolaVisionError(f"the config's `methods` must be a mapping and its `method` a name, not {name!r}")
     if name not in methods and isinstance(name, str):
         base, budget = split_budget(name)
-        if budget in (budgets_of(base, settings := entry(config, base)) if base in methods else ()):
+        if budget is not None and base in methods and budget in budgets_of(base, settings := entry(config, base)):
+            if name != (spelled := with_budget(base, budget)):  # or one folder would have two names
+                raise NolaVisionError(f"unknown method {name!r} in the config: write {spelled}")
             args = {**(settings.get("init_args") or {}), "max_bytes": budget}
             return {**{key: value for key, value in settings.items() if key != "budgets"}, "init_args": args}
     if name not in methods:

@@ -56,13 +56,12 @@ def expand(raw: Mapping[str, Any], methods: Sequence[str], budgets: Sequence[int
     return list(dict.fromkeys(names))
 
 
-def complete(
-    raw: Mapping[str, Any], methods: Sequence[str], parse: Callable[[run_id.Config], run_id.Config]
-) -> Entries:
+def solve(raw: Mapping[str, Any], methods: Sequence[str], parse: Callable[[run_id.Config], run_id.Config]) -> Entries:
     """Solves the budgets of entries, and fills in the defaults of all.
 
-    Of two budgets with the same solution the smaller one is run. Settings are searched once for all budgets of a
-    method, at `search_budgets`.
+    Of the budgets of a method with the same solution the smallest one is run, whichever of them are named. Settings are
+    searched once for all budgets of a method, at `search_budgets`. So a part of the budgets has the runs that the whole
+    has.
 
     Args:
         raw: a config with `methods`, as the user wrote it.
@@ -79,22 +78,33 @@ def complete(
     runs: list[str] = []
     not_run: dict[str, NotRun] = {}
     unreachable: UnreachableBudgetError | None = None
-    for name in sorted(methods, key=lambda name: split_budget(name)[1] or 0):
+
+    def smallest_same(name: str) -> str:
+        """The smallest budget of the method with the solution of the entry `name`, which can be reached."""
         base, budget = split_budget(name)
+        sizes = [] if name in raw["methods"] else budgets_of(base, raw["methods"][base])
+        for smaller in (with_budget(base, size) for size in reversed(sizes) if size < (budget or 0)):
+            try:
+                if parsed(smaller)["model"] != parsed(name)["model"]:
+                    break
+            except UnreachableBudgetError:
+                break
+            name = smaller
+        return name
+
+    for name in methods:
         try:
-            config = parsed(name)
+            parsed(name)
         except UnreachableBudgetError as error:
             unreachable = error
             not_run[name] = NotRun(f"the smallest file ({error.smallest}) has {error.least:,} bytes")
             continue
-        same = [other for other in runs if split_budget(other)[0] == base and parsed(other)["model"] == config["model"]]
-        if budget is not None and same:
-            not_run[name] = NotRun(f"no larger file is within it than that of {same[0]}", same[0])
-        else:
-            runs.append(name)
+        if (same := smallest_same(name)) != name:
+            not_run[name] = NotRun(f"no larger file is within it than that of {same}", same)
+        runs.append(same)
     if not runs and unreachable is not None:
         raise unreachable
-    runs.sort(key=methods.index)
+    runs = list(dict.fromkeys(runs))
     # where settings are chosen for other entries: by name, or for all budgets of a method
     named = [source for name in runs if (source := run_id.searched_at(raw, name)) != name]
     sources, notes = dict[str, str](), []
@@ -107,10 +117,10 @@ def complete(
                 parsed(name)
             except UnreachableBudgetError:
                 continue
-            sources[base] = not_run[name].same_as or name if name in not_run else name
+            sources[base] = smallest_same(name)
             break
         if (used := sources[base]) != wanted and any(values[1:] for values in raw["methods"][base]["search"].values()):
-            reason = "which is the same" if wanted in not_run and not_run[wanted].same_as else "the next within reach"
+            reason = "which is the same" if name == wanted else "the next within reach"
             notes.append(f"{base} is searched at {used}, {reason}, instead of {wanted}")
     config = plan.complete(raw, [*dict.fromkeys([*runs, *sources.values(), *named])], lambda one: parsed(one["method"]))
     for name, settings in config["methods"].items():

@@ -181,7 +181,7 @@ def prepare(
     def parsed(entry: run_id.Config) -> run_id.Config:
         return parse(entry, [*SWEEP_SETTINGS, *options], allow_import, fastest or precision.fastest)
 
-    entries = budgets.complete(raw, methods, parsed)
+    entries = budgets.solve(raw, methods, parsed)
     config = entries.config
     if (path := config["data"]["manifest"]) is not None:
         drawn = read_manifest(path).split_seed

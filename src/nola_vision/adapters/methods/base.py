@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Base = Literal["pretrained", "random", "zero"]  # what the weights of a backbone are
 Storage = Literal["cached", "streamed"]
 FLOAT_BITS = (16, 32)
-MOST_CACHED_ON_LOAD = 512 * 2**20  # bytes of a loaded adapter's basis in memory; a larger one is streamed
+MOST_CACHED_ON_LOAD = 512 * 2**20  # bytes of a basis that no setting decides on; a larger one is streamed
 # Far above any use, since more than rank x max(m, o) matrices of a basis depend on each other, and far below what one
 # digit too many asks for
 MOST_NUM_BASIS = 2**20
@@ -258,8 +258,8 @@ class Adapter(Method):
         lr: learning rate of the adapter's values (and of batch norms, if they are trained).
         head_lr: learning rate of the head; the same as `lr` if not given.
         train_norms: train the backbone's batch norms too, and store them with their statistics.
-        bits: bits per stored value: 1 for one of two numbers per layer, 2 to 8 for integers with a scale per group of
-            64, 16 or 32 for floats. What is tested is what the file contains.
+        bits: bits per stored value: 1 for one of two numbers per row (`quantization.rows_of`), 2 to 8 for integers with
+            a scale per group of 64, 16 or 32 for floats. What is tested is what the file contains.
         head_bits: the same for the head's matrix; `bits` if not given.
         quantise_from: share of the training after which the forward pass computes with the stored bits already
             (quantisation-aware training, the gradient goes straight through); 1 is post-training quantisation. Values
@@ -367,11 +367,11 @@ def refuse_head(method: Method, targets: Sequence[Target], reason: str) -> None:
         raise NolaVisionError(f"{type(method).__name__} does not adapt the head ({reason}): leave head out of targets")
 
 
-def check_budget(budget: int, least: int, method: str) -> None:
-    """Refuses a budget of trained values that is less than one per target and factor."""
-    if budget < least:
+def check_max_parameters(count: int, least: int, method: str) -> None:
+    """Refuses a number of trained values that is less than one per target and factor."""
+    if count < least:
         raise NolaVisionError(
-            f"max_parameters of {method} is {budget}, but its targets need {least} for one value each: give more, or "
+            f"max_parameters of {method} is {count}, but its targets need {least} for one value each: give more, or "
             "fewer targets"
         )
 
@@ -394,7 +394,7 @@ def he_scale(c: float, rank: int, target: Target) -> float:
     return c * math.sqrt(2 * target.inputs * target.outputs / (rank * target.fan_in))
 
 
-def loading_storage(basis_bytes: int, memory_mib: float) -> dict[str, Any]:
-    """The settings `storage` and `memory_mib` for a loaded adapter. Streaming compiles code, so it is the exception."""
+def storage_by_size(basis_bytes: int, memory_mib: float) -> dict[str, Any]:
+    """`storage` and `memory_mib` where only the size decides. Streaming compiles code, so it is the exception."""
     storage = "cached" if basis_bytes <= MOST_CACHED_ON_LOAD else "streamed"
     return {"storage": storage, "memory_mib": min(memory_mib, 64.0)}

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nola_vision.adapters.methods.base import Adapter, Group, Source, check_budget, check_positive, one_by_one
+from nola_vision.adapters.methods.base import Adapter, Group, Source, check_max_parameters, check_positive, one_by_one
 from nola_vision.adapters.methods.registry import register
 from nola_vision.adapters.target import Change, Dense, Target
 
@@ -26,6 +26,8 @@ class HashedNet(Adapter):
     weight's name; w, `buckets [k]` per target, is all that is trained. w starts at zero; from scratch it starts normal
     with variance 1, so that with c = 1 a change starts with He's variance 2 / fan_in.
 
+    The hash is kept as 4 bytes per adapted weight, whatever k is: as much memory as the weights themselves take.
+
     Args:
         max_parameters: trained values of all targets together, spread in proportion to their sizes.
         c: the scale.
@@ -38,10 +40,10 @@ class HashedNet(Adapter):
 
     def check(self) -> None:
         super().check()
-        check_positive(self, "c")
+        check_positive(self, "max_parameters", "c")
 
     def groups(self, targets: Sequence[Target]) -> list[Group]:
-        check_budget(self.max_parameters, len(targets), "HashedNet")
+        check_max_parameters(self.max_parameters, len(targets), "HashedNet")
         total = sum(target.size for target in targets)
         return [
             Group(name, members, {"buckets": (max(1, self.max_parameters * members[0].size // total),)})
@@ -56,14 +58,20 @@ class HashedNet(Adapter):
         return {"buckets": first}
 
     def fixed(self, group: Group, source: Source) -> dict[str, Any]:
+        import torch
+
         from nola_vision.adapters.random_basis import basis_key, buckets
 
         (target,), (count,) = group.targets, group.shapes["buckets"]
         bucket, sign = buckets(basis_key(source.basis_seed, f"weight {target.name}", "hash"), target.size, count)
-        return {"bucket": bucket, "signed_scale": sign * (self.c * math.sqrt(2 / target.fan_in))}
+        # of each weight, in w or in -w, which follows it
+        return {"place": (bucket + count * (sign < 0)).to(torch.int32)}
 
     def changes(
         self, group: Group, trained: Mapping[str, Tensor], fixed: Mapping[str, Any], wanted: Container[Target]
     ) -> dict[str, Change]:
+        import torch
+
         (target,) = group.targets
-        return {target.name: Dense(target.layout(trained["buckets"][:, fixed["bucket"]] * fixed["signed_scale"]))}
+        w = trained["buckets"] * (self.c * math.sqrt(2 / target.fan_in))
+        return {target.name: Dense(target.layout(torch.cat([w, -w], 1)[:, fixed["place"]]))}

@@ -15,11 +15,11 @@ from nola_vision.adapters.methods.base import (
     Source,
     Storage,
     by_shape,
-    check_budget,
+    check_max_parameters,
     check_positive,
     check_rank,
     he_scale,
-    loading_storage,
+    storage_by_size,
 )
 from nola_vision.adapters.methods.registry import register
 from nola_vision.adapters.target import HEAD, Change, Target, low_rank_changes
@@ -104,7 +104,7 @@ class NOLA(Adapter):
         each = {t.name if self.scope == "per_layer" else t.group: t for t in targets}.values()
         counts = [(t, *self._num_basis(t.group, targets)) for t in each]
         size = sum(self._rank(t) * (k * t.inputs + k_b * t.outputs) for t, k, k_b in counts)
-        return replace(self, **loading_storage(size, self.memory_mib))
+        return replace(self, **storage_by_size(size, self.memory_mib))
 
     def groups(self, targets: Sequence[Target]) -> list[Group]:
         check_rank(self.rank, targets)
@@ -131,7 +131,7 @@ class NOLA(Adapter):
         k = self.num_basis
         if self.max_parameters is not None:
             adapted = sum(target.name != HEAD for target in targets)
-            check_budget(self.max_parameters, 2 * adapted, "NOLA")
+            check_max_parameters(self.max_parameters, 2 * adapted, "NOLA")
             k = self.max_parameters // (2 * max(1, adapted))
         return k, k if self.num_basis_b is None else self.num_basis_b
 

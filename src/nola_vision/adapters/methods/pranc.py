@@ -14,8 +14,8 @@ from nola_vision.adapters.methods.base import (
     Source,
     Storage,
     check_positive,
-    loading_storage,
     one_by_one,
+    storage_by_size,
 )
 from nola_vision.adapters.methods.registry import register
 from nola_vision.adapters.target import Change, Dense, Target
@@ -70,7 +70,7 @@ class PRANC(Adapter):
         return replace(self, num_basis=max(counts.values()))
 
     def for_loading(self, targets: Sequence[Target]) -> Self:
-        return replace(self, **loading_storage(self.num_basis * sum(t.size for t in targets), self.memory_mib))
+        return replace(self, **storage_by_size(self.num_basis * sum(t.size for t in targets), self.memory_mib))
 
     def groups(self, targets: Sequence[Target]) -> list[Group]:
         parts = {"model": tuple(targets)} if self.scope == "model" else one_by_one(targets)

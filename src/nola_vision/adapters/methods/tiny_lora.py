@@ -14,11 +14,11 @@ from nola_vision.adapters.methods.base import (
     Source,
     check_positive,
     check_rank,
-    loading_storage,
     refuse_head,
+    storage_by_size,
 )
-from nola_vision.adapters.methods.lora_xs import projected, svd_factors
 from nola_vision.adapters.methods.registry import register
+from nola_vision.adapters.methods.svd import projected, svd_factors
 from nola_vision.adapters.target import Change, LowRank, Target
 from nola_vision.common.errors import NolaVisionError
 
@@ -88,7 +88,7 @@ class TinyLoRA(Adapter):
         from nola_vision.adapters.random_basis import Basis, basis_key
 
         keys = [basis_key(source.basis_seed, f"weight {target.name}", "R") for target in group.targets]
-        storage = loading_storage(len(keys) * self.num_basis * self.rank**2, _MEMORY_MIB)
+        storage = storage_by_size(len(keys) * self.num_basis * self.rank**2, _MEMORY_MIB)
         made: dict[str, Any] = {"basis": Basis(keys, self.num_basis, self.rank, self.rank, **storage)}
         for target, (a, b) in zip(group.targets, svd_factors(self, self.rank, group, source), strict=True):
             made |= {f"a {target.name}": a, f"b {target.name}": b}

@@ -28,10 +28,10 @@ class UniLoRA(Adapter):
         B = E_B                                     [r, o]
         E[p] = theta[h(p)] / sqrt(n_h(p))
 
-    p runs through the entries of E_A and E_B of all targets. The hash h gives each slot of theta equally many of them,
-    n_h, up to one: it sorts the entries by words of the counter-based generator (`random_basis.balanced_slots`). The
-    normaliser makes the projection from theta to the entries an isometry (the paper's section 3.3). `theta [d]`, one
-    vector for all targets, is all that is trained.
+    p runs through the entries of E_A and E_B of all targets. h(p) is the value of theta that entry p takes, and n_h(p)
+    the number of entries that take the same. These numbers differ by at most one: the hash h sorts the entries by words
+    of the counter-based generator (`random_basis.balanced_slots`). The normaliser makes the projection from theta to
+    the entries an isometry (the paper's section 3.3). `theta [d]`, one vector for all targets, is all that is trained.
 
     theta starts at zero. The fixed random A0 (NOLA's) makes training start at the pretrained model exactly with a
     gradient that is not zero: there, theta moves B through A0, and A only once B is not zero. The paper has no A0 and

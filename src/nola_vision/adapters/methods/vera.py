@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from nola_vision.adapters.methods.base import Adapter, Group, Source, by_shape, check_positive, refuse_head
 from nola_vision.adapters.methods.registry import register
-from nola_vision.adapters.target import Change, Target, low_rank_changes
+from nola_vision.adapters.target import Change, Dense, Target, low_rank_changes
 from nola_vision.common.errors import NolaVisionError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _START_OF_D = 0.1  # the paper's, and PEFT's `d_initial`
-_MOST_RANK = 4096  # four times the paper's largest; a file of this rank still costs less memory than its backbone
+_MOST_RANK = 4096  # four times the paper's largest
 
 
 @register
@@ -31,6 +31,9 @@ class VeRA(Adapter):
     smaller weight uses the first m rows of A and the first o columns of B, as in PEFT, scaled to the variances for its
     shape (Kaiming's, as in the paper). `d [layers, r]` and `b [layers, o]` are trained: r + o values per target. d
     starts at 0.1 and b at zero, so training starts at the pretrained model exactly.
+
+    A rank above m o / (m + o) makes the factors of a target larger than the target itself. Then they are multiplied,
+    one target after the other, so that changes never take more memory than the weights that they are added to.
 
     Args:
         targets: names of the adapted weights; not `head`, whose logits would each have one fixed random direction.
@@ -80,5 +83,12 @@ class VeRA(Adapter):
     def changes(
         self, group: Group, trained: Mapping[str, Tensor], fixed: Mapping[str, Any], wanted: Container[Target]
     ) -> dict[str, Change]:
-        d, b = trained["d"].unsqueeze(-2), trained["b"].unsqueeze(-2)
-        return low_rank_changes(group.targets, fixed["a"] * d, fixed["b"] * b, self.c, wanted)
+        a, b, first = fixed["a"], fixed["b"], group.targets[0]
+        d, scales = trained["d"].unsqueeze(-2), trained["b"].unsqueeze(-2)
+        if self.rank * (first.inputs + first.outputs) <= first.size:
+            return low_rank_changes(group.targets, a * d, b * scales, self.c, wanted)
+        return {
+            target.name: Dense(target.product(a * d[:, place], b * scales[:, place], self.c))
+            for place, target in enumerate(group.targets)
+            if target in wanted
+        }

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import read_file
+from nola_vision.common.validation import quoted
 from nola_vision.data.datasets.base import MOST_LIST_BYTES, DatasetEntry, Split, data_root
 from nola_vision.data.datasets.list_file import Listed, parse_list
 from nola_vision.data.sampling import Indices
@@ -79,6 +80,10 @@ class Vtab(DatasetEntry):
         """The images of `val200.txt`."""
         return np.arange(_TRAIN["train800"], len(np.asarray(labels)), dtype=np.int64)
 
+    def own_content(self, root: str | None) -> bytes:
+        """The three lists that are read."""
+        return b"\0".join(self._content(root, name) for name in (*_TRAIN, "test"))
+
     def _folder(self, root: str | None) -> Path:
         """The task's folder, in `vtab-1k` under the root or directly under it."""
         outer = data_root(root)
@@ -91,20 +96,25 @@ class Vtab(DatasetEntry):
     def _listed(self, root: str | None, name: str) -> tuple[Listed, ...]:
         """The lines of a list, `images/<list>/<number>.jpg <label>`."""
         file, count = self._file(root, name), len(class_names()[self.task])
-        try:
-            rows = parse_list(read_file(file, MOST_LIST_BYTES), str(file))
-        except OSError as error:
-            reason = f"{file}: {error.strerror}" if file.parent.is_dir() else f"there is no folder {self.task}"
-            raise self.missing(f"VTAB-1k's {self.task}", data_root(root), reason) from error
+        rows = parse_list(self._content(root, name), str(file))
         for row in rows:
-            if not row.label.isdecimal() or int(row.label) >= count:
+            # Python refuses to read more than 4,300 digits
+            if not row.label.isdecimal() or len(row.label) > 9 or int(row.label) >= count:
                 raise NolaVisionError(
-                    f"line {row.line} of {file} has label {row.label!r}, but {self.task} has the labels 0 to "
+                    f"line {row.line} of {file} has label {quoted(row.label)}, but {self.task} has the labels 0 to "
                     f"{count - 1}: get the list again"
                 )
         if len(rows) != (wanted := _TRAIN.get(name, len(rows))):
             raise NolaVisionError(f"{file} lists {len(rows)} images instead of {wanted}: get the list again")
         return rows
+
+    def _content(self, root: str | None, name: str) -> bytes:
+        file = self._file(root, name)
+        try:
+            return read_file(file, MOST_LIST_BYTES)
+        except OSError as error:
+            reason = f"{file}: {error.strerror}" if file.parent.is_dir() else f"there is no folder {self.task}"
+            raise self.missing(f"VTAB-1k's {self.task}", data_root(root), reason) from error
 
     def _source(self, root: str | None, rows: Sequence[Listed]) -> FileSource:
         folder = self._folder(root)

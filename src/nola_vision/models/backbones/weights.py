@@ -38,6 +38,22 @@ def weights_file(spec: BackboneSpec) -> Path | None:
     return Path(cfg.file) if cfg.file else _downloaded(cfg)
 
 
+def possible_file_names(spec: BackboneSpec) -> list[str]:
+    """The names that the file of a pretrained backbone's weights may have, whether it is on this machine or not.
+
+    Raises:
+        NolaVisionError: as `weights_file`.
+    """
+    if spec.file is not None:
+        return [weights_in(Path(spec.file)).name]
+    cfg = resolve(spec).cfg
+    if cfg.file:
+        return [Path(cfg.file).name]
+    if cfg.hf_hub_id:
+        return _hub_files(cfg)
+    return [_name_at(cfg)] if cfg.url else []
+
+
 def repository(spec: BackboneSpec) -> str | None:
     """The hub repository of a backbone's weights; None for a local file and for weights in the package."""
     if spec.file is not None or not (name := resolve(spec).cfg.hf_hub_id) or resolve(spec).cfg.file:
@@ -122,9 +138,13 @@ def _downloaded(cfg: PretrainedCfg) -> Path | None:
         return next((Path(path) for path in found if isinstance(path, str)), None)
     if not cfg.url:
         return None
-    file = os.path.basename(cfg.url) if isinstance(cfg.url, str) else cfg.url[1]
-    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    path = Path(torch.hub.get_dir(), "checkpoints", _name_at(cfg))
     return path if path.is_file() else None
+
+
+def _name_at(cfg: PretrainedCfg) -> str:
+    """The name of the file that a config's `url` gives."""
+    return os.path.basename(cfg.url) if isinstance(cfg.url, str) else str(cfg.url[1])  # type: ignore[index]
 
 
 def _size_on_hub(spec: BackboneSpec, cfg: PretrainedCfg) -> int | None:

@@ -6,6 +6,7 @@ Axes and ticks are lines and texts on the figure: matplotlib's own take most of 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.scale import LogTransform
@@ -21,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Bbox, IdentityTransform, Transform, blended_transform_factory
 
 from nola_vision.common.text import printable
-from nola_vision.reports.charts.labels import spread, text_width
+from nola_vision.reports.charts.labels import along, place_at_points, spread, text_width
 from nola_vision.reports.charts.looks import CSS_COLOURS, GRID, INK, MUTED, PAPER, Look
 from nola_vision.reports.charts.svg import inline_svg
 
@@ -34,6 +36,8 @@ MARKED = 12  # of a label with a marker, for it
 _MARGIN = 12  # of a PNG file
 MOST_LABELS = 14  # as many as fit under each other
 _MOST_PIXELS = 20_000  # of a side of a plot of many entries
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,38 @@ class Panel:
                 self.figure.add_artist(Line2D(*place, color=look.colour, marker=look.marker, markersize=6))
                 left += MARKED
             self.write(left, height, look.name, look.colour, bold=look.strong)
+
+    def label_points(
+        self,
+        labelled: Sequence[tuple[Point, Look]],
+        markers: Sequence[Point],
+        lines: Iterable[Sequence[Point]],
+        right: float,
+    ) -> None:
+        """Writes labels next to points, where there is room. All points are in data units.
+
+        Args:
+            labelled: the points, each with the look that names it, the most important first.
+            markers: what labels do not cover.
+            lines: by their corners; labels do not cover them if possible.
+            right: edge of the area for labels, in points.
+        """
+        if not labelled:
+            return
+        places = self.points([point for point, _ in labelled])
+        drawn = [pair for corners in lines if corners for pair in itertools.pairwise(self.points(corners))]
+        labels = place_at_points(
+            places,
+            [(name_width(look), LINE - 1) for _, look in labelled],
+            hidden=np.array([(x - 5, y - 5, x + 5, y + 5) for x, y in self.points(markers)]),
+            crossed=np.concatenate([along(*pair) for pair in drawn] or [np.empty((0, 4))]),
+            area=(LEFT - 4, BOTTOM + 1, right, HEIGHT - TOP + 8),
+        )
+        for place, (_, look), label in zip(places, labelled, labels, strict=True):
+            if label is not None:
+                if label.distance > 12:
+                    self.connect(place, label.near)
+                self.write(label.left, label.middle, look.name, look.colour, bold=look.strong)
 
 
 @contextmanager

@@ -5,24 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from nola_vision.reports.charts.drawing import (
-    BOTTOM,
-    HEIGHT,
     LEFT,
-    LINE,
     MARKED,
     MOST_LABELS,
-    TOP,
     WIDTH,
     Chart,
     Panel,
+    Point,
     axis_range,
     label_margin,
-    name_width,
 )
-from nola_vision.reports.charts.labels import along, place_at_points
 from nola_vision.reports.charts.looks import INK, MUTED, Look
 from nola_vision.reports.charts.pareto import pareto_front, size_ticks
 from nola_vision.reports.entries import Entry, any_frozen, of_method
@@ -31,8 +24,6 @@ from nola_vision.reports.statistics import split_interval
 from nola_vision.runs.budget_names import split_budget
 
 _ROOM = 10**0.1  # factor between the smallest or largest file and the end of the axis
-
-Point = tuple[float, float]  # bytes of the file, mean accuracy in per cent
 
 
 def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart | None:
@@ -100,7 +91,8 @@ def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
     crossed = [[(size, mean) for size in sizes] for mean in (item.mean or 0.0 for item, _ in lines)]
     crossed.append([*zip(xs, ys, strict=True)])
     crossed += [[(_point(entry)[0], end) for end in bars.get(entry.summary.label, ())] for entry in sized]
-    _label_points(panel, small, [list(map(_point, points)) for points in methods.values()], crossed)
+    crossed += (drawn := [list(map(_point, points)) for points in methods.values()])
+    panel.label_points(small, [*itertools.chain(*drawn)], crossed, panel.right)
     parts = []
     for method, points in methods.items():
         shown = [f"{mean:.1f} % at {bytes_text(int(size))}" for size, mean in map(_point, points)]
@@ -113,37 +105,6 @@ def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
     return Chart.of_entries("pareto", "Top-1 accuracy at equal sizes of the adapter file", parts, keys, panel.figure)
 
 
-def _label_points(
-    panel: Panel,
-    ends: Sequence[tuple[Point, Look]],
-    methods: Sequence[Sequence[Point]],
-    lines: Sequence[Sequence[Point]],
-) -> None:
-    """Writes the labels of methods without large files next to their last points.
-
-    Args:
-        panel: of the chart.
-        ends: the last point and the look of each of these methods.
-        methods: the points of every method, which labels do not cover; nor do they the lines between them, if possible.
-        lines: other lines, by their ends.
-    """
-    if not ends:
-        return
-    marked, others = ([panel.points(points) for points in group if points] for group in (methods, lines))
-    drawn = [pair for points in (*marked, *others) for pair in itertools.pairwise(points)]
-    labels = place_at_points(
-        panel.points([point for point, _ in ends]),
-        [(name_width(look), LINE - 1) for _, look in ends],
-        hidden=np.array([(x - 5, y - 5, x + 5, y + 5) for points in marked for x, y in points]),
-        crossed=np.concatenate([along(*pair) for pair in drawn] or [np.empty((0, 4))]),
-        area=(LEFT - 4, BOTTOM + 1, panel.right, HEIGHT - TOP + 8),
-    )
-    for (point, look), label in zip(ends, labels, strict=True):
-        if label is not None:
-            if label.distance > 12:
-                panel.connect(panel.points([point])[0], label.near)
-            panel.write(label.left, label.middle, look.name, look.colour, bold=look.strong)
-
-
 def _point(entry: Entry) -> Point:
+    """Bytes of the file, and mean accuracy in per cent."""
     return float(entry.summary.adapter_file_bytes or 0), entry.summary.mean or 0.0

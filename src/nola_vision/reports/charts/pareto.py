@@ -7,23 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from nola_vision.reports.charts.drawing import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    LINE,
-    MOST_LABELS,
-    TOP,
-    WIDTH,
-    Chart,
-    Panel,
-    axis_range,
-    label_margin,
-    name_width,
-)
-from nola_vision.reports.charts.labels import along, place_at_points
+from nola_vision.reports.charts.drawing import LEFT, MOST_LABELS, WIDTH, Chart, Panel, axis_range, label_margin
 from nola_vision.reports.charts.looks import MUTED, PAPER, Look
 from nola_vision.reports.entries import Entry, Summary, any_frozen, kind
 from nola_vision.reports.formatting import bytes_text
@@ -118,7 +102,15 @@ def pareto_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
             markeredgewidth=1.5,
             label=mark.label,
         )
-    _label_points(panel, [*own, *papers], means, path)
+    marks = [*own, *papers]
+    drawn = [path, *([(sizes[0], mean), (sizes[1], mean)] for mean in means)]
+    drawn += ([(mark.size, end) for end in mark.bar] for mark in marks)
+    panel.label_points(
+        [((mark.size, mark.mean), mark.look._replace(name=mark.text)) for mark in marks[:_MOST_MARKS]],
+        [(mark.size, mark.mean) for mark in marks],
+        drawn,
+        panel.right if lines else WIDTH - 2,
+    )
     panel.label_ends([(sizes[1], mean, look) for _, mean, look in lines[:MOST_LABELS]])
 
     parts = []
@@ -132,37 +124,6 @@ def pareto_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
         ("hollow markers: the paper's accuracy, at the size of our file", bool(papers)),
     ]
     return Chart.of_entries("pareto", "Top-1 accuracy over the size of the adapter file", parts, keys, panel.figure)
-
-
-def _label_points(
-    panel: Panel, marks: Sequence[_Mark], lines: Sequence[float], path: Sequence[tuple[float, float]]
-) -> None:
-    """Writes the labels of a Pareto chart next to its markers.
-
-    Args:
-        panel: of the chart.
-        marks: the most important first; the first 24 get a label.
-        lines: heights of the horizontal lines.
-        path: the line of the Pareto front.
-    """
-    left, right = panel.xs
-    places = panel.points([(mark.size, mark.mean) for mark in marks])
-    drawn = [*itertools.pairwise(path), *(((left, mean), (right, mean)) for mean in lines)]
-    drawn += [((mark.size, mark.bar[0]), (mark.size, mark.bar[1])) for mark in marks]
-    crossed = [along(start, end) for start, end in map(panel.points, drawn)]
-    widths = [name_width(mark.look._replace(name=mark.text)) for mark in marks[:_MOST_MARKS]]
-    labels = place_at_points(
-        places[:_MOST_MARKS],
-        [(width, LINE - 1) for width in widths],
-        hidden=np.array([(x - 5, y - 5, x + 5, y + 5) for x, y in places]),
-        crossed=np.concatenate(crossed),
-        area=(LEFT - 4, BOTTOM + 1, panel.right if lines else WIDTH - 2, HEIGHT - TOP + 8),
-    )
-    for mark, place, label in zip(marks, places, labels, strict=False):
-        if label is not None:
-            if label.distance > 12:
-                panel.connect(place, label.near)
-            panel.write(label.left, label.middle, mark.text, mark.look.colour, bold=mark.look.strong)
 
 
 def _bar(item: Summary) -> tuple[float, float]:
