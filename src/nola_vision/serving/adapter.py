@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from nola_vision.adapters.serialization import AdapterFile, open_adapter
 from nola_vision.adapters.stored import Stored
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.files import need_adapter_file
+from nola_vision.common.files import why_not_a_file
 from nola_vision.common.hashing import sha256
 from nola_vision.common.local_files import read_file
 from nola_vision.images.input_config import InputConfig
@@ -77,23 +78,30 @@ def _transform(config: InputConfig) -> Transform:
     return eval_transform(config)
 
 
-def read_packed(path: Path) -> tuple[AdapterFile, str, int]:
+def read_packed(path: Path, shown: Path) -> tuple[AdapterFile, str, int]:
     """An adapter file, its digest and its size, in memory: what happens to the file later has no effect.
 
     The copy is what is checked and used: memory that is mapped to a file ends the process when somebody truncates it.
 
+    Args:
+        path: of the file.
+        shown: what messages call it.
+
     Raises:
         NolaVisionError: as `open_adapter`; or the file is larger than a bank takes.
     """
-    need_adapter_file(path)
+    if not os.path.isfile(path):
+        raise NolaVisionError(
+            f"the adapter file {shown} {why_not_a_file(path)}: give the path of a file that `fit` wrote"
+        )
     try:
         content = read_file(path, MOST_BYTES)
     except OSError as error:
-        raise NolaVisionError(f"the adapter file {path} cannot be read ({error.strerror}): check it") from error
+        raise NolaVisionError(f"the adapter file {shown} cannot be read ({error.strerror}): check it") from error
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "adapter.safetensors"
         copy.write_bytes(content)
-        file = open_adapter(copy, shown=path)
+        file = open_adapter(copy, shown=shown)
         file.tensors()  # levels that do not exist, and numbers that are not finite, are refused here
         stored = {name: dataclasses.replace(one, data=one.data.clone()) for name, one in file.stored.items()}
     return dataclasses.replace(file, stored=stored), sha256(content), len(content)

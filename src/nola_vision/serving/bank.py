@@ -209,7 +209,8 @@ class AdapterBank:
                     raise NolaVisionError(entry.error)
                 if entry.adapter is None:
                     try:
-                        entry.adapter = self._shared.read(entry.path, name)
+                        # clients of a service see the message, and not the folder
+                        entry.adapter = self._shared.read(entry.path, name, shown=Path(entry.path.name))
                     except NolaVisionError as error:
                         entry.error = str(error)
                         raise
@@ -223,9 +224,9 @@ class AdapterBank:
         """
         return _info(name, self._entry(name))
 
-    def check(self, path: str | Path) -> None:
-        """Raises what `load_adapter` raises, and keeps nothing."""
-        self._shared.read(Path(path), "")
+    def check(self, path: str | Path, shown: Path | None = None) -> None:
+        """Raises what `load_adapter` raises, and keeps nothing. Messages call the file `shown`."""
+        self._shared.read(Path(path), "", shown=shown)
 
     def cache_counts(self) -> tuple[int, int]:
         """How many adapters of all passes had their factors in the cache, and for how many these were made."""

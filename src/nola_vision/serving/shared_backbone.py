@@ -96,13 +96,15 @@ class SharedBackbone:
 
     # --- files ---------------------------------------------------------------------------------------------------
 
-    def read(self, path: Path, name: str) -> ServedAdapter:
+    def read(self, path: Path, name: str, shown: Path | None = None) -> ServedAdapter:
         """An adapter from its file, checked against this backbone.
 
         Raises:
             NolaVisionError: as `AdapterBank.load_adapter`.
         """
-        file, digest, size = read_packed(path)
+        shown = shown or path
+        file, digest, size = read_packed(path, shown)
+        path = shown  # below, only messages name it
         header = parse_header(file.metadata, path)
         self._check_backbone(header, path)
         metadata = header.metadata
