@@ -513,9 +513,11 @@ def until(true: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("ahead", [b"", b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 def test_images_of_a_client_that_left_are_counted_until_they_are_not_in_memory(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    served: Served, monkeypatch: pytest.MonkeyPatch, ahead: bytes
 ) -> None:
+    """Also those of a client that has sent another request ahead."""
     free, decoded = threading.Event(), []
     decode = service.decode
 
@@ -529,7 +531,7 @@ def test_images_of_a_client_that_left_are_counted_until_they_are_not_in_memory(
     assert (own._images._held, own.held._held) == (0, 0)
     body = json.dumps(infer(*[png(1)] * 3)).encode()
     with socket.create_connection(served.address) as connection:
-        connection.sendall(head("/v2/models/birds/infer", f"Content-Length: {len(body)}") + body)
+        connection.sendall(head("/v2/models/birds/infer", f"Content-Length: {len(body)}") + body + ahead)
         until(lambda: decoded)
     time.sleep(0.1)  # the service sees that the connection is closed
     assert (own._images._held, own.held._held) == (3, len(body))

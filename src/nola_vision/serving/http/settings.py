@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.validation import check_counts, check_types, quoted
+from nola_vision.common.validation import check_types, quoted
 
 KEY_VARIABLE = "NOLA_VISION_API_KEY"
 
@@ -56,8 +56,9 @@ class Settings:
         elif self.allow_changes:
             raise NolaVisionError("allow_changes needs an API key: give api_key")
         check_types(self)
-        counts = ("max_batch_size", "body_bytes", "held_bytes", "pixels", "request_images", "waiting_images")
-        check_counts(**{name: getattr(self, name) for name in counts})
+        for name in ("max_batch_size", "body_bytes", "held_bytes", "pixels", "request_images", "waiting_images"):
+            if getattr(self, name) < 1:
+                raise NolaVisionError(f"{name} is {getattr(self, name)}: it must be 1 or more")
         for name in ("body_seconds", "idle_seconds", "answer_seconds"):
             if not (0 < getattr(self, name) < math.inf):
                 raise NolaVisionError(f"{name} is {quoted(getattr(self, name))}: it must be greater than 0")

@@ -85,4 +85,4 @@ async def delete(request: Request, adapter: str) -> JSON:
     """Deletes an adapter's file. Requests that have begun are answered."""
     service = service_of(request)
     await service.files.call(service.folder.remove, adapter)
-    return JSON(AdapterChange(id=adapter, deleted=True).model_dump())
+    return JSON(AdapterChange(id=adapter, deleted=True).model_dump(exclude_none=True))
