@@ -1,9 +1,11 @@
 """Sends hostile requests to `nola-vision serve`, with good ones in between: `python scripts/hostile_requests.py`.
 
 Nine of ten requests are hostile: damaged and polyglot images, decompression bombs, wrong JSON, huge headers, names that
-try to leave the folder, slow and cut bodies, ambiguous HTTP, requests of foreign pages. The others are good, and their
-answers are compared with those of an `AdapterBank` in this process. The exit status is 1 if an answer is 5xx but not
-503, if a good request is not answered as the bank answers it, or if the service ends.
+try to leave the folder, slow and cut bodies, endless trailers, answers that are not read, ambiguous HTTP, requests of
+foreign pages. The others are good, and their answers are compared with those of an `AdapterBank` in this process.
+
+The exit status is 1 if an answer is 5xx but not 503, if there is none, if a good request is not answered as the bank
+answers it, if the service ends, or if it has more than 256 MiB more memory at the end than at the 1,000th request.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ METHODS = {
     "linear": LinearProbe(head_bits=4),
 }
 LARGE = 7000  # a side, so that an image is just within the limit of 50 million pixels
-ANSWER_SECONDS = 90.0
+ANSWER_SECONDS = 90.0  # more than the service lets a request wait
+EARLY = 1000  # requests, after which all code paths have been taken and the caches are full
+MOST_GROWTH = 256.0  # MiB from then to the end
+MOST_AT_ONCE = 2**14  # bytes; if a longer request is refused before it is read, TCP may lose the answer
 
 
 class Request(NamedTuple):
@@ -157,11 +162,15 @@ class Maker:
             return self.good_request()
         if share < 0.103:
             return Request("large", [(http(body=self.draw.choice(self.large)), 0)])
-        if share < 0.108:
+        if share < 0.105:  # the client leaves while its image is decoded
+            return Request("left", [(http(body=self.draw.choice(self.large)), 0.3)], waits=False)
+        if share < 0.110:
             return self.slow()
+        if share < 0.113:
+            return Request("unread", [(http("/openapi.json", method="GET") * 200, 3.0)], waits=False)
         make = self.draw.choice(
             [self.damaged, self.damaged, self.polyglot, self.bomb, self.json, self.json, self.headers, self.name,
-             self.name, self.cut, self.ambiguous, self.method, self.foreign, self.pipelined]
+             self.name, self.cut, self.ambiguous, self.trailers, self.method, self.foreign, self.pipelined]
         )  # fmt: skip
         return make()
 
@@ -245,6 +254,9 @@ class Maker:
                 json.dumps({"inputs": [{**tensor, "shape": [65], "data": [text[:40]] * 65}]}).encode(),
                 json.dumps({"inputs": [{**tensor, "shape": [3], "data": [text, "AAAA", text]}]}).encode(),
                 json.dumps({"inputs": [{**tensor, "data": [[[["x"]]]]}]}).encode(),
+                json.dumps(
+                    {"inputs": [tensor], "outputs": [{"name": "score"}] * self.draw.choice([2, 16, 17, 4_900])}
+                ).encode(),
                 json.dumps(
                     {"inputs": [tensor], "outputs": [{"name": self.draw.choice(["", "x" * 10_000, "\x00"])}]}
                 ).encode(),
@@ -338,6 +350,19 @@ class Maker:
         )
         return Request("ambiguous HTTP", [(sent, 0)])
 
+    def trailers(self) -> Request:
+        body = self.good[0]
+        start = http(content_length="", transfer_encoding="chunked") + b"%x\r\n%b\r\n0\r\n" % (len(body), body)
+        sent = self.draw.choice(
+            [
+                start + b"host: evil.example\r\nauthorization: Bearer x\r\n\r\n",
+                start + b"x: y\r\n" * self.draw.choice([1_000, 100_000]) + b"\r\n",
+                start + b"x: " + b"y" * self.draw.choice([1_000, 1_000_000]) + b"\r\n\r\n",
+                start + b"x: y\r\n" * 100_000,
+            ]
+        )
+        return Request("trailers", [(sent, 0)])
+
     def method(self) -> Request:
         method = self.draw.choice(["HEAD", "OPTIONS", "TRACE", "PATCH", "PUT", "DELETE", "PROPFIND", "get", "PURGE"])
         path = self.draw.choice(
@@ -373,9 +398,7 @@ async def ask(host: str, port: int, request: Request) -> tuple[int, bytes]:
                 await asyncio.sleep(pause)
         if not request.waits:
             return 0, b""
-        # some of these requests have an end that the service cannot see
-        seconds = ANSWER_SECONDS if request.kind in ("good", "large", "slow body") else 15.0
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(ANSWER_SECONDS):
             head = await reader.readuntil(b"\r\n\r\n")
             lines = head.decode("latin-1").lower().split("\r\n")
             lengths = [int(line.partition(":")[2]) for line in lines if line.startswith("content-length:")]
@@ -410,18 +433,24 @@ def mib(pid: int | None, field: str = "VmRSS") -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), float("nan"))
 
 
-async def send_all(host: str, port: int, maker: Maker, count: int, clients: int, pid: int | None) -> bool:
-    """Sends the requests of some clients at a time and prints what came back. Returns whether all of it is right."""
+async def send_all(host: str, port: int, maker: Maker, count: int, clients: int, pid: int | None) -> tuple[bool, float]:
+    """Sends the requests of some clients at a time and prints what came back.
+
+    Returns:
+        Whether all of it is right, and the service's memory at request `EARLY`, MiB; not a number if it is unknown.
+    """
     statuses: dict[str, Counter[int]] = {}
     seconds: list[float] = []
     wrong: list[str] = []
-    sent, start = 0, time.monotonic()
+    sent, early, start = 0, float("nan"), time.monotonic()
 
     async def client() -> None:
-        nonlocal sent
+        nonlocal sent, early
         while sent < count:
             request = maker.next()
             sent += 1
+            if sent == EARLY:
+                early = mib(pid)
             if sent % 1000 == 0:
                 elapsed = time.monotonic() - start
                 print(
@@ -436,6 +465,9 @@ async def send_all(host: str, port: int, maker: Maker, count: int, clients: int,
             statuses.setdefault(request.kind, Counter())[status] += 1
             if status >= 500 and status != 503:
                 wrong.append(f"{status} for {request.kind}: {request.parts[0][0][:200]!r}")
+            size = sum(len(part) for part, _ in request.parts)
+            if request.waits and (status < 0 or (status == 0 and size <= MOST_AT_ONCE)):
+                wrong.append(f"no answer for {request.kind}: {request.parts[0][0][:200]!r}")
             if request.kind == "good":
                 seconds.append(time.monotonic() - began)
                 if not is_right(request, status, body):
@@ -450,7 +482,7 @@ async def send_all(host: str, port: int, maker: Maker, count: int, clients: int,
     )
     for line in wrong[:20]:
         print("PROBLEM", line)
-    return not wrong
+    return not wrong, early
 
 
 def make_adapters(folder: Path) -> None:
@@ -484,7 +516,7 @@ def main() -> int:
         if options.url is not None:
             address = urlsplit(options.url)
             sent = send_all(address.hostname or "", address.port or 80, maker, options.requests, options.clients, None)
-            return 0 if asyncio.run(sent) else 1
+            return 0 if asyncio.run(sent)[0] else 1
         command = [sys.executable, "-m", "nola_vision.cli.main", "serve", f"--adapters={folder}", "--port=0"]
         environment = {name: value for name, value in os.environ.items() if name != "NOLA_VISION_API_KEY"}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -494,16 +526,20 @@ def main() -> int:
                 print(f"{line.strip()}; {mib(process.pid):.0f} MiB", flush=True)
                 address = urlsplit(line.split()[0])
                 assert address.hostname is not None and address.port is not None
-                right = asyncio.run(
+                right, early = asyncio.run(
                     send_all(address.hostname, address.port, maker, options.requests, options.clients, process.pid)
                 )
                 alive = process.poll() is None
                 time.sleep(2)
                 rest, most = mib(process.pid), mib(process.pid, "VmHWM")
-                print(f"at rest {rest:.0f} MiB, most {most:.0f} MiB; still there: {alive}")
+                grown = rest - early > MOST_GROWTH
+                print(
+                    f"at rest {rest:.0f} MiB ({early:.0f} at request {EARLY:,}{', PROBLEM: grown' if grown else ''}), "
+                    f"most {most:.0f} MiB; still there: {alive}"
+                )
             finally:
                 process.terminate()
-        return 0 if right and alive and process.returncode == 0 else 1
+        return 0 if right and alive and not grown and process.returncode == 0 else 1
 
 
 if __name__ == "__main__":

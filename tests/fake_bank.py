@@ -6,6 +6,7 @@ import hashlib
 import io
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,14 @@ class FakeAdapter:
     )
     bytes = property(lambda self: len(self.content))
 
-    def transform(self, image: Image.Image) -> torch.Tensor:
+    def transform(self, image: Any) -> torch.Tensor:
         assert image.mode == "RGB"
         small = np.asarray(image.resize((self.side, self.side)), np.float32) / 255
         return torch.from_numpy(small).permute(2, 0, 1)
 
     def predictions(self, logits: torch.Tensor, top_k: int) -> list[Prediction]:
         if not logits.isfinite().all():
-            raise NolaVisionError(f"/secret/{self.name}.safetensors: the logits are not finite")
+            raise NolaVisionError(f"the logits of {self.name} are not finite")
         return top_classes(logits.softmax(0), self.class_names, top_k)
 
 
@@ -73,7 +74,7 @@ class FakeBank:
     def __init__(self) -> None:
         self.paths: dict[str, tuple[Path, int]] = {}
         self.read: dict[str, FakeAdapter] = {}
-        self.scans, self.batches, self.seconds = 0, [], 0.0
+        self.scans, self.batches, self.seconds, self.counts = 0, [], 0.0, (0, 0)
         self.open = threading.Event()
         self.open.set()
 
@@ -88,9 +89,9 @@ class FakeBank:
         self.paths = found
         return sorted(found)
 
-    def check(self, path: Path) -> None:
-        if not path.read_bytes().startswith(GOOD):
-            raise NolaVisionError(f"{path} is damaged: get another file")
+    def check(self, path: str | Path, shown: Path | None = None) -> None:
+        if not Path(path).read_bytes().startswith(GOOD):
+            raise NolaVisionError(f"{shown or Path(path).name} is damaged: get another file")
 
     def adapters(self) -> list[AdapterInfo]:
         return [self.info(name) for name in sorted(self.paths)]
@@ -116,7 +117,7 @@ class FakeBank:
     def _unknown(self, name: str) -> UnknownAdapter:
         return UnknownAdapter(name, [*self.paths])
 
-    def logits(self, images: torch.Tensor, adapters: list[FakeAdapter]) -> list[torch.Tensor]:
+    def logits(self, images: torch.Tensor, adapters: Sequence[FakeAdapter]) -> list[torch.Tensor]:
         self.open.wait()
         time.sleep(self.seconds)
         self.batches.append([adapter.name for adapter in adapters])
@@ -131,4 +132,4 @@ class FakeBank:
         ]
 
     def cache_counts(self) -> tuple[int, int]:
-        return 30, 4
+        return self.counts

@@ -108,6 +108,13 @@ def metrics(client: httpx.Client) -> tuple[str, dict[str, float]]:
     return lines[0][1], {name: float(value) for name, _, value in lines}
 
 
+def images(client: httpx.Client) -> dict[str, float]:
+    """How many images each of the two replicas has computed."""
+    found: dict[str, dict[str, float]] = {}
+    wait_until(lambda: found.update([metrics(client)]) or len(found) == 2)
+    return {replica: one["nola_vision_batch_images_sum"] for replica, one in found.items()}
+
+
 def test_batches_of_two_nodes_mix_adapters_and_answer_as_the_bank_does(served: Served) -> None:
     assert len({one["node_id"] for one in replicas().values()}) == 2
     images = [png(seed) for seed in range(8)]
@@ -147,7 +154,13 @@ def test_refusals_are_those_of_one_service(served: Served) -> None:
 
 def test_every_replica_finds_a_new_file(served: Served) -> None:
     (served.folder / "new.safetensors").write_bytes((served.folder / "lora.safetensors").read_bytes())
-    assert {served.client.post("/models/new", content=png(0)).status_code for _ in range(20)} == {200}
+    before = images(served.client)
+
+    def both_answered() -> bool:
+        assert {served.client.post("/models/new", content=png(0)).status_code for _ in range(8)} == {200}
+        return all(count > before[replica] for replica, count in images(served.client).items())
+
+    wait_until(both_answered)
 
 
 def test_requests_go_on_while_a_killed_replica_is_replaced(served: Served) -> None:

@@ -127,3 +127,14 @@ def test_observed_are_waits_distinct_adapters_and_seconds() -> None:
     batcher.close()
     ((waited, distinct, seconds),) = observed
     assert len(waited) == 3 and 0.02 <= max(waited) < 1 and distinct == 2 and 0 <= seconds < 1
+
+
+def test_the_worker_survives_an_observer_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*values: Any) -> None:
+        raise ValueError("not counted")
+
+    batcher = Batcher(Sums(), 8, 0, fail)
+    assert [submit(batcher, number).result(5).item() for number in (1, 2)] == [2, 4]
+    assert batcher.alive
+    batcher.close()
+    assert not batcher.alive and "not counted" in caplog.text

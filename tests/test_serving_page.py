@@ -128,6 +128,15 @@ def test_search_among_many(show, served: Served) -> None:
     page.get_by_text("No adapter has this in its name.").wait_for()
 
 
+def test_a_folder_without_adapters(show, tmp_path: Path) -> None:
+    with serve(tmp_path / "adapters") as empty:
+        for file in empty.folder.iterdir():
+            file.unlink()
+        empty.app.state.service.folder._stale = True
+        page = show(empty)
+        page.get_by_text("The service has no adapters.").wait_for()
+
+
 def test_by_keyboard(show, served: Served) -> None:
     page = show(served)
     page.get_by_label("Search by name").focus()
@@ -159,12 +168,19 @@ def test_the_key_is_asked_for(show, with_key: Served) -> None:
     field.wait_for()
     field.fill("wrong")
     page.keyboard.press("Enter")
-    page.get_by_text("the request needs the API key").wait_for()
+    page.get_by_text("The service does not accept this key: enter another.").wait_for()
     field.fill(KEY)
     page.get_by_role("button", name="Use this key").click()
     page.get_by_label("birds").check()
     give(page, 10)
     assert cards(page) == {"birds": best("birds", 10)} and not field.is_visible()
+    page.evaluate("key = 'another'")  # as if the service had been started again with a new key
+    give(page, 200)
+    page.get_by_text("The service does not accept this API key.").wait_for()
+    field.fill(KEY)
+    page.keyboard.press("Enter")
+    page.get_by_role("row").first.wait_for()
+    assert cards(page) == {"birds": best("birds", 200)}
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
 
 

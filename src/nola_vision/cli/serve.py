@@ -43,7 +43,11 @@ def main(arguments: Sequence[str], verb: str) -> int:
         "--max-delay-ms", type=whole_number, default=5, metavar="MS", help="an image waits for others (default: 5)"
     )
     options.add_argument(
-        "--cache-mib", type=whole_number, default=512, metavar="MIB", help="memory for adapters in use (default: 512)"
+        "--cache-mib",
+        type=whole_number,
+        default=512,
+        metavar="MIB",
+        help="memory for adapters, their weight changes and bases (default: 512)",
     )
     options.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
     options.add_argument(
@@ -70,18 +74,15 @@ def main(arguments: Sequence[str], verb: str) -> int:
             import torch
             import uvicorn
 
-            from nola_vision.serving.bank import AdapterBank, backbone_of
-            from nola_vision.serving.http.app import create_app
+            from nola_vision.serving.http.app import load_app
             from nola_vision.serving.http.connections import LimitedConnection
-            from nola_vision.serving.http.images import limit_pillow
 
         device = known.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        bank = AdapterBank(backbone_of(folder, known.weights, known.backbone), device, known.cache_mib)
         settings = service_settings(known.max_batch_size, known.max_delay_ms, known.allow_changes)
-        limit_pillow(settings.pixels)
+        app, bank = load_app(folder, settings, known.backbone, known.weights, device, known.cache_mib)
         _log_to_stderr()
         config = uvicorn.Config(
-            create_app(bank, folder, settings),
+            app,
             http=LimitedConnection,
             ws="none",
             lifespan="on",

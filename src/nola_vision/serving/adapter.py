@@ -94,11 +94,15 @@ def transform_for(config: InputConfig) -> Transform:
     return eval_transform(config)
 
 
-def read_packed(path: Path) -> tuple[AdapterFile, str, int]:
+def read_packed(path: Path, shown: Path) -> tuple[AdapterFile, str, int]:
     """An adapter file, its digest and its size, in memory: what happens to the file later has no effect.
 
     The copy is what is checked and used: memory that is mapped to a file ends the process when somebody truncates it.
     No tensor is decoded.
+
+    Args:
+        path: of the file.
+        shown: what messages call it.
 
     Raises:
         UnreadableAdapter: there is no such file, it is larger than a bank takes, or reading it failed.
@@ -106,17 +110,17 @@ def read_packed(path: Path) -> tuple[AdapterFile, str, int]:
     """
     if not os.path.isfile(path):
         raise UnreadableAdapter(
-            f"the adapter file {path} {why_not_a_file(path)}: give the path of a file that `fit` wrote"
+            f"the adapter file {shown} {why_not_a_file(path)}: give the path of a file that `fit` wrote"
         )
     try:
         content = read_file(path, MOST_BYTES)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "adapter.safetensors"  # safetensors reads metadata from files only
             copy.write_bytes(content)
-            file = open_adapter(copy, shown=path)
+            file = open_adapter(copy, shown=shown)
             stored = {name: dataclasses.replace(one, data=one.data.clone()) for name, one in file.stored.items()}
     except OSError as error:
-        raise UnreadableAdapter(f"the adapter file {path} cannot be read ({error.strerror}): check it") from error
+        raise UnreadableAdapter(f"the adapter file {shown} cannot be read ({error.strerror}): check it") from error
     except NolaVisionError as error:
         if isinstance(error.__cause__, OSError):  # the copy could not be opened
             raise UnreadableAdapter(str(error)) from error

@@ -222,7 +222,8 @@ class AdapterBank:
             changed = max(entry.state[1:3]) if entry.state else 0
             entry.unsettled = changed > time.time_ns() - RACY_NS
             try:
-                read = self._shared.read(entry.path, name)
+                # clients of a service see the message, and not the folder
+                read = self._shared.read(entry.path, name, shown=Path(entry.path.name))
             except UnreadableAdapter:
                 raise
             except NolaVisionError as error:
@@ -245,9 +246,9 @@ class AdapterBank:
         classes = None if adapter is None else adapter.class_names
         return AdapterInfo(name, entry.size, entry.uses, entry.digest, entry.method, classes, entry.error)
 
-    def check(self, path: str | Path) -> None:
-        """Raises what `load_adapter` raises, and keeps nothing."""
-        self._shared.read(_path(path, "path"), "")
+    def check(self, path: str | Path, shown: Path | None = None) -> None:
+        """Raises what `load_adapter` raises, and keeps nothing. Messages call the file `shown`."""
+        self._shared.read(_path(path, "path"), "", shown)
 
     def cache_counts(self) -> tuple[int, int]:
         """How many adapters of all passes had their factors in the cache, and for how many these were made."""

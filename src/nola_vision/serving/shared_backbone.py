@@ -92,14 +92,21 @@ class SharedBackbone:
 
     # --- files ---------------------------------------------------------------------------------------------------
 
-    def read(self, path: Path, name: str) -> ServedAdapter:
+    def read(self, path: Path, name: str, shown: Path | None = None) -> ServedAdapter:
         """An adapter from its file, checked against this backbone. One tensor at a time is decoded, the last check.
+
+        Args:
+            path: of the file.
+            name: of the adapter.
+            shown: what messages call the file.
 
         Raises:
             UnreadableAdapter: the file could not be read.
             NolaVisionError: its content cannot be used, as for `AdapterBank.load_adapter`.
         """
-        file, digest, size = read_packed(path)
+        shown = shown or path
+        file, digest, size = read_packed(path, shown)
+        path = shown  # below, only messages name it
         header = parse_header(file.metadata, path)
         self._check_backbone(header, path)
         metadata = header.metadata

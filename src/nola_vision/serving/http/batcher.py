@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 
 class _Item(NamedTuple):
@@ -59,6 +62,11 @@ class Batcher:
             self._waiting.extend(items)
             self._changed.notify()
         return [item.result for item in items]
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a worker."""
+        return self._worker.is_alive()
 
     def close(self) -> None:
         """Returns when all that was submitted is computed. Nothing can be submitted afterwards."""
@@ -111,5 +119,8 @@ class Batcher:
             return
         for item, result in pairs:
             item.result.set_result(result)
-        waited = [start - item.since for item in items]
-        self._observe(waited, len({id(item.adapter) for item in items}), time.monotonic() - start)
+        try:
+            waited = [start - item.since for item in items]
+            self._observe(waited, len({id(item.adapter) for item in items}), time.monotonic() - start)
+        except Exception as error:  # the worker must go on; the results are there
+            _log.error("a batch was not counted", exc_info=error)

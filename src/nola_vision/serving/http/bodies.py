@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -21,8 +22,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 @asynccontextmanager
-async def body_of(request: Request, settings: Settings, held: Budget) -> AsyncIterator[bytearray]:
-    """Reads the body of a request, and holds it until the end of the block.
+async def body_of(request: Request, settings: Settings, held: Budget) -> AsyncIterator[io.BytesIO]:
+    """Reads the body of a request, and counts it as held until the end of the block. `getvalue` does not copy it.
 
     Raises:
         RequestError: 408: it comes too slowly. 413: it is too large, whatever its Content-Length. 415: it is
@@ -34,7 +35,7 @@ async def body_of(request: Request, settings: Settings, held: Budget) -> AsyncIt
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > settings.body_bytes:
         raise too_large
-    body, end, more = bytearray(), time.monotonic() + settings.body_seconds, True
+    body, size, end, more = io.BytesIO(), 0, time.monotonic() + settings.body_seconds, True
     try:
         while more:
             try:
@@ -45,14 +46,15 @@ async def body_of(request: Request, settings: Settings, held: Budget) -> AsyncIt
             if message["type"] == "http.disconnect":
                 raise gone()
             part = message.get("body", b"")
-            if len(body) + len(part) > settings.body_bytes:
+            if size + len(part) > settings.body_bytes:
                 raise too_large
             held.take(len(part))
-            body += part
+            size += len(part)
+            body.write(part)
             more = message.get("more_body", False)
         yield body
     finally:
-        held.give_back(len(body))
+        held.give_back(size)
 
 
 def gone() -> RequestError:
@@ -65,16 +67,18 @@ def content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def parse_json(body: bytes | bytearray, model: type[Model]) -> Model:
-    """A body as the message that it must be.
+def parse_json(body: io.BytesIO, model: type[Model]) -> Model:
+    """A body as the message that it must be. The body is closed: what the message has of it is in memory only once.
 
     Raises:
         RequestError: 422: it is not JSON, or another message.
     """
-    if sum(body.count(sign) for sign in (b"[", b"{", b",")) > _MOST_VALUES:
+    with body:
+        content = body.getvalue()
+    if sum(content.count(sign) for sign in (b"[", b"{", b",")) > _MOST_VALUES:
         raise RequestError(422, f"the JSON has more than {_MOST_VALUES:,} values")
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(content)
     except ValidationError as error:
         raise unprocessable(error.errors(include_url=False, include_context=False, include_input=False)) from None
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from starlette.responses import Response
-
-_FOLDERS = re.compile(r"""(?<![\w.:/\\-])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'"`,;:()]+[/\\])+""")
 
 
 class RequestError(Exception):
@@ -41,8 +38,3 @@ class JSON(Response):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, separators=(",", ":")).encode()
-
-
-def without_folders(message: str) -> str:
-    """A message in which absolute paths are only the name of their file: clients must not learn where files are."""
-    return _FOLDERS.sub("", message)

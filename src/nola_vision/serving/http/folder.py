@@ -11,16 +11,17 @@ import uuid
 from pathlib import Path
 
 from nola_vision.common.errors import NolaVisionError, one_line
-from nola_vision.common.files import write_whole
+from nola_vision.common.hashing import sha256
 from nola_vision.common.validation import quoted
-from nola_vision.serving.adapter import BASE, ServedAdapter
-from nola_vision.serving.bank import SUFFIX, AdapterBank, AdapterInfo, UnknownAdapter
-from nola_vision.serving.http.errors import RequestError, busy, without_folders
+from nola_vision.serving.adapter import BASE, UnreadableAdapter
+from nola_vision.serving.bank import SUFFIX, AdapterInfo, UnknownAdapter
+from nola_vision.serving.http.bank import Adapter, Bank
+from nola_vision.serving.http.errors import RequestError, busy
 
 _log = logging.getLogger(__name__)
 _SCAN_SECONDS = 1.0  # at least, between two scans of the folder
 _SCAN_SHARE = 50  # and this many times as long as a scan takes
-_TEMPORARY = re.compile(r"\.(?:\.[0-9a-f]{32}\.tmp\.)?[0-9a-f]{32}\.tmp")  # of `store` and `write_whole`
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")  # of `store`
 _LEFT_SECONDS = 3600.0  # a temporary file that is older was left by a service that was killed
 _NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -28,25 +29,33 @@ _NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class AdapterFolder:
     """The adapters of a folder in a bank. Any thread may use it; each method may read files.
 
-    The folder is scanned when a request comes and the last scan is a second ago, or when a name is not known and
-    the folder has changed. Without requests it is not looked at.
+    The folder is scanned when a request comes and the last scan is a second ago (fifty times the duration of a scan if
+    that is more), after a change by this service, or when a name is not known and the folder has changed. Without
+    requests it is not looked at.
 
     Args:
         bank: what the adapters are loaded into.
         path: of the folder.
+
+    Raises:
+        NolaVisionError: the folder does not exist or cannot be read.
     """
 
-    def __init__(self, bank: AdapterBank, path: Path) -> None:
+    def __init__(self, bank: Bank, path: Path) -> None:
         self.bank, self._path = bank, path
         self._scanning, self._changing = threading.Lock(), threading.Lock()
         self._next_scan, self._seen = 0.0, -1
+        self._stale = False  # this service changed a file since the last scan began
         self._scan()
 
     def refresh(self) -> None:
-        """Scans the folder if that is due and no other thread is doing it."""
-        if time.monotonic() >= self._next_scan and self._scanning.acquire(blocking=False):
+        """Scans the folder if that is due. If another thread is doing it, waits for it only after a change."""
+        if not self._stale and time.monotonic() < self._next_scan:
+            return
+        if self._scanning.acquire(blocking=self._stale):
             try:
-                self._scan()
+                if self._stale or time.monotonic() >= self._next_scan:
+                    self._rescan()
             finally:
                 self._scanning.release()
 
@@ -61,11 +70,11 @@ class AdapterFolder:
         except UnknownAdapter as error:
             raise _unknown(name, error) from error
 
-    def find(self, name: str) -> ServedAdapter:
+    def find(self, name: str) -> Adapter:
         """An adapter that was read, from its file if this is its first use.
 
         Raises:
-            RequestError: 404: there is no such adapter. 422: its file cannot be used.
+            RequestError: 404: there is no such adapter. 422: its file cannot be used. 503: it cannot be read now.
         """
         self.refresh()
         try:
@@ -75,15 +84,20 @@ class AdapterFolder:
                 with self._scanning:
                     if self._changed() == self._seen:
                         raise
-                    self._scan()
+                    self._rescan()
                 return self.bank.adapter(name)
         except UnknownAdapter as error:
             raise _unknown(name, error) from error
+        except UnreadableAdapter as error:
+            raise busy(str(error)) from error
         except NolaVisionError as error:
-            raise RequestError(422, without_folders(str(error))) from error
+            raise RequestError(422, str(error)) from error
 
-    def store(self, name: str, content: bytes | bytearray) -> bool:
-        """Writes an adapter file into the folder if the bank can use it. Returns whether the name is new.
+    def store(self, name: str, content: bytes) -> tuple[bool, str]:
+        """Writes an adapter file into the folder if the bank can use it. Requests that come afterwards find it.
+
+        Returns:
+            Whether the name is new, and the file's SHA-256.
 
         Raises:
             RequestError: 422: the name or the file cannot be used; the folder is as it was. 503: the folder cannot be
@@ -99,20 +113,26 @@ class AdapterFolder:
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # not a name of an adapter
         with self._changing:
             self._remove_left()
+            if path.is_dir():
+                raise RequestError(422, f"{path.name} is a folder: give the adapter another name")
             try:
-                write_whole(temporary, bytes(content))
-                self.bank.check(temporary)
+                with open(temporary, "xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self.bank.check(temporary, shown=Path(path.name))
                 new = not os.path.lexists(path)
                 os.replace(temporary, path)
+                self._stale = True
+            except UnreadableAdapter as error:
+                raise busy(str(error)) from error
             except NolaVisionError as error:
-                reason = without_folders(str(error)).replace(temporary.name, name)
-                raise RequestError(422, reason) from error
+                raise RequestError(422, str(error)) from error
             except OSError as error:
                 raise busy(f"the adapter cannot be stored ({error.strerror})") from error
             finally:
                 temporary.unlink(missing_ok=True)
-        self._scan_now()
-        return new
+        return new, sha256(content)
 
     def remove(self, name: str) -> None:
         """Deletes an adapter's file.
@@ -122,14 +142,15 @@ class AdapterFolder:
         """
         if name == BASE:
             raise RequestError(422, f"{BASE} is the backbone, which cannot be deleted")
-        self._scan_now()
+        self._stale = True  # the name may be that of a new file
+        self.refresh()
         self.info(name)
         with self._changing:
             try:
                 self._file(name).unlink(missing_ok=True)
             except OSError as error:
                 raise busy(f"the adapter cannot be deleted ({error.strerror})") from error
-        self._scan_now()
+            self._stale = True
 
     def _remove_left(self) -> None:
         """Removes temporary files of services that were killed while they stored an adapter."""
@@ -145,18 +166,21 @@ class AdapterFolder:
         assert path.parent == self._path and os.sep not in name
         return path
 
-    def _scan_now(self) -> None:
-        with self._scanning:
+    def _rescan(self) -> None:
+        """Scans; if that fails, what is known stays."""
+        try:
             self._scan()
+        except NolaVisionError as error:
+            _log.warning("%s", error)
 
     def _scan(self) -> None:
-        start, self._seen = time.monotonic(), self._changed()
+        start, self._stale = time.monotonic(), False
+        self._seen = self._changed()
         try:
             self.bank.load_folder(self._path)
-        except NolaVisionError as error:  # what is known stays
-            _log.warning("%s", error)
-        end = time.monotonic()
-        self._next_scan = end + max(_SCAN_SECONDS, _SCAN_SHARE * (end - start))
+        finally:
+            end = time.monotonic()
+            self._next_scan = end + max(_SCAN_SECONDS, _SCAN_SHARE * (end - start))
 
     def _changed(self) -> int:
         """When files were added to the folder, removed or replaced, by its own time of modification."""

@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-import binascii
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image
 
 from nola_vision.images.decoding import decode_image, decoding_error, stated_size, to_rgb
-from nola_vision.serving.http.errors import RequestError, without_folders
+from nola_vision.serving.http.errors import RequestError
 
 _MOST_RATIO = 50  # of the sides
-_LARGE = 4_000_000  # pixels
 
 
-def limit_pillow(most_pixels: int) -> None:
-    """Pillow's own limit, of this process: it holds for an image inside an image too, such as a PNG in an ICO."""
+@contextmanager
+def pillow_limit(most_pixels: int) -> Iterator[None]:
+    """Pillow's own limit, of this process, during the block.
+
+    It holds for an image inside an image too, such as a PNG in an ICO, whose size the outer header does not state.
+    """
+    before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = most_pixels // 2  # Pillow refuses twice as many
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
-def from_base64(text: str, name: str) -> bytes:
-    """The bytes of an image in base64.
+def pixels_of(content: bytes, most_pixels: int) -> int:
+    """How many pixels are in memory when an image is decoded, as its header shows; 0 if it is refused before.
 
     Args:
-        text: what the request has.
-        name: for messages: `of the request`, or `number 2`.
-
-    Raises:
-        RequestError: 422: it is not base64.
+        content: the bytes of the file.
+        most_pixels: larger images are refused.
     """
     try:
-        return binascii.a2b_base64(text.encode(), strict_mode=True)
-    except ValueError as error:  # binascii.Error, and surrogates
-        reason = f"the image {name} is not base64: encode the bytes of its file, without line breaks"
-        raise RequestError(422, reason) from error
-
-
-def is_large(content: bytes) -> bool:
-    """Whether decoding an image takes much memory, as its header shows. Not an image: False."""
-    try:
         kind, width, height = stated_size(content)
-    except Exception:  # Pillow raises many types
-        return False
-    return width * height > _LARGE or kind == "ICO"  # which has an image of another size inside
+    except Exception:  # Pillow raises many types; it is not an image
+        return 0
+    if kind == "ICO":  # which has an image of another size inside
+        return most_pixels
+    return width * height if width * height <= most_pixels else 0
 
 
 def return_memory() -> None:
@@ -58,6 +57,11 @@ def return_memory() -> None:
 def decode(content: bytes, name: str, most_pixels: int) -> Image.Image:
     """An image file as an upright image in mode RGB.
 
+    Args:
+        content: the bytes of the file.
+        name: for messages: `of the request`, or `number 2`.
+        most_pixels: larger images are refused.
+
     Raises:
         RequestError: 400: it is not an image. 413: it has too many pixels, or would have once its shorter side is
             resized to that of the backbone.
@@ -68,7 +72,7 @@ def decode(content: bytes, name: str, most_pixels: int) -> Image.Image:
         reason = f"the image {name} has more than {most_pixels:,} pixels: send a smaller one"
         raise RequestError(413, reason) from None
     except Exception as error:  # Pillow raises many types
-        raise RequestError(400, without_folders(str(decoding_error(name, error)))) from error
+        raise RequestError(400, str(decoding_error(name, error))) from error
     if max(image.size) > _MOST_RATIO * min(image.size):
         raise RequestError(413, f"the image {name} has a side of more than {_MOST_RATIO} times the other: crop it")
     return image

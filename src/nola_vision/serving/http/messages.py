@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import binascii
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 TopK = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1, description="the most probable classes; default 5")]
+
+
+def _from_base64(text: Any) -> bytes:
+    try:
+        return binascii.a2b_base64(text.encode(), strict_mode=True)
+    except (AttributeError, ValueError) as error:  # no text; binascii.Error, and surrogates
+        raise PydanticCustomError(
+            "base64", "it is not base64: encode the bytes of an image file, without line breaks"
+        ) from error
+
+
+# decoded as it is parsed, so that the text is not kept
+ImageFile = Annotated[
+    bytes, BeforeValidator(_from_base64), WithJsonSchema({"type": "string", "contentEncoding": "base64"})
+]
 
 
 class Parameters(BaseModel):
@@ -21,7 +38,7 @@ class ClassifyRequest(BaseModel):
     """An image with parameters."""
 
     model_config = ConfigDict(extra="forbid")
-    inputs: str = Field(description="an image file in base64")
+    inputs: ImageFile = Field(description="an image file in base64")
     parameters: Parameters = Parameters()
 
 
@@ -38,7 +55,7 @@ class InferInput(BaseModel):
     name: Literal["image"]
     datatype: Literal["BYTES"]
     shape: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=1, description="the number of images")
-    data: list[str] = Field(description="image files in base64")
+    data: list[ImageFile] = Field(description="image files in base64")
     parameters: dict[str, Any] = {}
 
 
@@ -60,7 +77,7 @@ class InferRequest(BaseModel):
 
     id: str | None = Field(None, max_length=1000)
     inputs: list[InferInput] = Field(min_length=1, max_length=1)
-    outputs: list[InferOutput] | None = None
+    outputs: list[InferOutput] | None = Field(None, max_length=16)
     parameters: InferParameters = InferParameters()
 
 
@@ -120,7 +137,7 @@ class Live(BaseModel):
 
 
 class Ready(BaseModel):
-    """The service is loaded."""
+    """The service is loaded, and can compute."""
 
     ready: bool
 
@@ -155,7 +172,7 @@ class ModelList(BaseModel):
     has_more: bool = Field(description="whether more follow: ask again with `after` set to the last id")
 
 
-class Stored(BaseModel):
+class AdapterChange(BaseModel):
     """What a change did."""
 
     id: str

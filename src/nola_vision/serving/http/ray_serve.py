@@ -71,17 +71,20 @@ def _app(arguments: Arguments) -> FastAPI:
     """
     import ray
 
-    from nola_vision.serving.bank import AdapterBank, backbone_of
-    from nola_vision.serving.http.app import create_app
-    from nola_vision.serving.http.images import limit_pillow
+    from nola_vision.serving.http.app import load_app
 
     settings = service_settings(arguments.max_batch_size, arguments.max_delay_ms)
     if settings.api_key is None:  # Ray's proxies may listen at any address
         raise NolaVisionError(f"this node has no API key: set {KEY_VARIABLE} on every node before `ray start`")
     device = "cuda" if ray.get_gpu_ids() else "cpu"  # of the deployment's num_gpus
-    bank = AdapterBank(
-        backbone_of(arguments.adapters, arguments.weights, arguments.backbone), device, arguments.cache_mib
-    )
-    limit_pillow(settings.pixels)
     replica = serve.get_replica_context().replica_id.unique_id
-    return create_app(bank, arguments.adapters, settings, {"replica": replica})
+    app, _ = load_app(
+        arguments.adapters,
+        settings,
+        arguments.backbone,
+        arguments.weights,
+        device,
+        arguments.cache_mib,
+        {"replica": replica},
+    )
+    return app

@@ -20,8 +20,11 @@ function make(tag, content = [], attributes = {}) {
 
 let key = ""; // the API key, in this page only
 let image = null; // the file or blob
-let page = { ids: [], total: 0 };
+let page = { ids: [], total: 0, text: "" };
 const chosen = new Map(); // name -> its answer: null while it is asked for
+
+/** A request without the service's key. */
+class Refused extends Error {}
 
 /** What a route answers. Throws an Error with the service's reason. */
 async function ask(path, options = {}) {
@@ -33,15 +36,21 @@ async function ask(path, options = {}) {
     throw new Error("The service does not answer. Is it still running?");
   }
   const answer = await response.json().catch(() => ({}));
-  if (response.status === 401) showKey();
+  if (response.status === 401) {
+    const given = "Authorization" in headers;
+    if (!given || headers.Authorization === `Bearer ${key}`) showKey(given); // else it is of a key before
+    throw new Refused(given ? "The service does not accept this API key." : "The service needs its API key.");
+  }
   if (!response.ok) throw new Error(answer.error ?? `HTTP status ${response.status}`);
   return answer;
 }
 
 // --- the API key
 
-function showKey() {
+function showKey(wrong) {
   if (!$("key").hidden) return;
+  $("key-text").setAttribute("aria-invalid", wrong);
+  $("key-note").textContent = wrong ? "The service does not accept this key: enter another." : "";
   $("key").hidden = false;
   $("key-text").focus();
 }
@@ -52,6 +61,7 @@ $("key").addEventListener("submit", (event) => {
   $("key-text").value = "";
   $("key").hidden = true;
   search();
+  for (const [id, result] of [...chosen]) if (result?.refused) answer(id);
 });
 
 // --- the list
@@ -66,7 +76,7 @@ async function search() {
     if (number !== latest) return;
     const adapters = found.data.filter((one) => one.id !== BASE);
     const hasBase = adapters.length < found.data.length;
-    page = { ids: adapters.slice(0, SHOWN).map((one) => one.id), total: found.total - (hasBase ? 1 : 0) };
+    page = { ids: adapters.slice(0, SHOWN).map((one) => one.id), total: found.total - (hasBase ? 1 : 0), text };
     if (found.data.length) $("backbone").textContent = `Backbone: ${printable(found.data[0].root)}`;
     showList();
   } catch (problem) {
@@ -75,9 +85,10 @@ async function search() {
 }
 
 function showList() {
-  const { ids, total } = page;
+  const { ids, total, text } = page;
   const of = total.toLocaleString("en");
   $("count").textContent =
+    total === 0 && text === "" ? "The service has no adapters." :
     total === 0 ? "No adapter has this in its name." :
     ids.length < total ? `The first ${ids.length} of ${of}: search for others.` :
     total === 1 ? "1 adapter" : `${of} adapters`;
@@ -149,7 +160,7 @@ async function answer(id) {
       method: "POST", body: asked, headers: { "Content-Type": "application/octet-stream" },
     }) };
   } catch (problem) {
-    result = { problem: problem.message };
+    result = { problem: problem.message, refused: problem instanceof Refused };
   }
   if (asked !== image || !chosen.has(id)) return; // another image since, or removed
   chosen.set(id, result);

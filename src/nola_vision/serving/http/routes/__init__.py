@@ -23,7 +23,7 @@ def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
         401: "the API key is missing or wrong",
         404: "unknown adapter",
         408: "the body came too slowly",
-        413: "too many bytes, pixels or images",
+        413: "too many bytes, pixels, images or results",
         415: "unsupported Content-Type",
         422: "the message, or the adapter's file, cannot be used",
         503: "too many requests: try again",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
+from torch import Tensor
 
 from nola_vision.serving.adapter import BASE
+from nola_vision.serving.http.bank import Adapter
 from nola_vision.serving.http.bodies import body_of, content_type, parse_json
 from nola_vision.serving.http.errors import JSON, RequestError
 from nola_vision.serving.http.messages import ClassifyRequest, Label, Parameters
 from nola_vision.serving.http.routes import failures, service_of
+from nola_vision.serving.http.service import predictions
 
 # the last is what curl states of whatever it sends
 _KINDS = ("", "application/octet-stream", "application/json", "application/x-www-form-urlencoded")
@@ -40,10 +43,15 @@ async def classify(request: Request, adapter: str) -> JSON:
             415, f"the Content-Type {kind[:100]!r} is not image/..., application/octet-stream or application/json"
         )
     async with body_of(request, service.settings, service.held) as body:
-        image, parameters = body, Parameters()
         if kind == "application/json":
-            message = await service.in_thread(parse_json, body, ClassifyRequest)
+            message = await service.decoders.call(parse_json, body, ClassifyRequest)
             image, parameters = message.inputs, message.parameters
-        served, (logits,) = await service.logits(request, adapter, [image])
-    best = service.predictions(served, logits, parameters.top_k)
-    return JSON([{"label": label, "score": score} for label, score in best])
+        else:
+            image, parameters = body.getvalue(), Parameters()
+        served, logits = await service.logits(request, adapter, [image])
+        return await service.answers.call(_answer, served, logits, parameters.top_k)
+
+
+def _answer(served: Adapter, logits: list[Tensor], top_k: int | None) -> JSON:
+    (best,) = predictions(served, logits, top_k)
+    return JSON([Label(label=label, score=score).model_dump() for label, score in best])
