@@ -12,6 +12,8 @@ from nola_vision.runs.config_files import load_shipped, shipped_files
 from nola_vision.runs.record import Row
 from nola_vision.runs.yaml_files import Config
 
+_OF_PROTOCOL = ("lr", "head_lr", "c", "start", "bits", "head_bits")
+
 
 def published_result(row: Row) -> Mapping[str, Any] | None:
     """What the paper prints for a run's entry: of the same name, class and settings, on the same pretrained weights.
@@ -24,7 +26,7 @@ def published_result(row: Row) -> Mapping[str, Any] | None:
     entry = shipped["methods"].get(row.method) if shipped else None
     if not shipped or not entry or backbone.get("base") != (shipped["model"]["backbone"].get("base") or "pretrained"):
         return None
-    asked = {key: value for key, value in (entry.get("init_args") or {}).items() if key not in ("lr", "c", "start")}
+    asked = {key: value for key, value in (entry.get("init_args") or {}).items() if key not in _OF_PROTOCOL}
     used = method.get("init_args") or {}
     if row.method_class != entry["class_path"] or any(used.get(key) != value for key, value in asked.items()):
         return None
