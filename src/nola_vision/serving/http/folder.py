@@ -89,6 +89,9 @@ class AdapterFolder:
         except UnknownAdapter as error:
             raise _unknown(name, error) from error
         except UnreadableAdapter as error:
+            self._stale = True
+            self.refresh()
+            self.info(name)  # the file may be gone
             raise busy(str(error)) from error
         except NolaVisionError as error:
             raise RequestError(422, str(error)) from error
