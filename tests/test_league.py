@@ -67,7 +67,11 @@ METHODS = [
     TinyLoRA(rank=64, bits=4), NOLA(bits=1), LoRA(bits=1), LoRAXS(bits=1), VeRA(bits=1), HashedNet(bits=1),
     PRANC(bits=1, storage="streamed"), UniLoRA(bits=1), FacT(bits=1), TinyLoRA(rank=64, bits=1),
 ]  # fmt: skip
-SMALL = {"UniLoRA-1bit": 2_500, "VeRA-1bit": 2_500, "TinyLoRA-1bit": 2_000}  # budgets, for methods whose largest file is below 9 KB
+SMALL = {"UniLoRA-1bit": 2_500, "VeRA-1bit": 2_500, "TinyLoRA-1bit": 2_000}  # the largest file is below 9 KB
+    "UniLoRA-1bit": 2_500,
+    "VeRA-1bit": 2_500,
+    "TinyLoRA-1bit": 2_000,
+}  # budgets, for methods whose largest file is below 9 KB
 
 
 def described(method: Method, spec: BackboneSpec = MINI) -> AdapterMetadata:
