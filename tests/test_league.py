@@ -68,10 +68,6 @@ METHODS = [
     PRANC(bits=1, storage="streamed"), UniLoRA(bits=1), FacT(bits=1), TinyLoRA(rank=64, bits=1),
 ]  # fmt: skip
 SMALL = {"UniLoRA-1bit": 2_500, "VeRA-1bit": 2_500, "TinyLoRA-1bit": 2_000}  # the largest file is below 9 KB
-    "UniLoRA-1bit": 2_500,
-    "VeRA-1bit": 2_500,
-    "TinyLoRA-1bit": 2_000,
-}  # budgets, for methods whose largest file is below 9 KB
 
 
 def described(method: Method, spec: BackboneSpec = MINI) -> AdapterMetadata:
