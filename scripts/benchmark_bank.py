@@ -277,7 +277,7 @@ def offline(ours: AdapterBank, load: list[str], images: list[Path]) -> None:
 
 
 def clients(port: int, load: list[str], images: list[Path]) -> list[float]:
-    """The seconds of each request, sent from a process of its own."""
+    """The seconds of each request, sent from a separate process."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as names:
         json.dump(load, names)
         names.flush()

@@ -2,7 +2,7 @@
 
     python scripts/serving_clients.py PORT NAMES.json IMAGE...
 
-`scripts/benchmark_bank.py serve` runs it in a process of its own, so it imports nothing but the standard library.
+`scripts/benchmark_bank.py serve` runs it in a separate process; it imports nothing but the standard library.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import base64
 import inspect
 import io
 import json
+import math
 import os
 import random
 import socket
@@ -31,6 +32,7 @@ from PIL import Image
 from fake_bank import GOOD, FakeAdapter, FakeBank, expected, png
 from nola_vision import load_adapter
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.serving.adapter import UnreadableAdapter
 from nola_vision.serving.bank import AdapterBank
 from nola_vision.serving.http import bank as interface
 from nola_vision.serving.http import connections, service
@@ -285,6 +287,22 @@ def test_the_folder_is_looked_at_when_asked_and_not_while_idle(served: Served) -
     time.sleep(1.1)
     assert served.client.post("/models/new%20one", content=png(1)).status_code == 404
     assert served.client.get("/v1/models").json()["total"] == 8
+
+
+def test_a_file_that_cannot_be_read_now_does_not_make_each_request_scan(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(name: str) -> FakeAdapter:
+        raise UnreadableAdapter("birds.safetensors cannot be read (Too many open files): check it")
+
+    assert served.client.post("/models/birds", content=png(1)).status_code == 200  # scans if that is due
+    scans = served.bank.scans
+    monkeypatch.setattr(served.bank, "adapter", unreadable)
+    monkeypatch.setattr(served.app.state.service.folder, "_next_scan", math.inf)
+    for _ in range(3):
+        answer = served.client.post("/models/birds", content=png(1))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert served.bank.scans == scans
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

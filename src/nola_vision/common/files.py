@@ -51,11 +51,11 @@ def why_not_a_file(path: str | Path) -> str:
     return "is not a regular file" if os.path.lexists(path) else "does not exist"
 
 
-def need_adapter_file(path: str | Path) -> None:
-    """Raises NolaVisionError unless `path` is a regular file, not a pipe or a device."""
+def need_adapter_file(path: str | Path, shown: str | Path | None = None) -> None:
+    """Raises NolaVisionError unless `path` is a regular file, not a pipe or a device. The message calls it `shown`."""
     if not os.path.isfile(path):
         raise NolaVisionError(
-            f"the adapter file {path} {why_not_a_file(path)}: give the path of a file that `fit` wrote"
+            f"the adapter file {shown or path} {why_not_a_file(path)}: give the path of a file that `fit` wrote"
         )
 
 

@@ -13,9 +13,14 @@ MOST_BUDGET = 10**9
 _NAME = re.compile(r"(.+)@([1-9][0-9]{0,8})(K?B)")
 
 
+def budget_text(budget: int) -> str:
+    """A budget in bytes as names and options have it: `2KB`, `2500B`. A KB has 1,000 bytes."""
+    return f"{budget // 1000}KB" if budget % 1000 == 0 else f"{budget}B"
+
+
 def with_budget(name: str, budget: int) -> str:
-    """The name of an entry at a budget in bytes: `nola@2KB`, `nola@2500B`. A KB has 1,000 bytes."""
-    return f"{name}@{budget // 1000}KB" if budget % 1000 == 0 else f"{name}@{budget}B"
+    """The name of an entry at a budget in bytes: `nola@2KB`."""
+    return f"{name}@{budget_text(budget)}"
 
 
 def split_budget(name: str) -> tuple[str, int | None]:

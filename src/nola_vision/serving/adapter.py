@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 from nola_vision.adapters.serialization import AdapterFile, open_adapter
 from nola_vision.adapters.stored import Stored
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.files import why_not_a_file
+from nola_vision.common.files import need_adapter_file
 from nola_vision.common.hashing import sha256
 from nola_vision.common.local_files import read_file
 from nola_vision.images.input_config import InputConfig
@@ -63,7 +62,7 @@ class ServedAdapter:
 
     @property
     def memory(self) -> int:
-        """Bytes that it takes."""
+        """Bytes of its tensors and class names."""
         tensors = sum(one.data.nbytes for one in self.stored.values())
         return tensors + sum(map(sys.getsizeof, self.class_names))
 
@@ -105,13 +104,13 @@ def read_packed(path: Path, shown: Path) -> tuple[AdapterFile, str, int]:
         shown: what messages call it.
 
     Raises:
-        UnreadableAdapter: there is no such file, it is larger than a bank takes, or reading it failed.
+        UnreadableAdapter: the file does not exist, is larger than a bank takes, or reading it failed.
         NolaVisionError: the content is not that of an adapter file, as `open_adapter` raises it.
     """
-    if not os.path.isfile(path):
-        raise UnreadableAdapter(
-            f"the adapter file {shown} {why_not_a_file(path)}: give the path of a file that `fit` wrote"
-        )
+    try:
+        need_adapter_file(path, shown)
+    except NolaVisionError as error:
+        raise UnreadableAdapter(str(error)) from error
     try:
         content = read_file(path, MOST_BYTES)
         with tempfile.TemporaryDirectory() as folder:

@@ -96,7 +96,7 @@ class AdapterBank:
     computed one after the other.
 
     Factors, bases and the adapters of a folder stay in memory within a number of bytes; those that were not used for
-    the longest time go first, and are read or made again at their next use.
+    the longest time go first, and are read or computed again at their next use.
 
     All methods may be called by several threads at a time.
 

@@ -118,7 +118,7 @@ class SharedBackbone:
         check_shapes(file, file_shapes(grouping.groups, len(metadata.class_names), self.width))
         for stored in file.stored:
             file.tensor(stored)  # levels that do not exist, and numbers that are not finite, are refused here
-        # a subclass states it itself
+        # not inherited: `fixed` of a subclass may draw what that of its base does not
         seeded = vars(type(metadata.method)).get("uses_basis_seed", True)
         seed = metadata.basis_seed if seeded else 0
         with self._lock:

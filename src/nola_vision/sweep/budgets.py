@@ -9,7 +9,7 @@ from typing import Any
 
 from nola_vision.common.errors import NolaVisionError, UnreachableBudgetError
 from nola_vision.runs import run_id
-from nola_vision.runs.budget_names import budgets_of, search_budgets, split_budget, with_budget
+from nola_vision.runs.budget_names import budget_text, budgets_of, search_budgets, split_budget, with_budget
 from nola_vision.runs.not_run import NotRun
 from nola_vision.sweep import plan
 
@@ -46,13 +46,14 @@ def expand(raw: Mapping[str, Any], methods: Sequence[str], budgets: Sequence[int
     had: set[int] = set()
     for method in methods:
         sizes = budgets_of(method, run_id.entry(raw, method))
-        had |= {*sizes, split_budget(method)[1] or 0}
+        own = split_budget(method)[1]
+        had |= {*sizes} if own is None else {own}
         kept = [size for size in sizes if budgets is None or size in budgets]
         names += [with_budget(method, size) for size in kept] if sizes else [method]
     if missing := [size for size in budgets or () if size not in had]:
-        known = ", ".join(with_budget("", size)[1:] for size in sorted(had - {0}))
+        known = ", ".join(map(budget_text, sorted(had)))
         hint = f"give some of {known}" if known else "list some as `budgets` of a method in the config"
-        raise NolaVisionError(f"no entry has the budget {with_budget('', missing[0])[1:]}: {hint}")
+        raise NolaVisionError(f"no entry has the budget {budget_text(missing[0])}: {hint}")
     return list(dict.fromkeys(names))
 
 

@@ -30,8 +30,8 @@ class AdapterFolder:
     """The adapters of a folder in a bank. Any thread may use it; each method may read files.
 
     The folder is scanned when a request comes and the last scan is a second ago (fifty times the duration of a scan if
-    that is more), after a change by this service, or when a name is not known and the folder has changed. Without
-    requests it is not looked at.
+    that is more), after a change by this service, or if a name is unknown or its file cannot be read, and the folder
+    has changed.
 
     Args:
         bank: what the adapters are loaded into.
@@ -80,7 +80,7 @@ class AdapterFolder:
         try:
             try:
                 return self.bank.adapter(name)
-            except UnknownAdapter:
+            except (UnknownAdapter, UnreadableAdapter):  # its file may be new, or gone
                 with self._scanning:
                     if self._changed() == self._seen:
                         raise
@@ -89,9 +89,6 @@ class AdapterFolder:
         except UnknownAdapter as error:
             raise _unknown(name, error) from error
         except UnreadableAdapter as error:
-            self._stale = True
-            self.refresh()
-            self.info(name)  # the file may be gone
             raise busy(str(error)) from error
         except NolaVisionError as error:
             raise RequestError(422, str(error)) from error
