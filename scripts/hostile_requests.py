@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from nola_vision import NOLA, PRANC, AdapterBank, BackboneSpec, LinearProbe, LoRA, VeRA, adapt
-from nola_vision.serving.bank import backbone_of
+from nola_vision.serving.files import backbone_of
 
 BACKBONE = BackboneSpec("vit_mini_patch4_32.contours")
 METHODS = {

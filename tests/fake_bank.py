@@ -103,15 +103,17 @@ class FakeBank:
         known = (None, None, None) if one is None else (one.digest, one.method, one.class_names)
         return AdapterInfo(name, self.paths[name][0].stat().st_size, 0, *known, None)
 
+    def loaded(self, name: str) -> FakeAdapter | None:
+        return FakeAdapter(BASE, b"") if name == BASE else self.read.get(name)
+
     def adapter(self, name: str) -> FakeAdapter:
-        if name == BASE:
-            return FakeAdapter(BASE, b"")
+        if (known := self.loaded(name)) is not None:
+            return known
         if name not in self.paths:
             raise self._unknown(name)
-        if name not in self.read:
-            self.check(self.paths[name][0])
-            content = self.paths[name][0].read_bytes()
-            self.read[name] = FakeAdapter(name, content, 12 if b"wide" in content else 8)
+        self.check(self.paths[name][0])
+        content = self.paths[name][0].read_bytes()
+        self.read[name] = FakeAdapter(name, content, 12 if b"wide" in content else 8)
         return self.read[name]
 
     def _unknown(self, name: str) -> UnknownAdapter:

@@ -28,8 +28,9 @@ from nola_vision.models.building import generator
 from nola_vision.serving import adapter as adapter_module
 from nola_vision.serving import bank as bank_module
 from nola_vision.serving.adapter import UnreadableAdapter
-from nola_vision.serving.bank import BASE, AdapterBank, UnknownAdapter, backbone_of
+from nola_vision.serving.bank import BASE, AdapterBank, UnknownAdapter
 from nola_vision.serving.cache import ByteCache
+from nola_vision.serving.files import backbone_of
 from nola_vision.serving.shared_backbone import odd_layers
 
 SPEC = BackboneSpec("vit_mini_patch4_32.contours")
@@ -507,7 +508,7 @@ def test_the_folder_is_followed(folder: Path, tmp_path: Path) -> None:
 def test_an_older_list_of_a_folder_does_not_replace_a_newer_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bank, files = AdapterBank(SPEC), bank_module._files
+    bank, files = AdapterBank(SPEC), bank_module.adapter_files
     other = threading.Thread(target=bank.load_folder, args=(tmp_path,))
 
     def slow(path: Path) -> dict[str, Path]:
@@ -518,7 +519,7 @@ def test_an_older_list_of_a_folder_does_not_replace_a_newer_one(
             other.join(0.1)
         return found
 
-    monkeypatch.setattr(bank_module, "_files", slow)
+    monkeypatch.setattr(bank_module, "adapter_files", slow)
     bank.load_folder(tmp_path)
     other.join()
     assert [one.name for one in bank.adapters()] == ["new"]
@@ -529,7 +530,9 @@ def test_a_file_that_was_read_right_after_a_change_is_read_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: int, again: bool
 ) -> None:
     changed = time.time_ns() - age * 10**9  # an hour from now is recent however slow the machine is
-    monkeypatch.setattr(bank_module, "_state", lambda path: (1, changed, changed, 1))  # another change does not show
+    monkeypatch.setattr(
+        bank_module, "file_state", lambda path: (1, changed, changed, 1)
+    )  # another change does not show
     bank = AdapterBank(SPEC)
     shutil.copy(folder / "nola.safetensors", tmp_path / "a.safetensors")
     bank.load_folder(tmp_path)
@@ -550,14 +553,10 @@ def test_a_file_that_could_not_be_read_is_tried_again(
     def fail(*arguments: Any, **options: Any) -> Any:
         raise OSError(24, "Too many open files")
 
-    for target, name in ((adapter_module, "read_file"), (adapter_module.tempfile, "TemporaryDirectory")):
-        with monkeypatch.context() as patch, pytest.raises(UnreadableAdapter, match=r"a.safetensors .*\(Too many open"):
-            patch.setattr(target, name, fail)
-            bank.adapter("a")
-        assert bank.info("a").error is None
-    with monkeypatch.context() as patch, pytest.raises(UnreadableAdapter, match="a.safetensors .*Too many open"):
-        patch.setattr("nola_vision.adapters.serialization.safe_open", fail)
+    with monkeypatch.context() as patch, pytest.raises(UnreadableAdapter, match=r"a.safetensors .*\(Too many open"):
+        patch.setattr(adapter_module, "read_file", fail)
         bank.adapter("a")
+    assert bank.info("a").error is None
     content = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(UnreadableAdapter, match="a.safetensors does not exist"):

@@ -298,6 +298,7 @@ def test_a_file_that_cannot_be_read_now_does_not_make_each_request_scan(
     assert served.client.post("/models/birds", content=png(1)).status_code == 200  # scans if that is due
     scans = served.bank.scans
     monkeypatch.setattr(served.bank, "adapter", unreadable)
+    monkeypatch.setattr(served.bank, "read", {})
     monkeypatch.setattr(served.app.state.service.folder, "_next_scan", math.inf)
     for _ in range(3):
         answer = served.client.post("/models/birds", content=png(1))

@@ -28,10 +28,10 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 import fake_bank
 from nola_vision.cli.main import main
-from nola_vision.serving import bank
+from nola_vision.serving import bank, files
 made = fake_bank.FakeBank()
 made.seconds = 0.01
-bank.AdapterBank, bank.backbone_of = lambda *settings: made, lambda folder, weights, tag: "fake.backbone"
+bank.AdapterBank, files.backbone_of = lambda *settings: made, lambda folder, weights, tag: "fake.backbone"
 sys.exit(main())
 """
 

@@ -7,7 +7,9 @@ import gc
 import threading
 import weakref
 
-from nola_vision.serving.http.threads import Share, Threads
+import torch
+
+from nola_vision.serving.http.threads import Share, Threads, compute_with
 
 
 class Content:
@@ -35,6 +37,27 @@ def test_a_cancelled_call_that_waits_for_a_thread_keeps_nothing() -> None:
         threads.close()
 
     asyncio.run(main())
+
+
+def test_a_thread_computes_with_its_own_number_of_threads_whatever_others_set_afterwards() -> None:
+    asked, set_by_others, counts = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        compute_with(3)
+        asked.set()
+        set_by_others.wait(10)
+        torch.ones(10**6).sum()  # the thread's first operation
+        counts.append(torch.get_num_threads())
+
+    before, thread = torch.get_num_threads(), threading.Thread(target=work)
+    thread.start()
+    asked.wait(10)
+    other = threading.Thread(target=compute_with, args=(1,))
+    other.start()
+    other.join()
+    set_by_others.set()
+    thread.join()
+    assert counts == [3] and torch.get_num_threads() == before
 
 
 def test_a_cancelled_call_that_runs_ends_with_its_function() -> None:

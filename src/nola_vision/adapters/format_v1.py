@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from nola_vision.adapters.header import FORMAT_VERSION, canonical, parsed
@@ -23,12 +22,15 @@ FORMAT = "nola-vision adapter"
 _BITS = {"F32": 32, "F16": 16, "I64": 64}
 
 
-def read(file: safe_open, text: str, path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+def read(
+    text: str, kinds: Mapping[str, str], tensor: Callable[[str], Tensor], path: Path
+) -> tuple[dict[str, Any], dict[str, Stored]]:
     """The metadata of a file with the fields of the newest version, and its tensors.
 
     Args:
-        file: the open file.
         text: the metadata's JSON.
+        kinds: the types of the tensors, such as `F32`, by name.
+        tensor: gives one by its name.
         path: of the file, for messages.
 
     Raises:
@@ -45,9 +47,8 @@ def read(file: safe_open, text: str, path: Path) -> tuple[dict[str, Any], dict[s
         raise NolaVisionError(
             f"the metadata of {path} is damaged (no digest, or no list of packed tensors): get another file"
         )
-    kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  not a mapping
     _refuse_dtypes(kinds, packed, path)
-    tensors = {name: file.get_tensor(name) for name in kinds}
+    tensors = {name: tensor(name) for name in kinds}
     if metadata["digest"] != digest(metadata, tensors):
         raise damaged(path)
     targets = metadata.get("targets")

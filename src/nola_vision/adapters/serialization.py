@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -166,42 +168,75 @@ class AdapterFile:
         return _content({**self.metadata, **changes}, self.stored)
 
 
-def open_adapter(path: str | Path, shown: Path | None = None) -> AdapterFile:
+def open_adapter(path: str | Path) -> AdapterFile:
     """Opens an adapter file and checks that it is one and undamaged: container, version, digest, header, bytes.
 
     The file is untrusted. Checking it takes no more time and memory than reading it and a header of 2 MiB.
-
-    Args:
-        path: of the file.
-        shown: the path that messages and the result name, where `path` is a copy.
 
     Raises:
         NolaVisionError: no such file, not safetensors, truncated, not an adapter, of another format version, changed,
             or with tensors of other types or sizes than the format has.
     """
-    opened, path = Path(path), shown or Path(path)
-    _refuse_other_files(opened)
+    path = Path(path)
+    need_adapter_file(path)
     try:
-        with safe_open(opened, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            if text is None:
-                raise NolaVisionError(
-                    f"{path} is a safetensors file, but not a nola-vision adapter (it lacks that metadata): give a "
-                    "file that `fit` wrote"
-                )
-            if not (text.isdecimal() and len(text) < 10):
-                return AdapterFile(path, 1, *format_v1.read(file, text, path))
-            if int(text) != FORMAT_VERSION:
-                raise format_v1.other_version(path, int(text))
-            if list(file.keys()) != [TENSOR] or file.get_slice(TENSOR).get_dtype() != "U8":
-                raise _damaged(path, "it has other tensors than the format")
-            content = file.get_tensor(TENSOR)
-    except (SafetensorError, OSError, ValueError, RuntimeError, UnicodeError) as error:
+        with open(path, "rb") as file:
+            _check_start(file.read(8), path.stat().st_size, path)
+    except OSError as error:
+        raise NolaVisionError(f"the adapter file {path} cannot be read ({error.strerror}): check its rights") from error
+    with _readable(path), safe_open(path, framework="pt") as file:
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  not a mapping
+        return _adapter(file.metadata() or {}, kinds, file.get_tensor, path)
+
+
+def adapter_from_bytes(content: bytes, path: Path) -> AdapterFile:
+    """`open_adapter` of a file's content. The tensors are a copy of it.
+
+    Args:
+        content: of the file.
+        path: for messages and the result.
+
+    Raises:
+        NolaVisionError: as `open_adapter`, except that there is no file.
+    """
+    _check_start(content[:8], len(content), path)
+    with _readable(path):
+        tensors = safetensors.torch.load(content)
+        # safetensors gives metadata and types of files only; it has checked the JSON
+        entries = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = entries.pop("__metadata__", {})
+        return _adapter(metadata, {name: entries[name]["dtype"] for name in tensors}, tensors.__getitem__, path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the block raises because a file is not safetensors, as an error that says so."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise NolaVisionError(
             f"{path} is truncated or not a safetensors file, so it is not an adapter ({reason(error)}): "
             "download or copy it again"
         ) from error
-    return AdapterFile(path, FORMAT_VERSION, *_read(content.flatten(), path))
+
+
+def _adapter(
+    metadata: Mapping[str, str], kinds: Mapping[str, str], tensor: Callable[[str], Tensor], path: Path
+) -> AdapterFile:
+    """The adapter of a safetensors file: its metadata, and the types of its tensors and these themselves by name."""
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        raise NolaVisionError(
+            f"{path} is a safetensors file, but not a nola-vision adapter (it lacks that metadata): give a file that "
+            "`fit` wrote"
+        )
+    if not (text.isdecimal() and len(text) < 10):
+        return AdapterFile(path, 1, *format_v1.read(text, kinds, tensor, path))
+    if int(text) != FORMAT_VERSION:
+        raise format_v1.other_version(path, int(text))
+    if dict(kinds) != {TENSOR: "U8"}:
+        raise _damaged(path, "it has other tensors than the format")
+    return AdapterFile(path, FORMAT_VERSION, *_read(tensor(TENSOR).flatten(), path))
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -210,15 +245,10 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return file.metadata, file.tensors()
 
 
-def _refuse_other_files(path: Path) -> None:
-    need_adapter_file(path)
-    try:
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        small = header <= MAX_HEADER or path.stat().st_size < header  # the latter is not safetensors at all
-    except OSError as error:
-        raise NolaVisionError(f"the adapter file {path} cannot be read ({error.strerror}): check its rights") from error
-    if not small:
+def _check_start(start: bytes, size: int, path: Path) -> None:
+    """Refuses a file whose first 8 bytes state a header larger than an adapter's, before safetensors parses it."""
+    header = int.from_bytes(start, "little")
+    if MAX_HEADER < header <= size:  # a header larger than the file is not safetensors at all
         raise NolaVisionError(
             f"{path} has a header of {header:,} bytes, and an adapter's has at most {MAX_HEADER:,}: get another file"
         )

@@ -38,14 +38,28 @@ class Stored:
         Raises:
             ValueError: quantised values have levels that do not exist.
         """
-        if self.bits in _WHOLE:
-            whole = _viewed(self.data, _WHOLE[self.bits]).view(self.shape)
-            return whole if self.bits == INTEGERS else whole.float()
-        rows, count = rows_and_count(self.shape)
-        per_row = scales_per_row(count, self.bits)
-        scales = _viewed(self.data[: 2 * rows * per_row], torch.bfloat16).view(rows, per_row)
-        levels = unpack(self.data[2 * rows * per_row :], self.bits, rows, count)
-        return dequantise(levels, scales, self.bits).view(self.shape)
+        return stacked_tensors([self])[0]
+
+
+def stacked_tensors(several: Sequence[Stored]) -> Tensor:
+    """Tensors of one shape as one, `[d, *shape]`; those of the same bits are decoded together.
+
+    Raises:
+        ValueError: as `Stored.tensor`.
+    """
+    bits, shape = several[0].bits, several[0].shape
+    rows, count = rows_and_count(shape) if bits not in _WHOLE else (0, 0)
+    # levels of several tensors are one stream if each ends with a whole byte
+    if len(several) > 1 and (any(one.bits != bits for one in several) or rows * count * bits % 8):
+        return torch.stack([one.tensor() for one in several])
+    data = torch.stack([one.data for one in several]) if len(several) > 1 else several[0].data.unsqueeze(0)
+    if bits in _WHOLE:
+        whole = _viewed(data, _WHOLE[bits]).view(len(several), *shape)
+        return whole if bits == INTEGERS else whole.float()
+    scales, packed = data.tensor_split([2 * rows * scales_per_row(count, bits)], 1)
+    levels = unpack(packed.flatten(), bits, len(several) * rows, count)
+    scales = _viewed(scales, torch.bfloat16).view(len(levels), -1)
+    return dequantise(levels, scales, bits).view(len(several), *shape)
 
 
 def stored(tensor: Tensor, bits: int) -> Stored:
@@ -93,7 +107,8 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers, without a copy where they are aligned."""
+    """Bytes as numbers `[count]`, without a copy where they are aligned."""
+    data = data.flatten()
     aligned = data.storage_offset() % dtype.itemsize == 0
     return (data if aligned else data.clone()).view(dtype)
 

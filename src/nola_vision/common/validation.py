@@ -7,7 +7,8 @@ import operator
 import reprlib
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
@@ -16,6 +17,7 @@ from nola_vision.common.errors import NolaVisionError
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 MOST_COUNT = 2**31 - 1
+_PLAIN = frozenset({bool, int, float, str, NoneType})
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 T = TypeVar("T")
@@ -38,8 +40,13 @@ def check_counts(**counts: Any) -> None:
 
 
 @cache
-def _type_hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)  # compiles each of a class's annotations
+def _type_hints(kind: Any) -> dict[str, tuple[Any, frozenset[Any]]]:
+    """The declared type of each field, and the plain types that need no further check."""
+    hints = get_type_hints(kind)  # compiles each of a class's annotations
+    unions = {
+        name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints.items()
+    }
+    return {name: (hint, _PLAIN.intersection(unions[name])) for name, hint in hints.items()}
 
 
 def check_types(value: T) -> T:
@@ -53,8 +60,10 @@ def check_types(value: T) -> T:
     """
     plain: dict[str, Any] = {}
     kind: Any = type(value)
-    for name, hint in _type_hints(kind).items():
+    for name, (hint, plain_types) in _type_hints(kind).items():
         given = getattr(value, name)
+        if type(given) in plain_types:
+            continue
         own = plain_number(given)
         if own is not given:
             plain[name] = own

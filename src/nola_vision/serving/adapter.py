@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nola_vision.adapters.serialization import AdapterFile, open_adapter
+from nola_vision.adapters.serialization import AdapterFile, adapter_from_bytes
 from nola_vision.adapters.stored import Stored
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import need_adapter_file
@@ -96,8 +94,7 @@ def transform_for(config: InputConfig) -> Transform:
 def read_packed(path: Path, shown: Path) -> tuple[AdapterFile, str, int]:
     """An adapter file, its digest and its size, in memory: what happens to the file later has no effect.
 
-    The copy is what is checked and used: memory that is mapped to a file ends the process when somebody truncates it.
-    No tensor is decoded.
+    Memory that is mapped to a file would end the process when somebody truncates it. No tensor is decoded.
 
     Args:
         path: of the file.
@@ -105,7 +102,7 @@ def read_packed(path: Path, shown: Path) -> tuple[AdapterFile, str, int]:
 
     Raises:
         UnreadableAdapter: the file does not exist, is larger than a bank takes, or reading it failed.
-        NolaVisionError: the content is not that of an adapter file, as `open_adapter` raises it.
+        NolaVisionError: the content is not that of an adapter file, as `adapter_from_bytes` raises it.
     """
     try:
         need_adapter_file(path, shown)
@@ -113,15 +110,6 @@ def read_packed(path: Path, shown: Path) -> tuple[AdapterFile, str, int]:
         raise UnreadableAdapter(str(error)) from error
     try:
         content = read_file(path, MOST_BYTES)
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "adapter.safetensors"  # safetensors reads metadata from files only
-            copy.write_bytes(content)
-            file = open_adapter(copy, shown=shown)
-            stored = {name: dataclasses.replace(one, data=one.data.clone()) for name, one in file.stored.items()}
     except OSError as error:
         raise UnreadableAdapter(f"the adapter file {shown} cannot be read ({error.strerror}): check it") from error
-    except NolaVisionError as error:
-        if isinstance(error.__cause__, OSError):  # the copy could not be opened
-            raise UnreadableAdapter(str(error)) from error
-        raise
-    return dataclasses.replace(file, stored=stored), sha256(content), len(content)
+    return adapter_from_bytes(content, shown), sha256(content), len(content)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import stat
 import threading
 import time
 from collections import Counter
@@ -22,12 +20,10 @@ from nola_vision.common.suggestions import close_names
 from nola_vision.common.text import printable
 from nola_vision.common.validation import check_counts, quoted
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.loading import read_header
 from nola_vision.models.prediction import load_image, one_or_several
 from nola_vision.serving.adapter import BASE, ServedAdapter, UnreadableAdapter
-from nola_vision.serving.shared_backbone import SharedBackbone, check_shareable
-
-SUFFIX = ".safetensors"
+from nola_vision.serving.files import adapter_files, as_path, file_state, is_name
+from nola_vision.serving.shared_backbone import SharedBackbone
 
 
 class UnknownAdapter(NolaVisionError):
@@ -136,9 +132,9 @@ class AdapterBank:
                 (Full-FT, PEFT, batch norms), or needs the float weights of a backbone in 8 bits (LoRA-XS, TinyLoRA); or
                 the name is empty, not printable or `__base__`.
         """
-        path = _path(path, "path")
+        path = as_path(path, "path")
         name = path.stem if adapter_name is None else adapter_name
-        if not _is_name(name):
+        if not is_name(name):
             raise NolaVisionError(f"the adapter's name is {quoted(name)}: use printable characters, and not {BASE}")
         adapter = self._shared.read(path, name)
         with self._lock:
@@ -159,9 +155,9 @@ class AdapterBank:
         Raises:
             NolaVisionError: the folder cannot be read.
         """
-        folder = _path(folder, "folder")
+        folder = as_path(folder, "folder")
         with self._scanning:  # an older list must not replace a newer one
-            found = {name: (path, state) for name, path in _files(folder).items() if (state := _state(path))}
+            found = {name: (path, state) for name, path in adapter_files(folder).items() if (state := file_state(path))}
             with self._lock:
                 for name, entry in list(self._entries.items()):
                     if entry.state is not None and entry.path.parent == folder and name not in found:
@@ -199,6 +195,17 @@ class AdapterBank:
             every = sorted(self._entries.items())
         return [self._info(name, entry) for name, entry in every]
 
+    def loaded(self, name: str) -> ServedAdapter | None:
+        """An adapter by its name if it is in memory; None if it is not, or if there is none."""
+        if name == BASE:
+            return self._shared.base
+        with self._lock:
+            entry = self._entries.get(name) if isinstance(name, str) else None
+        return None if entry is None else self._in_memory(entry)
+
+    def _in_memory(self, entry: _Entry) -> ServedAdapter | None:
+        return entry.adapter or self._shared.cache.get(entry)
+
     def adapter(self, name: str) -> ServedAdapter:
         """An adapter by its name; its file is read if it is not in memory.
 
@@ -207,16 +214,12 @@ class AdapterBank:
             UnreadableAdapter: its file could not be read; the next call tries it again.
             NolaVisionError: its file cannot be used, as for `load_adapter`.
         """
-        if name == BASE:
-            return self._shared.base
-        entry, cache = self._entry(name), self._shared.cache
-        known: ServedAdapter | None = entry.adapter or cache.get(entry)
-        if known is not None:
+        if (known := self.loaded(name)) is not None:
             return known
+        entry = self._entry(name)
         with self._reading:
-            again: ServedAdapter | None = cache.get(entry)  # another thread may have read it
-            if again is not None:
-                return again
+            if (known := self._in_memory(entry)) is not None:  # another thread has read it
+                return known
             if entry.error is not None:
                 raise NolaVisionError(entry.error)
             changed = max(entry.state[1:3]) if entry.state else 0
@@ -230,7 +233,7 @@ class AdapterBank:
                 entry.error = str(error)
                 raise
             entry.digest, entry.method = read.digest, read.method
-            cache.put(entry, read, read.memory, file=True)
+            self._shared.cache.put(entry, read, read.memory, file=True)
         return read
 
     def info(self, name: str) -> AdapterInfo:
@@ -248,7 +251,7 @@ class AdapterBank:
 
     def check(self, path: str | Path, shown: Path | None = None) -> None:
         """Raises what `load_adapter` raises, and keeps nothing. Messages call the file `shown`."""
-        self._shared.read(_path(path, "path"), "", shown)
+        self._shared.read(as_path(path, "path"), "", shown)
 
     def cache_counts(self) -> tuple[int, int]:
         """How many adapters of all passes had their factors in the cache, and for how many these were made."""
@@ -324,74 +327,8 @@ class AdapterBank:
         return answers[0] if single else answers
 
 
-def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and bool(name) and name.isprintable() and name != BASE
-
-
 def _names(names: Any) -> list[str]:
     found = list(names) if isinstance(names, Iterable) else []
     if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in found):
         raise NolaVisionError(f"adapter_names is {quoted(names)}: give one name as a string, or one for each image")
     return found
-
-
-def _path(value: Any, what: str) -> Path:
-    try:
-        return Path(value)
-    except TypeError as error:
-        raise NolaVisionError(f"{what} is {quoted(value)}: give a path as text or a Path") from error
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The adapter files of a folder by their adapters' names; hidden ones are not adapters.
-
-    Raises:
-        NolaVisionError: the folder cannot be read.
-    """
-    try:
-        names = os.listdir(folder)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise NolaVisionError(f"the folder {folder} cannot be read ({reason}): check it") from error
-    stems = {name.removesuffix(SUFFIX): folder / name for name in names if name.endswith(SUFFIX)}
-    return {stem: path for stem, path in stems.items() if _is_name(stem) and not stem.startswith(".")}
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    """Size, times and inode of a file, which are others when it was changed; None for what is not a regular file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-
-
-def backbone_of(folder: str | Path, weights: str | None = None, tag: str | None = None) -> BackboneSpec:
-    """The backbone that a folder of adapters is for: that of the first file, by name, that a bank can have.
-
-    Args:
-        folder: with adapter files.
-        weights: a local file with the backbone's weights; else it is found as `load_adapter` finds it.
-        tag: timm's tag of the backbone, if it is known: no file is read then.
-
-    Raises:
-        NolaVisionError: there is no adapter file, or a bank can have none of them.
-    """
-    if tag is not None:
-        return BackboneSpec(tag, file=weights)
-    problems: list[NolaVisionError] = []
-    for _, path in sorted(_files(_path(folder, "folder")).items()):
-        try:
-            metadata = read_header(path, weights).metadata
-            check_shareable(metadata, path)
-            return metadata.backbone
-        except NolaVisionError as error:
-            problems.append(error)
-    if problems:
-        raise problems[0]
-    raise NolaVisionError(
-        f"{folder} has no adapter file ({SUFFIX}): give a folder with files that `fit` wrote, or timm's tag of the "
-        "backbone (--backbone)"
-    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nola_vision.adapters.functional import computes_plainly
 from nola_vision.adapters.methods.base import Group, Method, Source
 from nola_vision.adapters.random_basis import Basis
-from nola_vision.adapters.stored import Stored
+from nola_vision.adapters.stored import Stored, stacked_tensors
 from nola_vision.adapters.target import HEAD, Change, Dense, LowRank, Target, dense, whole, whole_dense
 from nola_vision.models.building import feature_width, generator, head_start
 from nola_vision.serving.cache import ByteCache
@@ -106,7 +106,7 @@ class FactorMaker:
         made: dict[str, Change] = {}
         for group in layout.groups:
             trained = {
-                name: torch.stack([one[f"adapter.{group.name}.{name}"].tensor() for one in stored]).to(self.device)
+                name: stacked_tensors([one[f"adapter.{group.name}.{name}"] for one in stored]).to(self.device)
                 for name in group.shapes
             }
             made |= layout.method.changes(group, trained, self.fixed(layout, group), group.targets)

@@ -64,8 +64,9 @@ def check(method: Method) -> Method:
 
 def to_dict(method: Method) -> dict[str, Any]:
     """`{class_path, init_args}` of plain values, as in a config."""
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(method).items()}
-    return {"class_path": type(method).__name__, "init_args": fields}
+    settings = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    plain = {name: list(one) if isinstance(one, tuple | list) else one for name, one in settings.items()}
+    return {"class_path": type(method).__name__, "init_args": plain}
 
 
 def from_dict(described: dict[str, Any]) -> Method:

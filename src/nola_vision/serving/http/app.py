@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from nola_vision import __version__
-from nola_vision.serving.bank import AdapterBank, backbone_of
+from nola_vision.serving.bank import AdapterBank
+from nola_vision.serving.files import backbone_of
 from nola_vision.serving.http.bank import Bank
 from nola_vision.serving.http.bodies import unprocessable
 from nola_vision.serving.http.errors import JSON, RequestError

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nola_vision.serving.http.threads import compute_with
+
 _log = logging.getLogger(__name__)
 
 
@@ -76,7 +78,7 @@ class Batcher:
         self._worker.join()
 
     def _work(self) -> None:
-        torch.set_num_threads(self._threads)  # of this thread; those that decode have one each
+        compute_with(self._threads)  # those that decode have one each
         while (batch := self._next()) is not None:
             groups: dict[torch.Size, list[_Item]] = {}
             for item in batch:

@@ -14,7 +14,8 @@ from nola_vision.common.errors import NolaVisionError, one_line
 from nola_vision.common.hashing import sha256
 from nola_vision.common.validation import quoted
 from nola_vision.serving.adapter import BASE, UnreadableAdapter
-from nola_vision.serving.bank import SUFFIX, AdapterInfo, UnknownAdapter
+from nola_vision.serving.bank import AdapterInfo, UnknownAdapter
+from nola_vision.serving.files import SUFFIX
 from nola_vision.serving.http.bank import Adapter, Bank
 from nola_vision.serving.http.errors import RequestError, busy
 
@@ -27,7 +28,7 @@ _NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class AdapterFolder:
-    """The adapters of a folder in a bank. Any thread may use it; each method may read files.
+    """The adapters of a folder in a bank. Any thread may use it; each method but `loaded` may read files.
 
     The folder is scanned when a request comes and the last scan is a second ago (fifty times the duration of a scan if
     that is more), after a change by this service, or if a name is unknown or its file cannot be read, and the folder
@@ -50,14 +51,21 @@ class AdapterFolder:
 
     def refresh(self) -> None:
         """Scans the folder if that is due. If another thread is doing it, waits for it only after a change."""
-        if not self._stale and time.monotonic() < self._next_scan:
+        if not self._due():
             return
         if self._scanning.acquire(blocking=self._stale):
             try:
-                if self._stale or time.monotonic() >= self._next_scan:
+                if self._due():
                     self._rescan()
             finally:
                 self._scanning.release()
+
+    def _due(self) -> bool:
+        return self._stale or time.monotonic() >= self._next_scan
+
+    def loaded(self, name: str) -> Adapter | None:
+        """What `find` gives, if it reads neither a file nor the folder for it; None otherwise."""
+        return None if self._due() else self.bank.loaded(name)
 
     def info(self, name: str) -> AdapterInfo:
         """What is known of an adapter, without reading its file.

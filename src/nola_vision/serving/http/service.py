@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -31,6 +31,7 @@ _MOST_THREADS = 8
 _FILE_THREADS = 4
 _LARGE = 4_000_000  # pixels of an image that other threads decode
 _TOP_K = 5  # that of transformers' pipeline
+_SHORT = 1000  # logits of all images of a request
 _MOST_RESULTS = 100_000  # classes of all images of a request
 Result = TypeVar("Result")
 
@@ -42,7 +43,6 @@ class Service:
         held: the bytes of all bodies.
         files: threads that read adapter files and the folder; a slow disk delays nothing else.
         decoders: threads that decode small images, and bodies.
-        answers: the thread that makes answers, which is not delayed by images.
 
     Args:
         folder: the adapters.
@@ -57,7 +57,7 @@ class Service:
         self._batcher = Batcher(folder.bank.logits, settings.max_batch_size, settings.max_delay, metrics.batch)
         count = min(_MOST_THREADS, os.cpu_count() or 1)
         self.files, self.decoders = Threads(_FILE_THREADS, "files"), Threads(count, "decode")
-        self.answers = Threads(1, "answer")
+        self._answers = Threads(1, "answer")  # long ones, which no image delays
         # large images have separate threads, so that they do not delay the others, and together as many pixels as the
         # largest one may have, which bounds the memory
         self._large, self._pixels = Threads(count, "decode-large"), Share(settings.pixels)
@@ -69,7 +69,7 @@ class Service:
 
     def close(self) -> None:
         """Finishes what was taken."""
-        for threads in (self.files, self.decoders, self._large, self.answers):
+        for threads in (self.files, self.decoders, self._large, self._answers):
             threads.close()
         self._batcher.close()
 
@@ -94,8 +94,9 @@ class Service:
     async def _logits(
         self, name: str, images: Sequence[bytes], stopped: threading.Event
     ) -> tuple[Adapter, list[Tensor]]:
-        # shielded: a disk that hangs must not keep the request
-        adapter = await asyncio.shield(self.files.call(self.folder.find, name))
+        if (adapter := self.folder.loaded(name)) is None:
+            # shielded: a disk that hangs must not keep the request
+            adapter = await asyncio.shield(self.files.call(self.folder.find, name))
         try:
             pixels, inputs = await self.decoders.call(self._prepare, adapter, images, stopped, _LARGE)
             if pixels > _LARGE:
@@ -110,6 +111,12 @@ class Service:
         except Exception as error:
             _log.error("the forward pass failed", exc_info=error)
             raise busy("the forward pass failed: try again later") from error
+
+    async def answer(self, make: Callable[..., Result], adapter: Adapter, logits: list[Tensor], *rest: Any) -> Result:
+        """`make(adapter, logits, *rest)`, in a thread of its own if it takes longer than going there."""
+        if sum(map(len, logits)) <= _SHORT:
+            return make(adapter, logits, *rest)
+        return await self._answers.call(make, adapter, logits, *rest)
 
     def _prepare(
         self, adapter: Adapter, images: Sequence[bytes], stopped: threading.Event, most_pixels: float

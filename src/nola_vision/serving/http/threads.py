@@ -27,7 +27,7 @@ class Threads:
 
     def __init__(self, count: int, name: str) -> None:
         # torch's own threads are for the forward pass
-        self._pool = ThreadPoolExecutor(count, name, torch.set_num_threads, (1,))
+        self._pool = ThreadPoolExecutor(count, name, compute_with, (1,))
         self._free = asyncio.Semaphore(count)
 
     async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -44,6 +44,12 @@ class Threads:
     def close(self) -> None:
         """Returns when all functions that run have returned."""
         self._pool.shutdown()
+
+
+def compute_with(count: int) -> None:
+    """Lets torch compute with so many threads in this thread, whatever others set afterwards."""
+    torch.get_num_threads()  # else torch's first operation here would take the number that any thread has set last
+    torch.set_num_threads(count)
 
 
 class Share:

@@ -49,7 +49,7 @@ async def classify(request: Request, adapter: str) -> JSON:
         else:
             image, parameters = body.getvalue(), Parameters()
         served, logits = await service.logits(request, adapter, [image])
-        return await service.answers.call(_answer, served, logits, parameters.top_k)
+        return await service.answer(_answer, served, logits, parameters.top_k)
 
 
 def _answer(served: Adapter, logits: list[Tensor], top_k: int | None) -> JSON:

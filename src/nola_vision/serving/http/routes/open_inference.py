@@ -92,7 +92,7 @@ async def infer(request: Request, adapter: str) -> JSON:
             raise RequestError(422, "inputs.0.shape must be [n] for n images in data, 1 or more")
         wanted = _wanted(message, list(_OUTPUTS[adapter == BASE]))
         served, logits = await service.logits(request, adapter, images)
-        return await service.answers.call(_answer, adapter, served, logits, message, wanted)
+        return await service.answer(_answer, served, logits, adapter, message, wanted)
 
 
 def _wanted(message: InferRequest, names: Sequence[str]) -> Sequence[str]:
@@ -107,7 +107,7 @@ def _wanted(message: InferRequest, names: Sequence[str]) -> Sequence[str]:
     return wanted
 
 
-def _answer(name: str, served: Adapter, logits: Sequence[Tensor], message: InferRequest, wanted: Sequence[str]) -> JSON:
+def _answer(served: Adapter, logits: Sequence[Tensor], name: str, message: InferRequest, wanted: Sequence[str]) -> JSON:
     results: dict[str, list[list[Any]]]
     if name == BASE:
         results = {"features": [features.tolist() for features in logits]}
