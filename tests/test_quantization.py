@@ -19,6 +19,7 @@ from nola_vision.adapters.quantization import (
     rounded_straight_through,
     unpack,
 )
+from nola_vision.adapters.stored import stacked_tensors, stored
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs.parsing import build
@@ -172,6 +173,13 @@ def test_one_bit_starts_at_the_pretrained_model_and_trains_from_the_first_step(
     run = build(tiny("one", methods={"one": {"class_path": type(method).__name__, "init_args": fields}}), tmp_path)
     run.trainer.fit(run.model, datamodule=run.datamodule)
     assert len(computed) > 5 and all(widths == {1} for widths in computed)  # the head's 4 bits come after training
+
+
+@pytest.mark.parametrize("shape", [(6, 142), (3, 5), (40, 7, 3)])
+def test_tensors_that_are_decoded_together_are_those_that_are_decoded_alone(shape: tuple[int, ...]) -> None:
+    kept = {bits: [stored(torch.randn(shape), bits) for _ in range(4)] for bits in (1, 2, 3, 4, 8, 16, 32)}
+    for several in [*kept.values(), [some[0] for some in kept.values()]]:
+        assert (stacked_tensors(several) == torch.stack([one.tensor() for one in several])).all()
 
 
 def test_bits_that_do_not_exist_are_refused() -> None:

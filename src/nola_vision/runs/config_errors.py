@@ -68,7 +68,9 @@ def no_setting(name: str, given: str, known: Sequence[str]) -> str:
 
 def no_option(key: str, name: str, known: Sequence[str]) -> str:
     """The message on an unknown option `--KEY`; `name` is the part of it that is not among the `known`."""
-    otherwise = "a setting's name includes its section, such as --data.shots" if "." not in key else None
+    otherwise = (
+        "a setting's name includes its section, such as --data.shots or --model.basis_seed" if "." not in key else None
+    )
     return f"there is no option --{key}{_instead(name, known, otherwise)}"
 
 

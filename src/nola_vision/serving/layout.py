@@ -116,21 +116,39 @@ class FactorMaker:
                 parts.setdefault(target.weight, []).append(target)
         head_target = next(iter(parts.pop(HEAD, [])), None)
         changes = {weight: _whole(targets, [made[one.name] for one in targets]) for weight, targets in parts.items()}
-        heads: list[tuple[Tensor, Tensor] | None] = []
-        for position, one in enumerate(stored):
-            if head_target is not None:
-                base = head_start(run_seeds[position], head_target.shape[0], feature_width(self.backbone), "pretrained")
-                matrix = base.to(self.device) + dense(head_target, _of(made[HEAD], position))
-                heads.append((matrix[:, :-1].contiguous(), matrix[:, -1].contiguous()))
-            elif "head.weight" in one:
-                weight, bias = (one[f"head.{part}"].tensor().to(self.device) for part in ("weight", "bias"))
-                heads.append((weight, bias))
-            else:
-                heads.append(None)
+        singly = {weight: _singly(change) for weight, change in changes.items()}
+        if head_target is None:
+            heads = self._heads(stored)
+        else:
+            heads = [
+                self._adapted_head(head_target, change, run_seed)
+                for change, run_seed in zip(_singly(made[HEAD]), run_seeds, strict=True)
+            ]
         return [
-            _factors({weight: _of(change, position) for weight, change in changes.items()}, head)
+            _factors({weight: own[position] for weight, own in singly.items()}, head)
             for position, head in enumerate(heads)
         ]
+
+    def _adapted_head(self, target: Target, change: Change, run_seed: int) -> tuple[Tensor, Tensor]:
+        start = head_start(run_seed, target.shape[0], feature_width(self.backbone), "pretrained")
+        matrix = start.to(self.device) + dense(target, change)
+        return matrix[:, :-1].contiguous(), matrix[:, -1].contiguous()
+
+    def _heads(self, stored: Sequence[Mapping[str, Stored]]) -> list[tuple[Tensor, Tensor] | None]:
+        """Weights and biases of the heads that files contain, those of one shape decoded together."""
+        heads: list[tuple[Tensor, Tensor] | None] = [None] * len(stored)
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for position, one in enumerate(stored):
+            if "head.weight" in one:
+                shapes.setdefault(one["head.weight"].shape, []).append(position)
+        for positions in shapes.values():
+            weights, biases = (
+                stacked_tensors([stored[position][f"head.{part}"] for position in positions]).to(self.device)
+                for part in ("weight", "bias")
+            )
+            for position, *head in zip(positions, _copies(weights), _copies(biases), strict=True):
+                heads[position] = head[0], head[1]
+        return heads
 
     def fixed(self, layout: Layout, group: Group) -> dict[str, Any]:
         """What a group's changes need and training left as it was, from the cache where it is there."""
@@ -167,11 +185,18 @@ def _whole(targets: Sequence[Target], changes: Sequence[Change]) -> Change:
     return LowRank(a * scale, b, 1.0)
 
 
-def _of(change: Change, position: int) -> Change:
-    """The change of one of d adapters, without keeping the others in memory."""
+def _singly(change: Change) -> list[Change]:
+    """The changes of the single adapters, each in memory of its own: what keeps one does not keep the others."""
     if isinstance(change, LowRank):
-        return LowRank(change.a[position].clone(), change.b[position].clone(), change.scale)
-    return Dense(change.value[position].clone())
+        pairs = zip(_copies(change.a), _copies(change.b), strict=True)
+        return [LowRank(a, b, change.scale) for a, b in pairs]
+    return [Dense(value) for value in _copies(change.value)]
+
+
+def _copies(stack: Tensor) -> Sequence[Tensor]:
+    """The parts of a stack, copied by one operation: one for each would wait as many times for Python's lock."""
+    made: Sequence[Tensor] = torch.ops.aten.unbind_copy(stack)
+    return made
 
 
 def _factors(changes: Mapping[str, Change], head: tuple[Tensor, Tensor] | None) -> Factors:
