@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 import reference
 from nola_vision import load_adapter
-from nola_vision.adapters.serialization import read_adapter
+from nola_vision.adapters.serialization import adapter_from_bytes, open_adapter
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.adapted_model import AdaptedModel
 
@@ -91,8 +92,23 @@ def test_damaged_files_are_refused_or_unharmed(count: int, tmp_path: Path) -> No
     assert refused > 0.8 * count
 
 
+def test_a_header_whose_metadata_is_null(tmp_path: Path) -> None:
+    with pytest.raises(NolaVisionError, match="lacks that metadata"):
+        _fields(struct.pack("<Q", 24) + b'{"__metadata__":null}   ', tmp_path)
+
+
 def _fields(content: bytes, folder: Path) -> tuple[str, dict[str, bytes]]:
+    """What a file contains; the same from its bytes in memory, or the same refusal."""
     path = folder / "a.safetensors"
     path.write_bytes(content)
-    metadata, tensors = read_adapter(path)
-    return json.dumps(metadata, sort_keys=True), {n: t.numpy().tobytes() for n, t in tensors.items()}
+    try:
+        file = open_adapter(path)
+    except NolaVisionError:
+        with pytest.raises(NolaVisionError):
+            adapter_from_bytes(content, path)
+        raise
+    read = adapter_from_bytes(content, path)
+    assert (read.version, read.metadata, read.shapes) == (file.version, file.metadata, file.shapes)
+    tensors = file.tensors()
+    assert all((read.tensor(name) == tensor).all() for name, tensor in tensors.items())
+    return json.dumps(file.metadata, sort_keys=True), {n: t.numpy().tobytes() for n, t in tensors.items()}

@@ -39,6 +39,7 @@ from nola_vision.serving.http import connections, service
 from nola_vision.serving.http.app import create_app
 from nola_vision.serving.http.batcher import Batcher
 from nola_vision.serving.http.connections import LimitedConnection
+from nola_vision.serving.http.folder import AdapterFolder
 from nola_vision.serving.http.settings import Settings
 from test_adapter_bank import SPEC, save
 
@@ -649,6 +650,29 @@ def test_the_api_key(small: Served) -> None:
         assert small.client.get("/v2/health/ready", headers=headers).status_code == 200
         assert small.client.get("/", headers=headers).status_code == 200
     assert small.client.get("/v1/models", headers={"Host": "vision.example"}).status_code == 200  # a proxy's
+
+
+def test_the_older_adapter_is_not_given_while_a_change_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "birds.safetensors").write_bytes(GOOD)
+    bank, begun, go = FakeBank(), threading.Event(), threading.Event()
+    folder, scan = AdapterFolder(bank, tmp_path), bank.load_folder
+
+    def slow(path: str | Path) -> list[str]:
+        begun.set()
+        go.wait(10)
+        return scan(path)
+
+    assert folder.loaded("birds") is None and folder.find("birds").digest == folder.loaded("birds").digest
+    _, digest = folder.store("birds", GOOD + b"new")
+    monkeypatch.setattr(bank, "load_folder", slow)
+    scanning = threading.Thread(target=folder.refresh)
+    scanning.start()
+    assert begun.wait(10) and folder.loaded("birds") is None
+    go.set()
+    scanning.join()
+    assert folder.find("birds").digest == folder.loaded("birds").digest == digest
 
 
 def test_adapters_are_stored_and_deleted(small: Served) -> None:

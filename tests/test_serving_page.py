@@ -132,7 +132,7 @@ def test_a_folder_without_adapters(show, tmp_path: Path) -> None:
     with serve(tmp_path / "adapters") as empty:
         for file in empty.folder.iterdir():
             file.unlink()
-        empty.app.state.service.folder._stale = True
+        empty.app.state.service.folder._next_scan = 0
         page = show(empty)
         page.get_by_text("The service has no adapters.").wait_for()
 

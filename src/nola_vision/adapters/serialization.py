@@ -204,8 +204,8 @@ def adapter_from_bytes(content: bytes, path: Path) -> AdapterFile:
         tensors = safetensors.torch.load(content)
         # safetensors gives metadata and types of files only; it has checked the JSON
         entries = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = entries.pop("__metadata__", {})
-        return _adapter(metadata, {name: entries[name]["dtype"] for name in tensors}, tensors.__getitem__, path)
+        kinds = {name: entries[name]["dtype"] for name in tensors}
+        return _adapter(entries.get("__metadata__") or {}, kinds, tensors.__getitem__, path)
 
 
 @contextmanager

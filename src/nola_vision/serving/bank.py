@@ -222,17 +222,16 @@ class AdapterBank:
                 return known
             if entry.error is not None:
                 raise NolaVisionError(entry.error)
-            changed = max(entry.state[1:3]) if entry.state else 0
-            entry.unsettled = changed > time.time_ns() - RACY_NS
+            unsettled = entry.state is not None and max(entry.state[1:3]) > time.time_ns() - RACY_NS
             try:
                 # clients of a service see the message, and not the folder
                 read = self._shared.read(entry.path, name, shown=Path(entry.path.name))
             except UnreadableAdapter:
                 raise
             except NolaVisionError as error:
-                entry.error = str(error)
+                entry.error, entry.unsettled = str(error), unsettled
                 raise
-            entry.digest, entry.method = read.digest, read.method
+            entry.digest, entry.method, entry.unsettled = read.digest, read.method, unsettled
             self._shared.cache.put(entry, read, read.memory, file=True)
         return read
 

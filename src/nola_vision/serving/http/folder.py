@@ -46,14 +46,14 @@ class AdapterFolder:
         self.bank, self._path = bank, path
         self._scanning, self._changing = threading.Lock(), threading.Lock()
         self._next_scan, self._seen = 0.0, -1
-        self._stale = False  # this service changed a file since the last scan began
+        self._changes = self._found = 0  # of files by this service, and those that the last complete scan has found
         self._scan()
 
     def refresh(self) -> None:
         """Scans the folder if that is due. If another thread is doing it, waits for it only after a change."""
         if not self._due():
             return
-        if self._scanning.acquire(blocking=self._stale):
+        if self._scanning.acquire(blocking=self._changes > self._found):
             try:
                 if self._due():
                     self._rescan()
@@ -61,7 +61,7 @@ class AdapterFolder:
                 self._scanning.release()
 
     def _due(self) -> bool:
-        return self._stale or time.monotonic() >= self._next_scan
+        return self._changes > self._found or time.monotonic() >= self._next_scan
 
     def loaded(self, name: str) -> Adapter | None:
         """What `find` gives, if it reads neither a file nor the folder for it; None otherwise."""
@@ -131,7 +131,7 @@ class AdapterFolder:
                 self.bank.check(temporary, shown=Path(path.name))
                 new = not os.path.lexists(path)
                 os.replace(temporary, path)
-                self._stale = True
+                self._changes += 1
             except UnreadableAdapter as error:
                 raise busy(str(error)) from error
             except NolaVisionError as error:
@@ -150,15 +150,15 @@ class AdapterFolder:
         """
         if name == BASE:
             raise RequestError(422, f"{BASE} is the backbone, which cannot be deleted")
-        self._stale = True  # the name may be that of a new file
-        self.refresh()
+        with self._scanning:
+            self._rescan()  # the name may be that of a new file
         self.info(name)
         with self._changing:
             try:
                 self._file(name).unlink(missing_ok=True)
             except OSError as error:
                 raise busy(f"the adapter cannot be deleted ({error.strerror})") from error
-            self._stale = True
+            self._changes += 1
 
     def _remove_left(self) -> None:
         """Removes temporary files of services that were killed while they stored an adapter."""
@@ -182,12 +182,12 @@ class AdapterFolder:
             _log.warning("%s", error)
 
     def _scan(self) -> None:
-        start, self._stale = time.monotonic(), False
+        start, changes = time.monotonic(), self._changes
         self._seen = self._changed()
         try:
             self.bank.load_folder(self._path)
         finally:
-            end = time.monotonic()
+            end, self._found = time.monotonic(), changes
             self._next_scan = end + max(_SCAN_SECONDS, _SCAN_SHARE * (end - start))
 
     def _changed(self) -> int:
