@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from nola_vision import adapt, load_adapter
+from nola_vision import BackboneSpec, adapt, load_adapter
 from nola_vision.adapters.methods import FrozenMethod, NearestNeighbor
 from nola_vision.adapters.methods.registry import METHODS
 from nola_vision.common import process_cache
@@ -93,6 +93,24 @@ def test_c_without_two_images_of_a_class_is_the_default_and_a_class_of_one_image
     weight, _, c = frozen.logistic_regression(x, y, np.arange(len(y)))
     assert c in frozen.CS and weight.shape == (3, 12) and np.isfinite(weight).all()
     assert frozen.choose_c(x[1:3], y[1:3], np.zeros(2, dtype=np.int64)) == frozen.DEFAULT_C  # two copies of one image
+
+
+@pytest.mark.parametrize("name", ["NearestMean", "LogisticRegression"])
+def test_a_head_of_4_bits_predicts_as_one_of_32_though_features_have_a_large_mean(name: str) -> None:
+    backbone, classes = BackboneSpec("vit_mini_patch4_32.contours"), 30
+    heads = [
+        frozen.FrozenClassifier(backbone, METHODS[name](head_bits=bits), [f"{one}" for one in range(classes)])
+        for bits in (32, 4)
+    ]
+    width = heads[0].model.bank.num_features
+    x, y = blobs([45] * classes, width)
+    x, known = x + 20 * np.random.default_rng(7).normal(size=width), np.arange(len(y)) % 45 < 5
+    for head in heads:
+        head.fit(torch.from_numpy(x[known]).float(), torch.from_numpy(y[known]))
+    with torch.no_grad():
+        found = [head(torch.from_numpy(x[~known]).float()).softmax(1).numpy() for head in heads]
+    same = (found[0].argmax(1) == found[1].argmax(1)).mean()
+    assert same > 0.99 and np.abs(found[0] - found[1]).mean() < 0.001
 
 
 def test_nearest_mean_is_the_nearest_by_cosine_and_its_scale_suits_images_that_were_left_out() -> None:
