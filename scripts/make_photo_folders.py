@@ -49,6 +49,11 @@ def write_files(folder: Path, sources: dict[str, Path]) -> None:
 
 def main() -> None:
     out = Path(sys.argv[1])
+    for folder in (STAMPS, FASHION, ICONS):
+        if not folder.is_dir():
+            print(
+                f"{folder} does not exist, so its images are left out: install the Debian package that this script names at its top"
+            )
     from sklearn.datasets import load_digits
 
     digits = load_digits()

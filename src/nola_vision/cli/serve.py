@@ -96,7 +96,9 @@ def main(arguments: Sequence[str], verb: str) -> int:
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
-                say(f"{_url(listener)} serves {len(bank.adapters()):,} adapters for {bank.backbone_tag}")
+                count = len(bank.adapters())
+                adapters = f"{count:,} adapter{'s' * (count != 1)}"
+                say(f"{_url(listener)} serves {adapters} for {bank.backbone_tag}")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             # uvicorn handles the first and ends; then it sends it again to what was there before, which exits with 0

@@ -40,7 +40,9 @@ async def classify(request: Request, adapter: str) -> JSON:
     kind = content_type(request)
     if not (kind in _KINDS or kind.startswith("image/")):
         raise RequestError(
-            415, f"the Content-Type {kind[:100]!r} is not image/..., application/octet-stream or application/json"
+            415,
+            f"the Content-Type {kind[:100]!r} is not image/..., application/octet-stream or application/json: "
+            "name one of them, or none",
         )
     async with body_of(request, service.settings, service.held) as body:
         if kind == "application/json":
