@@ -51,9 +51,7 @@ def main() -> None:
     out = Path(sys.argv[1])
     for folder in (STAMPS, FASHION, ICONS):
         if not folder.is_dir():
-            print(
-                f"{folder} does not exist, so its images are left out: install the Debian package that this script names at its top"
-            )
+            print(f"{folder} does not exist: install the Debian package that is named at the top of this script")
     from sklearn.datasets import load_digits
 
     digits = load_digits()
