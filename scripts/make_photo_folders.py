@@ -47,17 +47,20 @@ def write_files(folder: Path, sources: dict[str, Path]) -> None:
             white.convert("RGB").save(folder / name / f"{number:02}.jpg", quality=90)
 
 
+def installed(folder: Path) -> bool:
+    if not folder.is_dir():
+        print(f"{folder} does not exist: install the Debian package that is named at the top of this script")
+    return folder.is_dir()
+
+
 def main() -> None:
     out = Path(sys.argv[1])
-    for folder in (STAMPS, FASHION, ICONS):
-        if not folder.is_dir():
-            print(f"{folder} does not exist: install the Debian package that is named at the top of this script")
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = np.round(digits.images * 255 / 16).astype(np.uint8)
     write_arrays(out / "digits", pixels, digits.target, [str(number) for number in range(10)])
-    if STAMPS.is_dir():
+    if installed(STAMPS):
         places = {
             "birds": "animals/birds",
             "flowers": "plants/flowers",
@@ -65,11 +68,11 @@ def main() -> None:
             "mammals": "animals/mammals",
         }
         write_files(out / "stamps", {name: STAMPS / place for name, place in places.items()})
-    if FASHION.is_dir():
+    if installed(FASHION):
         raw = gzip.decompress((FASHION / "train-images-idx3-ubyte.gz").read_bytes())
         labels = np.frombuffer(gzip.decompress((FASHION / "train-labels-idx1-ubyte.gz").read_bytes())[8:], np.uint8)
         write_arrays(out / "fashion", np.frombuffer(raw[16:], np.uint8).reshape(-1, 28, 28), labels, FASHION_NAMES)
-    if ICONS.is_dir():
+    if installed(ICONS):
         write_files(out / "icons", {name: ICONS / name for name in ("actions", "apps", "devices", "mimetypes")})
 
 

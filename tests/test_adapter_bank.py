@@ -530,9 +530,8 @@ def test_a_file_that_was_read_right_after_a_change_is_read_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: int, again: bool
 ) -> None:
     changed = time.time_ns() - age * 10**9  # an hour from now is recent however slow the machine is
-    monkeypatch.setattr(
-        bank_module, "file_state", lambda path: (1, changed, changed, 1)
-    )  # another change does not show
+    # another change does not show
+    monkeypatch.setattr(bank_module, "file_state", lambda path: (1, changed, changed, 1))
     bank = AdapterBank(SPEC)
     shutil.copy(folder / "nola.safetensors", tmp_path / "a.safetensors")
     bank.load_folder(tmp_path)

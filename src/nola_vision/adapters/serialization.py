@@ -190,14 +190,14 @@ def open_adapter(path: str | Path) -> AdapterFile:
 
 
 def adapter_from_bytes(content: bytes, path: Path) -> AdapterFile:
-    """`open_adapter` of a file's content. The tensors are a copy of it.
+    """The adapter file of a content in memory, checked as by `open_adapter`. Its tensors are copies.
 
     Args:
         content: of the file.
         path: for messages and the result.
 
     Raises:
-        NolaVisionError: as `open_adapter`, except that there is no file.
+        NolaVisionError: the content is not that of an adapter file, as for `open_adapter`.
     """
     _check_start(content[:8], len(content), path)
     with _readable(path):
@@ -210,7 +210,7 @@ def adapter_from_bytes(content: bytes, path: Path) -> AdapterFile:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What the block raises because a file is not safetensors, as an error that says so."""
+    """Raises NolaVisionError for what the block raises if a file is not a valid safetensors file."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -223,7 +223,14 @@ def _readable(path: Path) -> Iterator[None]:
 def _adapter(
     metadata: Mapping[str, str], kinds: Mapping[str, str], tensor: Callable[[str], Tensor], path: Path
 ) -> AdapterFile:
-    """The adapter of a safetensors file: its metadata, and the types of its tensors and these themselves by name."""
+    """The adapter file that a safetensors file contains.
+
+    Args:
+        metadata: of the safetensors file.
+        kinds: the types of its tensors, such as `U8`, by name.
+        tensor: gives one by its name.
+        path: for messages and the result.
+    """
     text = metadata.get(METADATA_KEY)
     if text is None:
         raise NolaVisionError(

@@ -52,6 +52,7 @@ def stacked_tensors(several: Sequence[Stored]) -> Tensor:
     # levels of several tensors are one stream if each ends with a whole byte
     if len(several) > 1 and (any(one.bits != bits for one in several) or rows * count * bits % 8):
         return torch.stack([one.tensor() for one in several])
+    # a single tensor is not copied: it may be a whole backbone's
     data = torch.stack([one.data for one in several]) if len(several) > 1 else several[0].data.unsqueeze(0)
     if bits in _WHOLE:
         whole = _viewed(data, _WHOLE[bits]).view(len(several), *shape)

@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from nola_vision.cli.options import Options
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
-from nola_vision.common.text import csv_cell
+from nola_vision.common.text import csv_cell, plural
 from nola_vision.reports.cell import Cell, Report, report_of
 from nola_vision.reports.frames import frame, text_frame
 from nola_vision.reports.markup import latex_table, markdown_table, markdown_text
@@ -116,7 +116,6 @@ def _open(page: Path) -> None:
 
 def _write_page(path: Path, report: Report, problems: list[str], images: bool, folders: Sequence[str]) -> None:
     """Writes the page, and one line on stderr that states how many images of the data are in it."""
-    from nola_vision.reports.formatting import plural
     from nola_vision.reports.html.page import html_page
 
     page = html_page(report, problems, images, folders)

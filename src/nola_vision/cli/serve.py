@@ -19,7 +19,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import weights_in
 from nola_vision.common.imports import without_collections
 from nola_vision.common.progress import say, say_start
-from nola_vision.common.text import printable
+from nola_vision.common.text import plural, printable
 from nola_vision.common.validation import check_counts
 from nola_vision.serving.http.settings import KEY_VARIABLE, api_key, service_settings
 
@@ -96,8 +96,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
-                count = len(bank.adapters())
-                adapters = f"{count:,} adapter{'s' * (count != 1)}"
+                adapters = plural("adapter", len(bank.adapters()))
                 say(f"{_url(listener)} serves {adapters} for {bank.backbone_tag}")
 
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -30,6 +30,12 @@ def last_part(path: str | PurePath) -> str:
     return PurePath(path).name.rstrip("\\").rpartition("\\")[2]
 
 
+def plural(noun: str, count: int) -> str:
+    """The count and its noun: `1 image`, `1,300 images`, `2 classes`."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 def printable(text: str) -> str:
     """The text on one line and valid as UTF-8, with what drives a terminal or is not displayed written as an escape.
 

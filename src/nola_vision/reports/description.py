@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nola_vision.common.tags import HUB_PREFIX, short_dataset, short_tag, split_tag
-from nola_vision.common.text import last_part, printable
+from nola_vision.common.text import last_part, plural, printable
 from nola_vision.data.datasets.vtab import PREFIX, TASKS
-from nola_vision.reports.formatting import plural, short_printable
+from nola_vision.reports.formatting import short_printable
 from nola_vision.reports.statistics import LEAST_SPLITS, cross_validated, is_measured
 from nola_vision.runs.record import Row, count_once
 from nola_vision.runs.run_id import FROZEN_METHODS, OWN_IMAGES

@@ -53,12 +53,6 @@ def accuracy_text(row: Row) -> str:
     return f"{points(mean)} % ({points(std)}), mean and std of {len(accuracies)} folds"
 
 
-def plural(noun: str, count: int) -> str:
-    """The count and its noun: `1 image`, `1,300 images`, `2 classes`."""
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{ending}"
-
-
 def short_printable(name: object, most: int = _MOST_CHARACTERS) -> str:
     """A name from a row as printable text of at most `most` characters."""
     return shortened(printable(str(name)), most)

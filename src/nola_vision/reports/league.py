@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nola_vision.common.text import excerpt
+from nola_vision.common.text import excerpt, plural
 from nola_vision.reports.entries import Entry, Summary, kind, of_method
-from nola_vision.reports.formatting import NOT_MEASURED, bytes_text, plural, points
+from nola_vision.reports.formatting import NOT_MEASURED, bytes_text, points
 from nola_vision.reports.statistics import LEAST_SPLITS, ROUNDING, accuracies_by_split, paired_difference
 from nola_vision.reports.tables import Mark, Table, TableCell, printable_table
 from nola_vision.runs.budget_names import split_budget, with_budget

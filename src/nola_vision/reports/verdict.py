@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.text import printable
+from nola_vision.common.text import plural, printable
 from nola_vision.evaluation.estimates import compare
 from nola_vision.evaluation.predictions import Predictions
 from nola_vision.reports.confusion import MOST_CLASSES, confused_pairs, count_predictions, run_confusions
 from nola_vision.reports.description import grid_text
 from nola_vision.reports.entries import Entry, Kind, Summary, kind
 from nola_vision.reports.entry_predictions import load_run_predictions
-from nola_vision.reports.formatting import accuracy_text, plural, points, short_printable, signed
+from nola_vision.reports.formatting import accuracy_text, points, short_printable, signed
 from nola_vision.reports.statistics import (
     RunAccuracy,
     first_pair,

@@ -146,8 +146,8 @@ class FactorMaker:
                 stacked_tensors([stored[position][f"head.{part}"] for position in positions]).to(self.device)
                 for part in ("weight", "bias")
             )
-            for position, *head in zip(positions, _copies(weights), _copies(biases), strict=True):
-                heads[position] = head[0], head[1]
+            for position, weight, bias in zip(positions, _copies(weights), _copies(biases), strict=True):
+                heads[position] = weight, bias
         return heads
 
     def fixed(self, layout: Layout, group: Group) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _whole(targets: Sequence[Target], changes: Sequence[Change]) -> Change:
 
 
 def _singly(change: Change) -> list[Change]:
-    """The changes of the single adapters, each in memory of its own: what keeps one does not keep the others."""
+    """The changes of the single adapters, each in separate memory: one in the cache does not keep the others."""
     if isinstance(change, LowRank):
         pairs = zip(_copies(change.a), _copies(change.b), strict=True)
         return [LowRank(a, b, change.scale) for a, b in pairs]
@@ -194,7 +194,7 @@ def _singly(change: Change) -> list[Change]:
 
 
 def _copies(stack: Tensor) -> Sequence[Tensor]:
-    """The parts of a stack, copied by one operation: one for each would wait as many times for Python's lock."""
+    """The parts of a stack, each copied, in one operation: each one releases Python's lock and waits for it again."""
     made: Sequence[Tensor] = torch.ops.aten.unbind_copy(stack)
     return made
 

@@ -103,14 +103,13 @@ class FrozenClassifier(ClassificationTask):
                 weight, bias = nearest_mean(x, y, len(present))
         if len(present) < num_classes:
             weight, bias = with_absent(weight, bias, present, num_classes)
-        # what all classes have in common changes no probability, and would take most of the levels of few bits
+        # probabilities do not depend on what all classes have in common, which would use up the levels of few bits
         weight, bias = weight - weight.mean(0), bias - bias.mean()
         bank = self.model.bank
         with torch.no_grad():
             bank.head_weight.copy_(torch.from_numpy(weight))
-            bank.head_bias.copy_(torch.from_numpy(bias))
             self.model.round_to_stored_bits()
-            # features have a large mean: what rounding changes in its logits belongs to the bias
+            # the mean of the features may be large: the bias makes up for what rounding changes in its logits
             stored = bank.head_weight[0].double().cpu().numpy()
             bank.head_bias.copy_(torch.from_numpy(bias + (weight - stored) @ x.mean(0)))
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nola_vision.common.text import excerpt, printable
+from nola_vision.common.text import excerpt, plural, printable
 from nola_vision.reports.charts.labels import short_names
 from nola_vision.reports.confusion import confused_pairs
 from nola_vision.reports.entry_predictions import EntryPredictions
-from nola_vision.reports.formatting import plural, points, short_printable
+from nola_vision.reports.formatting import points, short_printable
 from nola_vision.reports.html.classes import counted_runs
 
 _MOST_PAIRS = 10

@@ -6,9 +6,9 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nola_vision.common.text import printable
+from nola_vision.common.text import plural, printable
 from nola_vision.reports.entry_predictions import EntryPredictions, Mistake, mistakes
-from nola_vision.reports.formatting import plural, short_printable
+from nola_vision.reports.formatting import short_printable
 
 MOST_IMAGE_BYTES = 2**21  # of all images on a page, as text
 _MOST_PHOTOS = 24  # per cell

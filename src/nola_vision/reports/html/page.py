@@ -17,10 +17,9 @@ from markupsafe import Markup, escape
 
 from nola_vision import __version__
 from nola_vision.common.hashing import sha256
-from nola_vision.common.text import printable
+from nola_vision.common.text import plural, printable
 from nola_vision.reports.cell import Cell, Report
 from nola_vision.reports.charts.looks import CSS_COLOURS, DARK_COLOURS
-from nola_vision.reports.formatting import plural
 from nola_vision.reports.html.gallery import MOST_IMAGE_BYTES
 from nola_vision.reports.html.section import CellView, cell_view
 from nola_vision.reports.vtab import Benchmark, vtab_benchmarks

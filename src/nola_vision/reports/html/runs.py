@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nola_vision.common.text import excerpt, printable, setting_text
+from nola_vision.common.text import excerpt, plural, printable, setting_text
 from nola_vision.reports.entries import scale_of
-from nola_vision.reports.formatting import plural
 from nola_vision.reports.statistics import run_accuracy
 from nola_vision.runs.record import Row
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nola_vision.common.text import excerpt, last_part, printable
+from nola_vision.common.text import excerpt, last_part, plural, printable
 from nola_vision.reports.cell import Cell
 from nola_vision.reports.charts.looks import CSS_COLOURS, entry_looks
 from nola_vision.reports.description import cell_facts, how_measured
 from nola_vision.reports.entries import Entry, kind, of_method
 from nola_vision.reports.entry_predictions import read_entry_predictions
-from nola_vision.reports.formatting import bytes_text, plural, points, short_printable
+from nola_vision.reports.formatting import bytes_text, points, short_printable
 from nola_vision.reports.html.classes import ClassesView, classes_view
 from nola_vision.reports.html.confusions import ConfusionView, confusion_view
 from nola_vision.reports.html.gallery import GalleryView, gallery_view

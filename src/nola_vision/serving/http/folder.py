@@ -46,7 +46,8 @@ class AdapterFolder:
         self.bank, self._path = bank, path
         self._scanning, self._changing = threading.Lock(), threading.Lock()
         self._next_scan, self._seen = 0.0, -1
-        self._changes = self._found = 0  # of files by this service, and those that the last complete scan has found
+        # how many changes this service has made to files, and how many of them were made before the last scan began
+        self._changes = self._found = 0
         self._scan()
 
     def refresh(self) -> None:

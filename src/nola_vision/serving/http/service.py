@@ -113,7 +113,7 @@ class Service:
             raise busy("the forward pass failed: try again later") from error
 
     async def answer(self, make: Callable[..., Result], adapter: Adapter, logits: list[Tensor], *rest: Any) -> Result:
-        """`make(adapter, logits, *rest)`, in a thread of its own if it takes longer than going there."""
+        """`make(adapter, logits, *rest)`: here if the answer is short, which is faster, and otherwise in a thread."""
         if sum(map(len, logits)) <= _SHORT:
             return make(adapter, logits, *rest)
         return await self._answers.call(make, adapter, logits, *rest)

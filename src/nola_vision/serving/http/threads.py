@@ -47,8 +47,8 @@ class Threads:
 
 
 def compute_with(count: int) -> None:
-    """Lets torch compute with so many threads in this thread, whatever others set afterwards."""
-    torch.get_num_threads()  # else torch's first operation here would take the number that any thread has set last
+    """Sets the number of threads that torch computes with in this thread, whatever other threads set later."""
+    torch.get_num_threads()  # without it, torch's first operation here takes the number that any thread has set last
     torch.set_num_threads(count)
 
 
