@@ -381,7 +381,7 @@ def sweep(workers: int, out: Path) -> None:
     if out.exists():
         sys.exit(f"{out} is there already, and runs that are done would cost no time: give another --out")
     clock = time.perf_counter()
-    subprocess.run([*command, f"--workers={workers}", "--threads=1"], check=True)
+    subprocess.run([*command, f"--workers={workers}", "--threads=1", "--no-cache"], check=True)
     wall = time.perf_counter() - clock
     own = [(row.seconds_fit or 0) + (row.seconds_test or 0) for row in read_rows(out)[0]]
     print(f"{len(own)} runs of {statistics.median(own):.1f} s ({min(own):.1f} to {max(own):.1f}), {workers} workers")
@@ -424,7 +424,7 @@ def run(case: str, before: Path, rounds: int, weights: Path) -> None:
     results: dict[str, dict[str, tuple[Any, ...]]] = {}
 
     def command(name: str, root: Path) -> None:
-        out, cache = folder / f"{name}{time.monotonic_ns()}", folder / root.name / "cache"
+        out, cache = folder / f"{name}{time.monotonic_ns()}", folder / ("cache before" if root == before else "cache")
         if name != STORED:
             shutil.rmtree(cache, ignore_errors=True)
         others = {"PYTHONPATH": str(root / "src"), "XDG_CACHE_HOME": str(cache)}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -20,10 +19,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pandas as pd
-from scipy.special import stdtrit
 
 from nola_vision.common import process_cache
 from nola_vision.common.mappings import overlay
+from nola_vision.reports.statistics import student_half_width
 from nola_vision.runs import run_id, runner
 from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.parsing import parse
@@ -53,9 +52,9 @@ def curve(row: Row) -> list[float]:
 def interval(differences: Sequence[float]) -> str:
     """The mean of paired differences and its 95 % interval (Student's t), which equal pairs do not have."""
     count, mean = len(differences), fmean(differences)
-    if (spread := stdev(differences)) == 0:
+    if stdev(differences) == 0:
         return f"{mean:+.5f} (all {count} pairs equal: no interval)"
-    half = float(stdtrit(count - 1, 0.975)) * spread / math.sqrt(count)
+    half = student_half_width(differences)
     return f"{mean:+.5f} ({mean - half:+.5f} to {mean + half:+.5f}, n = {count} pairs)"
 
 

@@ -105,6 +105,7 @@ def sweep(folder: Path) -> None:
     folder.joinpath("step_losses.py").write_text(CALLBACK)
     paths = f"{ROOT / 'src'}{os.pathsep}{folder}"
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["NOLA_VISION_CACHE_GIB"] = "0"  # no features of another state of the source
     command = [*COMMAND, *SWEEP, "--methods", ",".join(SETTINGS), *CALLED]
     subprocess.run(command, cwd=folder, env=environment, check=True)
 

@@ -220,7 +220,7 @@ def test_evaluated_images_are_decoded_once_per_process(
         data = module(dataset="folder", root=str(tmp_path))
         data.evaluations, data.memory_limit_mib = ("test",), 2 * 3 * CONFIG.size**2 / 2**20
         images = torch.cat([images for images, _ in data.test_dataloader()])
-        kept = process_cache.once("test images", process_cache._kept["test images"][0], list)
+        kept = process_cache.last("test images", process_cache._kept["test images"][0], list)
         assert len(kept) == 2 and len(images) == 40
 
 

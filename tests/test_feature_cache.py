@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,10 @@ def test_a_damaged_file_is_replaced(damage: str, folder: Path, monkeypatch: pyte
         case "integers":
             write(FEATURES.long())
         case "large":
-            write(FEATURES.repeat(9, 9))
+            # as valid as a file with more metadata, but not read
+            metadata = {"filler": "x" * feature_cache._MOST_HEADER}
+            stored = {"features": FEATURES, "sha256": feature_cache._checksum(KEY, FEATURES)}
+            path.write_bytes(safetensors.torch.save(stored, metadata))
         case "fifo":
             path.unlink()
             os.mkfifo(path)
@@ -210,7 +214,8 @@ def test_a_key_is_of_all_that_features_depend_on(tmp_path: Path, monkeypatch: py
         "nola_vision.training.features._versions": lambda: {"torch": "3.0"},
         "nola_vision.training.features.file_digest": lambda _: "another",
         "torch.get_num_threads": lambda: 63,
-        "torch.get_float32_matmul_precision": lambda: "high",
+        "nola_vision.training.features._source_digest": lambda: "another",
+        "torch.are_deterministic_algorithms_enabled": lambda: True,
         "torch.backends.cpu.get_cpu_capability": lambda: "AVX1",
     }
     found = {known}
@@ -220,11 +225,16 @@ def test_a_key_is_of_all_that_features_depend_on(tmp_path: Path, monkeypatch: py
             found.add(described(pretrained))
     with torch.no_grad():
         pretrained.model.model.backbone.pos_embed[0, 0, 0] += 1
-    found.add(described(pretrained))
+        found.add(described(pretrained))
+        pretrained.model.model.backbone.blocks[0].mlp.fc1.weight[0, 0] += 1
+        found.add(described(pretrained))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision="bf16"))
+        found.add(described(pretrained))
     pretrained.datamodule.eval_batch_size = 17
     found.add(described(pretrained))
     backbone = pretrained.model.model.backbone
-    assert described(pretrained) == (backbone.train(), described(pretrained))[1]
+    assert described(pretrained) == (backbone.eval(), described(pretrained))[1]
     backbone.blocks[0].attn.fused_attn = not backbone.blocks[0].attn.fused_attn  # timm's choice by a variable
     found.add(described(pretrained))
     backbone.register_buffer("table", torch.ones(2), persistent=False)
@@ -237,7 +247,7 @@ def test_a_key_is_of_all_that_features_depend_on(tmp_path: Path, monkeypatch: py
         random = build(tiny("linear", model={"run_seed": seed}), tmp_path)
         random.datamodule.setup("fit")
         found.add(described(random))
-    assert len(found) == 1 + len(changes) + 8
+    assert len(found) == 1 + len(changes) + 10
 
 
 class OfAPackage(torch.nn.LayerNorm):
@@ -256,9 +266,9 @@ def test_features_of_other_packages_modules_are_not_stored_and_infinite_ones_are
         if refused:
             model.backbone.norm.bias.data[0] = torch.inf
             with pytest.raises(NolaVisionError, match="features that are not finite: use another weights file"):
-                features.features(model, built.trainer, loader)
+                features.features_of(model, built.trainer, loader)
         else:
-            features.features(model, built.trainer, loader)
+            features.features_of(model, built.trainer, loader)
         assert folder.exists() != (changed or refused)
 
 

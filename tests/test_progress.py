@@ -135,7 +135,7 @@ def compute_features(progress_bar: ProgressBar, clock: Clock, tmp_path: Path) ->
         enable_model_summary=False, callbacks=[progress_bar],
     )  # fmt: skip
     loader = DataLoader(TensorDataset(torch.zeros(2000, 1), torch.zeros(2000)), 256)
-    return features._computed(Frozen(clock, 6.0), trainer, loader)  # type: ignore[arg-type]
+    return features.compute_features(Frozen(clock, 6.0), trainer, loader)  # type: ignore[arg-type]
 
 
 def test_features_say_how_many_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

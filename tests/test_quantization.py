@@ -22,7 +22,10 @@ from nola_vision.adapters.quantization import (
 from nola_vision.adapters.stored import stacked_tensors, stored
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.models.backbones.spec import BackboneSpec
+from nola_vision.runs import runner
 from nola_vision.runs.parsing import build
+from nola_vision.runs.store import ADAPTER_FILE
+from nola_vision.training.callbacks import LAST_CHECKPOINT
 from nola_vision.training.classifier import Classifier
 from tiny import tiny
 
@@ -173,6 +176,57 @@ def test_one_bit_starts_at_the_pretrained_model_and_trains_from_the_first_step(
     run = build(tiny("one", methods={"one": {"class_path": type(method).__name__, "init_args": fields}}), tmp_path)
     run.trainer.fit(run.model, datamodule=run.datamodule)
     assert len(computed) > 5 and all(widths == {1} for widths in computed)  # the head's 4 bits come after training
+
+
+def test_the_bias_makes_up_for_what_rounding_the_head_changes_on_average() -> None:
+    draws = torch.Generator().manual_seed(0)
+    model = adapt(SPEC, LinearProbe(head_bits=4), [f"class {number}" for number in range(20)])
+    features = torch.randn(50, model.bank.num_features, generator=draws)
+    mean = 5 + torch.randn(model.bank.num_features, generator=draws)
+    features += mean - features.mean(0)
+    with torch.no_grad():
+        weight = model.bank.head_weight.normal_(generator=draws)[0].double().numpy()
+        bias = model.bank.head_bias.normal_(generator=draws)[0].double().numpy()
+        exact = model.classified(features)
+        model.compute_with_stored_bits(mean_features=mean)
+        seen = model.classified(features)
+        model.compute_with_stored_bits(most=0)
+        model.round_to_stored_bits(mean)
+        once = model.classified(features)
+        model.round_to_stored_bits(mean)
+    stored, corrected = (one.detach()[0].double().numpy() for one in (model.bank.head_weight, model.bank.head_bias))
+    assert np.allclose(corrected, bias + (weight - stored) @ mean.double().numpy(), atol=1e-4)
+    assert np.abs(corrected - bias).max() > 1
+    assert (once - exact).mean(0).abs().max() < 1e-4 and (once - exact).abs().max() > 0.1
+    assert torch.equal(seen, once) and torch.equal(model.classified(features), once)
+
+
+def test_training_rounds_the_head_with_the_mean_of_the_training_images(tmp_path: Path) -> None:
+    """In one batch, so that the mean is exact. A head that trains with its bits is not changed afterwards."""
+    heads, means = {}, {}
+    for bits in (32, 4, 1):
+        settings = {"class_path": "LinearProbe", "init_args": {"lr": 0.05, "head_bits": bits}}
+        config = tiny(
+            "probe", methods={"probe": settings}, data={"batch_size": 90}, trainer={"check_val_every_n_epoch": 3}
+        )
+        row = runner.run(config, tmp_path)
+        file = reference.read(str(row.folder / ADAPTER_FILE))[1]
+        heads[bits] = file["head.weight"], file["head.bias"]
+        checkpoint = torch.load(row.folder / LAST_CHECKPOINT, weights_only=True)
+        means[bits] = checkpoint["mean_features"]
+        trained = {name: checkpoint["state_dict"][f"model.bank.head_{name}"][0].numpy() for name in ("weight", "bias")}
+        if bits != 4:
+            assert np.array_equal(trained["bias"], heads[bits][1])
+    assert means[1] is None and torch.equal(means[4], means[32])
+    built = build(tiny("linear", data={"batch_size": 90}), tmp_path)
+    built.datamodule.setup("fit")
+    images = torch.stack([image for image, _ in built.datamodule.reference_dataloader().dataset])
+    with torch.no_grad():
+        mean = built.model.model.eval().features(images).double().mean(0).numpy()
+    assert np.allclose(means[4].numpy(), mean, atol=1e-4)
+    weight, bias = (one.astype(np.float64) for one in heads[32])
+    assert np.allclose(heads[4][1], bias + (weight - heads[4][0]) @ mean, atol=1e-4)
+    assert np.abs(heads[4][1] - bias).max() > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(6, 142), (3, 5), (40, 7, 3)])

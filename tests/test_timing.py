@@ -8,6 +8,7 @@ import pytest
 from nola_vision.runs import timing
 from nola_vision.sweep import runner
 from nola_vision.sweep.progress import EntryProgress
+from nola_vision.training.frozen import FrozenClassifier
 from tiny import TINY, tiny
 
 FIXED, PER_IMAGE = 0.5, 0.25  # seconds of a step
@@ -46,13 +47,15 @@ def test_a_run_is_the_sum_of_its_parts(clock: list[float], monkeypatch: pytest.M
     assert validated.passes == 3 and validated.final == validated.training + 3 * validated.validation + validated.test
     assert validated.training == pytest.approx(40 * 0.125)
     assert timing.training_seconds(tiny("nola")) == found.training
+    fit = FrozenClassifier.fit
+    monkeypatch.setattr(FrozenClassifier, "fit", lambda *given: (clock.__setitem__(0, clock[0] + 7), fit(*given))[1])
     frozen = timing.time_run(tiny("1nn"))
-    assert (frozen.training, frozen.test, frozen.split) == (0.0, 0.0, 30 * 0.125)
-    assert frozen.once == found.validation + found.test
+    assert (frozen.training, frozen.test, frozen.split) == (7.0, 0.0, 30 * 0.125)
+    assert (frozen.pool, frozen.tested) == (found.validation, found.test)
 
 
 def test_a_sweep_counts_search_runs_final_runs_and_splits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    time = timing.RunTime(training=10.0, validation=2.0, passes=0, test=3.0, split=5.0, once=7.0)
+    time = timing.RunTime(training=10.0, validation=2.0, passes=0, test=3.0, split=5.0, pool=4.0, tested=3.0)
     monkeypatch.setattr(timing, "time_run", lambda run_config, limit: time)
     sweep = runner.prepare(TINY, ["nola"], [], [], [0, 1, 2, 3], [0], (1, 1))
     entry = EntryProgress("nola", search=2, final=4, done=0, seconds=None)

@@ -180,7 +180,8 @@ class ParameterBank(nn.Module):
 
     def _heads(self, settings: Settings, adapters: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.head_target is None:
-            bias = self.head_bias if adapters is None else self.head_bias[adapters]
+            bias = self.head_bias if settings.bias_change is None else self.head_bias + settings.bias_change
+            bias = bias if adapters is None else bias[adapters]
             return self._values("head_weight", self.head_weight, settings, adapters), bias
         change = self._changes([self.head_target], settings, adapters)[HEAD]
         assert self._head_base is not None
@@ -345,20 +346,25 @@ class ParameterBank(nn.Module):
             )
 
     def using(
-        self, *, prefix: float | None = None, bits: Mapping[str, int] | None = None
+        self,
+        *,
+        prefix: float | None = None,
+        bits: Mapping[str, int] | None = None,
+        bias_change: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Makes this thread's passes compute with what a shorter file would contain; gradients go straight through.
 
         Args:
             prefix: the share of the coefficients that is used, the first ones, above 0 and at most 1.
             bits: stored bits by parameter name.
+            bias_change: `[num_adapters, classes]`, added to the biases of heads that are no targets.
 
         Raises:
             NolaVisionError: the share is out of range.
         """
         if prefix is not None and not 0 < prefix <= 1:
             raise NolaVisionError(f"prefix is {prefix}: it is a share of the coefficients, above 0 and at most 1")
-        changes = {"prefix": prefix, "bits": bits}
+        changes = {"prefix": prefix, "bits": bits, "bias_change": bias_change}
         return context.using(self, **{name: value for name, value in changes.items() if value is not None})
 
 

@@ -48,11 +48,13 @@ class Settings:
         route: the adapter of each sample; None for the only adapter.
         prefix: the share of the coefficients that is used, the first ones.
         bits: stored bits by parameter name: compute with the values that a file of these bits contains.
+        bias_change: `[n, classes]`, added to the biases of the heads that are no targets.
     """
 
     route: Route | None = None
     prefix: float = 1.0
     bits: Mapping[str, int] = field(default_factory=dict)
+    bias_change: Tensor | None = None
 
     def check_batch(self, batch: Tensor) -> None:
         """Refuses a batch of another length than the route's index."""

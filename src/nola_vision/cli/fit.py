@@ -14,11 +14,11 @@ from nola_vision.cli.options import (
     Options,
     accelerator,
     add_photo_options,
+    apply_no_cache,
     config_options,
     photo_settings,
     refuse_strays,
     refuse_without_photos,
-    set_cache_limit,
     take_photos,
 )
 from nola_vision.common import process_cache, stopwatch
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     rest = ["--help" if word == "--help=all" else word for word in rest]
     place, rest = take_photos(rest) if verb == "fit" else (None, rest)
     refuse_strays(rest, options)
-    set_cache_limit(known)
+    apply_no_cache(known)
     raw = config = _config(known, place, rest, verb)
     if "methods" in config:
         config = run_id.resolve(config, known.method)

@@ -129,7 +129,7 @@ def accelerator(config: Mapping[str, Any], rest: Sequence[str]) -> Any:
     return dict(early_checks.option_pairs(rest)).get("trainer.accelerator", given) or "auto"
 
 
-def set_cache_limit(known: argparse.Namespace) -> None:
+def apply_no_cache(known: argparse.Namespace) -> None:
     """Carries out --no-cache in the environment, which worker processes inherit, and not in a run's config.
 
     Raises:

@@ -17,13 +17,13 @@ from rich.console import Console
 
 from nola_vision.cli.options import (
     accelerator,
+    apply_no_cache,
     config_options,
     parse_budgets,
     parse_methods,
     parse_range,
     parse_shard,
     refuse_strays,
-    set_cache_limit,
     whole_number,
 )
 from nola_vision.common.errors import NolaVisionError
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     refuse_strays(rest, options)
     if known.basis_seed is not None:
         rest.append(f"--model.basis_seed={known.basis_seed}")
-    set_cache_limit(known)
+    apply_no_cache(known)
     if known.engine == "local" and (known.address != "auto" or known.gpus_per_run is not None):
         raise NolaVisionError("--address and --gpus-per-run are for --engine ray: give that too")
     if not known.config:
@@ -131,7 +131,7 @@ def _run(sweep: runner.Sweep, known: argparse.Namespace, warned: set[str]) -> in
         engine = runner.local_engine(trainer, known.workers)
     entries, shared = sweep.progress(out), 0.0
     if known.dry_run and engine.name != "ray" and any(entry.seconds is None and entry.left for entry in entries):
-        say_aside("timing a few steps of each method, for at most about a minute")
+        say_aside("timing a few steps of each method, for about a minute after building and decoding")
         entries, shared = sweep.timed(entries)
     console.print(plan_table(entries, engine.workers, sweep.shard, shared, sweep.sizes()))
     for line in (*sweep.notes, *(f"{name} is not run: {why.reason}" for name, why in sweep.not_run.items())):

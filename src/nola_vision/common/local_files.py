@@ -236,7 +236,7 @@ def warn_not_stored(reason: str) -> None:
         _log.warning(
             "%s",
             printable(
-                f"cannot store what was computed from files ({reason}), so every process computes it again: "
-                "set XDG_CACHE_HOME to a folder that can be written"
+                f"the cache cannot be written ({reason}), so every process computes digests of files and features of "
+                "images again: make room, or set XDG_CACHE_HOME to a folder that can be written"
             ),
         )

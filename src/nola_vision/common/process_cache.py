@@ -34,7 +34,7 @@ def has(kind: str) -> bool:
     return kind in (_kept or {})
 
 
-def once(kind: str, key: Hashable, make: Callable[[], T], copy: Callable[[T], T] | None = None) -> T:
+def last(kind: str, key: Hashable, make: Callable[[], T], copy: Callable[[T], T] | None = None) -> T:
     """The result of `make`. If the cache is on, the last result of each kind is cached and returned for the same key.
 
     Args:
@@ -52,8 +52,8 @@ def once(kind: str, key: Hashable, make: Callable[[], T], copy: Callable[[T], T]
     return made if copy is None else copy(made)
 
 
-def latest(kind: str, key: Hashable, make: Callable[[], T], size: Callable[[T], int], limit: int) -> T:
-    """As `once`, but caches several results of a kind, up to a limit; the least recently used ones are dropped.
+def recent(kind: str, key: Hashable, make: Callable[[], T], size: Callable[[T], int], limit: int) -> T:
+    """As `last`, but caches several results of a kind, up to a limit; the least recently used ones are dropped.
 
     Args:
         kind: the name of the cache.

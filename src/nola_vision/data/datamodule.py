@@ -246,7 +246,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
             return self._shared_images(self._train_set[1])
         limit = self.memory_limit_mib * 2**20
         key = (self.dataset, self.root, self._train_set[1].tobytes(), limit, self.input.size)
-        return process_cache.once("training images", key, lambda: self._plain(*self._train_set).keep(limit))
+        return process_cache.last("training images", key, lambda: self._plain(*self._train_set).keep(limit))
 
     @property
     def _shares_images(self) -> bool:
@@ -259,7 +259,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         limit, source = self.memory_limit_mib * 2**20, self._open("train")
         indices = np.arange(len(source), dtype=np.int64)
         key = (self.dataset, self.root, limit, self.input.size)
-        kept = process_cache.once("images", key, lambda: self._plain(source, indices).keep(limit))
+        kept = process_cache.last("images", key, lambda: self._plain(source, indices).keep(limit))
         return self._plain(source, indices, kept)
 
     def _shared_images(self, indices: Indices) -> list[Kept]:
@@ -292,7 +292,7 @@ class KShotDataModule(KShotSplit, L.LightningDataModule):
         if self._processes > 1:
             return make()
         key = (self.dataset, self.root, self._splits, indices.tobytes(), self.input)
-        kept = process_cache.once(kind, key, lambda: make().keep(limit))
+        kept = process_cache.last(kind, key, lambda: make().keep(limit))
         trim(kept, limit)  # an earlier run of this process may have had more memory for them
         return make(kept)
 

@@ -143,7 +143,7 @@ class KShotSplit:
     @cached_property
     def groups(self) -> Indices:
         """`[n]` numbers of the images of the training split; equal ones are exact copies of one image."""
-        return process_cache.once("groups", (self.dataset, self.root), lambda: groups(self._open("train")))
+        return process_cache.last("groups", (self.dataset, self.root), lambda: groups(self._open("train")))
 
     @property
     def number_of_folds(self) -> int | None:
@@ -186,7 +186,7 @@ class KShotSplit:
     def _open(self, split: Split) -> ImageSource:
         if split not in self._sources:
             open_it = partial(open_split, self.entry, self.root, split, self.download)
-            self._sources[split] = process_cache.once(f"{split} source", (self.dataset, self.root), open_it)
+            self._sources[split] = process_cache.last(f"{split} source", (self.dataset, self.root), open_it)
         return self._sources[split]
 
     @cached_property

@@ -64,7 +64,7 @@ class ImageSubset(Dataset[tuple[torch.Tensor, int]]):
 
     def contents(self) -> list[str]:
         """A text per image, which only images of equal content share: SHA-256 of its file, or its size and SHA-256 of
-        its pixels. A file is read again only if its size, times or inode changed.
+        its pixels. A file on disk is read again only if its size, times or inode changed.
         """
         source, indices = self._source, self._indices.tolist()
         if isinstance(source, ArraySource):

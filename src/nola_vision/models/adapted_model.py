@@ -24,6 +24,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.tags import short_tag
 from nola_vision.common.validation import check_counts
 from nola_vision.images.transforms import eval_transform
+from nola_vision.models.backbones.properties import fingerprint as fingerprint_of
 from nola_vision.models.building import feature_width, stated_targets
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, Calibrated, check_calibrated
@@ -68,10 +69,18 @@ class AdaptedModel(nn.Module):
         # of the weights as they were loaded: a run may cast them, round them to int8, or train them. None for a fully
         # fine-tuned model, whose file contains every weight
         self.fingerprint = fingerprint
-        self._stored_bits: dict[str, int] = {}  # by parameter name, see `compute_with_stored_bits`
+        self._versions = _versions(backbone)  # of the weights that have this fingerprint
+        # see `compute_with_stored_bits`
+        self._stored_bits: dict[str, int] = {}  # by parameter name
+        self._bias_change: Tensor | None = None  # of the head
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classified(self.features(images))
+        return self.features_and_logits(images)[1]
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`features`, and the logits of them."""
+        features = self.features(images)
+        return features, self.classified(features)
 
     def features(self, images: Tensor) -> Tensor:
         """The adapted backbone's features `[batch, features]`, which the head takes, of `[batch, 3, size, size]`."""
@@ -85,7 +94,9 @@ class AdaptedModel(nn.Module):
             return self.bank.logits(features)
 
     def _computing_with_bits(self) -> AbstractContextManager[None]:
-        return self.bank.using(bits=self._stored_bits) if self._stored_bits else nullcontext()
+        if not self._stored_bits:
+            return nullcontext()
+        return self.bank.using(bits=self._stored_bits, bias_change=self._bias_change)
 
     @overload
     def predict(self, images: str | Path | Image.Image, top_k: int = 3, batch_size: int = 64) -> list[Prediction]: ...
@@ -137,6 +148,11 @@ class AdaptedModel(nn.Module):
         """One image, as `predict` takes it, as the float32 tensor `[3, size, size]` that the model takes a batch of."""
         return eval_transform(self.metadata.input)(load_image(image, 0))
 
+    def current_fingerprint(self) -> str | None:
+        """`fingerprint`, computed again if the backbone's weights were written to since they were loaded."""
+        changed = self.fingerprint is not None and _versions(self.backbone) != self._versions
+        return fingerprint_of(self.backbone) if changed else self.fingerprint
+
     def dtype(self, otherwise: torch.dtype) -> torch.dtype:
         """The dtype that the backbone computes in: that of its first parameter."""
         return next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), otherwise)
@@ -161,23 +177,50 @@ class AdaptedModel(nn.Module):
         """Bits per stored value, by the tensor's name in the file."""
         return file_bits(bank_tensors(self.bank), self.metadata.method)
 
-    def compute_with_stored_bits(self, most: int = 16) -> None:
+    @torch.no_grad()
+    def compute_with_stored_bits(self, most: int = 16, mean_features: Tensor | None = None) -> None:
         """Makes forward passes compute with the values as a file would contain them; gradients go straight through.
 
         Does not affect `bank.merge` and `bank.changes`: call `round_to_stored_bits` before them.
 
         Args:
             most: only values of at most this many bits are rounded; 0 ends it.
+            mean_features: as for `round_to_stored_bits`, with the same effect on the logits.
         """
         named = {"head.weight": "head_weight"}
         bits = {named.get(name, name.replace("adapter.", "groups.", 1)): width for name, width in self.bits.items()}
         self._stored_bits = {name: width for name, width in bits.items() if width <= most}
+        self._bias_change = None
+        if mean_features is not None and self.computes_with_rounded_head:
+            exact = self.bank.logits(mean_features.unsqueeze(0))
+            self._bias_change = exact - self.classified(mean_features.unsqueeze(0))
+
+    @property
+    def computes_with_rounded_head(self) -> bool:
+        """Whether passes compute with the head's matrix as a file would contain it."""
+        return "head_weight" in self._stored_bits
 
     @torch.no_grad()
-    def round_to_stored_bits(self) -> None:
-        """Replaces the trained values by what the adapter file contains."""
+    def round_to_stored_bits(self, mean_features: Tensor | None = None) -> None:
+        """Replaces the trained values by what the adapter file contains.
+
+        Args:
+            mean_features: mean `[features]` of what the head takes. With it, what rounding the head's matrix W to W'
+                changes in the logits on average is made up for by the bias ("bias correction": Nagel et al., ICCV 2019,
+                arXiv:1906.04721, section 4.2), which is not rounded:
+
+                    b' = b + (W - W') mean_features
+
+                The mean of the features of a pretrained backbone is several times as large as their deviation from it,
+                and so is its part of the error. A head that is one of the method's targets has no bias of its own and
+                is not corrected.
+        """
+        mean = None if mean_features is None or self.bank.head_target is not None else mean_features.unsqueeze(0)
+        exact = None if mean is None else self.bank.logits(mean)
         for name, tensor in bank_tensors(self.bank).items():
             tensor.copy_(rounded(tensor.unsqueeze(0), self.bits.get(name, 32))[0])
+        if mean is not None and exact is not None:
+            self.bank.head_bias.add_(exact - self.bank.logits(mean))
 
     def not_finite(self, adapter: int = 0) -> str | None:
         """The first trained tensor of an adapter (and its first layer) with a value that is not finite, or None."""
@@ -239,6 +282,11 @@ class AdaptedModel(nn.Module):
 
 
 @torch.no_grad()
+def _versions(backbone: nn.Module) -> list[int]:
+    """How often each tensor of a backbone was written to."""
+    return [tensor._version for tensor in (*backbone.parameters(), *backbone.buffers())]
+
+
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a value that is not finite, or None. Integer tensors pass."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() and not is_quantised(t)}

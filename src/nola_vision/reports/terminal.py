@@ -82,6 +82,7 @@ def row_panel(row: Row) -> Panel:
         f"other {count_text(row.other_parameters)}",
         "adapter file": _bytes(row.adapter_file_bytes),
         **({"best epoch": f"{row.epoch} (from 0), by {row.monitor}"} if row.monitor is not None else {}),
+        "precision": row.config["trainer"]["precision"],
         "seconds": NOT_MEASURED if row.seconds_total is None else f"{row.seconds_total:.1f}",
         "peak memory": NOT_MEASURED if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f} MiB",
     }

@@ -90,7 +90,8 @@ def measure(
             measured["adapter_file_bytes"] = task.model.save(folder / ADAPTER_FILE)
     quiet = {"datamodule": data, "verbose": False}
     if task.validated is None and "validate" in data.evaluations:
-        trainer.validate(task, **quiet)
+        with timed("validation"):
+            trainer.validate(task, **quiet)
     if (validated := task.validated) is not None:
         measured |= {"val_accuracy": _number(validated.accuracy), "val_loss": _number(validated.loss)}
     if stage == "final" and (isinstance(task, Classifier) or task.savable):

@@ -119,7 +119,7 @@ def _jpeg(source: ImageSource, index: int) -> bytes:
         image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
         return buffer.getvalue()
 
-    return process_cache.latest("thumbnails", (weakref.ref(source), index), make, len, _KEPT_BYTES)
+    return process_cache.recent("thumbnails", (weakref.ref(source), index), make, len, _KEPT_BYTES)
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:

@@ -20,8 +20,9 @@ from nola_vision.runs.lightning_messages import quiet
 from nola_vision.runs.parsing import RunCLI, build
 from nola_vision.runs.run_id import Config
 from nola_vision.training.classifier import Classifier
-from nola_vision.training.features import features
+from nola_vision.training.features import compute_features
 from nola_vision.training.frozen import FrozenClassifier
+from nola_vision.training.precision import tf32
 
 T = TypeVar("T")
 
@@ -37,7 +38,8 @@ class RunTime:
         test: a pass over the test images; 0 on features.
         split: what the runs of a worker on one split share: decoding the training images, and their features for a
             method that uses them.
-        once: what all runs of a worker share: the same for the validation pool and the test images.
+        pool: what all runs of a worker share that use the validation pool: decoding its images, and their features.
+        tested: the same for the test images.
     """
 
     training: float
@@ -45,7 +47,8 @@ class RunTime:
     passes: int
     test: float
     split: float
-    once: float
+    pool: float
+    tested: float
 
     @property
     def search(self) -> float:
@@ -82,7 +85,7 @@ def time_run(run_config: Config, limit: float = math.inf) -> RunTime:
         if built.datamodule.has_test:
             built.datamodule.setup("test")
         counts = built.datamodule.describe()["counts"]
-        train, others = counts["train"], counts["validation"] + counts.get("test", 0)
+        train, pool, tested = counts["train"], counts["validation"], counts.get("test", 0)
         image, each = _evaluation_seconds(built, limit / 3), decoding / counts["train"]
         if isinstance(built.model, FrozenClassifier):
             training = _fit_seconds(built) if image * train <= limit / 3 else 0.0
@@ -91,9 +94,9 @@ def time_run(run_config: Config, limit: float = math.inf) -> RunTime:
         training += building
         if built.model.needs_only_features():
             each += image
-            return RunTime(training, 0.0, 0, 0.0, each * train, each * others)
-        validation, test = image * counts["validation"], image * counts.get("test", 0)
-        return RunTime(training, validation, _validations(built), test, each * train, each * others)
+            return RunTime(training, 0.0, 0, 0.0, each * train, each * pool, each * tested)
+        passes = _validations(built)
+        return RunTime(training, image * pool, passes, image * tested, each * train, each * pool, each * tested)
 
 
 @contextmanager
@@ -108,7 +111,8 @@ def _built(run_config: Config) -> Iterator[tuple[RunCLI, float, float]]:
         data.prepare_data()
         decoding, _ = _timed(lambda: data.setup("fit"))
         trainer.precision_plugin.convert_module(task).to(trainer.strategy.root_device)
-        yield built, building, decoding
+        with tf32(trainer):
+            yield built, building, decoding
 
 
 def _training_seconds(built: RunCLI, limit: float) -> float:
@@ -175,7 +179,7 @@ def _fit_seconds(built: RunCLI) -> float:
     """Seconds of fitting a method to the features of the training images."""
     task, data, trainer = built.model, built.datamodule, built.trainer
     assert isinstance(task, FrozenClassifier)
-    found = features(task.model, trainer, data.reference_dataloader())
+    found = compute_features(task.model, trainer, data.reference_dataloader())
     labels = torch.from_numpy(data.train_labels)
     return _timed(lambda: task.fit(found, labels, data.train_groups if task.method.regularised else None))[0]
 

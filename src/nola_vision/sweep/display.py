@@ -129,8 +129,8 @@ class SweepDisplay:
         self._bar.console.print(line, highlight=False, markup=False, soft_wrap=not self._live)
 
     def _state(self) -> str:
-        """Running and failed runs, the best mean so far, and how long the remaining runs take."""
-        parts = [f"{len(self._running)} running"]
+        """Running (if displayed live) and failed runs, the best mean so far, and how long the remaining runs take."""
+        parts = [f"{len(self._running)} running"] if self._live else []
         if failed := sum(row.status != "completed" for row in self._ended):
             parts.append(f"{failed} failed")
         if best := self._best(self._ended):

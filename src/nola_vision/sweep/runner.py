@@ -121,7 +121,8 @@ class Sweep:
                 final = time.final + folds * time.training
                 each = (entry.search * time.search + entry.final * final) / entry.runs
                 estimates[entry.method] = replace(entry, seconds=each, estimated=True)
-                shared = max(shared, len(self.splits) * time.split + time.once)
+                pool = time.pool if entry.search or time.passes else 0.0
+                shared = max(shared, len(self.splits) * time.split + pool + time.tested)
         return [estimates.get(entry.method, entry) for entry in entries], shared
 
     def run(self, execute: Callable[[Sequence[RunSpec]], list[Row]], say: Callable[[str], None]) -> list[Row]:

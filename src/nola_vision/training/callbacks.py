@@ -75,6 +75,11 @@ class ValidationTime(L.Callback):
         stopwatch.end()
 
 
+def is_known(callback: L.Callback) -> bool:
+    """Whether a callback is Lightning's or this package's; what others do with images and weights is not known."""
+    return type(callback).__module__.startswith(("lightning.", "nola_vision."))
+
+
 def monitoring(callbacks: Sequence[L.Callback]) -> ModelCheckpoint | None:
     """The first ModelCheckpoint that keeps the best epoch by a metric; its epoch is the run's result."""
     kept = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None and c.save_top_k != 0)

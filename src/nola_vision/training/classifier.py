@@ -28,14 +28,13 @@ from nola_vision.models.adapted_model import first_not_finite
 from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.base import ClassificationTask, Validated
-from nola_vision.training.callbacks import monitoring, update_paths
+from nola_vision.training.callbacks import is_known, monitoring, update_paths
 from nola_vision.training.features import drops_nothing
 from nola_vision.training.schedule import warmup_cosine
 from nola_vision.training.trainer_settings import check_monitors
 
 ClassWeights = Literal["none", "balanced"]
 _LOOK_EVERY = 50  # steps on a GPU
-_OWN_CALLBACKS = ("lightning.", "nola_vision.")
 
 
 class Classifier(ClassificationTask):
@@ -69,9 +68,12 @@ class Classifier(ClassificationTask):
                     f"{backbone.tag} does not support gradient checkpointing: leave grad_checkpointing out"
                 )
             self.model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
-        # in a list, so that the compiled model is not a second submodule
-        self._computed: list[Callable[[Tensor], Tensor]] = [torch.compile(self.model) if compile else self.model]
         self._compiled = compile
+        whole = self.model.features_and_logits
+        self._compute: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(whole) if compile else whole
+        # `[features]`: what the head takes, as a running mean over about an epoch of training; None if training
+        # computes with the rounded head
+        self.mean_features: Tensor | None = None
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
         self.method, self.optimizer, self.run_seed = self.model.metadata.method, optimizer, run_seed
         self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
@@ -88,8 +90,10 @@ class Classifier(ClassificationTask):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images, or of features (`needs_only_features`)."""
-        logits: Tensor = self.model.classified(images) if self.on_features else self._computed[0](images)
-        return logits
+        return self._features_and_logits(images)[1]
+
+    def _features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return (images, self.model.classified(images)) if self.on_features else self._compute(images)
 
     def needs_only_features(self) -> bool:
         """Whether every epoch has the same features, and all of them are needed.
@@ -107,7 +111,7 @@ class Classifier(ClassificationTask):
             and trainer.world_size == 1
             and not self._compiled
             and all(isinstance(limit, float) and limit == 1 for limit in limits)  # 1 is one batch, 1.0 all
-            and all(type(c).__module__.startswith(_OWN_CALLBACKS) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            and all(map(is_known, trainer.callbacks))  # type: ignore[attr-defined]
             and count * self.model.bank.num_features * 4 <= data.memory_limit_mib * 2**20
             and self._drops_nothing
         )
@@ -127,10 +131,26 @@ class Classifier(ClassificationTask):
         images, labels = batch
         prefix = _prefix(self.run_seed, self.global_step) if self.method.nested else None
         with self.model.bank.using(prefix=prefix):
-            loss = self._loss(self(images), labels)
+            features, logits = self._features_and_logits(images)
+            loss = self._loss(logits, labels)
+        self._follow(features.detach())
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss
+
+    def _follow(self, features: Tensor) -> None:
+        """Updates `mean_features` by those of a training batch."""
+        mean, before = features.float().mean(0), self.mean_features
+        batches = min(self.trainer.fit_loop.total_batch_idx + 1, int(self.trainer.num_training_batches))
+        if self.model.computes_with_rounded_head:
+            self.mean_features = None
+        else:
+            self.mean_features = mean if before is None else before.to(mean.device).lerp(mean, 1 / batches)
+
+    def _mean_of_all_processes(self) -> Tensor | None:
+        if self.mean_features is not None:
+            self.mean_features = self.trainer.strategy.reduce(self.mean_features.to(self.device), reduce_op="mean")
+        return self.mean_features
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The weighted cross-entropy, divided by the number of images rather than by the sum of their weights.
@@ -161,9 +181,6 @@ class Classifier(ClassificationTask):
     def on_train_epoch_end(self) -> None:
         self.train_loss, self.epoch = self.trainer.callback_metrics["train_loss"], self.current_epoch
 
-    def on_validation_end(self) -> None:
-        self._validated_weights = self._digest()
-
     def _digest(self) -> str:
         """SHA-256 over the trained tensors: callbacks may change them without a step."""
         state = self.state_dict(keep_vars=True)  # torchao's tensors cannot be detached in inference mode
@@ -181,7 +198,7 @@ class Classifier(ClassificationTask):
         if best is not None and (path := self.trainer.strategy.broadcast(best.best_model_path)):
             self.epoch, self.monitor = self.load_best(path), best.monitor
         self.model.compute_with_stored_bits(most=0)
-        self.model.round_to_stored_bits()
+        self.model.round_to_stored_bits(self._mean_of_all_processes())
 
     def load_best(self, path: str) -> int:
         """Loads the weights that a ModelCheckpoint of this run kept, and returns their epoch.
@@ -209,19 +226,19 @@ class Classifier(ClassificationTask):
     def load_weights(self, checkpoint: dict[str, Any]) -> None:
         """Loads the trained values of a checkpoint, after `refuse_other_checkpoint`."""
         self.refuse_other_checkpoint(checkpoint)
-        self.validated = None
+        self.validated, self.mean_features = None, checkpoint.get("mean_features")
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
-    def on_validation_start(self) -> None:
+    def on_validation_epoch_start(self) -> None:
         """Evaluates with the values as they are stored in a file; during training the parameters are not rounded."""
-        super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.model.compute_with_stored_bits()
+            self.model.compute_with_stored_bits(mean_features=self._mean_of_all_processes())
         else:
-            self.model.round_to_stored_bits()
+            self.model.round_to_stored_bits(self._mean_of_all_processes())
+        self._validated_weights = self._digest()  # callbacks may restore others at the end, before a checkpoint
 
     def on_test_start(self) -> None:
-        self.model.round_to_stored_bits()
+        self.model.round_to_stored_bits(self._mean_of_all_processes())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
@@ -268,6 +285,7 @@ class Classifier(ClassificationTask):
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in kept}
         checkpoint["adapter"] = self._identity()
         checkpoint["run_hash"] = self.run_hash
+        checkpoint["mean_features"] = self.mean_features
         # for the best epoch's, which is not validated again
         self._forget_other_validation()
         checkpoint["validated"] = None if self.validated is None else dataclasses.asdict(self.validated)
@@ -292,6 +310,7 @@ class Classifier(ClassificationTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_other_checkpoint(checkpoint)
+        self.mean_features = checkpoint.get("mean_features")
         if self.trainer.state.fn == TrainerFn.FITTING:
             loss = checkpoint.get("train_loss")
             self.train_loss, self.epoch = None if loss is None else torch.tensor(loss), checkpoint["epoch"]
@@ -323,7 +342,12 @@ class Classifier(ClassificationTask):
                 f"the checkpoint was written by another backbone, method or set of classes: {min(wrong)} does not fit; "
                 "use the config it was trained with"
             )
-        if broken := first_not_finite(stored):
+        mean = checkpoint.get("mean_features")
+        if mean is not None and (not isinstance(mean, Tensor) or mean.shape != (self.model.bank.num_features,)):
+            raise NolaVisionError(
+                "the checkpoint is damaged (mean_features is no vector of this size): give another one"
+            )
+        if broken := first_not_finite(stored if mean is None else {**stored, "mean_features": mean}):
             raise NolaVisionError(f"the checkpoint is damaged (its {broken} is not finite): give another one")
 
 

@@ -101,7 +101,8 @@ def store(key: str, features: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content, follow=False)
     except OSError as error:
-        return warn_not_stored(f"{path.parent}: {error.strerror}")
+        in_the_way = path.exists() and not path.is_file()
+        return warn_not_stored(f"{path if in_the_way else path.parent}: {error.strerror}")
     _delete_least_recent(path.parent, most_bytes())
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import nola_vision
 from nola_vision.common import process_cache
 from nola_vision.common.devices import processor_name
 from nola_vision.common.errors import NolaVisionError
@@ -37,7 +40,7 @@ from nola_vision.training import feature_cache
 from nola_vision.training.precision import FLOAT32
 
 _MOST_KEPT = 512 * 2**20  # bytes: 10,000 images with 1,024 features take 40 MB
-_PACKAGES = ("nola-vision", "torch", "torchvision", "timm", "pillow", "pi-heif", "torchao")  # decide the last digits
+_PACKAGES = ("nola-vision", "torch", "torchvision", "timm", "numpy", "pillow", "pi-heif", "torchao")  # that compute
 _KNOWN_CODE = ("timm.", "torch.", "torchvision.", "torchao.", "nola_vision.")
 _ARITHMETIC = ("ATEN_", "CUBLAS_", "DNNL_", "MKL_", "NVIDIA_TF32_", "ONEDNN_")  # variables that change last digits
 _RANDOM = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # attributes of modules that drop values at random
@@ -71,10 +74,10 @@ def use_features(data: Any, model: AdaptedModel | None, trainer: L.Trainer) -> N
 
 def _feature_set(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> FeatureSet:
     assert isinstance(loader.dataset, ImageSubset)
-    return FeatureSet(features(model, trainer, loader), torch.from_numpy(loader.dataset.labels))
+    return FeatureSet(features_of(model, trainer, loader), torch.from_numpy(loader.dataset.labels))
 
 
-def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> Tensor:
+def features_of(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> Tensor:
     """The features of a loader's images in its order: `[n, width]`, on the CPU, in the dtype that the backbone gives.
 
     They are those of the model's forward pass on the same batches in eval mode, with the trainer's device and
@@ -94,31 +97,39 @@ def features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -
     description = _description(model, trainer, loader)
     key = (feature_cache.key_of(description), images.key)
     make = partial(_stored_or_computed, model, trainer, loader, description)
-    return process_cache.latest("features", key, make, lambda tensor: tensor.nbytes, _MOST_KEPT)
+    return process_cache.recent("features", key, make, lambda tensor: tensor.nbytes, _MOST_KEPT)
 
 
 def _description(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> dict[str, Any]:
     """Everything that decides the features to their last digits, except the images."""
     spec, device = model.metadata.backbone, trainer.strategy.root_device
-    is_gpu = device.type == "cuda"
+    backends: Any = torch.backends
     return {
         "backbone": dataclasses.asdict(dataclasses.replace(spec, file=None)),
         # the fingerprint leaves position tables out
-        "weights": [model.fingerprint, position_digest(model.backbone)],
+        "weights": [model.current_fingerprint(), position_digest(model.backbone)],
         "modules": _modules(model.backbone),
         "files": {name: file_digest(path) for name, path in local_files(spec.tag, spec.file).items()},
         "basis_seed": model.metadata.basis_seed if spec.base == "random" else None,
         "input": dataclasses.asdict(model.metadata.input),
-        "device": [device.type, torch.cuda.get_device_name(device) if is_gpu else processor_name()],
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "precision": [
-            str(trainer.precision),
-            torch.get_float32_matmul_precision(),
-            torch.backends.cudnn.allow_tf32 if is_gpu else None,
+        "device": [device.type, torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()],
+        "instructions": backends.cpu.get_cpu_capability(),
+        "precision": str(trainer.precision),
+        # the older names of these settings raise an error in a process that has used the newer ones
+        "float32": [
+            one.fp32_precision
+            for one in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+        ],
+        "kernels": [
+            backends.cudnn.version(),
+            backends.cudnn.benchmark,
+            backends.cudnn.deterministic,
+            torch.are_deterministic_algorithms_enabled(),
         ],
         "threads": torch.get_num_threads(),
         "batch_size": loader.batch_size,
         "versions": _versions(),
+        "source": _source_digest(),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ARITHMETIC)},
     }
 
@@ -126,12 +137,19 @@ def _description(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any
 def _modules(backbone: nn.Module) -> str:
     """SHA-256 over what a state dict leaves out: the modules' classes and plain settings, and other buffers."""
     settings = {
-        name: [type(one).__qualname__, {key: vars(one)[key] for key in vars(one).keys() - {"training"}}]
+        name: [type(one).__qualname__, {k: v for k, v in vars(one).items() if k != "training" and _is_plain(v)}]
         for name, one in backbone.named_modules()
     }
-    plain = json.dumps(settings, sort_keys=True, default=lambda value: type(value).__name__)
+    plain = json.dumps(settings, sort_keys=True)
     stored = backbone.state_dict(keep_vars=True)  # torchao's tensors cannot be detached in inference mode
     return sha256_of_tensors({name: one for name, one in backbone.named_buffers() if name not in stored}, plain)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an attribute is a setting; others are parts of the module, hooks, or what a forward pass stored."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 @functools.cache
@@ -143,6 +161,15 @@ def _versions() -> dict[str, str]:
     return installed
 
 
+@functools.cache
+def _source_digest() -> str:
+    """SHA-256 over this package's source, which changes between two versions where somebody works on it."""
+    hashed, package = hashlib.sha256(), Path(nola_vision.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        hashed.update(f"\n{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+    return hashed.hexdigest()
+
+
 @timed("features")
 def _stored_or_computed(
     model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any], description: Mapping[str, Any]
@@ -151,21 +178,22 @@ def _stored_or_computed(
     assert isinstance(images, ImageSubset)
     # the code of another package may change without a trace in the key
     if not feature_cache.most_bytes() or any(not _is_known(one) for one in model.backbone.modules()):
-        return _computed(model, trainer, loader)
+        return compute_features(model, trainer, loader)
     contents = images.contents()
     key = feature_cache.key_of({**description, "images": contents})
     stored = feature_cache.load(key, (len(images), model.bank.num_features))
     if stored is not None:
         _notify(trainer, "on_features_loaded", len(images))
         return stored
-    computed = _computed(model, trainer, loader)
+    computed = compute_features(model, trainer, loader)
     # a file may have changed after it was read into memory, or meanwhile
     if images.read_as(contents) and images.contents() == contents:
         feature_cache.store(key, computed)
     return computed
 
 
-def _computed(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> Tensor:
+def compute_features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> Tensor:
+    """`features_of`, computed whatever is stored; the result is not stored either."""
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     total, done, parts = len(loader.dataset), 0, []  # type: ignore[arg-type]
     training = model.training
@@ -207,7 +235,7 @@ def drops_nothing(model: AdaptedModel) -> bool:
     With a `process_cache` it is tried once per backbone.
     """
     key = (model.metadata.backbone, model.fingerprint)
-    return process_cache.once("drops nothing", key, partial(_drops_nothing, model))
+    return process_cache.last("drops nothing", key, partial(_drops_nothing, model))
 
 
 def _drops_nothing(model: AdaptedModel) -> bool:

@@ -30,7 +30,7 @@ from nola_vision.evaluation.predictions import Predictions
 from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.base import ClassificationTask
-from nola_vision.training.features import features, use_features
+from nola_vision.training.features import features_of, use_features
 
 Array = npt.NDArray[np.float64]
 
@@ -108,10 +108,8 @@ class FrozenClassifier(ClassificationTask):
         bank = self.model.bank
         with torch.no_grad():
             bank.head_weight.copy_(torch.from_numpy(weight))
-            self.model.round_to_stored_bits()
-            # the mean of the features may be large: the bias makes up for what rounding changes in its logits
-            stored = bank.head_weight[0].double().cpu().numpy()
-            bank.head_bias.copy_(torch.from_numpy(bias + (weight - stored) @ x.mean(0)))
+            bank.head_bias.copy_(torch.from_numpy(bias))
+        self.model.round_to_stored_bits(mean_features=features.mean(0).to(bank.head_weight))
 
     def fit_to(self, data: KShotDataModule, trainer: L.Trainer) -> None:
         """Fits the method to the training images of a datamodule, if that has not been done."""
@@ -122,7 +120,7 @@ class FrozenClassifier(ClassificationTask):
             images = loader.dataset
             assert isinstance(images, ImageSubset)
             groups = data.train_groups if self.method.regularised else None
-            self.fit(features(self.model, trainer, loader), torch.from_numpy(images.labels), groups)
+            self.fit(features_of(self.model, trainer, loader), torch.from_numpy(images.labels), groups)
 
     def prepare(self, trainer: L.Trainer) -> None:
         """Moves the backbone to the trainer's device and precision, as Lightning does at the start of a stage."""
@@ -262,7 +260,7 @@ def evaluate(task: FrozenClassifier, data: KShotDataModule, trainer: L.Trainer) 
     loader = data.cross_validation_dataloader()
     images = loader.dataset
     assert isinstance(images, ImageSubset)
-    known, labels, groups = features(task.model, trainer, loader), torch.from_numpy(images.labels), data.groups
+    known, labels, groups = features_of(task.model, trainer, loader), torch.from_numpy(images.labels), data.groups
     found = cross_validate(task, known, labels, groups, data.split_seed, data.draw_of_fold, data.untested_classes)
     drawn = data.train_indices
     task.fit(known[drawn], labels[drawn], groups[drawn])

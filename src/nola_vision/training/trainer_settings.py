@@ -15,6 +15,7 @@ from nola_vision.adapters.methods.base import Method
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.imports import resolve
 from nola_vision.data.datamodule import KShotDataModule
+from nola_vision.training.callbacks import is_known
 
 METRICS = ("train_loss", "val_loss", "val_accuracy")
 
@@ -135,7 +136,7 @@ def check_precision(precision: Any, method: Method) -> None:
 
 def use_validation(callbacks: Sequence[L.Callback]) -> bool:
     """Whether a callback monitors a validation metric or, one of another package, does something in a validation."""
-    foreign = [type(one) for one in callbacks if not type(one).__module__.startswith(("lightning.", "nola_vision."))]
+    foreign = [type(one) for one in callbacks if not is_known(one)]
     hooks = [name for name in vars(L.Callback) if name.startswith("on_validation")]
     return any(_monitored(callback).startswith("val_") for callback in callbacks) or any(
         getattr(made, hook) is not getattr(L.Callback, hook) for made in foreign for hook in hooks

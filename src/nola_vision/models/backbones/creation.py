@@ -38,7 +38,7 @@ def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
     """
     spec = check_types(BackboneSpec(spec) if isinstance(spec, str) else spec)
     key = (spec, None if spec.base == "pretrained" else seed)
-    return process_cache.once("backbone", key, lambda: _create(spec, seed), copy.deepcopy)
+    return process_cache.last("backbone", key, lambda: _create(spec, seed), copy.deepcopy)
 
 
 def skeleton(spec: BackboneSpec) -> nn.Module:
