@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(
     for key in (KEY, OTHER):
         feature_cache.store(key, FEATURES)
         assert feature_cache.load(key, (4, 3)) is None
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("cannot store what was computed from files")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("the cache cannot be written")
 
 
 @pytest.mark.parametrize("text", ["lots", "-1", "nan", "inf", "1e300"])

@@ -81,9 +81,7 @@ def test_without_a_cache_folder_a_process_reads_each_file_once(
         assert remembered(kind, tmp_path, paths, compute) == ["a", "b"]
     assert sorted(read) == ["0", "0", "1", "1"]
     (warning,) = caplog.messages
-    assert warning.startswith(
-        "the cache cannot be written (/dev/null/nola-vision/files: Not a directory)"
-    )
+    assert warning.startswith("the cache cannot be written (/dev/null/nola-vision/files: Not a directory)")
     paths[0].write_text("A")
     assert remembered("x", tmp_path, paths, compute) == ["A", "b"] and read[4:] == ["0"]
 
