@@ -156,6 +156,16 @@ def test_what_is_downloaded_does_not_matter(tag: str, tmp_path: Path, monkeypatc
     assert most - 130 < adapter_size(written, shapes, file_bits(shapes, method)) <= most
 
 
+def test_the_header_of_a_file_of_vit_b_is_short() -> None:
+    """With 100 class names. The values of NOLA k=1024 on both layers of 12 MLPs, and of the head, take 67,312 bytes."""
+    spec = BackboneSpec("vit_base_patch16_224.augreg_in21k_ft_in1k")
+    names = tuple(str(number) for number in range(100))
+    metadata = dataclasses.replace(described(NOLA(targets=["mlp"], bits=4, start="a0"), spec), class_names=names)
+    coefficients = 12 * 2 * 2 * (1024 * 4 // 8 + 1024 // 64 * 2)
+    head = 100 * (768 * 4 // 8 + 768 // 64 * 2 + 4)
+    assert 0 < most_file_bytes(metadata) - coefficients - head < 700
+
+
 def test_a_methods_own_size_does_not_matter() -> None:
     """TinyLoRA's default of 64 matrices is too many for rank 4."""
     with pytest.raises(UnreachableBudgetError) as e:

@@ -1,4 +1,4 @@
-"""LoRA-XS, TinyLoRA, VeRA, Uni-LoRA and FacT against NumPy's SVD, an own generator, PEFT and the authors' layers.
+"""LoRA-XS, TinyLoRA, VeRA, Uni-LoRA and FacT against NumPy's SVD, a generator in NumPy, PEFT and the authors' layers.
 
 `test_bank.py` has what holds for every method.
 """
@@ -166,7 +166,7 @@ def same_features_and_gradients(
     backbone: nn.Module, own: nn.Parameter, wrapped: nn.Module, other: list[nn.Parameter]
 ) -> None:
     ours, theirs = backbone(IMAGES), wrapped(IMAGES)
-    assert (ours - vit()(IMAGES)).abs().max() > 1e-2  # the change is no trifle
+    assert (ours - vit()(IMAGES)).abs().max() > 1e-2  # the change is not small
     assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
     direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
     (ours * direction).sum().backward()

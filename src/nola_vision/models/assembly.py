@@ -18,7 +18,7 @@ from nola_vision.models.backbones.from_scratch import check_random_features, ope
 from nola_vision.models.backbones.properties import fingerprint, probe_batch
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.budgets import spend_bytes
+from nola_vision.models.budgets import solve_budget
 from nola_vision.models.building import edited, make_bank
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, check_metadata
@@ -88,10 +88,9 @@ def assemble(
         open_branches(backbone)
     if verify and weights is None:
         weights = known_weights.origin(spec)
-    if (
-        isinstance(method, Adapter) and method.max_bytes is not None and target_names is None
-    ):  # a file's values are counted already
-        metadata = dataclasses.replace(metadata, method=spend_bytes(backbone, metadata))
+    # a file's values are counted already
+    if isinstance(method, Adapter) and method.max_bytes is not None and target_names is None:
+        metadata = dataclasses.replace(metadata, method=solve_budget(metadata, backbone))
     bank = make_bank(
         backbone,
         metadata.method,

@@ -39,7 +39,7 @@ _DIGITS = 8  # bytes: other digits may compress a little less
 _ROOM = 8  # bytes of a budget that are left for other values of further settings, such as a searched `quantise_from`
 
 
-def solve_budget(metadata: AdapterMetadata) -> Method:
+def solve_budget(metadata: AdapterMetadata, backbone: nn.Module | None = None) -> Method:
     """The method with the largest `size_setting` whose file is within its `max_bytes`.
 
     Only the shapes of the backbone are used: its weights are not read, hashed or downloaded.
@@ -47,26 +47,16 @@ def solve_budget(metadata: AdapterMetadata) -> Method:
     Args:
         metadata: of the model. Seeds, learning rates, c, calibration and the file of the weights do not matter: a file
             is counted with the longest of them.
+        backbone: the model's, if there is one already; its weights may be on the meta device.
 
     Raises:
         UnreachableBudgetError: the smallest file is larger.
         NolaVisionError: the method cannot be used on this backbone.
     """
-    return spend_bytes(skeleton(metadata.backbone), metadata)
-
-
-def most_file_bytes(metadata: AdapterMetadata) -> int:
-    """The bytes of the longest adapter file of a model, by its shapes; arguments as in `solve_budget`."""
-    backbone, method = skeleton(metadata.backbone), metadata.method
-    return _Files.of(backbone, metadata).size(method)
-
-
-def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata) -> Method:
-    """As `solve_budget`, for a backbone whose weights may be on the meta device."""
     method = metadata.method
     assert isinstance(method, Adapter) and method.max_bytes is not None
     budget = method.max_bytes
-    files = _Files.of(backbone, metadata)
+    files = _Files.of(skeleton(metadata.backbone) if backbone is None else backbone, metadata)
 
     def is_allowed(count: int) -> bool:
         try:
@@ -90,6 +80,11 @@ def spend_bytes(backbone: nn.Module, metadata: AdapterMetadata) -> Method:
     )
     # a header compresses better with some numbers than with others
     return method.with_count(count if size(count) <= budget else most)
+
+
+def most_file_bytes(metadata: AdapterMetadata) -> int:
+    """The bytes of the longest adapter file of a model, by its shapes; the argument as in `solve_budget`."""
+    return _Files.of(skeleton(metadata.backbone), metadata).size(metadata.method)
 
 
 @dataclass(frozen=True)
@@ -129,8 +124,9 @@ class _Files:
         # as `stated_targets`, whose look-up of the method's names is done already
         by_structure = selects_by_structure(method)
         names = targets_checksum([t.name for t in self.targets]) if by_structure else names_in_bank(groups)
-        settings = {field.name for field in fields(method)} if isinstance(method, Adapter) else set[str]()
-        longest: dict[str, Any] = {name: value for name, value in LONGEST.items() if name in settings}
+        longest: dict[str, Any] = {
+            name: LONGEST[name] for name in LONGEST.keys() & {one.name for one in fields(method)}
+        }
         metadata, bits = replace(self.metadata, method=replace(method, **longest)), file_bits(shapes, method)
         described = (
             file_metadata(metadata, names, None, weights, ended)

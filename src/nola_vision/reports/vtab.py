@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 from nola_vision.common.mappings import value_at
@@ -36,12 +36,10 @@ class Benchmark:
     Args:
         title: heading.
         tables: the tables.
-        colours: none; tables of a cell have the colours of its charts.
     """
 
     title: str
     tables: Sequence[Table]
-    colours: Mapping[str, str] = field(default_factory=dict)
 
 
 def vtab_benchmarks(cells: Sequence[Cell]) -> list[Benchmark]:
