@@ -54,8 +54,14 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """The text, or what fits of it before `...` if it is longer than `most` characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    """The text, or what fits of it before `...` if it is longer than `most` characters.
+
+    It is cut between two words if these take at least half: `max_epochs=5...` must not be read as a value.
+    """
+    if len(text) <= most:
+        return text
+    words, space, _ = text[: most - 2].rpartition(" ")
+    return f"{words if space and len(words) >= most // 2 else text[: most - 3]}..."
 
 
 def without_middle(text: str, most: int) -> str:

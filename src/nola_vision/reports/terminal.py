@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from nola_vision.common.mappings import value_at
 from nola_vision.common.text import printable
 from nola_vision.reports.cell import Cell
 from nola_vision.reports.formatting import NOT_MEASURED, accuracy_text, bytes_text, count_text, interval_text, points
@@ -82,7 +83,9 @@ def row_panel(row: Row) -> Panel:
         f"other {count_text(row.other_parameters)}",
         "adapter file": _bytes(row.adapter_file_bytes),
         **({"best epoch": f"{row.epoch} (from 0), by {row.monitor}"} if row.monitor is not None else {}),
-        "precision": row.config["trainer"]["precision"],
+        **(
+            {} if (precision := value_at(row.config, "trainer", "precision")) is None else {"precision": str(precision)}
+        ),
         "seconds": NOT_MEASURED if row.seconds_total is None else f"{row.seconds_total:.1f}",
         "peak memory": NOT_MEASURED if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f} MiB",
     }
