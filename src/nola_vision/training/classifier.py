@@ -133,12 +133,12 @@ class Classifier(ClassificationTask):
         with self.model.bank.using(prefix=prefix):
             features, logits = self._features_and_logits(images)
             loss = self._loss(logits, labels)
-        self._follow(features.detach())
+        self._update_mean(features.detach())
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss
 
-    def _follow(self, features: Tensor) -> None:
+    def _update_mean(self, features: Tensor) -> None:
         """Updates `mean_features` by those of a training batch."""
         mean, before = features.float().mean(0), self.mean_features
         batches = min(self.trainer.fit_loop.total_batch_idx + 1, int(self.trainer.num_training_batches))
