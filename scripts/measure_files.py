@@ -22,7 +22,7 @@ from statistics import fmean, pstdev
 import torch
 
 from nola_vision import load_adapter
-from nola_vision.adapters.quantization import rounded
+from nola_vision.adapters.quantization import bias_correction
 from nola_vision.adapters.serialization import adapter_bytes, read_adapter
 from nola_vision.models.export import shorten
 from nola_vision.reports.statistics import student_half_width
@@ -41,8 +41,8 @@ def fewer_bits(source: Path, out: Path, mean: torch.Tensor | None, head_bits: in
         widths = {name: bits for name in tensors if name.startswith("adapter.")} | {"head.weight": head_bits or bits}
         stored = dict(tensors)
         if mean is not None and "head.weight" in tensors:
-            weight = tensors["head.weight"]
-            stored["head.bias"] = tensors["head.bias"] + (weight - rounded(weight[None], head_bits or bits)[0]) @ mean
+            change = bias_correction(tensors["head.weight"][None], head_bits or bits, mean)[0]
+            stored["head.bias"] = tensors["head.bias"] + change
         out.write_bytes(adapter_bytes(metadata, stored, widths))
         yield f"{bits} bits"
 
@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="round the head without a change of its bias")
     parser.add_argument("--test", action="store_true", help="evaluate on the test images")
     known = parser.parse_args()
+    if known.cut and known.alone:
+        parser.error("--alone is about bits, and --cut keeps them")
     found: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
     batches = None
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,8 +79,9 @@ def main() -> None:
             data.setup("fit")
             if batches is None:
                 batches = list(data.test_dataloader() if known.test else data.val_dataloader())
-            trained = torch.cat([whole.features(images) for images, _ in data.reference_dataloader()])
-            mean = None if known.alone else trained.mean(0)
+            mean = None
+            if not known.cut and not known.alone:
+                mean = torch.cat([whole.features(images) for images, _ in data.reference_dataloader()]).mean(0)
             for name in cut(source, out) if known.cut else fewer_bits(source, out, mean, known.head_bits):
                 model = load_adapter(out)
                 right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)

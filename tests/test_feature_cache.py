@@ -1,5 +1,6 @@
 """Features on disk: what a key depends on, files that are damaged or not ours, several writers, the size limit."""
 
+import copy
 import multiprocessing
 import os
 import shutil
@@ -14,11 +15,13 @@ import torch
 import yaml
 from PIL import Image
 
+from nola_vision import LinearProbe, adapt
 from nola_vision.cli import main as cli
 from nola_vision.common import local_files, process_cache
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.data.loaders import ImageSubset
 from nola_vision.data.sources import ArraySource, FileSource
+from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.runs import runner
 from nola_vision.runs.parsing import RunCLI, build
 from nola_vision.runs.record import Row
@@ -366,3 +369,18 @@ def test_no_cache_is_no_part_of_the_hash_and_is_inherited_by_workers(
     fit = ["fit", "--config", str(tmp_path / "tiny.yaml"), "--method", "1nn", "--out", str(tmp_path / "c")]
     assert cli.main([*fit, "--trainer.enable_progress_bar=true"]) == 0
     assert "features of 50 images: from the cache\n" in capsys.readouterr().out
+
+
+def test_weights_that_were_written_to_have_another_digest() -> None:
+    """A cast replaces the statistics of batch norms, and a copy counts its writes anew."""
+    model = adapt(BackboneSpec("test_resnet.r160_in1k", base="random"), LinearProbe(), ["a", "b"])
+    known = model.current_fingerprint()
+    assert known == model.fingerprint == model.to(torch.bfloat16).current_fingerprint()
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(1)
+    assert model.current_fingerprint() not in (None, known) and model.fingerprint == known
+    whole = adapt(BackboneSpec(MINI["tag"], int8=True), LinearProbe(), ["a", "b"])
+    digests = [copy.deepcopy(whole).current_fingerprint() for _ in range(2)]
+    assert digests[0] == digests[1] is not None
+    with torch.inference_mode():
+        assert adapt(BackboneSpec(MINI["tag"]), LinearProbe(), ["a", "b"]).current_fingerprint() is not None

@@ -27,6 +27,7 @@ from nola_vision.runs.parsing import build
 from nola_vision.runs.store import ADAPTER_FILE
 from nola_vision.training.callbacks import LAST_CHECKPOINT
 from nola_vision.training.classifier import Classifier
+from nola_vision.training.mean_features import MeanFeatures
 from tiny import tiny
 
 SPEC = BackboneSpec("vit_mini_patch4_32.contours")
@@ -202,23 +203,21 @@ def test_the_bias_makes_up_for_what_rounding_the_head_changes_on_average() -> No
 
 
 def test_training_rounds_the_head_with_the_mean_of_the_training_images(tmp_path: Path) -> None:
-    """In one batch, so that the mean is exact. A head that trains with its bits is not changed afterwards."""
+    """In one epoch of equal batches, so that the mean is exact. A head that trains with its bits is not changed."""
     heads, means = {}, {}
     for bits in (32, 4, 1):
         settings = {"class_path": "LinearProbe", "init_args": {"lr": 0.05, "head_bits": bits}}
-        config = tiny(
-            "probe", methods={"probe": settings}, data={"batch_size": 90}, trainer={"check_val_every_n_epoch": 3}
-        )
+        config = tiny("probe", methods={"probe": settings}, trainer={"max_epochs": 1})
         row = runner.run(config, tmp_path)
         file = reference.read(str(row.folder / ADAPTER_FILE))[1]
         heads[bits] = file["head.weight"], file["head.bias"]
         checkpoint = torch.load(row.folder / LAST_CHECKPOINT, weights_only=True)
-        means[bits] = checkpoint["mean_features"]
+        means[bits] = checkpoint["mean_features"]["value"]
         trained = {name: checkpoint["state_dict"][f"model.bank.head_{name}"][0].numpy() for name in ("weight", "bias")}
         if bits != 4:
             assert np.array_equal(trained["bias"], heads[bits][1])
-    assert means[1] is None and torch.equal(means[4], means[32])
-    built = build(tiny("linear", data={"batch_size": 90}), tmp_path)
+    assert not means[1].any() and not means[32].any()
+    built = build(tiny("linear"), tmp_path)
     built.datamodule.setup("fit")
     images = torch.stack([image for image, _ in built.datamodule.reference_dataloader().dataset])
     with torch.no_grad():
@@ -227,6 +226,53 @@ def test_training_rounds_the_head_with_the_mean_of_the_training_images(tmp_path:
     weight, bias = (one.astype(np.float64) for one in heads[32])
     assert np.allclose(heads[4][1], bias + (weight - heads[4][0]) @ mean, atol=1e-4)
     assert np.abs(heads[4][1] - bias).max() > 1e-3
+
+
+def test_the_mean_of_features_follows_training() -> None:
+    batches = 3 + torch.randn(7, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    followed = MeanFeatures(4)
+    expected = np.zeros(4)
+    for number, batch in enumerate(batches, 1):
+        followed.update(batch, 3)
+        followed.update(torch.full((5, 4), torch.nan), 3)  # left out
+        expected += (batch.numpy().mean(0) - expected) / min(number, 3)
+        assert np.allclose(followed.value.numpy(), expected, atol=1e-6)
+        if number == 3:
+            assert np.allclose(expected, batches[:3].mean((0, 1)))
+    other = MeanFeatures(4)
+    other.load(followed.state())
+    for one in (followed, other):
+        one.update(batches[0], 3)
+    assert torch.equal(other.value, followed.value)
+    followed.clear()
+    followed.update(batches[0], 3)
+    assert torch.allclose(followed.value, batches[0].mean(0).float())
+    other.load(None)  # of a checkpoint of an earlier version
+    assert not other.value.any()
+    state = followed.state()
+    for wrong in (
+        3,
+        {"value": state["value"]},
+        {**state, "value": state["value"][:3]},
+        {**state, "value": state["value"].double()},
+        {**state, "value": state["value"].to_sparse()},
+        {**state, "value": state["value"] / 0},
+        {**state, "count": torch.empty((), device="meta")},
+    ):
+        with pytest.raises(NolaVisionError, match="the checkpoint is damaged .its mean_features"):
+            other.load(wrong)
+
+
+def test_cut_steps_of_nested_training_are_not_in_the_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"targets": ["mlp"], "num_basis": 16, "bits": 4, "nested": True, "lr": 0.01}
+    run = build(tiny("one", methods={"one": {"class_path": "NOLA", "init_args": fields}}), tmp_path)
+    counted: list[float | None] = []
+    update = Classifier._update_mean
+    monkeypatch.setattr(
+        Classifier, "_update_mean", lambda task, given, prefix: counted.append(prefix) or update(task, given, prefix)
+    )
+    run.trainer.fit(run.model, datamodule=run.datamodule)
+    assert len(set(counted)) > 1 and run.model.mean_features.count == counted.count(1.0)
 
 
 @pytest.mark.parametrize("shape", [(6, 142), (3, 5), (40, 7, 3)])

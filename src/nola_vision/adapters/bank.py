@@ -357,7 +357,7 @@ class ParameterBank(nn.Module):
         Args:
             prefix: the share of the coefficients that is used, the first ones, above 0 and at most 1.
             bits: stored bits by parameter name.
-            bias_change: `[num_adapters, classes]`, added to the biases of heads that are no targets.
+            bias_change: `[num_adapters, classes]`, added to the biases of heads that are not targets.
 
         Raises:
             NolaVisionError: the share is out of range.

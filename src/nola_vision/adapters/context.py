@@ -48,7 +48,7 @@ class Settings:
         route: the adapter of each sample; None for the only adapter.
         prefix: the share of the coefficients that is used, the first ones.
         bits: stored bits by parameter name: compute with the values that a file of these bits contains.
-        bias_change: `[n, classes]`, added to the biases of the heads that are no targets.
+        bias_change: `[n, classes]`, added to the biases of the heads that are not targets.
     """
 
     route: Route | None = None

@@ -99,6 +99,24 @@ def rounded(values: Tensor, bits: int) -> Tensor:
     return dequantise(*quantise(rows_of(values), bits), bits).view_as(values).to(values.dtype)
 
 
+def bias_correction(weight: Tensor, bits: int, mean_features: Tensor) -> Tensor:
+    """What a head's bias needs so that rounding its matrix changes the logits of the mean features by nothing.
+
+    With W' the rounded matrix W, this is (W - W') m ("bias correction": Nagel et al., "Data-free quantization through
+    weight equalization and bias correction", ICCV 2019, arXiv:1906.04721, section 4.2).
+
+    Args:
+        weight: `[n, classes, features]`, of n heads.
+        bits: of the stored matrix.
+        mean_features: m, `[features]`.
+
+    Returns:
+        `[n, classes]`.
+    """
+    # not as a product, which may be in TF32
+    return ((weight - rounded(weight, bits)) * mean_features.to(weight)).sum(-1)
+
+
 def rounded_straight_through(values: Tensor, bits: int) -> Tensor:
     """`rounded` in the forward pass; in the backward pass the gradient goes through unchanged.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self, overload
@@ -17,14 +17,14 @@ from nola_vision.adapters.functional import is_quantised
 from nola_vision.adapters.layers import batch_norms, is_trained
 from nola_vision.adapters.methods import registry
 from nola_vision.adapters.methods.base import Method
-from nola_vision.adapters.quantization import rounded
+from nola_vision.adapters.quantization import bias_correction, rounded
 from nola_vision.adapters.serialization import write_adapter
 from nola_vision.adapters.target import HEAD
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.tags import short_tag
 from nola_vision.common.validation import check_counts
 from nola_vision.images.transforms import eval_transform
-from nola_vision.models.backbones.properties import fingerprint as fingerprint_of
+from nola_vision.models.backbones.properties import weights_digest
 from nola_vision.models.building import feature_width, stated_targets
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, Calibrated, check_calibrated
@@ -75,12 +75,7 @@ class AdaptedModel(nn.Module):
         self._bias_change: Tensor | None = None  # of the head
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.features_and_logits(images)[1]
-
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """`features`, and the logits of them."""
-        features = self.features(images)
-        return features, self.classified(features)
+        return self.classified(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
         """The adapted backbone's features `[batch, features]`, which the head takes, of `[batch, 3, size, size]`."""
@@ -149,9 +144,20 @@ class AdaptedModel(nn.Module):
         return eval_transform(self.metadata.input)(load_image(image, 0))
 
     def current_fingerprint(self) -> str | None:
-        """`fingerprint`, computed again if the backbone's weights were written to since they were loaded."""
+        """`fingerprint`, or if the backbone's weights were written to since they were loaded, a digest of them.
+
+        PyTorch counts writes to a tensor; those through `tensor.data` are not counted.
+        """
         changed = self.fingerprint is not None and _versions(self.backbone) != self._versions
-        return fingerprint_of(self.backbone) if changed else self.fingerprint
+        return weights_digest(self.backbone) if changed else self.fingerprint
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As usual. The weights that a move or a cast has made count as loaded."""
+        unchanged = _versions(self.backbone) == self._versions
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if unchanged:
+            self._versions = _versions(self.backbone)
+        return self
 
     def dtype(self, otherwise: torch.dtype) -> torch.dtype:
         """The dtype that the backbone computes in: that of its first parameter."""
@@ -190,37 +196,38 @@ class AdaptedModel(nn.Module):
         named = {"head.weight": "head_weight"}
         bits = {named.get(name, name.replace("adapter.", "groups.", 1)): width for name, width in self.bits.items()}
         self._stored_bits = {name: width for name, width in bits.items() if width <= most}
-        self._bias_change = None
-        if mean_features is not None and self.computes_with_rounded_head:
-            exact = self.bank.logits(mean_features.unsqueeze(0))
-            self._bias_change = exact - self.classified(mean_features.unsqueeze(0))
+        self._bias_change = self._bias_correction(mean_features) if self.computes_with_rounded_head else None
 
     @property
     def computes_with_rounded_head(self) -> bool:
         """Whether passes compute with the head's matrix as a file would contain it."""
         return "head_weight" in self._stored_bits
 
+    @property
+    def head_bits(self) -> int:
+        """Bits per stored value of the head's matrix; 32 for a head that is one of the method's targets."""
+        return self.bits.get("head.weight", 32)
+
     @torch.no_grad()
     def round_to_stored_bits(self, mean_features: Tensor | None = None) -> None:
         """Replaces the trained values by what the adapter file contains.
 
         Args:
-            mean_features: mean `[features]` of what the head takes. With it, what rounding the head's matrix W to W'
-                changes in the logits on average is made up for by the bias ("bias correction": Nagel et al., ICCV 2019,
-                arXiv:1906.04721, section 4.2), which is not rounded:
-
-                    b' = b + (W - W') mean_features
-
-                The mean of the features of a pretrained backbone is several times as large as their deviation from it,
-                and so is its part of the error. A head that is one of the method's targets has no bias of its own and
-                is not corrected.
+            mean_features: mean `[features]` of what the head takes. If given, the bias, which is not rounded, is
+                corrected so that the logits of the mean features do not change (`quantization.bias_correction`). The
+                mean of a pretrained backbone's features may be several times as large as their deviation from it, and
+                so is its part of the error. A head that is one of the method's targets has no bias of its own, and is
+                not corrected.
         """
-        mean = None if mean_features is None or self.bank.head_target is not None else mean_features.unsqueeze(0)
-        exact = None if mean is None else self.bank.logits(mean)
+        if (correction := self._bias_correction(mean_features)) is not None:
+            self.bank.head_bias.add_(correction)
         for name, tensor in bank_tensors(self.bank).items():
             tensor.copy_(rounded(tensor.unsqueeze(0), self.bits.get(name, 32))[0])
-        if mean is not None and exact is not None:
-            self.bank.head_bias.add_(exact - self.bank.logits(mean))
+
+    def _bias_correction(self, mean_features: Tensor | None) -> Tensor | None:
+        if mean_features is None or self.head_bits == 32:
+            return None
+        return bias_correction(self.bank.head_weight, self.head_bits, mean_features)
 
     def not_finite(self, adapter: int = 0) -> str | None:
         """The first trained tensor of an adapter (and its first layer) with a value that is not finite, or None."""
@@ -281,12 +288,13 @@ class AdaptedModel(nn.Module):
         return write_adapter(path, self.file_metadata(), self.file_tensors(adapter), self.bits)
 
 
-@torch.no_grad()
 def _versions(backbone: nn.Module) -> list[int]:
-    """How often each tensor of a backbone was written to."""
-    return [tensor._version for tensor in (*backbone.parameters(), *backbone.buffers())]
+    """How often each tensor of a backbone was written to; those made in inference mode do not count it."""
+    tensors = (*backbone.parameters(), *backbone.buffers())
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
+@torch.no_grad()
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a value that is not finite, or None. Integer tensors pass."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() and not is_quantised(t)}

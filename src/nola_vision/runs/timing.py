@@ -91,11 +91,10 @@ def time_run(run_config: Config, limit: float = math.inf) -> RunTime:
             training = _fit_seconds(built) if image * train <= limit / 3 else 0.0
         else:
             training = _training_seconds(built, limit / 3)
-        training += building
+        training, passes = training + building, _validations(built)
         if built.model.needs_only_features():
             each += image
-            return RunTime(training, 0.0, 0, 0.0, each * train, each * pool, each * tested)
-        passes = _validations(built)
+            return RunTime(training, 0.0, passes, 0.0, each * train, each * pool, each * tested)
         return RunTime(training, image * pool, passes, image * tested, each * train, each * pool, each * tested)
 
 

@@ -102,7 +102,7 @@ class SweepDisplay:
     def __enter__(self) -> Self:
         self._bar.start()
         if not self._live:
-            say(f"{self._count} runs start")
+            say("the runs that are left start")
         return self
 
     def __exit__(
@@ -115,10 +115,11 @@ class SweepDisplay:
         if row is None:
             self._running.add(spec.key)
         else:
+            before = "" if spec.key in self._running else " (completed before)"
             self._running.discard(spec.key)
             self._ended.append(row)
             self._left[spec.method] -= 1
-            self.say(self._line(spec, row))
+            self.say(self._line(spec, row) + before)
         state = self._state()
         self._bar.update(self._task, completed=len(self._ended), description=state)
         if not self._live:

@@ -24,12 +24,13 @@ from nola_vision.common.hashing import keyed_hash, sha256_of_tensors
 from nola_vision.common.mappings import flattened
 from nola_vision.common.text import excerpt
 from nola_vision.data.datamodule import KShotDataModule
-from nola_vision.models.adapted_model import first_not_finite
+from nola_vision.models.adapted_model import AdaptedModel, first_not_finite
 from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.training.base import ClassificationTask, Validated
 from nola_vision.training.callbacks import is_known, monitoring, update_paths
 from nola_vision.training.features import drops_nothing
+from nola_vision.training.mean_features import MeanFeatures
 from nola_vision.training.schedule import warmup_cosine
 from nola_vision.training.trainer_settings import check_monitors
 
@@ -69,11 +70,10 @@ class Classifier(ClassificationTask):
                 )
             self.model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         self._compiled = compile
-        whole = self.model.features_and_logits
-        self._compute: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(whole) if compile else whole
-        # `[features]`: what the head takes, as a running mean over about an epoch of training; None if training
-        # computes with the rounded head
-        self.mean_features: Tensor | None = None
+        whole = _Pass(self.model)
+        # in a list, so that it is not a second submodule
+        self._computed: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = [torch.compile(whole) if compile else whole]
+        self.mean_features = MeanFeatures(self.model.bank.num_features)  # for the rounding of the head
         self.strict_loading = False  # a checkpoint lacks the frozen weights; `on_load_checkpoint` checks the others
         self.method, self.optimizer, self.run_seed = self.model.metadata.method, optimizer, run_seed
         self.run_hash: str | None = None  # of the run that trains this, for its checkpoints
@@ -93,7 +93,7 @@ class Classifier(ClassificationTask):
         return self._features_and_logits(images)[1]
 
     def _features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return (images, self.model.classified(images)) if self.on_features else self._compute(images)
+        return (images, self.model.classified(images)) if self.on_features else self._computed[0](images)
 
     def needs_only_features(self) -> bool:
         """Whether every epoch has the same features, and all of them are needed.
@@ -133,24 +133,24 @@ class Classifier(ClassificationTask):
         with self.model.bank.using(prefix=prefix):
             features, logits = self._features_and_logits(images)
             loss = self._loss(logits, labels)
-        self._update_mean(features.detach())
+        self._update_mean(features, prefix)
         options: dict[str, Any] = {"batch_size": len(labels), "prog_bar": True, "sync_dist": True}
         self.log("train_loss", loss, on_step=False, on_epoch=True, **options)
         return loss
 
-    def _update_mean(self, features: Tensor) -> None:
-        """Updates `mean_features` by those of a training batch."""
-        mean, before = features.float().mean(0), self.mean_features
-        batches = min(self.trainer.fit_loop.total_batch_idx + 1, int(self.trainer.num_training_batches))
+    def _update_mean(self, features: Tensor, prefix: float | None) -> None:
+        """Adds a training batch to `mean_features`, if the head is rounded after training and not in it."""
         if self.model.computes_with_rounded_head:
-            self.mean_features = None
-        else:
-            self.mean_features = mean if before is None else before.to(mean.device).lerp(mean, 1 / batches)
+            self.mean_features.clear()
+        elif self.model.head_bits < 32 and prefix in (None, 1.0):
+            self.mean_features.update(features, int(self.trainer.num_training_batches))
 
-    def _mean_of_all_processes(self) -> Tensor | None:
-        if self.mean_features is not None:
-            self.mean_features = self.trainer.strategy.reduce(self.mean_features.to(self.device), reduce_op="mean")
-        return self.mean_features
+    def _synchronise_mean(self) -> Tensor:
+        """Makes `mean_features` that of all processes."""
+        for name, tensor in self.mean_features.state().items():
+            reduced = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="mean")
+            setattr(self.mean_features, name, reduced)
+        return self.mean_features.value
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The weighted cross-entropy, divided by the number of images rather than by the sum of their weights.
@@ -180,6 +180,7 @@ class Classifier(ClassificationTask):
 
     def on_train_epoch_end(self) -> None:
         self.train_loss, self.epoch = self.trainer.callback_metrics["train_loss"], self.current_epoch
+        self._synchronise_mean()  # before the checkpoint, which the first process writes
 
     def _digest(self) -> str:
         """SHA-256 over the trained tensors: callbacks may change them without a step."""
@@ -198,7 +199,7 @@ class Classifier(ClassificationTask):
         if best is not None and (path := self.trainer.strategy.broadcast(best.best_model_path)):
             self.epoch, self.monitor = self.load_best(path), best.monitor
         self.model.compute_with_stored_bits(most=0)
-        self.model.round_to_stored_bits(self._mean_of_all_processes())
+        self.model.round_to_stored_bits(self._synchronise_mean())
 
     def load_best(self, path: str) -> int:
         """Loads the weights that a ModelCheckpoint of this run kept, and returns their epoch.
@@ -226,19 +227,23 @@ class Classifier(ClassificationTask):
     def load_weights(self, checkpoint: dict[str, Any]) -> None:
         """Loads the trained values of a checkpoint, after `refuse_other_checkpoint`."""
         self.refuse_other_checkpoint(checkpoint)
-        self.validated, self.mean_features = None, checkpoint.get("mean_features")
+        self.validated = None
+        self.mean_features.load(checkpoint.get("mean_features"))
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
     def on_validation_epoch_start(self) -> None:
-        """Evaluates with the values as they are stored in a file; during training the parameters are not rounded."""
+        """Evaluates with the values as they are stored in a file; during training the parameters are not rounded.
+
+        After the callbacks' hooks, which may have put other weights in place for the validation.
+        """
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.model.compute_with_stored_bits(mean_features=self._mean_of_all_processes())
+            self.model.compute_with_stored_bits(mean_features=self._synchronise_mean())
         else:
-            self.model.round_to_stored_bits(self._mean_of_all_processes())
+            self.model.round_to_stored_bits(self._synchronise_mean())
         self._validated_weights = self._digest()  # callbacks may restore others at the end, before a checkpoint
 
     def on_test_start(self) -> None:
-        self.model.round_to_stored_bits(self._mean_of_all_processes())
+        self.model.round_to_stored_bits(self._synchronise_mean())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates: the adapter's (or the backbone's), norms and the head's."""
@@ -285,7 +290,7 @@ class Classifier(ClassificationTask):
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in kept}
         checkpoint["adapter"] = self._identity()
         checkpoint["run_hash"] = self.run_hash
-        checkpoint["mean_features"] = self.mean_features
+        checkpoint["mean_features"] = self.mean_features.state()
         # for the best epoch's, which is not validated again
         self._forget_other_validation()
         checkpoint["validated"] = None if self.validated is None else dataclasses.asdict(self.validated)
@@ -310,7 +315,7 @@ class Classifier(ClassificationTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_other_checkpoint(checkpoint)
-        self.mean_features = checkpoint.get("mean_features")
+        self.mean_features.load(checkpoint.get("mean_features"))
         if self.trainer.state.fn == TrainerFn.FITTING:
             loss = checkpoint.get("train_loss")
             self.train_loss, self.epoch = None if loss is None else torch.tensor(loss), checkpoint["epoch"]
@@ -342,13 +347,20 @@ class Classifier(ClassificationTask):
                 f"the checkpoint was written by another backbone, method or set of classes: {min(wrong)} does not fit; "
                 "use the config it was trained with"
             )
-        mean = checkpoint.get("mean_features")
-        if mean is not None and (not isinstance(mean, Tensor) or mean.shape != (self.model.bank.num_features,)):
-            raise NolaVisionError(
-                "the checkpoint is damaged (mean_features is no vector of this size): give another one"
-            )
-        if broken := first_not_finite(stored if mean is None else {**stored, "mean_features": mean}):
+        if broken := first_not_finite(stored):
             raise NolaVisionError(f"the checkpoint is damaged (its {broken} is not finite): give another one")
+
+
+class _Pass(nn.Module):
+    """From images to (features, logits), as a module, with which a compiled pass is copied."""
+
+    def __init__(self, model: AdaptedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.model.features(images)
+        return features, self.model.classified(features)
 
 
 def balanced_weights(labels: npt.NDArray[np.int64], num_classes: int) -> Tensor:

@@ -149,6 +149,8 @@ def _is_plain(value: object) -> bool:
     """Whether an attribute is a setting; others are parts of the module, hooks, or what a forward pass stored."""
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
     return value is None or isinstance(value, bool | int | float | str)
 
 
@@ -193,7 +195,7 @@ def _stored_or_computed(
 
 
 def compute_features(model: AdaptedModel, trainer: L.Trainer, loader: DataLoader[Any]) -> Tensor:
-    """`features_of`, computed whatever is stored; the result is not stored either."""
+    """Computes what `features_of` returns, without reading or writing a cache."""
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     total, done, parts = len(loader.dataset), 0, []  # type: ignore[arg-type]
     training = model.training

@@ -109,7 +109,7 @@ class FrozenClassifier(ClassificationTask):
         with torch.no_grad():
             bank.head_weight.copy_(torch.from_numpy(weight))
             bank.head_bias.copy_(torch.from_numpy(bias))
-        self.model.round_to_stored_bits(mean_features=features.mean(0).to(bank.head_weight))
+        self.model.round_to_stored_bits(mean_features=features.double().mean(0))
 
     def fit_to(self, data: KShotDataModule, trainer: L.Trainer) -> None:
         """Fits the method to the training images of a datamodule, if that has not been done."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nola_vision.common.hashing import sha256_of_tensors
 
@@ -75,6 +75,15 @@ def fingerprint(backbone: nn.Module, without: Collection[str] = ()) -> str:
     """
     state = backbone.state_dict()
     return sha256_of_tensors({name: state[name] for name in state.keys() - set(without) if not _RESAMPLED.search(name)})
+
+
+def weights_digest(backbone: nn.Module) -> str:
+    """SHA-256 over every tensor of a backbone's state dict, of int8 weights too."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in backbone.state_dict(keep_vars=True).items():  # torchao's tensors cannot be detached everywhere
+        inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+        tensors |= {name: tensor} if inner is None else {f"{name}.{part}": getattr(tensor, part) for part in inner}
+    return sha256_of_tensors(tensors)
 
 
 def position_digest(backbone: nn.Module) -> str:
