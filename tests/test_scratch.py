@@ -200,7 +200,7 @@ def test_budgets(tmp_path: Path) -> None:
         assert load_adapter(tmp_path / "a.safetensors").metadata.method.max_bytes is None
         set_temperature(tmp_path / "a.safetensors", 0.000123456, "validation", 10**6)  # the longest there is
         assert (tmp_path / "a.safetensors").stat().st_size <= limit
-    with pytest.raises(NolaVisionError, match=r"the smallest file \(num_basis 1\) has [\d,]+ bytes"):
+    with pytest.raises(NolaVisionError, match=r"the smallest file \(num_basis 1\) needs [\d,]+ bytes"):
         adapt(mini, NOLA(max_bytes=500), TEN)
     with pytest.raises(NolaVisionError, match="give one budget"):
         adapt(mini, NOLA(max_bytes=50_000, max_parameters=500), TEN)

@@ -33,13 +33,13 @@ class UnreachableBudgetError(NolaVisionError):
     """No size of a method gives an adapter file within its budget.
 
     Attributes:
-        least: bytes of the smallest file.
+        least: the smallest budget with a file.
         smallest: the setting that gives it, such as `rank 1`.
     """
 
     def __init__(self, budget: int, least: int, smallest: str) -> None:
         super().__init__(
-            f"max_bytes is {budget:,}, but the smallest file ({smallest}) has {least:,} bytes: give more, fewer bits, "
+            f"max_bytes is {budget:,}, but the smallest file ({smallest}) needs {least:,} bytes: give more, fewer bits, "
             "or fewer targets"
         )
         self.least, self.smallest = least, smallest

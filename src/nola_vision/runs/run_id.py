@@ -119,7 +119,11 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
             args = {**(settings.get("init_args") or {}), "max_bytes": budget}
             return {**{key: value for key, value in settings.items() if key != "budgets"}, "init_args": args}
     if name not in methods:
-        raise NolaVisionError(f"unknown method {name!r} in the config: {did_you_mean(name, map(str, methods))}")
+        base, at, _ = str(name).partition("@")
+        sizes = budgets_of(base, entry(config, base)) if at and base in methods else []
+        budgets = f"use one of {', '.join(with_budget(base, size) for size in sizes)}"
+        hint = budgets if sizes else did_you_mean(name, map(str, methods))
+        raise NolaVisionError(f"unknown method {name!r} in the config: {hint}")
     if not isinstance(name, str) or name != _safe_entry(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
     settings = methods[name]

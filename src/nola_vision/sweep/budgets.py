@@ -98,7 +98,7 @@ def solve(raw: Mapping[str, Any], methods: Sequence[str], parse: Callable[[run_i
             parsed(name)
         except UnreachableBudgetError as error:
             unreachable = error
-            not_run[name] = NotRun(f"the smallest file ({error.smallest}) has {error.least:,} bytes")
+            not_run[name] = NotRun(f"the smallest file ({error.smallest}) needs {error.least:,} bytes")
             continue
         if (same := smallest_same(name)) != name:
             not_run[name] = NotRun(f"no larger file is within it than that of {same}", same)
