@@ -39,7 +39,7 @@ class UnreachableBudgetError(NolaVisionError):
 
     def __init__(self, budget: int, least: int, smallest: str) -> None:
         super().__init__(
-            f"max_bytes is {budget:,}, but the smallest file ({smallest}) needs {least:,} bytes: give more, fewer bits, "
-            "or fewer targets"
+            f"max_bytes is {budget:,}, but the smallest file ({smallest}) needs {least:,} bytes: give more, fewer "
+            "bits, or fewer targets"
         )
         self.least, self.smallest = least, smallest
