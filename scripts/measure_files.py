@@ -27,6 +27,7 @@ from nola_vision.adapters.serialization import adapter_bytes, read_adapter
 from nola_vision.models.export import shorten
 from nola_vision.reports.statistics import student_half_width
 from nola_vision.runs import run_id, store
+from nola_vision.runs.lightning_messages import quiet
 from nola_vision.runs.parsing import build
 from nola_vision.runs.store import ADAPTER_FILE
 
@@ -75,7 +76,8 @@ def main() -> None:
             if row.status != "completed" or row.stage != "final" or row.method not in known.methods:
                 continue
             source = run_id.run_folder(known.runs, row.config, "final") / ADAPTER_FILE
-            data, whole = build(row.config, Path(scratch)).datamodule, load_adapter(source)
+            with quiet():
+                data, whole = build(row.config, Path(scratch)).datamodule, load_adapter(source)
             data.setup("fit")
             if batches is None:
                 batches = list(data.test_dataloader() if known.test else data.val_dataloader())
