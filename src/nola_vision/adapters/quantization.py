@@ -100,7 +100,7 @@ def rounded(values: Tensor, bits: int) -> Tensor:
 
 
 def bias_correction(weight: Tensor, bits: int, mean_features: Tensor) -> Tensor:
-    """What a head's bias needs so that rounding its matrix changes the logits of the mean features by nothing.
+    """What is added to a head's bias so that the logits of the mean features stay the same if its matrix is rounded.
 
     With W' the rounded matrix W, this is (W - W') m ("bias correction": Nagel et al., "Data-free quantization through
     weight equalization and bias correction", ICCV 2019, arXiv:1906.04721, section 4.2).

@@ -216,8 +216,8 @@ class AdaptedModel(nn.Module):
             mean_features: mean `[features]` of what the head takes. If given, the bias, which is not rounded, is
                 corrected so that the logits of the mean features do not change (`quantization.bias_correction`). The
                 mean of a pretrained backbone's features may be several times as large as their deviation from it, and
-                so is its part of the error. A head that is one of the method's targets has no bias of its own, and is
-                not corrected.
+                so is its part of the error. A head that is one of the method's targets has no separate bias, and is not
+                corrected.
         """
         if (correction := self._bias_correction(mean_features)) is not None:
             self.bank.head_bias.add_(correction)

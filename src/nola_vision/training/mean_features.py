@@ -11,7 +11,7 @@ from nola_vision.common.errors import NolaVisionError
 
 
 class MeanFeatures:
-    """The mean `[features]` over the last `n` training batches, about, with n the batches of an epoch.
+    """The mean `[features]` over about the last n training batches, where an epoch has n.
 
     With t the number of batches so far, the mean m and a batch's mean x:
 
