@@ -238,6 +238,11 @@ def test_a_key_is_of_all_that_features_depend_on(tmp_path: Path, monkeypatch: py
     found.add(described(pretrained))
     backbone = pretrained.model.model.backbone
     assert described(pretrained) == (backbone.eval(), described(pretrained))[1]
+    before = described(pretrained)
+    for stored in ({}, {"cpu": torch.ones(1)}):  # as LeViT does in its first pass
+        backbone.attention_bias_cache = stored
+        assert described(pretrained) == before
+    assert backbone.register_forward_hook(lambda *_: None) and described(pretrained) == before
     backbone.blocks[0].attn.fused_attn = not backbone.blocks[0].attn.fused_attn  # timm's choice by a variable
     found.add(described(pretrained))
     backbone.register_buffer("table", torch.ones(2), persistent=False)

@@ -146,11 +146,14 @@ def _modules(backbone: nn.Module) -> str:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether an attribute is a setting; others are parts of the module, hooks, or what a forward pass stored."""
+    """Whether an attribute is a setting; others are parts of the module, hooks, or what a forward pass stores.
+
+    What is empty may be filled by these.
+    """
     if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
+        return bool(value) and all(map(_is_plain, value))
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+        return bool(value) and all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
     return value is None or isinstance(value, bool | int | float | str)
 
 
