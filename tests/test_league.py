@@ -39,7 +39,7 @@ from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones.creation import skeleton
 from nola_vision.models.backbones.sources import input_config, resolve
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.budgets import largest, most_file_bytes, smallest, solve_budget
+from nola_vision.models.budget_solver import largest, most_file_bytes, smallest, solve_budget
 from nola_vision.models.building import feature_width, file_shapes, method_targets, stated_targets
 from nola_vision.models.metadata import AdapterMetadata, Calibrated
 from nola_vision.reports.cell import cell_of
@@ -55,7 +55,7 @@ from nola_vision.runs.budgets import refuse_larger_files, size_and_bytes
 from nola_vision.runs.not_run import NotRun, note_not_run, read_not_run
 from nola_vision.runs.parsing import parse
 from nola_vision.runs.store import read_rows
-from nola_vision.sweep import budgets, plan, variations
+from nola_vision.sweep import budget_entries, plan, variations
 from nola_vision.sweep.search import choose_settings, search_failed
 
 MINI = BackboneSpec("vit_mini_patch4_32.contours")
@@ -231,12 +231,12 @@ QUIET = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=
 
 
 @pytest.fixture(scope="module")
-def entries() -> budgets.Entries:
-    names = budgets.expand(LEAGUE, list(LEAGUE["methods"]))
-    return budgets.solve(LEAGUE, names, lambda one: parse(one, QUIET))
+def entries() -> budget_entries.Entries:
+    names = budget_entries.expand(LEAGUE, list(LEAGUE["methods"]))
+    return budget_entries.solve(LEAGUE, names, lambda one: parse(one, QUIET))
 
 
-def test_entries_of_a_league(entries: budgets.Entries) -> None:
+def test_entries_of_a_league(entries: budget_entries.Entries) -> None:
     assert entries.methods == ["logistic", "linear", "lora@8990B", "lora@20KB", "lora@30KB", "vera@100KB"]
     assert set(entries.not_run) == {"lora@1KB", "lora@9KB", "vera@500B", "vera@200KB"}
     assert "the smallest file (rank 1) needs" in entries.not_run["lora@1KB"].reason
@@ -255,7 +255,7 @@ def test_entries_of_a_league(entries: budgets.Entries) -> None:
     assert run_id.run_folder("out", budgeted, "final").parent.name == "lora@20KB"
 
 
-def test_one_search_per_method(entries: budgets.Entries) -> None:
+def test_one_search_per_method(entries: budget_entries.Entries) -> None:
     specs = plan.search_specs(entries.config, entries.methods)
     # the middle budget is 9 KB, and its solution that of 8,990 bytes
     assert [(one.method, one.searched["lr"]) for one in specs] == [
@@ -274,29 +274,29 @@ def test_one_search_per_method(entries: budgets.Entries) -> None:
 
 
 def test_a_part_of_the_budgets_is_searched_and_run_where_all_are() -> None:
-    names = budgets.expand(LEAGUE, ["lora"], [30_000])
-    one = budgets.solve(LEAGUE, names, lambda config: parse(config, QUIET))
+    names = budget_entries.expand(LEAGUE, ["lora"], [30_000])
+    one = budget_entries.solve(LEAGUE, names, lambda config: parse(config, QUIET))
     assert names == one.methods == ["lora@30KB"]
     assert {spec.method for spec in plan.search_specs(one.config, one.methods)} == {"lora@8990B"}
     # and the run of a smaller budget with the same solution is that of the whole
     for size, run in ((9_000, "lora@8990B"), (8_990, "lora@8990B"), (200_000, "vera@100KB")):
-        (name,) = budgets.expand(LEAGUE, [run.partition("@")[0]], [size])
-        found = budgets.solve(LEAGUE, [name], lambda config: parse(config, QUIET))
+        (name,) = budget_entries.expand(LEAGUE, [run.partition("@")[0]], [size])
+        found = budget_entries.solve(LEAGUE, [name], lambda config: parse(config, QUIET))
         assert found.methods == [run] and {*found.not_run} == {name} - {run}
         assert all(why.same_as == run for why in found.not_run.values())
     # `search` may name an entry that is not swept itself
     like = {**LEAGUE["methods"]["lora"], "search": "linear"}
     named = {**LEAGUE, "methods": {"linear": LEAGUE["methods"]["linear"], "like": like}}
-    found = budgets.solve(named, ["like@9KB"], lambda config: parse(config, QUIET))
+    found = budget_entries.solve(named, ["like@9KB"], lambda config: parse(config, QUIET))
     assert found.methods == ["like@8990B"] and not found.notes
     assert {spec.method for spec in plan.search_specs(found.config, found.methods)} == {"linear"}
     with pytest.raises(NolaVisionError, match="no entry has the budget 7B: give some of 1KB, 8990B, 9KB, 20KB, 30KB"):
-        budgets.expand(LEAGUE, ["lora"], [7])
+        budget_entries.expand(LEAGUE, ["lora"], [7])
     with pytest.raises(UnreachableBudgetError):
-        budgets.solve(LEAGUE, ["lora@1KB"], lambda config: parse(config, QUIET))
+        budget_entries.solve(LEAGUE, ["lora@1KB"], lambda config: parse(config, QUIET))
 
 
-def test_a_search_keeps_files_within_their_budgets(entries: budgets.Entries) -> None:
+def test_a_search_keeps_files_within_their_budgets(entries: budget_entries.Entries) -> None:
     solved = run_id.resolve(entries.config, "lora@20KB")
     refuse_larger_files(solved, {"lr": [0.1, 1.2345678901234567e-05], "c": [0.5, 8.0, 123.25], "bits": [1, 2]}, 20_000)
     _, size = size_and_bytes(solved) or ("", 0)
@@ -329,7 +329,7 @@ def test_a_search_keeps_files_within_their_budgets(entries: budgets.Entries) -> 
         half = {"class_path": "LoRA", "init_args": {"bits": 2, "max_bytes": 20_000}, "search": search}
         config = {**LEAGUE, "methods": {"lora": lora, "half": half}}
         with pytest.raises(NolaVisionError, match=message):
-            budgets.solve(config, [name], lambda one: parse(one, QUIET))
+            budget_entries.solve(config, [name], lambda one: parse(one, QUIET))
 
 
 def test_names_of_budgets() -> None:

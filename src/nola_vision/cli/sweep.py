@@ -35,7 +35,7 @@ from nola_vision.runs import early_checks, run_id, store
 from nola_vision.runs.config_files import load_configs, user_folder
 from nola_vision.runs.record import Row
 from nola_vision.runs.yaml_files import load_yaml
-from nola_vision.sweep import budgets, runner, variations
+from nola_vision.sweep import budget_entries, runner, variations
 from nola_vision.sweep.display import SweepDisplay, plan_table, threads_warning
 from nola_vision.sweep.engines import local
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
     for key, values in varied:
         if "." not in key:
             raw, methods = variations.vary(raw, methods, key, values, _has_setting)
-    methods = budgets.expand(raw, methods, None if known.budgets is None else parse_budgets(known.budgets))
+    methods = budget_entries.expand(raw, methods, None if known.budgets is None else parse_budgets(known.budgets))
     for name in methods:
         early_checks.check_run(run_id.resolve(raw, name), rest)
     say_start(verb)

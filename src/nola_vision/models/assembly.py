@@ -18,7 +18,7 @@ from nola_vision.models.backbones.from_scratch import check_random_features, ope
 from nola_vision.models.backbones.properties import fingerprint, probe_batch
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.budgets import solve_budget
+from nola_vision.models.budget_solver import solve_budget
 from nola_vision.models.building import edited, make_bank
 from nola_vision.models.known_weights import WeightsOrigin
 from nola_vision.models.metadata import AdapterMetadata, check_metadata

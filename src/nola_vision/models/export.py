@@ -29,7 +29,7 @@ from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
 from nola_vision.models.adapted_model import AdaptedModel, file_bits
 from nola_vision.models.backbones.sources import Source, resolve
-from nola_vision.models.budgets import largest
+from nola_vision.models.budget_solver import largest
 from nola_vision.models.metadata import parse_header
 from nola_vision.models.prediction import run_in_eval_mode
 

@@ -11,7 +11,7 @@ from nola_vision.common.mappings import value_at
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.models.backbones.sources import input_config
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.budgets import LONGEST, most_file_bytes, solve_budget
+from nola_vision.models.budget_solver import LONGEST, most_file_bytes, solve_budget
 from nola_vision.models.metadata import AdapterMetadata
 from nola_vision.runs import run_id
 from nola_vision.runs.early_checks import plain_value

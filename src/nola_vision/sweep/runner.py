@@ -15,7 +15,7 @@ from nola_vision.runs import run_id, store
 from nola_vision.runs.budget_names import split_budget
 from nola_vision.runs.not_run import NotRun, note_not_run
 from nola_vision.runs.record import Row
-from nola_vision.sweep import budgets, plan, search
+from nola_vision.sweep import budget_entries, plan, search
 from nola_vision.sweep.engines import local, multi_device
 from nola_vision.sweep.plan import RunSpec
 from nola_vision.sweep.progress import EntryProgress, entry_progress
@@ -182,7 +182,7 @@ def prepare(
     def parsed(entry: run_id.Config) -> run_id.Config:
         return parse(entry, [*SWEEP_SETTINGS, *options], allow_import, fastest or precision.fastest)
 
-    entries = budgets.solve(raw, methods, parsed)
+    entries = budget_entries.solve(raw, methods, parsed)
     config = entries.config
     if (path := config["data"]["manifest"]) is not None:
         drawn = read_manifest(path).split_seed
