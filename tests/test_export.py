@@ -93,6 +93,12 @@ def test_bits_of_a_head_alone_and_of_what_keeps_its_bits(tmp_path: Path) -> None
     size = shorten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=4)
     loaded = load_adapter(tmp_path / "b.safetensors")
     assert loaded.metadata.method.head_bits == 4 and loaded.save(tmp_path / "c.safetensors") == size
+    with pytest.raises(NolaVisionError, match="have no more than 8 bits: give fewer bits"):
+        shorten(tmp_path / "b.safetensors", tmp_path / "x.safetensors", bits=8)
+    # values with fewer bits keep theirs
+    wide = shaken(LoRA(bits=1, head_bits=32)).save(tmp_path / "a.safetensors")
+    assert shorten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=8) < wide
+    assert load_adapter(tmp_path / "b.safetensors").metadata.method.stored_bits == (1, 8)
     peft = adapt(SPEC, PEFT(config="VeraConfig", settings={"r": 2, "target_modules": ["qkv"]}), ["a", "b"])
     peft.save(tmp_path / "p.safetensors")
     with pytest.raises(NolaVisionError, match="PEFT stores its values in 32 bits: leave --bits out"):

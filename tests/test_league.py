@@ -42,7 +42,7 @@ from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.budget_solver import largest, most_file_bytes, smallest, solve_budget
 from nola_vision.models.building import feature_width, file_shapes, method_targets, stated_targets
 from nola_vision.models.metadata import AdapterMetadata, Calibrated
-from nola_vision.reports.cell import cell_of
+from nola_vision.reports.cell import Cell, cell_of
 from nola_vision.reports.charts.league import league_chart
 from nola_vision.reports.charts.looks import entry_looks
 from nola_vision.reports.charts.pareto import pareto_front
@@ -54,6 +54,7 @@ from nola_vision.runs.budget_names import split_budget, with_budget
 from nola_vision.runs.budgets import refuse_larger_files, size_and_bytes
 from nola_vision.runs.not_run import NotRun, note_not_run, read_not_run
 from nola_vision.runs.parsing import parse
+from nola_vision.runs.search_grid import with_settings
 from nola_vision.runs.store import read_rows
 from nola_vision.sweep import budget_entries, plan, variations
 from nola_vision.sweep.search import choose_settings, search_failed
@@ -187,6 +188,16 @@ def test_a_budget_out_of_reach_states_the_smallest_file(tmp_path: Path) -> None:
         solve_budget(described(HashedNet(max_bytes=1000)))
     # a method with a largest size takes that, whatever the budget is
     assert solve_budget(described(LoRA(max_bytes=10**9))) == LoRA(rank=160)
+    assert solve_budget(described(HashedNet(max_bytes=10**9))) == HashedNet(max_parameters=12 * 160 * 640)  # the MLPs
+
+
+def test_long_class_names_leave_room_for_other_digits() -> None:
+    draws = random.Random(1)
+    letters = [chr(n) for a, b in ((0x4E00, 0x9FFF), (0x3B1, 0x3C9), (97, 122)) for n in range(a, b)]
+    names = tuple("".join(draws.choices(letters, k=200)) + str(n) for n in range(70))
+    metadata = dataclasses.replace(described(UniLoRA(targets=["qkv"], bits=1, max_parameters=2000)), class_names=names)
+    model = adapt(MINI, metadata.method, names)
+    assert max(longest_bytes(model, draws) for _ in range(25)) <= most_file_bytes(metadata)
 
 
 @pytest.mark.parametrize("budget", [0, -1, "ten", 10**10, True, 2.5])
@@ -195,6 +206,34 @@ def test_hostile_budgets(budget: Any) -> None:
         adapt(MINI, LoRA(max_bytes=budget), TEN)
     with pytest.raises(NolaVisionError, match="`budgets` of the method 'a' has"):
         run_id.resolve({"methods": {"a": {"class_path": "LoRA", "budgets": [2000, budget]}}}, "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        (
+            "lora@20KB",
+            ["--model.method.max_bytes=50000"],
+            "max_bytes would give lora@20KB another budget than its name",
+        ),
+        ("lora@20KB", ["--model.method.init_args.max_bytes=null"], "max_bytes would give lora@20KB another budget"),
+        (
+            "lora@20KB",
+            ["--model.method.rank=3"],
+            "the budget of 20,000 bytes decides rank: leave one of them out",
+        ),
+        ("twice", [], "'twice' has both budgets and max_bytes: leave one out"),
+        ("1nn@2KB", [], "NearestNeighbor has no size that a budget could choose: leave budgets and max_bytes out"),
+        ("lorra@20KB", [], "unknown method 'lorra@20KB' in the config: did you mean lora?"),
+    ],
+)
+def test_contradictions_of_a_budget(name: str, options: list[str], expected: str) -> None:
+    more = {
+        "twice": {"class_path": "LoRA", "init_args": {"max_bytes": 9000}, "budgets": [2000]},
+        "1nn": {"class_path": "NearestNeighbor", "budgets": [2000]},
+    }
+    with pytest.raises(NolaVisionError, match=re.escape(expected)):
+        parse(run_id.resolve({**LEAGUE, "methods": {**LEAGUE["methods"], **more}}, name), [*QUIET, *options])
 
 
 def test_search_for_a_number() -> None:
@@ -348,9 +387,12 @@ def test_names_of_budgets() -> None:
         NolaVisionError, match="unknown method 'lora@31KB' in the config: use one of lora@.*, lora@30KB"
     ):
         run_id.resolve(LEAGUE, "lora@31KB")
-    varied, names = variations.vary(LEAGUE, ["lora", "vera@100KB"], "c", [1, 2], lambda *_: True)
+    varied, names = variations.vary(LEAGUE, ["lora", "vera@100KB"], "c", [1, 2])
     assert names == ["lora-c1", "lora-c2", "vera-c1@100KB", "vera-c2@100KB"]
     assert run_id.resolve(varied, "vera-c2@100KB")["model"]["method"]["init_args"]["max_bytes"] == 100_000
+    for key in ("rank", "max_bytes"):
+        with pytest.raises(NolaVisionError, match=f"the budgets of 'lora' decide {key}: vary another setting"):
+            variations.vary(LEAGUE, ["lora@30KB"], key, [1, 2])
     renamed, names = variations.rename(LEAGUE, ["lora@30KB", "linear"], "-shots2")
     assert names == ["lora-shots2@30KB", "linear-shots2"] and run_id.resolve(renamed, names[0])
     assert LinearProbe().size_setting == ""
@@ -424,10 +466,32 @@ def test_a_mean_over_few_splits_does_not_lead(league: Path, tmp_path: Path) -> N
     assert "(" not in lines["pranc"].text and lines["pranc"].mark == "plain"
     assert [name for name, cell in lines.items() if cell.mark == "best"] in (["nola"], ["lora"])
     assert table.notes[0].startswith("means over n = 4 splits, 1 to 3 inits each; best in bold, in italics: not ")
+    assert {item.splits for item in pareto_front(cell.summaries)} == {4}
     # with two splits nothing is said of differences
     few = cell_of([row for row in read_rows(tmp_path)[0] if row.split < 2], CELL).tables[0]
     assert {cell.mark for line in few.lines for cell in line[1:]} == {"best", "plain"}
     assert "not compared" not in str(few) and few.notes[0].endswith("best in bold")
+
+
+def test_a_line_has_the_version_with_the_most_splits(league: Path, tmp_path: Path) -> None:
+    def lines(cell: Cell) -> dict[str, list[str]]:
+        return {line[0].text: [one.text for one in line[1:]] for line in cell.tables[0].lines}
+
+    before = lines(cell_of(read_rows(league)[0], CELL))
+    rows = read_rows(league)[0]
+    named = [row for row in rows if row.method == "lora@10KB"]
+    changed = {"entry_hash": "other", "config": with_settings(named[0].config, {"lr": 0.5})}
+    other = [dataclasses.replace(row, run_hash=f"other{row.split}", **changed) for row in named]
+    few = cell_of([*rows, *other[:2]], CELL)
+    assert lines(few) == before
+    (note,) = [note for note in few.tables[0].notes if "most splits" in note]
+    assert re.fullmatch(r"lora@10KB \(lr=.*\): has the most splits; 1 version with other settings left out", note)
+    both = lines(cell_of([*rows, *other], CELL))  # none has more
+    assert both["lora"][2] == "-" and sum(name.startswith("lora (lr=") for name in both) == 2
+    # an entry without budgets is where no entry with the budget is
+    changed = {"method": "lora", "adapter_file_bytes": 1500}
+    plain = [dataclasses.replace(row, run_hash=f"plain{row.split}", **changed) for row in named]
+    assert lines(cell_of([*rows, *plain], CELL))["lora"][1:] == before["lora"][1:]
 
 
 def test_methods_are_compared_with_the_subject_at_their_budget(league: Path) -> None:

@@ -257,6 +257,9 @@ def test_files_for_something_else_are_refused(adapter: Path, tmp_path: Path) -> 
     for newer in ("3", '{"format":"nola-vision adapter","format_version":3}'):
         safetensors.torch.save_file({"a": torch.zeros(2)}, path, {METADATA_KEY: newer})
         refused(path, "format version 3 and this nola-vision reads versions 1 to 2")
+    for wrong in ("1", '{"format":"nola-vision adapter","format_version":2}'):
+        safetensors.torch.save_file({"a": torch.zeros(2)}, path, {METADATA_KEY: wrong})
+        refused(path, "damaged")
     for others in (
         {"a": torch.zeros(2)},
         {TENSOR: torch.zeros(2)},

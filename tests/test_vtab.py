@@ -103,6 +103,11 @@ def test_a_search_holds_val200_out_and_a_final_run_trains_on_all(root: Path) -> 
         (lambda f: edit(f / "test.txt", ".jpg 5\n", f".jpg {'9' * 5000}\n"), r"line 6 of .* label '9+\.\.\.9+', but"),
         (lambda f: edit(f / "train800.txt", "images/train800/000000.jpg 0\n", ""), "lists 799 images instead of 800"),
         (lambda f: edit(f / "train800val200.txt", ".jpg 5\n", ".jpg 4\n"), "train800val200.txt has other labels than"),
+        (lambda f: edit(f / "train800.txt", ".jpg 5\n", ".jpg \u0663\n"), "line 6 of .* label '\u0663'"),
+        (lambda f: edit(f / "test.txt", "images/test/000000.jpg", "/etc/hostname"), "'/etc/hostname', outside"),
+        (lambda f: edit(f / "test.txt", "images/test/", "images/../../"), r"'images/\.\./\.\./0+.jpg', outside"),
+        (lambda f: edit(f / "test.txt", "images/test/", "images/" + 300 * "a"), "12 of 12 listed images of dm"),
+        (lambda f: edit(f / "val200.txt", "val200/000000", "train800/000000"), "val200.txt of .* share 1 image"),
         (lambda f: edit(f / "test.txt", ".jpg 5\n", "\n"), "line 6 of the list .*test.txt lacks the label"),
     ],
 )  # fmt: skip

@@ -41,8 +41,10 @@ def read(
     version, packed = metadata.get("format_version"), metadata.get("packed")
     if metadata.get("format") != FORMAT or type(version) is not int:
         raise NolaVisionError(f"the metadata of {path} is damaged (it does not name its format): get another file")
-    if version != 1:
+    if version > FORMAT_VERSION:
         raise other_version(path, version)
+    if version != 1:
+        raise NolaVisionError(f"the metadata of {path} is damaged (version {version} has no JSON): get another file")
     if not isinstance(metadata.get("digest"), str) or not isinstance(packed, dict):
         raise NolaVisionError(
             f"the metadata of {path} is damaged (no digest, or no list of packed tensors): get another file"

@@ -89,6 +89,8 @@ def parse_methods(text: str, config: Mapping[str, Any]) -> list[str]:
         NolaVisionError: a name is not an entry of the config.
     """
     names = list(run_id.need(config, "methods")) if text.strip() == "all" else [n.strip() for n in text.split(",")]
+    if "" in names:
+        raise NolaVisionError(f"--methods {text!r} has an empty name: write it like linear,nola")
     for name in names:
         run_id.entry(config, name)
     return list(dict.fromkeys(names))

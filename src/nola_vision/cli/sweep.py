@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import sys
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str], verb: str) -> int:
         _import_plugins(raw, methods, known.allow_import)
     for key, values in varied:
         if "." not in key:
-            raw, methods = variations.vary(raw, methods, key, values, _has_setting)
+            raw, methods = variations.vary(raw, methods, key, values)
     methods = budget_entries.expand(raw, methods, None if known.budgets is None else parse_budgets(known.budgets))
     for name in methods:
         early_checks.check_run(run_id.resolve(raw, name), rest)
@@ -196,16 +195,10 @@ def _option(value: Any) -> str:
 
 
 def _import_plugins(config: Mapping[str, Any], methods: Sequence[str], packages: Sequence[str]) -> None:
-    """Makes the methods of other packages known, so that `_has_setting` knows their settings."""
+    """Makes the methods of other packages known, so that `variations.vary` knows their settings."""
     for name in methods:
         path = run_id.entry(config, name)["class_path"]
         if "." in path and not path.startswith("nola_vision."):
             from nola_vision.runs.import_policy import register_method  # imports Lightning
 
             register_method(path, packages)
-
-
-def _has_setting(class_name: str, key: str) -> bool:
-    from nola_vision.adapters.methods.registry import METHODS
-
-    return class_name in METHODS and key in [field.name for field in dataclasses.fields(METHODS[class_name])]

@@ -35,7 +35,8 @@ _CALIBRATIONS = (None, Calibrated(1.0, "folds"), Calibrated(1.0, "validation")) 
 # Numbers of the header that are chosen later: as long as they can be, and with digits that hardly compress.
 _SEEDS = {"run_seed": 8304917265830947162, "basis_seed": 9152637480613925748}
 LONGEST = {"lr": 1.2345678901234567e-05, "head_lr": 1.8306942514938624e-05, "c": 2.6940527836194074e-05}
-_DIGITS = 8  # bytes: other digits may compress a little less
+_DIGITS = 8  # bytes: other digits may compress a little less, and after long class names a little more so
+_NAMES_PER_BYTE = 1_000
 _ROOM = 8  # bytes of a budget that are left for other values of further settings, such as a searched `quantise_from`
 
 
@@ -132,7 +133,8 @@ class _Files:
             file_metadata(metadata, names, None, weights, ended)
             for weights, ended in itertools.product(self.weights, _CALIBRATIONS)
         )
-        return max(adapter_size(one, shapes, bits) for one in described) + _DIGITS
+        names_bytes = sum(len(name.encode()) for name in self.metadata.class_names)
+        return max(adapter_size(one, shapes, bits) for one in described) + _DIGITS + names_bytes // _NAMES_PER_BYTE
 
 
 def smallest(is_allowed: Callable[[int], bool]) -> int | None:

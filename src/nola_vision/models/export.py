@@ -43,7 +43,8 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
         adapter: an adapter file; to cut it, its method must have been trained with `nested: true`.
         out: the new file.
         max_bytes: its largest size; as many coefficients are kept as fit.
-        bits: 1 to 8 or 16, for the coefficients and the head's matrix. Default: unchanged.
+        bits: 1 to 8 or 16, for the coefficients and the head's matrix; values with fewer keep theirs. Default:
+            unchanged.
 
     Returns:
         The new file's size in bytes.
@@ -60,9 +61,10 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
     method = from_dict(metadata["method"])
     if bits is not None:
         check_bits("bits", bits)
-        if bits >= max(method.stored_bits):
+        fewer = method.with_bits(bits)
+        if fewer.stored_bits == method.stored_bits:
             raise NolaVisionError(f"the values of {adapter} have no more than {bits} bits: give fewer bits")
-        method = method.with_bits(bits)
+        method = fewer
     widths = file_bits(tensors, method)
     if max_bytes is None:
         content = adapter_bytes({**metadata, "method": to_dict(method)}, tensors, widths)

@@ -42,15 +42,14 @@ def budget_table(entries: Sequence[Entry], not_run: Mapping[str, NotRun]) -> Tab
     budgets = sorted({size for name in _names(entries, not_run) if (size := split_budget(name)[1]) is not None})
     if not budgets or not measured:
         return None
-    notes: list[str] = []
+    lines_of, notes = _lines(measured)
     grid: dict[str, list[_Place]] = {}
-    for method in dict.fromkeys(of_method(item) for item, _ in sorted(entries, key=_rank)):
-        places = [_place(method, budget, measured, entries, not_run) for budget in budgets]
+    ranked = [entry.summary for entry in sorted(entries, key=_rank)]
+    names = [name for item in ranked for name in (split_budget(item.method)[0], of_method(item))]
+    for method in dict.fromkeys([*names, *(split_budget(name)[0] for name in not_run)]):
+        places = [_place(method, budget, lines_of.get(method, []), entries, not_run) for budget in budgets]
         if any(place.entry or place.reason for place in places):
             grid[method] = places
-    for name in dict.fromkeys(split_budget(name)[0] for name in not_run):
-        if name not in grid:
-            grid[name] = [_place(name, budget, measured, entries, not_run) for budget in budgets]
     most = max((place.entry.summary.splits for places in grid.values() for place in places if place.entry), default=0)
     leaders = [_leader([places[column] for places in grid.values()]) for column in range(len(budgets))]
     shown = [place.entry for places in grid.values() for place in places if place.entry]
@@ -60,8 +59,8 @@ def budget_table(entries: Sequence[Entry], not_run: Mapping[str, NotRun]) -> Tab
         cells = [TableCell(method)]
         for place, leader, budget in zip(places, leaders, budgets, strict=True):
             cells.append(_cell(place.entry, leader, most, compared) if place.entry else TableCell(NOT_MEASURED))
-            if place.reason:
-                notes.append(f"{method} at {bytes_text(budget)}: {place.reason}")
+            if reason := place.reason or (_absence(lines_of.get(method, [])) if place.entry is None else None):
+                notes.append(f"{method} at {bytes_text(budget)}: {reason}")
         lines.append(tuple(cells))
     heading = f"means over n = {plural('split', most)}{_inits(shown)}; best in bold"
     if compared:
@@ -81,15 +80,49 @@ def _names(entries: Sequence[Entry], not_run: Mapping[str, NotRun]) -> list[str]
     return [*(item.method for item, _ in entries), *not_run]
 
 
+def _lines(measured: Sequence[Entry]) -> tuple[dict[str, list[Entry]], list[str]]:
+    """The entries of each line of the table, by the line's name, and what is to be noted.
+
+    If an entry has several versions (it was run with other settings, by one `fit` for instance), the one with the most
+    splits is in the method's line. If several have as many, each has a line.
+    """
+    versions: dict[str, list[Entry]] = {}
+    for entry in measured:
+        versions.setdefault(entry.summary.method, []).append(entry)
+    lines: dict[str, list[Entry]] = {}
+    notes = []
+    for name, found in versions.items():
+        most = max(entry.summary.splits for entry in found)
+        leading = [entry for entry in found if entry.summary.splits == most]
+        if len(leading) > 1:
+            for entry in found:
+                lines.setdefault(of_method(entry.summary), []).append(entry)
+            continue
+        lines.setdefault(split_budget(name)[0], []).append(leading[0])
+        if len(found) > 1:
+            others = plural("version", len(found) - 1)
+            notes.append(f"{leading[0].summary.label}: has the most splits; {others} with other settings left out")
+    return lines, notes
+
+
 def _place(
-    method: str, budget: int, measured: Sequence[Entry], entries: Sequence[Entry], not_run: Mapping[str, NotRun]
+    method: str, budget: int, own: Sequence[Entry], entries: Sequence[Entry], not_run: Mapping[str, NotRun]
 ) -> _Place:
+    """Where a line of the table has its accuracy from at one budget.
+
+    Args:
+        method: the line's name.
+        budget: in bytes.
+        own: the entries of this line.
+        entries: of the cell.
+        not_run: as in `budget_table`.
+    """
     name = with_budget(method, budget)
-    own = [entry for entry in measured if of_method(entry.summary) == method]
-    for entry in own:
-        size, limit = entry.summary.adapter_file_bytes, split_budget(entry.summary.method)[1]
-        if limit == budget or (limit is None and size is not None and size <= budget):
-            return _Place(entry)
+    with_size = [(entry, split_budget(entry.summary.method)[1], entry.summary.adapter_file_bytes) for entry in own]
+    within = [entry for entry, limit, _ in with_size if limit == budget]
+    within += [entry for entry, limit, size in with_size if limit is None and size is not None and size <= budget]
+    if within:
+        return _Place(within[0])
     if (why := not_run.get(name)) is None:
         failed = [row for item, runs in entries if item.method == name for row in runs if row.error]
         return _Place(
@@ -97,6 +130,12 @@ def _place(
         )
     same = next((entry for entry in own if entry.summary.method == why.same_as), None)
     return _Place(same, why.reason)
+
+
+def _absence(own: Sequence[Entry]) -> str:
+    """Why a line has no accuracy at a budget for which nothing is noted."""
+    sizes = [item.adapter_file_bytes for item, _ in own if split_budget(item.method)[1] is None]
+    return f"its file has {sizes[0]:,} bytes" if sizes and sizes[0] else "no run was completed"
 
 
 def _leader(places: Sequence[_Place]) -> Entry | None:

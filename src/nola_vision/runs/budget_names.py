@@ -33,7 +33,7 @@ def budgets_of(name: str, settings: Mapping[str, Any]) -> list[int]:
     """The budgets of an entry, the smallest first; empty if its config gives none.
 
     Raises:
-        NolaVisionError: `budgets` is not a list of distinct numbers of bytes.
+        NolaVisionError: `budgets` is not a list of distinct numbers of bytes, or `init_args` has a budget too.
     """
     given = settings.get("budgets")
     if given is None:
@@ -45,6 +45,9 @@ def budgets_of(name: str, settings: Mapping[str, Any]) -> list[int]:
             f"`budgets` of the method {name!r} has {quoted(shown)}: list distinct file sizes in bytes, from 1 to "
             f"{MOST_BUDGET:,}, such as [2000, 10000]"
         )
+    args = settings.get("init_args")
+    if isinstance(args, Mapping) and args.get("max_bytes") is not None:
+        raise NolaVisionError(f"the method {name!r} has both budgets and max_bytes: leave one out")
     return sorted(given)
 
 

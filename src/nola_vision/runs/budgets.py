@@ -14,6 +14,7 @@ from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.budget_solver import LONGEST, most_file_bytes, solve_budget
 from nola_vision.models.metadata import AdapterMetadata
 from nola_vision.runs import run_id
+from nola_vision.runs.budget_names import split_budget
 from nola_vision.runs.early_checks import plain_value
 from nola_vision.runs.search_grid import combinations, in_words, with_settings
 
@@ -79,6 +80,33 @@ def refuse_larger_files(run_config: dict[str, Any], search: Mapping[str, Sequenc
                 f"{whose} has {in_words(settings)}, with which the file has {found[1]:,} bytes, more than {budget:,}: "
                 "search values with smaller files"
             )
+
+
+def refuse_other_sizes(run_config: Mapping[str, Any], full: Mapping[str, Any], options: Sequence[str]) -> None:
+    """Refuses what contradicts the budget of a run.
+
+    Args:
+        run_config: of an entry.
+        full: the same, with the options and all defaults.
+        options: the keys of the options.
+
+    Raises:
+        NolaVisionError: the entry is named for its budget, such as `nola@2KB`, and an option gives another one; or
+            an option has the setting that the budget decides.
+    """
+    name, budget = run_config.get("method"), budget_of(run_config)
+    named = split_budget(name)[1] if isinstance(name, str) else None
+    same_class = budget is not None and run_id.method_class(run_config) == run_id.method_class(full)
+    if same_class and budget == named and budget != budget_of(full):
+        raise NolaVisionError(
+            f"max_bytes would give {name} another budget than its name: use a method without budgets, or list the "
+            "budget in the config"
+        )
+    if (budget := budget_of(full)) is None:
+        return
+    size = registry.known_method(run_id.method_class(full)).size_setting
+    if {f"model.method.{size}", f"model.method.init_args.{size}"} & {*options}:
+        raise NolaVisionError(f"the budget of {budget:,} bytes decides {size}: leave one of them out")
 
 
 def _metadata(run_config: dict[str, Any]) -> AdapterMetadata:

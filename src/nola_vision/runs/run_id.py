@@ -122,7 +122,8 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         base, at, _ = str(name).partition("@")
         sizes = budgets_of(base, entry(config, base)) if at and base in methods else []
         budgets = f"use one of {', '.join(with_budget(base, size) for size in sizes)}"
-        hint = budgets if sizes else did_you_mean(name, map(str, methods))
+        similar = did_you_mean(base, map(str, methods))  # `lorra@10KB` is like `lora`
+        hint = budgets if sizes else similar
         raise NolaVisionError(f"unknown method {name!r} in the config: {hint}")
     if not isinstance(name, str) or name != _safe_entry(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")

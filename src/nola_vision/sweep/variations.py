@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nola_vision.adapters.methods.registry import METHODS
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.runs import run_id
-from nola_vision.runs.budget_names import split_budget
+from nola_vision.runs.budget_names import budgets_of, split_budget
 
 
 def vary(
-    config: Mapping[str, Any],
-    methods: Sequence[str],
-    key: str,
-    values: Sequence[Any],
-    has_setting: Callable[[str, str], bool],
+    config: Mapping[str, Any], methods: Sequence[str], key: str, values: Sequence[Any]
 ) -> tuple[run_id.Config, list[str]]:
     """A config in which each entry with a setting is replaced by one entry per value, named such as `nola-rank4`.
 
@@ -24,22 +22,24 @@ def vary(
         methods: the entries to vary.
         key: the setting of a method.
         values: of the setting.
-        has_setting: whether a class, by its short name, has a setting.
 
     Returns:
         The config, and the names that replace `methods`; an entry without the setting is unchanged.
 
     Raises:
-        NolaVisionError: none of the entries has the setting.
+        NolaVisionError: none of the entries has the setting, or the budgets of one decide it.
     """
     entries, names = dict(run_id.need(config, "methods")), list[str]()
     for name in methods:
         base = _without_budget(config, name)
         settings, search = run_id.entry(config, base), run_id.search_of(config, base)
         elsewhere = run_id.searched_at(config, base) != base
-        if not has_setting(settings["class_path"].rpartition(".")[2], key):
+        method = METHODS.get(settings["class_path"].rpartition(".")[2])
+        if method is None or key not in [field.name for field in dataclasses.fields(method)]:
             names.append(name)
             continue
+        if budgets_of(base, settings) and key in (method.size_setting, "max_bytes"):
+            raise NolaVisionError(f"the budgets of {base!r} decide {key}: vary another setting, or remove them")
         for value in values:
             varied = base + suffix(key, value)
             if varied in config["methods"] or (new := varied + name.removeprefix(base)) in names:

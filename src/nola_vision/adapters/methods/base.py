@@ -145,7 +145,7 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} states no learning rates")
 
     def with_bits(self, bits: int) -> Self:
-        """The method with other bits per stored value, for the adapter and the head's matrix.
+        """The method with at most `bits` bits per stored value of the adapter and of the head's matrix.
 
         Raises:
             NolaVisionError: its values are always stored in 32 bits.
@@ -313,7 +313,8 @@ class Adapter(Method):
         return replace(self, **changes)
 
     def with_bits(self, bits: int) -> Self:
-        return replace(self, bits=bits, head_bits=None)
+        adapter, head = (min(own, bits) for own in self.stored_bits)
+        return replace(self, bits=adapter, head_bits=None if head == adapter else head)
 
     def from_file(self, path: Path) -> Self:
         return replace(self, max_bytes=None)  # a budget is for training: a file's values are counted

@@ -29,7 +29,7 @@ class _FittedHead(FrozenMethod):
         return 32, self.head_bits
 
     def with_bits(self, bits: int) -> Self:
-        return replace(self, head_bits=bits)
+        return replace(self, head_bits=min(self.head_bits, bits))
 
 
 @register

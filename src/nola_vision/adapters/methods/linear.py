@@ -38,4 +38,4 @@ class LinearProbe(Method):
         return self.lr, self.lr
 
     def with_bits(self, bits: int) -> Self:
-        return replace(self, head_bits=bits)
+        return replace(self, head_bits=min(self.head_bits, bits))

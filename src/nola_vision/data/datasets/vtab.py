@@ -5,18 +5,20 @@ Zhai et al., A Large-scale Study of Representation Learning with the Visual Task
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.local_files import read_file
+from nola_vision.common.text import plural
 from nola_vision.common.validation import quoted
 from nola_vision.data.datasets.base import MOST_LIST_BYTES, DatasetEntry, Split, data_root
 from nola_vision.data.datasets.list_file import Listed, parse_list
@@ -68,7 +70,13 @@ class Vtab(DatasetEntry):
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
         if split == "test":
             return self._source(root, self._listed(root, "test"))
-        listed = [row for name in _TRAIN for row in self._listed(root, name)]
+        train, val = (self._listed(root, name) for name in _TRAIN)
+        listed = [*train, *val]
+        if shared := {row.path for row in train} & {row.path for row in val}:
+            raise NolaVisionError(
+                f"train800.txt and val200.txt of {self._folder(root)} share {plural('image', len(shared))}, for "
+                f"example {quoted(min(shared))}: get both lists from one source"
+            )
         both, labels = self._file(root, _BOTH), Counter(row.label for row in listed)
         if both.exists() and Counter(row.label for row in self._listed(root, _BOTH)) != labels:
             raise NolaVisionError(
@@ -99,10 +107,17 @@ class Vtab(DatasetEntry):
         rows = parse_list(self._content(root, name), str(file))
         for row in rows:
             # Python refuses to read more than 4,300 digits
-            if not row.label.isdecimal() or len(row.label) > 9 or int(row.label) >= count:
+            is_number = row.label.isascii() and row.label.isdecimal() and len(row.label) < 10
+            if not is_number or int(row.label) >= count:
                 raise NolaVisionError(
                     f"line {row.line} of {file} has label {quoted(row.label)}, but {self.task} has the labels 0 to "
                     f"{count - 1}: get the list again"
+                )
+            path = PurePosixPath(row.path)
+            if path.is_absolute() or ".." in path.parts:
+                raise NolaVisionError(
+                    f"line {row.line} of {file} has the path {quoted(row.path)}, outside of the task's folder: "
+                    "get the list again"
                 )
         if len(rows) != (wanted := _TRAIN.get(name, len(rows))):
             raise NolaVisionError(f"{file} lists {len(rows)} images instead of {wanted}: get the list again")
@@ -119,7 +134,7 @@ class Vtab(DatasetEntry):
     def _source(self, root: str | None, rows: Sequence[Listed]) -> FileSource:
         folder = self._folder(root)
         paths = [folder / row.path for row in rows]
-        if gone := [path for path in paths if not path.is_file()]:
+        if gone := [path for path in paths if not os.path.isfile(path)]:  # False for a name that is too long, too
             raise NolaVisionError(
                 f"{len(gone)} of {len(paths)} listed images of {self.task} are missing, for example {gone[0]}: unpack "
                 "the archive again"

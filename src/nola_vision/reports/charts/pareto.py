@@ -18,8 +18,13 @@ _MOST_MARKS = 24  # with a label
 
 
 def pareto_front(summaries: Iterable[Summary]) -> list[Summary]:
-    """The entries whose mean accuracy is higher than that of every entry with a smaller adapter file."""
+    """The entries whose mean accuracy is higher than that of every entry with a smaller adapter file.
+
+    Only those with the most splits are considered: a mean over fewer is not evidence against them.
+    """
     sized = [item for item in summaries if item.mean is not None and item.adapter_file_bytes]
+    most = max((item.splits for item in sized), default=0)
+    sized = [item for item in sized if item.splits == most]
     front: list[Summary] = []
     best = -math.inf
     for item in sorted(sized, key=lambda item: (item.adapter_file_bytes or 0, -(item.mean or 0))):
