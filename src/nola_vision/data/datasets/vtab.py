@@ -62,7 +62,8 @@ class Vtab(DatasetEntry):
 
     @property
     def expects(self) -> str:  # type: ignore[override]
-        return f"vtab-1k/{self.task}/ with train800.txt, val200.txt, test.txt and images/ under the root"
+        files = "train800.txt, val200.txt, test.txt and images/"
+        return f"vtab-1k/{self.task}/ with {files} under the root (docs/datasets.md states where to get them)"
 
     def class_names(self, root: str | None, download: bool = False) -> tuple[str, ...]:
         return class_names()[self.task]
