@@ -33,13 +33,14 @@ from nola_vision.adapters.methods import (
 from nola_vision.adapters.serialization import adapter_size
 from nola_vision.cli.main import main
 from nola_vision.common.errors import NolaVisionError, UnreachableBudgetError
+from nola_vision.common.integer_search import largest, smallest
 from nola_vision.models import known_weights
 from nola_vision.models.adapted_model import AdaptedModel, file_bits, file_metadata
 from nola_vision.models.assembly import adapt
 from nola_vision.models.backbones.creation import skeleton
 from nola_vision.models.backbones.sources import input_config, resolve
 from nola_vision.models.backbones.spec import BackboneSpec
-from nola_vision.models.budget_solver import largest, most_file_bytes, smallest, solve_budget
+from nola_vision.models.budget_solver import most_file_bytes, solve_budget
 from nola_vision.models.building import feature_width, file_shapes, method_targets, stated_targets
 from nola_vision.models.metadata import AdapterMetadata, Calibrated
 from nola_vision.reports.cell import Cell, cell_of
@@ -52,6 +53,7 @@ from nola_vision.reports.terminal import cell_table
 from nola_vision.runs import run_id
 from nola_vision.runs.budget_names import split_budget, with_budget
 from nola_vision.runs.budgets import refuse_larger_files, size_and_bytes
+from nola_vision.runs.config_files import load_configs
 from nola_vision.runs.not_run import NotRun, note_not_run, read_not_run
 from nola_vision.runs.parsing import parse
 from nola_vision.runs.search_grid import with_settings
@@ -188,7 +190,6 @@ def test_a_budget_out_of_reach_states_the_smallest_file(tmp_path: Path) -> None:
         solve_budget(described(HashedNet(max_bytes=1000)))
     # a method with a largest size takes that, whatever the budget is
     assert solve_budget(described(LoRA(max_bytes=10**9))) == LoRA(rank=160)
-    assert solve_budget(described(HashedNet(max_bytes=10**9))) == HashedNet(max_parameters=12 * 160 * 640)  # the MLPs
 
 
 def test_long_class_names_leave_room_for_other_digits() -> None:
@@ -217,13 +218,12 @@ def test_hostile_budgets(budget: Any) -> None:
             "max_bytes would give lora@20KB another budget than its name",
         ),
         ("lora@20KB", ["--model.method.init_args.max_bytes=null"], "max_bytes would give lora@20KB another budget"),
-        (
-            "lora@20KB",
-            ["--model.method.rank=3"],
-            "the budget of 20,000 bytes decides rank: leave one of them out",
-        ),
+        ("lora@20KB", ["--model.method.rank=3"], "the budget of 20,000 bytes decides rank: leave one"),
+        ("lora@20KB", ['--model.method.init_args={"rank": 3}'], "the budget of 20,000 bytes decides rank: leave one"),
+        ("lora@20KB", ['--model.method={"class_path": "LoRA", "init_args": {"rank": 3}}'], "decides rank: leave one"),
+        ("linear@20KB", [], "the method 'linear' has no budgets, so there is no 'linear@20KB': leave @20KB out"),
         ("twice", [], "'twice' has both budgets and max_bytes: leave one out"),
-        ("1nn@2KB", [], "NearestNeighbor has no size that a budget could choose: leave budgets and max_bytes out"),
+        ("1nn@2KB", [], "'1nn' has budgets, but NearestNeighbor has no size to choose: leave them out"),
         ("lorra@20KB", [], "unknown method 'lorra@20KB' in the config: did you mean lora?"),
     ],
 )
@@ -236,12 +236,27 @@ def test_contradictions_of_a_budget(name: str, options: list[str], expected: str
         parse(run_id.resolve({**LEAGUE, "methods": {**LEAGUE["methods"], **more}}, name), [*QUIET, *options])
 
 
+def test_what_does_not_contradict_a_budget(tmp_path: Path) -> None:
+    plain = parse(run_id.resolve(LEAGUE, "lora@20KB"), QUIET)
+    assert parse(run_id.resolve(LEAGUE, "lora@20KB"), [*QUIET, "--model.method.max_bytes=20000"]) == plain
+    own = {**LEAGUE, "methods": {"own": {"class_path": "LoRA", "init_args": {"bits": 2, "rank": 9}}}}
+    solved = parse(run_id.resolve(own, "own"), [*QUIET, "--model.method.max_bytes=20000"])
+    assert solved["model"] == plain["model"]  # the option overrides the config's rank
+    other = parse(
+        run_id.resolve(LEAGUE, "lora@20KB"), [*QUIET, "--model.method=UniLoRA", "--model.method.max_bytes=7000"]
+    )
+    assert other["method"] == "unilora"
+    (tmp_path / "a.yaml").write_text("methods: {x@9KB: {class_path: LoRA}}")
+    with pytest.raises(NolaVisionError, match="the method name 'x@9KB' looks like a budget: list it as `budgets`"):
+        load_configs([str(tmp_path / "a.yaml")])
+
+
 def test_search_for_a_number() -> None:
     for first in range(1, 40):
-        assert smallest(lambda n, f=first: f <= n <= 100) == first
+        assert smallest(lambda n, f=first: f <= n <= 100, 1000) == first
         for last in range(first, 60):
             assert largest(lambda n, f=first, e=last: f <= n <= e, 50, first) == min(last, 50)
-    assert smallest(lambda n: False) is None
+    assert smallest(lambda n: False, 1000) is None
 
 
 LEAGUE: dict[str, Any] = {
@@ -391,8 +406,12 @@ def test_names_of_budgets() -> None:
     assert names == ["lora-c1", "lora-c2", "vera-c1@100KB", "vera-c2@100KB"]
     assert run_id.resolve(varied, "vera-c2@100KB")["model"]["method"]["init_args"]["max_bytes"] == 100_000
     for key in ("rank", "max_bytes"):
-        with pytest.raises(NolaVisionError, match=f"the budgets of 'lora' decide {key}: vary another setting"):
+        with pytest.raises(NolaVisionError, match=f"the budget of 'lora' decides {key}: vary another setting"):
             variations.vary(LEAGUE, ["lora@30KB"], key, [1, 2])
+    one = {"methods": {"m": {"class_path": "LoRA", "init_args": {"max_bytes": 20_000}}}}
+    with pytest.raises(NolaVisionError, match="the budget of 'm' decides rank"):
+        variations.vary(one, ["m"], "rank", [1, 2])
+    assert variations.vary(one, ["m"], "max_bytes", [9000, 20_000])[1] == ["m-max_bytes9000", "m-max_bytes20000"]
     renamed, names = variations.rename(LEAGUE, ["lora@30KB", "linear"], "-shots2")
     assert names == ["lora-shots2@30KB", "linear-shots2"] and run_id.resolve(renamed, names[0])
     assert LinearProbe().size_setting == ""
@@ -473,25 +492,34 @@ def test_a_mean_over_few_splits_does_not_lead(league: Path, tmp_path: Path) -> N
     assert "not compared" not in str(few) and few.notes[0].endswith("best in bold")
 
 
-def test_a_line_has_the_version_with_the_most_splits(league: Path, tmp_path: Path) -> None:
-    def lines(cell: Cell) -> dict[str, list[str]]:
-        return {line[0].text: [one.text for one in line[1:]] for line in cell.tables[0].lines}
-
-    before = lines(cell_of(read_rows(league)[0], CELL))
+def test_a_version_with_more_splits_keeps_the_methods_name(league: Path) -> None:
     rows = read_rows(league)[0]
-    named = [row for row in rows if row.method == "lora@10KB"]
+    named = [row for row in rows if row.method == "nola@10KB"]
     changed = {"entry_hash": "other", "config": with_settings(named[0].config, {"lr": 0.5})}
     other = [dataclasses.replace(row, run_hash=f"other{row.split}", **changed) for row in named]
-    few = cell_of([*rows, *other[:2]], CELL)
-    assert lines(few) == before
-    (note,) = [note for note in few.tables[0].notes if "most splits" in note]
-    assert re.fullmatch(r"lora@10KB \(lr=.*\): has the most splits; 1 version with other settings left out", note)
-    both = lines(cell_of([*rows, *other], CELL))  # none has more
-    assert both["lora"][2] == "-" and sum(name.startswith("lora (lr=") for name in both) == 2
+
+    def shown(cell: Cell) -> dict[str, list[str]]:
+        return {line[0].text: [one.text for one in line[1:]] for line in cell.tables[0].lines}
+
+    before, few = cell_of(rows, CELL), cell_of([*rows, *other[:2]], CELL)
+    stray = shown(few)["nola (lr=0.5)"]
+    assert stray[:2] == ["-", "-"] and stray[2].endswith("(n = 2, not compared)")
+    assert {name: line for name, line in shown(few).items() if name != "nola (lr=0.5)"} == shown(before)
+    assert "nola (lr=0.5): no runs at 2 KB, 5 KB" in few.tables[0].notes
+    assert few.tables[2].columns[1] == before.tables[2].columns[1] == "difference to nola at the same budget (95 % CI)"
+    assert {item.label for item in pareto_front(few.summaries)} == {
+        item.label for item in pareto_front(before.summaries)
+    }
+    both = cell_of([*rows, *other], CELL)  # none has more
+    assert shown(both)["nola"][2] == "-" and sum(name.startswith("nola (lr=") for name in shown(both)) == 2
+    assert not any("no run was completed" in note for note in both.tables[0].notes)
+    # one more split does not make the others unfair
+    more = dataclasses.replace(named[0], run_hash="more", split=9)
+    assert len(pareto_front(cell_of([*rows, more], CELL).summaries)) == len(pareto_front(before.summaries))
     # an entry without budgets is where no entry with the budget is
-    changed = {"method": "lora", "adapter_file_bytes": 1500}
+    changed = {"method": "lora", "method_class": "LoRA", "adapter_file_bytes": 1500}
     plain = [dataclasses.replace(row, run_hash=f"plain{row.split}", **changed) for row in named]
-    assert lines(cell_of([*rows, *plain], CELL))["lora"][1:] == before["lora"][1:]
+    assert shown(cell_of([*rows, *plain], CELL))["lora"][1:] == shown(before)["lora"][1:]
 
 
 def test_methods_are_compared_with_the_subject_at_their_budget(league: Path) -> None:
@@ -542,7 +570,10 @@ def test_report_of_a_league(league: Path, tmp_path: Path, capsys: pytest.Capture
     with console.capture() as capture:
         console.print(cell_table(cell))
     assert re.search(r"\x1b\[3m *\d\d\.\d", capture.get())
-    assert "Pareto front, the points that no smaller file reaches" in text and "95 % interval over splits" in text
+    assert (
+        "Pareto front, the points that no smaller file reaches (enough splits)" in text
+        and "95 % interval over splits" in text
+    )
     assert (plots / f"{CELL}-pareto.png").stat().st_size > 10_000
 
 

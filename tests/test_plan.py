@@ -264,8 +264,8 @@ def test_a_huge_range_takes_no_memory() -> None:
 def test_methods() -> None:
     assert parse_methods("all", CONFIG) == ["nn1", "linear", "full", "lora", "nola"]
     assert parse_methods("nola, lora,nola", CONFIG) == ["nola", "lora"]
-    for text in ("", "nola,", "nola,lorra"):
-        with pytest.raises(NolaVisionError, match="unknown method"):
+    for text, message in (("", "has an empty name"), ("nola,", "has an empty name"), ("nola,lorra", "unknown method")):
+        with pytest.raises(NolaVisionError, match=message):
             parse_methods(text, CONFIG)
 
 
@@ -279,26 +279,26 @@ def test_entries_under_another_name() -> None:
 
 
 def test_vary_and_shards() -> None:
-    config, names = vary(CONFIG, ["nn1", "lora", "nola"], "rank", [1, 4], lambda kind, key: kind != "NearestNeighbor")
+    config, names = vary(CONFIG, ["nn1", "lora", "nola"], "rank", [1, 4])
     assert names == ["nn1", "lora-rank1", "lora-rank4", "nola-rank1", "nola-rank4"]
     assert config["methods"]["nola-rank4"]["init_args"]["rank"] == 4
     assert config["methods"]["nola-rank4"]["search"] == CONFIG["methods"]["nola"]["search"]
     specs = final_specs(config, [0, 1], [0], names, {})
     assert [spec.method for spec in specs[:3]] == ["nn1", "lora-rank1", "lora-rank4"]
     assert sorted(s.run_hash for i in (1, 2, 3) for s in shard_of(specs, (i, 3))) == sorted(s.run_hash for s in specs)
-    rates, names = vary(CONFIG, ["nola"], "lr", [0.1, 0.2], lambda *_: True)
+    rates, names = vary(CONFIG, ["nola"], "lr", [0.1, 0.2])
     assert not search_specs(rates, names)
-    scales, names = vary(GRID, ["nola"], "c", [1, 4], lambda *_: True)
+    scales, names = vary(GRID, ["nola"], "c", [1, 4])
     assert [entry["search"] for name, entry in scales["methods"].items() if name in names] == 2 * [
         {"lr": [0.005, 0.001]}
     ]
-    named, names = vary(with_search("nola", "lora"), ["lora"], "rank", [1, 4], lambda *_: True)
+    named, names = vary(with_search("nola", "lora"), ["lora"], "rank", [1, 4])
     found = [(spec.method, spec.config["model"]["method"]["init_args"]["rank"]) for spec in search_specs(named, names)]
     assert found == [("lora-rank1", 1)] * 3 + [("lora-rank4", 4)] * 3
-    listed, names = vary(CONFIG, ["nola"], "targets", [["qkv", "mlp"]], lambda *_: True)
+    listed, names = vary(CONFIG, ["nola"], "targets", [["qkv", "mlp"]])
     assert names == ["nola-targetsqkv+mlp"] and listed["methods"][names[0]]["init_args"]["targets"] == ["qkv", "mlp"]
     with pytest.raises(NolaVisionError, match="already has a method 'nola-c1'"):
-        vary(CONFIG, ["nola"], "c", [1, 1], lambda *_: True)
+        vary(CONFIG, ["nola"], "c", [1, 1])
 
 
 def test_progress_counts_completed_runs() -> None:

@@ -263,9 +263,11 @@ def test_one_name_with_two_settings_is_two_lines() -> None:
     summaries = summarise([*rows, row(method="lora")])
     assert [(item.label, item.completed) for item in summaries] == [
         ("lora", 1),
-        ("nola (ab12)", 2),
+        ("nola", 2),  # with more splits
         ("nola (cd34)", 1),
     ]
+    both = summarise([*rows, row(entry_hash="cd34000000", split=1)])
+    assert [item.label for item in both] == ["nola (ab12)", "nola (cd34)"]
 
 
 def test_a_run_in_two_folders_counts_once_the_newest() -> None:

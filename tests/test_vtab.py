@@ -107,7 +107,8 @@ def test_a_search_holds_val200_out_and_a_final_run_trains_on_all(root: Path) -> 
         (lambda f: edit(f / "test.txt", "images/test/000000.jpg", "/etc/hostname"), "'/etc/hostname', outside"),
         (lambda f: edit(f / "test.txt", "images/test/", "images/../../"), r"'images/\.\./\.\./0+.jpg', outside"),
         (lambda f: edit(f / "test.txt", "images/test/", "images/" + 300 * "a"), "12 of 12 listed images of dm"),
-        (lambda f: edit(f / "val200.txt", "val200/000000", "train800/000000"), "val200.txt of .* share 1 image"),
+        (lambda f: edit(f / "test.txt", "/test/000000", "//train800/000000"), "test.txt and train800.txt of .* share"),
+        (lambda f: edit(f / "val200.txt", "val200/000000", "train800/000000"), r"800.txt of .* share 1 image,"),
         (lambda f: edit(f / "test.txt", ".jpg 5\n", "\n"), "line 6 of the list .*test.txt lacks the label"),
     ],
 )  # fmt: skip

@@ -41,10 +41,8 @@ def read(
     version, packed = metadata.get("format_version"), metadata.get("packed")
     if metadata.get("format") != FORMAT or type(version) is not int:
         raise NolaVisionError(f"the metadata of {path} is damaged (it does not name its format): get another file")
-    if version > FORMAT_VERSION:
-        raise other_version(path, version)
     if version != 1:
-        raise NolaVisionError(f"the metadata of {path} is damaged (version {version} has no JSON): get another file")
+        raise other_version(path, version)
     if not isinstance(metadata.get("digest"), str) or not isinstance(packed, dict):
         raise NolaVisionError(
             f"the metadata of {path} is damaged (no digest, or no list of packed tensors): get another file"
@@ -67,7 +65,9 @@ def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def other_version(path: Path, version: int) -> NolaVisionError:
-    """The error for a file of a version that this release does not read."""
+    """The error for a file that states another version than the one it has the form of."""
+    if version <= FORMAT_VERSION:
+        return NolaVisionError(f"{path} is damaged (it states version {version}, in another form): get another file")
     return NolaVisionError(
         f"{path} has adapter format version {version} and this nola-vision reads versions 1 to {FORMAT_VERSION}: "
         "use the release that wrote it, or train again"

@@ -240,8 +240,7 @@ def _adapter(
     if not (text.isdecimal() and len(text) < 10):
         return AdapterFile(path, 1, *format_v1.read(text, kinds, tensor, path))
     if int(text) != FORMAT_VERSION:
-        # version 1 has JSON there
-        raise format_v1.other_version(path, int(text)) if int(text) > FORMAT_VERSION else _damaged(path, "its version")
+        raise format_v1.other_version(path, int(text))
     if dict(kinds) != {TENSOR: "U8"}:
         raise _damaged(path, "it has other tensors than the format")
     return AdapterFile(path, FORMAT_VERSION, *_read(tensor(TENSOR).flatten(), path))

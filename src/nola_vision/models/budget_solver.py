@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from nola_vision.adapters.methods.registry import check
 from nola_vision.adapters.serialization import adapter_size
 from nola_vision.adapters.target import Target
 from nola_vision.common.errors import NolaVisionError, UnreachableBudgetError
+from nola_vision.common.integer_search import largest, smallest
 from nola_vision.common.validation import MOST_COUNT
 from nola_vision.models import known_weights
 from nola_vision.models.adapted_model import backbone_tensors, file_bits, file_metadata
@@ -35,8 +36,6 @@ _CALIBRATIONS = (None, Calibrated(1.0, "folds"), Calibrated(1.0, "validation")) 
 # Numbers of the header that are chosen later: as long as they can be, and with digits that hardly compress.
 _SEEDS = {"run_seed": 8304917265830947162, "basis_seed": 9152637480613925748}
 LONGEST = {"lr": 1.2345678901234567e-05, "head_lr": 1.8306942514938624e-05, "c": 2.6940527836194074e-05}
-_DIGITS = 8  # bytes: other digits may compress a little less, and after long class names a little more so
-_NAMES_PER_BYTE = 1_000
 _ROOM = 8  # bytes of a budget that are left for other values of further settings, such as a searched `quantise_from`
 
 
@@ -68,7 +67,7 @@ def solve_budget(metadata: AdapterMetadata, backbone: nn.Module | None = None) -
     def size(count: int) -> int:
         return files.size(method.with_count(count)) + _ROOM
 
-    if (least := smallest(is_allowed)) is None:
+    if (least := smallest(is_allowed, MOST_COUNT)) is None:
         files.groups(method.with_count(1))  # raises why every size is refused
         raise NolaVisionError(f"{type(method).__name__} adapts no weight of this backbone: give it targets")
     if size(least) > budget:
@@ -134,24 +133,9 @@ class _Files:
             for weights, ended in itertools.product(self.weights, _CALIBRATIONS)
         )
         names_bytes = sum(len(name.encode()) for name in self.metadata.class_names)
-        return max(adapter_size(one, shapes, bits) for one in described) + _DIGITS + names_bytes // _NAMES_PER_BYTE
+        return max(adapter_size(one, shapes, bits) for one in described) + _spare(names_bytes)
 
 
-def smallest(is_allowed: Callable[[int], bool]) -> int | None:
-    """The smallest allowed number, where the allowed ones follow each other; None if there is none.
-
-    Powers of two are tried first, so they must include an allowed one.
-    """
-    high = next((2**power for power in range(MOST_COUNT.bit_length()) if is_allowed(2**power)), None)
-    if high is None:
-        return None
-    return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=is_allowed) if high > 1 else 1
-
-
-def largest(fits: Callable[[int], bool], limit: int, first: int = 1) -> int:
-    """The largest number from `first` to `limit` that fits, where `first` does and no number after a misfit does."""
-    low, high = first, 2 * first
-    while high <= limit and fits(high):  # trying a number may cost memory in proportion to it
-        low, high = high, 2 * high
-    between = range(low + 1, min(high, limit + 1))
-    return low + bisect.bisect_left(between, True, key=lambda number: not fits(number))
+def _spare(names_bytes: int) -> int:
+    """Bytes for digits that compress less than those counted, after long class names even less."""
+    return 8 + names_bytes // 1_000

@@ -27,9 +27,9 @@ from nola_vision.adapters.methods.registry import from_dict, to_dict
 from nola_vision.adapters.serialization import adapter_bytes, open_adapter
 from nola_vision.common.errors import NolaVisionError
 from nola_vision.common.files import write_file
+from nola_vision.common.integer_search import largest
 from nola_vision.models.adapted_model import AdaptedModel, file_bits
 from nola_vision.models.backbones.sources import Source, resolve
-from nola_vision.models.budget_solver import largest
 from nola_vision.models.metadata import parse_header
 from nola_vision.models.prediction import run_in_eval_mode
 
@@ -61,7 +61,7 @@ def shorten(adapter: str | Path, out: str | Path, max_bytes: int | None = None, 
     method = from_dict(metadata["method"])
     if bits is not None:
         check_bits("bits", bits)
-        fewer = method.with_bits(bits)
+        fewer = method.with_bits(*(min(own, bits) for own in method.stored_bits))
         if fewer.stored_bits == method.stored_bits:
             raise NolaVisionError(f"the values of {adapter} have no more than {bits} bits: give fewer bits")
         method = fewer

@@ -39,7 +39,7 @@ class Summary:
 
     Args:
         label: the method's name; if it was run with several settings, followed by those that differ, as in
-            `nola (rank=8)`.
+            `nola (rank=8)`. A version with more splits than every other one has the name alone.
         completed: number of runs with an accuracy.
         untested: number of completed runs without an accuracy.
         splits: number of splits of the completed runs.
@@ -110,7 +110,7 @@ def entries(rows: Iterable[Row]) -> list[Entry]:
         (cell, method, digest): label
         for (cell, method), digests in names.items()
         for digest, label in zip(
-            digests, _labels(method, [(digest, found[cell, method, digest][0]) for digest in digests]), strict=True
+            digests, _labels(method, [(digest, found[cell, method, digest]) for digest in digests]), strict=True
         )
     }
     return [Entry(_summary(runs, labels[key]), runs) for key, runs in sorted(found.items(), key=lambda item: item[0])]
@@ -162,11 +162,13 @@ def rivals(name: Kind, chosen: Summary, found: Sequence[Entry]) -> list[Entry]:
     return [entry for *_, entry in sorted(ranked, key=lambda one: one[:2])]
 
 
-def _labels(method: str, versions: Sequence[tuple[str, Row]]) -> list[str]:
-    """One label per entry of one name, given each entry's hash and one of its rows."""
+def _labels(method: str, versions: Sequence[tuple[str, Sequence[Row]]]) -> list[str]:
+    """One label per entry of one name, given each entry's hash and its rows."""
     if len(versions) == 1:
         return [method]
-    settings = [entry_settings(row.config) for _, row in versions]
+    settings = [entry_settings(runs[0].config) for _, runs in versions]
+    splits = [len({row.split for row in runs if is_measured(row)}) for _, runs in versions]
+    leads = [count == max(splits) and splits.count(count) == 1 for count in splits]
     names = list(dict.fromkeys(name for one in settings for name in one))
     differing = [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
     short = [name.rpartition(".")[2] for name in differing]
@@ -183,7 +185,16 @@ def _labels(method: str, versions: Sequence[tuple[str, Row]]) -> list[str]:
         f"{label}, {digest[:4]}".removeprefix(", ") if not label or count[label] > 1 else label
         for label, (digest, _) in zip(labels, versions, strict=True)
     ]
-    return [f"{method} ({label})" for label in hashed]
+    return [method if first else f"{method} ({label})" for first, label in zip(leads, hashed, strict=True)]
+
+
+def common_splits(summaries: Iterable[Summary]) -> int:
+    """The most splits that at least two entries have, or those of a single one: what means are compared over.
+
+    An entry with fewer is not compared fairly; one with more does not make the others unfair.
+    """
+    counts = sorted((item.splits for item in summaries if item.mean is not None), reverse=True)
+    return counts[min(1, len(counts) - 1)] if counts else 0
 
 
 def _summary(runs: list[Row], label: str) -> Summary:

@@ -82,31 +82,30 @@ def refuse_larger_files(run_config: dict[str, Any], search: Mapping[str, Sequenc
             )
 
 
-def refuse_other_sizes(run_config: Mapping[str, Any], full: Mapping[str, Any], options: Sequence[str]) -> None:
-    """Refuses what contradicts the budget of a run.
+def refuse_contradictions(run_config: Mapping[str, Any], full: Mapping[str, Any]) -> None:
+    """Refuses options that contradict the budget of a run.
 
     Args:
-        run_config: of an entry.
+        run_config: of an entry, without options.
         full: the same, with the options and all defaults.
-        options: the keys of the options.
 
     Raises:
         NolaVisionError: the entry is named for its budget, such as `nola@2KB`, and an option gives another one; or
-            an option has the setting that the budget decides.
+            an option changes the setting that the budget decides.
     """
     name, budget = run_config.get("method"), budget_of(run_config)
-    named = split_budget(name)[1] if isinstance(name, str) else None
-    same_class = budget is not None and run_id.method_class(run_config) == run_id.method_class(full)
-    if same_class and budget == named and budget != budget_of(full):
+    if budget is not None and budget == split_budget(str(name))[1] and budget != budget_of(full):
         raise NolaVisionError(
             f"max_bytes would give {name} another budget than its name: use a method without budgets, or list the "
             "budget in the config"
         )
     if (budget := budget_of(full)) is None:
         return
-    size = registry.known_method(run_id.method_class(full)).size_setting
-    if {f"model.method.{size}", f"model.method.init_args.{size}"} & {*options}:
-        raise NolaVisionError(f"the budget of {budget:,} bytes decides {size}: leave one of them out")
+    method = registry.known_method(run_id.method_class(full))
+    place = "model", "method", "init_args", method.size_setting
+    default = getattr(method, method.size_setting)
+    if value_at(full, *place) != (default if (given := value_at(run_config, *place)) is None else plain_value(given)):
+        raise NolaVisionError(f"the budget of {budget:,} bytes decides {method.size_setting}: leave one of them out")
 
 
 def _metadata(run_config: dict[str, Any]) -> AdapterMetadata:

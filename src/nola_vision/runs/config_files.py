@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nola_vision.common.errors import NolaVisionError
@@ -11,6 +11,7 @@ from nola_vision.common.files import why_not_a_file
 from nola_vision.common.mappings import overlay
 from nola_vision.common.suggestions import did_you_mean
 from nola_vision.runs import cells
+from nola_vision.runs.budget_names import split_budget
 from nola_vision.runs.published import published
 from nola_vision.runs.yaml_files import Config, read_mapping
 
@@ -23,11 +24,15 @@ def load_configs(names: Sequence[str], folder: Path | None = None) -> Config:
     """Several configs as one: each overrides those before it, mapping by mapping.
 
     Raises:
-        NolaVisionError: as `load_config`.
+        NolaVisionError: as `load_config`, or the name of a method is one that its budgets would have.
     """
     merged: Config = {}
     for name in names:
         merged = overlay(merged, load_config(name, folder))
+    methods = merged.get("methods")
+    for method in methods if isinstance(methods, Mapping) else ():
+        if split_budget(str(method))[1] is not None:
+            raise NolaVisionError(f"the method name {method!r} looks like a budget: list it as `budgets` of the method")
     return merged
 
 

@@ -291,7 +291,7 @@ def parse(
         raise NolaVisionError(f"threads is {full['threads']}: use 1 to {_MOST_THREADS}")
     full["content"] = _content(full)
     full["model"]["method"].setdefault("init_args", {})
-    budgets.refuse_other_sizes(config, full, [key for key, _ in pairs])
+    budgets.refuse_contradictions(config, full)
     full = full if keep_budget else budgets.solved(full)
     asked = str(value_at(config, "model", "method", "class_path") or "").rpartition(".")[2]
     if full.get("method") is None or run_id.method_class(full) != asked:  # another class by --model.method

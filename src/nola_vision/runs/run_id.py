@@ -119,11 +119,12 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
             args = {**(settings.get("init_args") or {}), "max_bytes": budget}
             return {**{key: value for key, value in settings.items() if key != "budgets"}, "init_args": args}
     if name not in methods:
-        base, at, _ = str(name).partition("@")
+        base, at, size = str(name).partition("@")
         sizes = budgets_of(base, entry(config, base)) if at and base in methods else []
         budgets = f"use one of {', '.join(with_budget(base, size) for size in sizes)}"
-        similar = did_you_mean(base, map(str, methods))  # `lorra@10KB` is like `lora`
-        hint = budgets if sizes else similar
+        if at and base in methods and not sizes:
+            raise NolaVisionError(f"the method {base!r} has no budgets, so there is no {name!r}: leave {at}{size} out")
+        hint = budgets if sizes else did_you_mean(base, map(str, methods))  # `lorra@10KB` is like `lora`
         raise NolaVisionError(f"unknown method {name!r} in the config: {hint}")
     if not isinstance(name, str) or name != _safe_entry(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")
@@ -135,6 +136,11 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if stray := [key for key in settings if key not in ("class_path", "init_args", "search", "budgets")]:
         raise NolaVisionError(
             f"unknown key {stray[0]!r} in the method {name!r}: it takes class_path, init_args, search and budgets"
+        )
+    known = METHODS.get(settings["class_path"].rpartition(".")[2])
+    if settings.get("budgets") is not None and known is not None and not known.size_setting:
+        raise NolaVisionError(
+            f"the method {name!r} has budgets, but {known.__name__} has no size to choose: leave them out"
         )
     _check_search(methods, name, settings.get("search"))
     return settings

@@ -38,8 +38,10 @@ def vary(
         if method is None or key not in [field.name for field in dataclasses.fields(method)]:
             names.append(name)
             continue
-        if budgets_of(base, settings) and key in (method.size_setting, "max_bytes"):
-            raise NolaVisionError(f"the budgets of {base!r} decide {key}: vary another setting, or remove them")
+        has_budgets = bool(budgets_of(base, settings))
+        has_budget = has_budgets or (settings.get("init_args") or {}).get("max_bytes") is not None
+        if (key == method.size_setting and has_budget) or (key == "max_bytes" and has_budgets):
+            raise NolaVisionError(f"the budget of {base!r} decides {key}: vary another setting, or remove the budget")
         for value in values:
             varied = base + suffix(key, value)
             if varied in config["methods"] or (new := varied + name.removeprefix(base)) in names:

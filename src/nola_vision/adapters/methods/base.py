@@ -144,8 +144,8 @@ class Method:
         """Of the adapter (or of the backbone) and of the head."""
         raise NotImplementedError(f"{type(self).__name__} states no learning rates")
 
-    def with_bits(self, bits: int) -> Self:
-        """The method with at most `bits` bits per stored value of the adapter and of the head's matrix.
+    def with_bits(self, bits: int, head_bits: int) -> Self:
+        """The method with other bits per stored value of the adapter and of the head's matrix.
 
         Raises:
             NolaVisionError: its values are always stored in 32 bits.
@@ -312,9 +312,8 @@ class Adapter(Method):
         changes: dict[str, Any] = {self.size_setting: count, "max_bytes": None}
         return replace(self, **changes)
 
-    def with_bits(self, bits: int) -> Self:
-        adapter, head = (min(own, bits) for own in self.stored_bits)
-        return replace(self, bits=adapter, head_bits=None if head == adapter else head)
+    def with_bits(self, bits: int, head_bits: int) -> Self:
+        return replace(self, bits=bits, head_bits=None if head_bits == bits else head_bits)
 
     def from_file(self, path: Path) -> Self:
         return replace(self, max_bytes=None)  # a budget is for training: a file's values are counted

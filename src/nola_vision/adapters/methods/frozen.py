@@ -28,8 +28,8 @@ class _FittedHead(FrozenMethod):
     def stored_bits(self) -> tuple[int, int]:
         return 32, self.head_bits
 
-    def with_bits(self, bits: int) -> Self:
-        return replace(self, head_bits=min(self.head_bits, bits))
+    def with_bits(self, bits: int, head_bits: int) -> Self:
+        return replace(self, head_bits=head_bits)
 
 
 @register

@@ -29,8 +29,7 @@ class HashedNet(Adapter):
     The hash is kept as 4 bytes per adapted weight, whatever k is: as much memory as the weights themselves take.
 
     Args:
-        max_parameters: trained values of all targets together, spread in proportion to their sizes; a target has at
-            most one per weight.
+        max_parameters: trained values of all targets together, spread in proportion to their sizes.
         c: the scale.
     """
 
@@ -47,8 +46,7 @@ class HashedNet(Adapter):
         check_max_parameters(self.max_parameters, len(targets), "HashedNet")
         total = sum(target.size for target in targets)
         return [
-            # more buckets than weights would never be used
-            Group(name, members, {"buckets": (max(1, min(self.max_parameters, total) * members[0].size // total),)})
+            Group(name, members, {"buckets": (max(1, self.max_parameters * members[0].size // total),)})
             for name, members in one_by_one(targets).items()
         ]
 

@@ -37,5 +37,5 @@ class LinearProbe(Method):
     def learning_rates(self) -> tuple[float, float]:
         return self.lr, self.lr
 
-    def with_bits(self, bits: int) -> Self:
-        return replace(self, head_bits=min(self.head_bits, bits))
+    def with_bits(self, bits: int, head_bits: int) -> Self:
+        return replace(self, head_bits=head_bits)

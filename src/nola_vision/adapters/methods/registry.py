@@ -88,8 +88,6 @@ def from_dict(described: dict[str, Any]) -> Method:
         raise NolaVisionError(f"init_args of {name} is {quoted(given)}: it must be a mapping")
     known = [field.name for field in dataclasses.fields(METHODS[name])]
     if wrong := [key for key in given if key not in known]:
-        if wrong[0] == "max_bytes":
-            raise NolaVisionError(f"{name} has no size that a budget could choose: leave budgets and max_bytes out")
         if not known:
             raise NolaVisionError(f"unknown setting '{wrong[0]}' of {name}: it has no settings")
         raise NolaVisionError(f"unknown setting '{wrong[0]}' of {name}: {did_you_mean(wrong[0], known)}")

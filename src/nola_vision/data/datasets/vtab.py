@@ -69,15 +69,13 @@ class Vtab(DatasetEntry):
         return class_names()[self.task]
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        if split == "test":
-            return self._source(root, self._listed(root, "test"))
         train, val = (self._listed(root, name) for name in _TRAIN)
+        if split == "test":
+            test = self._listed(root, "test")
+            self._refuse_shared(root, ("test", test), ("train800", train), ("val200", val))
+            return self._source(root, test)
+        self._refuse_shared(root, ("val200", val), ("train800", train))
         listed = [*train, *val]
-        if shared := {row.path for row in train} & {row.path for row in val}:
-            raise NolaVisionError(
-                f"train800.txt and val200.txt of {self._folder(root)} share {plural('image', len(shared))}, for "
-                f"example {quoted(min(shared))}: get both lists from one source"
-            )
         both, labels = self._file(root, _BOTH), Counter(row.label for row in listed)
         if both.exists() and Counter(row.label for row in self._listed(root, _BOTH)) != labels:
             raise NolaVisionError(
@@ -92,6 +90,18 @@ class Vtab(DatasetEntry):
     def own_content(self, root: str | None) -> bytes:
         """The three lists that are read."""
         return b"\0".join(self._content(root, name) for name in (*_TRAIN, "test"))
+
+    def _refuse_shared(
+        self, root: str | None, one: tuple[str, Sequence[Listed]], *others: tuple[str, Sequence[Listed]]
+    ) -> None:
+        """Refuses lists of which one has images of another."""
+        paths = {os.path.normpath(row.path) for row in one[1]}
+        for name, rows in others:
+            if shared := paths & {os.path.normpath(row.path) for row in rows}:
+                raise NolaVisionError(
+                    f"{one[0]}.txt and {name}.txt of {self._folder(root)} share {plural('image', len(shared))}, for "
+                    f"example {quoted(min(shared))}: get all lists from one source"
+                )
 
     def _folder(self, root: str | None) -> Path:
         """The task's folder, in `vtab-1k` under the root or directly under it."""

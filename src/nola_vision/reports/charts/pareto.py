@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from nola_vision.reports.charts.drawing import LEFT, MOST_LABELS, WIDTH, Chart, Panel, axis_range, label_margin
 from nola_vision.reports.charts.looks import MUTED, PAPER, Look
-from nola_vision.reports.entries import Entry, Summary, any_frozen, kind
+from nola_vision.reports.entries import Entry, Summary, any_frozen, common_splits, kind
 from nola_vision.reports.formatting import bytes_text
 from nola_vision.reports.published import published_result
 
@@ -20,11 +20,11 @@ _MOST_MARKS = 24  # with a label
 def pareto_front(summaries: Iterable[Summary]) -> list[Summary]:
     """The entries whose mean accuracy is higher than that of every entry with a smaller adapter file.
 
-    Only those with the most splits are considered: a mean over fewer is not evidence against them.
+    Entries with fewer splits than `common_splits` are left out: a lucky mean over few is not evidence against others.
     """
     sized = [item for item in summaries if item.mean is not None and item.adapter_file_bytes]
-    most = max((item.splits for item in sized), default=0)
-    sized = [item for item in sized if item.splits == most]
+    most = common_splits(sized)
+    sized = [item for item in sized if item.splits >= most]
     front: list[Summary] = []
     best = -math.inf
     for item in sorted(sized, key=lambda item: (item.adapter_file_bytes or 0, -(item.mean or 0))):
