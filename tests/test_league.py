@@ -323,6 +323,15 @@ def test_one_search_per_method(entries: budget_entries.Entries) -> None:
     assert chosen == {"lora@30KB": {"lr": 0.001}, "lora@8990B": {"lr": 0.001}}
     final = plan.final_specs(entries.config, [0, 1], [0], ["lora@30KB"], chosen)
     assert [one.config["model"]["method"]["init_args"]["lr"] for one in final] == [0.001, 0.001]
+    # where the step grows with the size, a larger entry has a smaller learning rate, a smaller one the same
+    nola = {"class_path": "NOLA", "init_args": {"bits": 4}, "search": {"lr": [0.02]}, "budgets": [2000, 4000, 9000]}
+    names = budget_entries.expand({"methods": {"nola": nola}}, ["nola"])
+    found = budget_entries.solve({**LEAGUE, "methods": {"nola": nola}}, names, lambda one: parse(one, QUIET))
+    sizes = [found.config["methods"][name]["init_args"]["num_basis"] for name in names]
+    specs = plan.final_specs(found.config, [0], [0], names, {name: {"lr": 0.02} for name in names})
+    rates = [one.config["model"]["method"]["init_args"]["lr"] for one in specs]
+    assert rates[:2] == [0.02, 0.02] and rates[2] == pytest.approx(0.02 * sizes[1] / sizes[2], rel=5e-3)
+    assert sizes[2] > 2 * sizes[1]
     failed = [dataclasses.replace(row, status="failed", error="x") for row in rows]
     assert search_failed(entries.config, failed, "lora@30KB") and not search_failed(entries.config, rows, "lora@30KB")
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nola_vision.adapters.methods.registry import METHODS
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.runs import run_id
+from nola_vision.runs.budget_names import split_budget
 from nola_vision.runs.search_grid import Settings, checked, combinations, with_settings
 
 
@@ -47,15 +49,37 @@ def final_specs(
         splits: the values of `data.split_seed`.
         inits: the values of `model.run_seed`; the basis follows it unless the config fixes `model.basis_seed`.
         methods: names of entries.
-        chosen: what the search of each entry chose; other entries keep their own settings.
+        chosen: what the search of each entry chose; other entries keep their own settings. A learning rate that was
+            chosen at another budget is that of `at_its_size`.
     """
     specs = []
     for split in splits:
         for method in methods:
             own_inits: Sequence[int | None] = inits if run_id.has_init(run_id.resolve(config, method)) else [None]
             for init in own_inits:
-                specs.append(_spec(config, method, split, init, "final", chosen.get(method, {})))
+                specs.append(
+                    _spec(config, method, split, init, "final", at_its_size(config, method, chosen.get(method, {})))
+                )
     return specs
+
+
+def at_its_size(config: Mapping[str, Any], method: str, chosen: Settings) -> Settings:
+    """The settings of an entry that were chosen at another budget, with a learning rate for the entry's own size.
+
+    lr' = lr min(1, s / s'), rounded to three digits, with the sizes s where it was chosen and s' of the entry, for a
+    method whose step grows with its size; unchanged for others. The first step with Adam then changes the model by no
+    more than where the search found it to be good (decision 0031).
+    """
+    source = run_id.searched_at(config, method)
+    if source == method or "lr" not in chosen or split_budget(source)[0] != split_budget(method)[0]:
+        return chosen
+    known = METHODS[run_id.method_class(run_id.resolve(config, method))]
+    if not known.step_grows_with_size:
+        return chosen
+    searched, own = (
+        run_id.resolve(config, name)["model"]["method"]["init_args"][known.size_setting] for name in (source, method)
+    )
+    return {**chosen, "lr": float(f"{chosen['lr'] * searched / own:.3g}")} if own > searched else chosen
 
 
 def search_specs(config: Mapping[str, Any], methods: Sequence[str]) -> list[RunSpec]:

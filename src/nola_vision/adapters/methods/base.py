@@ -105,11 +105,11 @@ class Method:
         train_norms: the backbone's batch norms are trained and stored with their statistics.
         nested: training uses a random share of the coefficients, so that a file can be cut.
         quantise_from: share of the training after which passes compute with the stored bits; always with 1 bit.
-        cuttable: names of trained tensors whose last axis may be cut to its first entries: a cut file and
-            `bank.using(prefix=...)` do that.
+        cuttable: names of trained tensors whose last axis may be cut to its first entries (`bank.using(prefix=...)`).
         uses_basis_seed: what `fixed` gives depends on the basis seed.
         size_setting: the setting that decides how large an adapter file is, such as `rank`. A byte budget (`max_bytes`)
             solves for it, so a larger value must not give a smaller file. Empty: no budget is possible.
+        step_grows_with_size: the change by a step of Adam is in proportion to `size_setting` (`plan.at_its_size`).
     """
 
     on_frozen_features = False
@@ -124,6 +124,7 @@ class Method:
     cuttable = frozenset[str]()
     uses_basis_seed = True
     size_setting = ""
+    step_grows_with_size = False
 
     # --- settings ------------------------------------------------------------------------------------------------
 
@@ -370,10 +371,8 @@ def refuse_head(method: Method, targets: Sequence[Target], reason: str) -> None:
 def check_max_parameters(count: int, least: int, method: str) -> None:
     """Refuses a number of trained values that is less than one per target and factor."""
     if count < least:
-        raise NolaVisionError(
-            f"max_parameters of {method} is {count}, but its targets need {least} for one value each: give more, or "
-            "fewer targets"
-        )
+        few = f"max_parameters of {method} is {count}, but its targets need {least} for one value each"
+        raise NolaVisionError(f"{few}: give more, or fewer targets")
 
 
 def by_shape(targets: Sequence[Target]) -> dict[str, tuple[Target, ...]]:
@@ -396,5 +395,5 @@ def he_scale(c: float, rank: int, target: Target) -> float:
 
 def storage_by_size(basis_bytes: int, memory_mib: float) -> dict[str, Any]:
     """`storage` and `memory_mib` where only the size decides. Streaming compiles code, so it is the exception."""
-    storage = "cached" if basis_bytes <= MOST_CACHED_ON_LOAD else "streamed"
-    return {"storage": storage, "memory_mib": min(memory_mib, 64.0)}
+    is_small = basis_bytes <= MOST_CACHED_ON_LOAD
+    return {"storage": "cached" if is_small else "streamed", "memory_mib": min(memory_mib, 64.0)}

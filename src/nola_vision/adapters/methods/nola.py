@@ -82,6 +82,7 @@ class NOLA(Adapter):
 
     cuttable = frozenset({"coefficients_a", "coefficients_b"})
     size_setting = "num_basis"
+    step_grows_with_size = True
 
     def check(self) -> None:
         super().check()

@@ -60,6 +60,7 @@ class PRANC(Adapter):
 
     cuttable = frozenset({"coefficients"})
     size_setting = "num_basis"
+    step_grows_with_size = True
 
     def check(self) -> None:
         super().check()

@@ -61,6 +61,7 @@ class TinyLoRA(Adapter):
     c: float = 16.0
 
     size_setting = "num_basis"
+    step_grows_with_size = True
 
     def check(self) -> None:
         super().check()

@@ -50,6 +50,7 @@ class UniLoRA(Adapter):
     c: float = 4.0
 
     size_setting = "max_parameters"
+    step_grows_with_size = True
 
     def check(self) -> None:
         super().check()
