@@ -580,7 +580,7 @@ def test_report_of_a_league(league: Path, tmp_path: Path, capsys: pytest.Capture
         console.print(cell_table(cell))
     assert re.search(r"\x1b\[3m *\d\d\.\d", capture.get())
     assert (
-        "Pareto front, the points that no smaller file reaches (enough splits)" in text
+        "Pareto front, the points that no smaller file reaches, of entries with enough splits" in text
         and "95 % interval over splits" in text
     )
     assert (plots / f"{CELL}-pareto.png").stat().st_size > 10_000

@@ -136,6 +136,11 @@ def whole_dense(targets: Sequence[Target], changes: Sequence[Change]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
+def he_scale(c: float, rank: int, target: Target) -> float:
+    """The scale of `A @ B` whose entries have variances 1/m and 1/o that gives He's variance 2 / fan_in for c = 1."""
+    return c * math.sqrt(2 * target.inputs * target.outputs / (rank * target.fan_in))
+
+
 def low_rank_changes(
     targets: Sequence[Target], a: Tensor, b: Tensor, scale: float, wanted: Container[Target]
 ) -> dict[str, Change]:

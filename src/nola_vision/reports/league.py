@@ -48,7 +48,8 @@ def budget_table(entries: Sequence[Entry], not_run: Mapping[str, NotRun]) -> Tab
         places = [_place(method, budget, measured, entries, not_run) for budget in budgets]
         if any(place.entry or place.reason for place in places):
             grid[method] = places
-            notes += _absent(method, budgets, places, measured)
+            if absence := _absence(method, budgets, places, measured):
+                notes.append(absence)
     for name in dict.fromkeys(split_budget(name)[0] for name in not_run):
         if name not in grid:
             grid[name] = [_place(name, budget, measured, entries, not_run) for budget in budgets]
@@ -101,23 +102,15 @@ def _place(
     return _Place(same, why.reason)
 
 
-def _absent(method: str, budgets: Sequence[int], places: Sequence[_Place], measured: Sequence[Entry]) -> list[str]:
-    """A note on the budgets of a line without an accuracy and without a reason."""
-    empty = [
-        bytes_text(size) for size, place in zip(budgets, places, strict=True) if not place.entry and not place.reason
-    ]
-    fixed = [
-        entry.summary.adapter_file_bytes
-        for entry in measured
-        if of_method(entry.summary) == method and split_budget(entry.summary.method)[1] is None
-    ]
+def _absence(method: str, budgets: Sequence[int], places: Sequence[_Place], measured: Sequence[Entry]) -> str | None:
+    """A note on the budgets at which a line has neither an accuracy nor a reason; None if there are none."""
+    cells = zip(budgets, places, strict=True)
+    empty = [bytes_text(size) for size, place in cells if not place.entry and not place.reason]
     if not empty:
-        return []
-    return [
-        f"{method}: its file has {fixed[0]:,} bytes"
-        if fixed and fixed[0]
-        else f"{method}: no runs at {', '.join(empty)}"
-    ]
+        return None
+    own = [entry.summary for entry in measured if of_method(entry.summary) == method]
+    size = next((item.adapter_file_bytes for item in own if split_budget(item.method)[1] is None), None)
+    return f"{method}: its file has {size:,} bytes" if size else f"{method}: no runs at {', '.join(empty)}"
 
 
 def _leader(places: Sequence[_Place], most: int) -> Entry | None:

@@ -101,11 +101,12 @@ def refuse_contradictions(run_config: Mapping[str, Any], full: Mapping[str, Any]
         )
     if (budget := budget_of(full)) is None:
         return
-    method = registry.known_method(run_id.method_class(full))
-    place = "model", "method", "init_args", method.size_setting
-    default = getattr(method, method.size_setting)
-    if value_at(full, *place) != (default if (given := value_at(run_config, *place)) is None else plain_value(given)):
-        raise NolaVisionError(f"the budget of {budget:,} bytes decides {method.size_setting}: leave one of them out")
+    size = registry.check(registry.from_dict(full["model"]["method"])).size_setting
+    place = "model", "method", "init_args", size
+    given = plain_value(value_at(run_config, *place))
+    default = getattr(registry.known_method(run_id.method_class(full)), size, None)
+    if value_at(full, *place) != (default if given is None else given):
+        raise NolaVisionError(f"the budget of {budget:,} bytes decides {size}: leave one of them out")
 
 
 def _metadata(run_config: dict[str, Any]) -> AdapterMetadata:

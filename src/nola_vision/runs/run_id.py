@@ -120,11 +120,13 @@ def entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
             return {**{key: value for key, value in settings.items() if key != "budgets"}, "init_args": args}
     if name not in methods:
         base, at, size = str(name).partition("@")
-        sizes = budgets_of(base, entry(config, base)) if at and base in methods else []
-        budgets = f"use one of {', '.join(with_budget(base, size) for size in sizes)}"
-        if at and base in methods and not sizes:
-            raise NolaVisionError(f"the method {base!r} has no budgets, so there is no {name!r}: leave {at}{size} out")
-        hint = budgets if sizes else did_you_mean(base, map(str, methods))  # `lorra@10KB` is like `lora`
+        hint = did_you_mean(base, map(str, methods))  # `lorra@10KB` is like `lora`
+        if at and base in methods:
+            if not (sizes := budgets_of(base, entry(config, base))):
+                raise NolaVisionError(
+                    f"the method {base!r} has no budgets, so there is no {name!r}: leave {at}{size} out"
+                )
+            hint = f"use one of {', '.join(with_budget(base, one) for one in sizes)}"
         raise NolaVisionError(f"unknown method {name!r} in the config: {hint}")
     if not isinstance(name, str) or name != _safe_entry(name):
         raise NolaVisionError(f"the method name {name!r} must do as a folder's name: use letters, digits and `._+-`")

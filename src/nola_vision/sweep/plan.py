@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nola_vision.adapters.methods.registry import METHODS
+from nola_vision.adapters.methods.registry import known_method
 from nola_vision.data.datasets.registry import get_dataset
 from nola_vision.runs import run_id
 from nola_vision.runs.budget_names import split_budget
@@ -52,14 +52,13 @@ def final_specs(
         chosen: what the search of each entry chose; other entries keep their own settings. A learning rate that was
             chosen at another budget is that of `at_its_size`.
     """
+    settings = {method: at_its_size(config, method, chosen.get(method, {})) for method in methods}
     specs = []
     for split in splits:
         for method in methods:
             own_inits: Sequence[int | None] = inits if run_id.has_init(run_id.resolve(config, method)) else [None]
             for init in own_inits:
-                specs.append(
-                    _spec(config, method, split, init, "final", at_its_size(config, method, chosen.get(method, {})))
-                )
+                specs.append(_spec(config, method, split, init, "final", settings[method]))
     return specs
 
 
@@ -73,12 +72,11 @@ def at_its_size(config: Mapping[str, Any], method: str, chosen: Settings) -> Set
     source = run_id.searched_at(config, method)
     if source == method or "lr" not in chosen or split_budget(source)[0] != split_budget(method)[0]:
         return chosen
-    known = METHODS[run_id.method_class(run_id.resolve(config, method))]
+    where, here = (run_id.resolve(config, name) for name in (source, method))
+    known = known_method(run_id.method_class(here))
     if not known.step_grows_with_size:
         return chosen
-    searched, own = (
-        run_id.resolve(config, name)["model"]["method"]["init_args"][known.size_setting] for name in (source, method)
-    )
+    searched, own = (one["model"]["method"]["init_args"][known.size_setting] for one in (where, here))
     return {**chosen, "lr": float(f"{chosen['lr'] * searched / own:.3g}")} if own > searched else chosen
 
 

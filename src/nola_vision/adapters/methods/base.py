@@ -7,7 +7,6 @@ they compute with. CONTRIBUTING.md, "A new method", is the guide; `nola.py` and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -371,8 +370,10 @@ def refuse_head(method: Method, targets: Sequence[Target], reason: str) -> None:
 def check_max_parameters(count: int, least: int, method: str) -> None:
     """Refuses a number of trained values that is less than one per target and factor."""
     if count < least:
-        few = f"max_parameters of {method} is {count}, but its targets need {least} for one value each"
-        raise NolaVisionError(f"{few}: give more, or fewer targets")
+        raise NolaVisionError(
+            f"max_parameters of {method} is {count}, but its targets need {least} for one value each: give more, or "
+            "fewer targets"
+        )
 
 
 def by_shape(targets: Sequence[Target]) -> dict[str, tuple[Target, ...]]:
@@ -388,12 +389,7 @@ def one_by_one(targets: Sequence[Target]) -> dict[str, tuple[Target, ...]]:
     return {target.name.replace(".", "/"): (target,) for target in targets}
 
 
-def he_scale(c: float, rank: int, target: Target) -> float:
-    """The scale of `A @ B` whose entries have variances 1/m and 1/o that gives He's variance 2 / fan_in for c = 1."""
-    return c * math.sqrt(2 * target.inputs * target.outputs / (rank * target.fan_in))
-
-
 def storage_by_size(basis_bytes: int, memory_mib: float) -> dict[str, Any]:
     """`storage` and `memory_mib` where only the size decides. Streaming compiles code, so it is the exception."""
-    is_small = basis_bytes <= MOST_CACHED_ON_LOAD
-    return {"storage": "cached" if is_small else "streamed", "memory_mib": min(memory_mib, 64.0)}
+    storage = "cached" if basis_bytes <= MOST_CACHED_ON_LOAD else "streamed"
+    return {"storage": storage, "memory_mib": min(memory_mib, 64.0)}

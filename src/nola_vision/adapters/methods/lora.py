@@ -7,9 +7,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nola_vision.adapters.methods.base import Adapter, Group, Source, by_shape, check_positive, check_rank, he_scale
+from nola_vision.adapters.methods.base import Adapter, Group, Source, by_shape, check_positive, check_rank
 from nola_vision.adapters.methods.registry import register
-from nola_vision.adapters.target import HEAD, Change, Target, low_rank_changes
+from nola_vision.adapters.target import HEAD, Change, Target, he_scale, low_rank_changes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,11 +18,10 @@ from nola_vision.adapters.methods.base import (
     check_max_parameters,
     check_positive,
     check_rank,
-    he_scale,
     storage_by_size,
 )
 from nola_vision.adapters.methods.registry import register
-from nola_vision.adapters.target import HEAD, Change, Target, low_rank_changes
+from nola_vision.adapters.target import HEAD, Change, Target, he_scale, low_rank_changes
 from nola_vision.common.errors import NolaVisionError
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -69,13 +70,12 @@ class Vtab(DatasetEntry):
         return class_names()[self.task]
 
     def open(self, root: str | None, split: Split, download: bool = False) -> ImageSource:
-        train, val = (self._listed(root, name) for name in _TRAIN)
+        read = (*_TRAIN, "test") if split == "test" else _TRAIN
+        lists = {name: self._listed(root, name) for name in read}
+        _refuse_shared(self._folder(root), lists)
         if split == "test":
-            test = self._listed(root, "test")
-            self._refuse_shared(root, ("test", test), ("train800", train), ("val200", val))
-            return self._source(root, test)
-        self._refuse_shared(root, ("val200", val), ("train800", train))
-        listed = [*train, *val]
+            return self._source(root, lists["test"])
+        listed = [row for name in _TRAIN for row in lists[name]]
         both, labels = self._file(root, _BOTH), Counter(row.label for row in listed)
         if both.exists() and Counter(row.label for row in self._listed(root, _BOTH)) != labels:
             raise NolaVisionError(
@@ -90,18 +90,6 @@ class Vtab(DatasetEntry):
     def own_content(self, root: str | None) -> bytes:
         """The three lists that are read."""
         return b"\0".join(self._content(root, name) for name in (*_TRAIN, "test"))
-
-    def _refuse_shared(
-        self, root: str | None, one: tuple[str, Sequence[Listed]], *others: tuple[str, Sequence[Listed]]
-    ) -> None:
-        """Refuses lists of which one has images of another."""
-        paths = {os.path.normpath(row.path) for row in one[1]}
-        for name, rows in others:
-            if shared := paths & {os.path.normpath(row.path) for row in rows}:
-                raise NolaVisionError(
-                    f"{one[0]}.txt and {name}.txt of {self._folder(root)} share {plural('image', len(shared))}, for "
-                    f"example {quoted(min(shared))}: get all lists from one source"
-                )
 
     def _folder(self, root: str | None) -> Path:
         """The task's folder, in `vtab-1k` under the root or directly under it."""
@@ -151,6 +139,17 @@ class Vtab(DatasetEntry):
                 "the archive again"
             )
         return FileSource(paths, [int(row.label) for row in rows], self.class_names(root), data_root(root))
+
+
+def _refuse_shared(folder: Path, lists: Mapping[str, Sequence[Listed]]) -> None:
+    """Refuses lists of a folder, by name, that have an image in common."""
+    paths = {name: {os.path.normpath(row.path) for row in rows} for name, rows in lists.items()}
+    for earlier, later in combinations(paths, 2):
+        if shared := paths[earlier] & paths[later]:
+            raise NolaVisionError(
+                f"{later}.txt and {earlier}.txt of {folder} share {plural('image', len(shared))}, for example "
+                f"{quoted(min(shared))}: get all lists from one source"
+            )
 
 
 @cache

@@ -29,9 +29,8 @@ _ROOM = 10**0.1  # factor between the smallest or largest file and the end of th
 def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart | None:
     """Mean accuracy over the size of the file, a colour and a marker per method; None if no entry has both.
 
-    The heavy line is the Pareto front. Bars are Student's t 95 % intervals over splits, of
-    these points and of the cell's subject: those of ten methods at one size would cover each other. Methods without a
-    file are horizontal lines.
+    The heavy line is the Pareto front. Bars are Student's t 95 % intervals over splits, of its points and of the cell's
+    subject: those of ten methods at one size would cover each other. Methods without a file are horizontal lines.
 
     Args:
         entries: of one cell.
@@ -99,7 +98,10 @@ def league_chart(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Chart |
         parts.append(f"{method} {', '.join(shown)}")
     parts += [f"{item.label} {item.mean:.1f} % without a file" for item, _ in lines]
     keys = [
-        ("heavy line: Pareto front, the points that no smaller file reaches (enough splits)", len(front) > 1),
+        (
+            "heavy line: Pareto front, the points that no smaller file reaches, of entries with enough splits",
+            len(front) > 1,
+        ),
         ("broken lines: methods without a file", any_frozen(lines)),
     ]
     return Chart.of_entries("pareto", "Top-1 accuracy at equal sizes of the adapter file", parts, keys, panel.figure)
