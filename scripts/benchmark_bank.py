@@ -11,7 +11,7 @@ the 10th and 90th percentile of the ratio within a round. Run it on an idle mach
              (exponent 1), from 64 clients in another process; and the bank itself in batches of 64 of the same images
 
 The adapters are NOLA on the MLP (k = 1024, r = 4, 4 bits, 10 classes) for a ViT-B/16 with random weights at 224 pixels;
-with --small, NOLA of the quick start for its own backbone. Their values are random.
+with --small, NOLA for vit_mini_patch4_32.contours. Their values are random.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ METHODS = {
 
 
 def backbone(folder: Path, small: bool) -> BackboneSpec:
-    """The quick start's, or a ViT-B/16 whose random weights are read from a file as pretrained ones are."""
+    """A small bundled ViT, or a ViT-B/16 whose random weights are read from a file as pretrained ones are."""
     if small:
         return BackboneSpec("vit_mini_patch4_32.contours")
     file = folder / "vit_base_patch16_224.safetensors"
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "nola-vision-bank")
     parser.add_argument("--count", type=int, default=10_000, help="adapters")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="the quick start's backbone")
+    parser.add_argument("--small", action="store_true", help="vit_mini_patch4_32.contours")
     parser.add_argument("--requests", type=int, default=500, help="of serve, for each load")
     known = parser.parse_args()
     if known.count < 64:

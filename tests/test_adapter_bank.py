@@ -403,7 +403,7 @@ def test_names_of_another_type(bank: AdapterBank, names: Any) -> None:
         ({"device": None}, "^device is 'None': use cpu"),
         ({"backbone": 3}, "backbone is 3: give timm's tag"),
         ({"backbone": "quickstart"}, "unknown timm model 'quickstart': .* is vit_mini_patch4_32.contours"),
-        ({"backbone": "vit_mini_patch4_32.contour"}, "unknown pretrained tag 'contour' .*: use one of contours"),
+        ({"backbone": "vit_mini_patch4_32.contour"}, "unknown pretrained tag 'contour' .*: use one of contours, mae"),
         ({"backbone": replace(SPEC, base="random")}, "needs pretrained weights"),
     ],
 )

@@ -54,13 +54,13 @@ def test_help_and_version_import_neither_torch_nor_lightning() -> None:
 
 
 def test_fit_prints_its_row_and_the_table(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = Path("runs/vit_mini_patch4_32.contours-digits-5shot-quickstart/nola/bad/row.json")  # of another run
+    bad = Path("runs/vit_mini_patch4_32.mae-digits-5shot-quickstart/nola/bad/row.json")  # of another run
     bad.parent.mkdir(parents=True)
     bad.write_text('{"schema_version": 1, "config": {}}')
     assert main(["fit", "--config", "quickstart.yaml", "--method", "nola", *QUICK]) == 0
     printed, named = capsys.readouterr()
     assert re.search(r"^Seconds: [\d.]+, of which .*training [\d.]+.*, other [\d.]+\.$", printed, re.M | re.S)
-    for text in ("test accuracy", "adapter file", "top-1", "nola", "vit_mini_patch4_32.contours-digits-5shot"):
+    for text in ("test accuracy", "adapter file", "top-1", "nola", "vit_mini_patch4_32.mae-digits-5shot"):
         assert text in printed
     assert named.count(f"{bad} lacks status") == 1
     bad.unlink()
@@ -380,7 +380,7 @@ def test_a_small_folder_from_run_to_prediction(
     printed = capsys.readouterr().out
     assert "there is no validation pool" in printed and "folder.tree-allshot" in printed
     rows = [row for row in store.read_rows("runs")[0] if row.stage == "final"]
-    assert {row.learning_rate for row in rows} == {0.001, 0.01} and {row.val_accuracy for row in rows} == {None}
+    assert {row.learning_rate for row in rows} == {0.05, 0.02} and {row.val_accuracy for row in rows} == {None}
     assert {(row.run_seed, row.basis_seed) for row in rows} == {(0, 7)}
     path = next(Path("runs").rglob("nola/split0*/adapter.safetensors"))
     assert main(["predict", "--adapter", str(path), str(tmp_path / "a")]) == 0

@@ -46,6 +46,7 @@ def facts(classes: int = 10, **data: Any) -> dict[str, Any]:
         ("vit_large_patch14_reg4_dinov2.lvd142m", "ViT-L/14 DINOv2"),
         ("resnet18.a1_in1k", "ResNet-18 ImageNet-1k"),
         ("vit_mini_patch4_32.contours", "small ViT/4 pretrained on contours"),
+        ("vit_mini_patch4_32.mae", "small ViT/4 MAE"),
         ("vit_so150m_patch16_reg4_gap_256.sbb", "vit_so150m_patch16_reg4_gap_256"),
         ("local-dir:/home/me/merged", "merged"),
         (r"local-dir:C:\Users\me\merged", "merged"),

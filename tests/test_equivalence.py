@@ -16,7 +16,11 @@ ADAPTER = {"num_basis": 64, "lr": 0.02, "head_lr": 1e-6, "c": 8}
 SHORT = {
     "threads": 1,
     "data": {"test_limit": 20, "shots": 2, "eval_batch_size": 20},
-    "model": {"warmup_epochs": 0, "method": {"init_args": ADAPTER}},
+    "model": {
+        "backbone": {"tag": "vit_mini_patch4_32.contours"},  # on which four epochs change much
+        "warmup_epochs": 0,
+        "method": {"init_args": ADAPTER},
+    },
     "trainer": {
         "max_epochs": 4,
         "check_val_every_n_epoch": 4,

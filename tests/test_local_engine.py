@@ -222,7 +222,7 @@ def test_an_entry_that_cannot_be_trained_costs_the_others_nothing(out: Path) -> 
 
 
 def test_a_row_file_of_garbage_is_named_before_the_first_run(out: Path) -> None:
-    folder = out / "vit_mini_patch4_32.contours-digits-5shot-quickstart" / "linear" / "split9-init0-0123456789"
+    folder = out / "vit_mini_patch4_32.mae-digits-5shot-quickstart" / "linear" / "split9-init0-0123456789"
     folder.mkdir(parents=True)
     (folder / "row.json").write_text("{garbage")
     ended = sweep(out)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from nola_vision.models.zoo import mini_vit
 
 NAME = "vit_mini_patch4_32.contours"
-NAMES = pytest.mark.parametrize("name", [NAME, "vit_glyph_patch4_32.glyphs"])
-WEIGHTS = mini_vit.WEIGHTS / "vit_mini_patch4_32.safetensors"
+NAMES = pytest.mark.parametrize("name", [NAME, "vit_mini_patch4_32.mae", "vit_glyph_patch4_32.glyphs"])
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +43,20 @@ def test_loads_offline_with_finite_features(name: str) -> None:
     assert features[0].sub(features[1]).abs().max() > 0
 
 
-@NAMES
-def test_weights_are_the_packaged_ones(name: str) -> None:
-    first, second = (timm.create_model(name, pretrained=True, num_classes=0).state_dict() for _ in range(2))
-    random = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not torch.equal(first["blocks.0.attn.qkv.weight"], random["blocks.0.attn.qkv.weight"])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        (NAME, "vit_mini_patch4_32"),
+        ("vit_mini_patch4_32", "vit_mini_patch4_32"),  # without a tag
+        ("vit_mini_patch4_32.mae", "vit_mini_patch4_32_mae"),
+        ("vit_glyph_patch4_32.glyphs", "vit_glyph_patch4_32"),
+    ],
+)
+def test_weights_are_those_of_the_file(name: str, file: str) -> None:
+    loaded = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    stored = load_file(mini_vit.WEIGHTS / f"{file}.safetensors")
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[key], stored[key].float()) for key in loaded)
 
 
 def test_takes_a_new_head() -> None:
@@ -66,14 +74,20 @@ def test_data_config() -> None:
 def test_is_small() -> None:
     model = timm.create_model(NAME, pretrained=False, num_classes=0)
     assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
-    assert WEIGHTS.stat().st_size < 6e6
 
 
-def test_the_log_and_the_page_are_those_of_the_weights() -> None:
-    log = Path(__file__).parents[1] / "scripts" / "pretrain_contours.log.jsonl"
+@pytest.mark.parametrize(("script", "file"), [("contours", "vit_mini_patch4_32"), ("masked", "vit_mini_patch4_32_mae")])
+def test_the_log_is_that_of_the_weights(script: str, file: str) -> None:
+    log = Path(__file__).parents[1] / "scripts" / f"pretrain_{script}.log.jsonl"
     end = json.loads(log.read_text().splitlines()[-1])
-    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-    assert (end["sha256"], end["bytes"]) == (digest, WEIGHTS.stat().st_size)
+    weights = (mini_vit.WEIGHTS / f"{file}.safetensors").read_bytes()
+    assert (end["sha256"], end["bytes"]) == (hashlib.sha256(weights).hexdigest(), len(weights))
+
+
+def test_the_page_describes_every_file() -> None:
     described = (mini_vit.WEIGHTS / "README.md").read_text()
-    for file in mini_vit.WEIGHTS.glob("*.safetensors"):
+    files = list(mini_vit.WEIGHTS.glob("*.safetensors"))
+    assert len(files) == 3
+    for file in files:
         assert hashlib.sha256(file.read_bytes()).hexdigest() in described
+        assert file.stat().st_size < 6e6

@@ -137,7 +137,7 @@ def test_an_int8_base_trains_and_predicts(method: NOLA | LoRA | PRANC, tmp_path:
 
 def test_int8_runs_from_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ["--config=quickstart.yaml", "--model.backbone.int8=true", *QUICK]
+    options = ["--config=quickstart.yaml", f"--model.backbone.tag={INT8.tag}", "--model.backbone.int8=true", *QUICK]
     assert main(["fit", *options]) == 0 and main(["fit", *options, "--method=1nn"]) == 0
     assert min(row.test_accuracy for row in store.read_rows("runs")[0]) > 0.5
     with pytest.raises(NolaVisionError, match="float weights"):

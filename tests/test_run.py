@@ -307,7 +307,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("method", ["1nn", "nola"])
 def test_other_precisions_run(method: str, precision: str, tmp_path: Path) -> None:
     few = {"data": {"eval_batch_size": 20}, "trainer": {"precision": precision, "limit_val_batches": 1}}
-    row = runner.run(config(method, **few), tmp_path)
+    row = runner.run(config(method, **few, model={"backbone": {"tag": "vit_mini_patch4_32.contours"}}), tmp_path)
     assert row.status == "completed" and row.test_accuracy > 0.3
 
 

@@ -154,7 +154,7 @@ def _registered_cfg(tag: str) -> PretrainedCfg:
         raise NolaVisionError(f"unknown pretrained tag '{tag}' of timm's {architecture}: {fix}")
     hint = did_you_mean(architecture, timm.list_models(), "timm.list_models() lists them all")
     if architecture == "quickstart":
-        hint = "the tag of the quick start's backbone is vit_mini_patch4_32.contours"
+        hint = "the tag of `--backbone quickstart` is vit_mini_patch4_32.contours"
     raise NolaVisionError(f"unknown timm model '{architecture}': {hint}")
 
 

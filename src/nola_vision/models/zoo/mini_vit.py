@@ -1,8 +1,11 @@
-"""Two small ViTs of one architecture, whose weights ship with the package.
+"""Three small ViTs of one architecture, whose weights ship with the package.
 
-Importing this module registers them with timm: `vit_mini_patch4_32.contours`, the quick start's, was pretrained on
-shapes drawn by a formula (`scripts/pretrain_contours.py`), and `vit_glyph_patch4_32.glyphs` on letters and signs.
-`weights/README.md` describes both.
+Importing this module registers them with timm; `weights/README.md` describes them:
+
+- `vit_mini_patch4_32.mae`, the quick start's: a masked autoencoder of fractals, trained without labels
+  (`scripts/pretrain_masked.py`).
+- `vit_mini_patch4_32.contours`, trained to tell apart shapes that a formula draws (`scripts/pretrain_contours.py`).
+- `vit_glyph_patch4_32.glyphs`, trained to classify letters and signs.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def _config(architecture: str) -> dict[str, Any]:
+def _config(file: str) -> dict[str, Any]:
     return {
-        "file": str(WEIGHTS / f"{architecture}.safetensors"),
+        "file": str(WEIGHTS / file),
         "num_classes": 0,  # the file is without a head
         "input_size": (3, 32, 32),
         "pool_size": None,
@@ -33,10 +36,12 @@ def _config(architecture: str) -> dict[str, Any]:
 
 
 # timm looks up `default_cfgs` in the module that registers the model
+# `vit_mini_patch4_32` without a tag means the first of its entries
 default_cfgs = generate_default_cfgs(
     {
-        "vit_mini_patch4_32.contours": _config("vit_mini_patch4_32"),
-        "vit_glyph_patch4_32.glyphs": _config("vit_glyph_patch4_32"),
+        "vit_mini_patch4_32.contours": _config("vit_mini_patch4_32.safetensors"),
+        "vit_mini_patch4_32.mae": _config("vit_mini_patch4_32_mae.safetensors"),
+        "vit_glyph_patch4_32.glyphs": _config("vit_glyph_patch4_32.safetensors"),
     }
 )
 
@@ -56,11 +61,11 @@ def _create(architecture: str, pretrained: bool, options: dict[str, Any]) -> Vis
 
 @register_model
 def vit_mini_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """The quick start's ViT."""
+    """Pretrained as a masked autoencoder, or on contours."""
     return _create("vit_mini_patch4_32", pretrained, options)
 
 
 @register_model
 def vit_glyph_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """The same architecture, with weights that know letters."""
+    """The same architecture, pretrained to classify letters."""
     return _create("vit_glyph_patch4_32", pretrained, options)
