@@ -97,12 +97,10 @@ def contours(families: Families, labels: torch.Tensor, g: torch.Generator) -> to
 
 
 def few_shot_task(seed: int) -> FewShotTask:
-    """Families that are not trained on, distorted."""
+    """Families that are not trained on."""
     g = torch.Generator().manual_seed(seed)
     families = Families.draw(HELD_OUT, g)
-    labels = torch.arange(HELD_OUT).repeat(FewShotTask.shots + FewShotTask.queries)
-    labels = labels[torch.randperm(len(labels), generator=g)]  # `distort` picks the resolution by place in the batch
-    return FewShotTask(torch.cat([distort(contours(families, part, g), g) for part in labels.split(240)]), labels)
+    return FewShotTask.of(lambda labels: contours(families, labels, g), g)
 
 
 class Classifier(nn.Module):

@@ -51,6 +51,7 @@ VISIBLE = 16  # a quarter of the patches, as in the paper
 
 
 def rotations(angle: torch.Tensor) -> torch.Tensor:
+    """Matrices [..., 2, 2] of angles [...], in radians."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
 
@@ -143,12 +144,10 @@ class MaskedAutoencoder(nn.Module):
 
 
 def few_shot_task(seed: int) -> FewShotTask:
-    """Systems that are not trained on, distorted."""
+    """Systems that are not trained on."""
     g = torch.Generator().manual_seed(seed)
     systems = Systems.draw(HELD_OUT, g)
-    labels = torch.arange(HELD_OUT).repeat(FewShotTask.shots + FewShotTask.queries)
-    labels = labels[torch.randperm(len(labels), generator=g)]  # `distort` picks the resolution by place in the batch
-    return FewShotTask(torch.cat([distort(fractals(systems, part, g), g) for part in labels.split(240)]), labels)
+    return FewShotTask.of(lambda labels: fractals(systems, labels, g), g)
 
 
 def main() -> None:

@@ -92,6 +92,14 @@ class FewShotTask:
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.images, self.labels = images, labels  # [n, 3, 32, 32], [n]
 
+    @classmethod
+    def of(cls, draw: Callable[[torch.Tensor], torch.Tensor], g: torch.Generator) -> FewShotTask:
+        """Distorted images of HELD_OUT classes; `draw` makes [n, 1, SIDE, SIDE] of labels [n]."""
+        labels = torch.arange(HELD_OUT).repeat(cls.shots + cls.queries)
+        # in random order, since `distort` picks the resolution by place in the batch
+        labels = labels[torch.randperm(len(labels), generator=g)]
+        return cls(torch.cat([distort(draw(part), g) for part in labels.split(240)]), labels)
+
     @torch.no_grad()
     def score(self, model: torch.nn.Module, draws: int = 3) -> dict[str, float]:
         """Mean accuracy of 1-nearest-neighbour (cosine) and of logistic regression on standardised features."""
