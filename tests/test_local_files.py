@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -255,11 +254,15 @@ def test_what_is_written_goes_through_links_and_into_pipes(tmp_path: Path) -> No
     assert not (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text().startswith("new")
 
 
-def test_a_run_never_replaces_a_device(tmp_path: Path) -> None:
-    """`row.json` may be a link to a device or a pipe: writing whole files puts a file in the place of what it names."""
-    fifo = tmp_path / "pipe"
-    os.mkfifo(fifo)
-    (tmp_path / "row.json").symlink_to(fifo)
+def test_a_run_writes_neither_into_a_device_nor_through_a_link(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
+        write_whole(tmp_path / "pipe", b"{}")
+    (tmp_path / "file").write_text("precious")
+    for name in ("pipe", "file", "nowhere"):
+        (tmp_path / "row.json").unlink(missing_ok=True)
+        (tmp_path / "row.json").symlink_to(tmp_path / name)
         write_whole(tmp_path / "row.json", b"{}")
-    assert stat.S_ISFIFO(os.stat(fifo).st_mode) and sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "row.json"]
+        assert not (tmp_path / "row.json").is_symlink() and (tmp_path / "row.json").read_bytes() == b"{}"
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "file").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe", "row.json"]

@@ -166,7 +166,9 @@ def test_a_search_by_another_entrys_name() -> None:
     assert search_specs(config, ["other"]) == search_specs(config, ["nola", "other"]) == search_specs(GRID, ["nola"])
     rows = searched("nola", [0.5, 0.7, 0.6, 0.6], config=config)
     chosen = choose_settings(config, rows, ["other"])
-    assert choices_in_words(config, chosen) == ["nola: lr 0.005, c 2 (best of 4)"]
+    assert choices_in_words(config, rows, chosen) == ["nola: lr 0.005, c 2 (best of 4)"]
+    few = searched("nola", [None, 0.7, None, 0.6], config=config)
+    assert choices_in_words(config, few, chosen) == ["nola: lr 0.005, c 2 (best of 2; 2 failed)"]
     (final,) = final_specs(config, [0], [0], ["other"], chosen)
     assert final.config["model"]["method"]["init_args"] == {"rank": 2, "lr": 0.005, "c": 2}
     (line,) = [line for line in entry_progress(config, [0], [0], rows) if line.method == "other"]

@@ -1,5 +1,6 @@
 """One run from config to row: on the shipped backbone and the bundled digits, made short; details on a small ViT."""
 
+import errno
 import io
 import json
 import math
@@ -378,20 +379,54 @@ def test_a_failed_run_leaves_a_row(tmp_path: Path) -> None:
     assert store.read_row(folder / "row.json").status == "failed" and not (folder / store.ADAPTER_FILE).exists()
 
 
+def test_a_full_disk_ends_a_sweep_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it were a failed run, a search would choose among the runs that had room."""
+
+    def full(*_: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "adapter.safetensors")
+        except OSError as error:
+            raise NolaVisionError("adapter.safetensors cannot be written: give another path") from error
+
+    monkeypatch.setattr("nola_vision.models.adapted_model.AdaptedModel.save", full)
+    with pytest.raises(NolaVisionError, match="No space left on device.*free disk space"):
+        runner.run(small("linear"), tmp_path, keep_going=True)
+    row = store.read_row(run_id.run_folder(tmp_path, small("linear"), "final") / "row.json")
+    assert row.status == "failed" and "cannot be written" in str(row.error)
+
+
+def test_a_run_refuses_links_that_lead_out_of_its_folder(tmp_path: Path) -> None:
+    folder = run_id.run_folder(tmp_path, small("linear"), "final")
+    (folder / "checkpoints").mkdir(parents=True)
+    (tmp_path / "outside").write_text("precious")
+    (folder / "checkpoints" / "latest.ckpt").symlink_to("last.ckpt")  # `save_last="link"` of Lightning makes these
+    for name in (store.ADAPTER_FILE, "traceback.txt", "metrics.csv", "checkpoints/last.ckpt"):
+        (folder / name).symlink_to(tmp_path / "outside")
+        with pytest.raises(NolaVisionError, match="is a symbolic link to .*outside"):
+            runner.run(small("linear"), tmp_path, keep_going=True)
+        (folder / name).unlink()
+    (folder / "traceback.txt").mkdir()  # it cannot be written, which does not hide the error
+    failing = small("linear", data={"shots": 75})
+    (run_id.run_folder(tmp_path, failing, "final") / "traceback.txt").mkdir(parents=True)
+    assert "75" in str(runner.run(failing, tmp_path, keep_going=True).error)
+    assert runner.run(small("linear"), tmp_path).status == "completed"
+    assert (tmp_path / "outside").read_text() == "precious"
+
+
 def test_a_damaged_row_is_replaced_and_hides_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object) -> None:
-        raise OSError("the disk is full")
+        raise OSError("a file cannot be written")
 
     path = run_id.run_folder(tmp_path, small("linear"), "final") / "row.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\xff")
     monkeypatch.setattr("nola_vision.models.adapted_model.AdaptedModel.save", full)
-    with pytest.raises(OSError, match="the disk is full"):
+    with pytest.raises(OSError, match="a file cannot be written"):
         runner.run(small("linear"), tmp_path)
     row = store.read_row(path)
-    assert row.status == "failed" and "the disk is full" in str(row.error)
+    assert row.status == "failed" and "a file cannot be written" in str(row.error)
     assert f"replaces one that cannot be read: {path}" in caplog.text
 
 

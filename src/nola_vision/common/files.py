@@ -20,6 +20,9 @@ _STREAMS = {
 }
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def write_file(path: str | Path, content: bytes) -> None:
     """Writes a file that the user named: as `write_whole`, or directly to a stream (/dev/stdout), device or pipe.
 
@@ -34,7 +37,7 @@ def write_file(path: str | Path, content: bytes) -> None:
         elif os.path.exists(path) and not os.path.isfile(path):
             Path(path).write_bytes(content)
         else:
-            write_whole(path, content)
+            write_whole(os.path.realpath(path), content)  # a link that the user named keeps pointing to its file
     except OSError as error:
         reason, fix = error.strerror, "give another path"
         if os.path.isdir(path):
@@ -49,6 +52,17 @@ def why_not_a_file(path: str | Path) -> str:
     if os.path.isdir(path):
         return "is a folder"
     return "is not a regular file" if os.path.lexists(path) else "does not exist"
+
+
+def need_room(error: BaseException | None, folder: Path) -> None:
+    """Raises NolaVisionError if an error, or one that led to it, is that a disk is full or cannot be written to."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise NolaVisionError(
+                f"{error.filename2 or error.filename or folder} cannot be written ({error.strerror}): free disk space, "
+                "or give another --out, and repeat the command"
+            ) from error
+        error = error.__cause__ or error.__context__
 
 
 def need_adapter_file(path: str | Path, shown: str | Path | None = None) -> None:
@@ -101,22 +115,17 @@ def refuse_existing(path: Path, option: str | None = None) -> None:
         raise NolaVisionError(f"{path} {kind}: give another file{f' by {option}' if option else ''}")
 
 
-def write_whole(path: str | Path, content: bytes, follow: bool = True) -> None:
+def write_whole(path: str | Path, content: bytes) -> None:
     """Writes a file atomically, through a temporary file next to it: readers see the old content or the new.
 
-    Args:
-        path: of the file.
-        content: of the file.
-        follow: a symbolic link keeps pointing to its file, which is written. Otherwise the link is replaced, which is
-            right where the user did not choose the path.
+    A symbolic link at the path is replaced, not written through: the user did not choose where it points to.
 
     Raises:
         OSError: the folder is missing or cannot be written to, or the path is not that of a regular file. No
             temporary file remains.
     """
-    path = Path(os.path.realpath(path) if follow else path)
-    replaces_link = path.is_symlink() and not follow
-    if os.path.lexists(path) and not path.is_file() and not replaces_link:  # a device would be replaced by a file
+    path = Path(path)
+    if os.path.lexists(path) and not path.is_symlink() and not path.is_file():  # a device would be replaced by a file
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -220,7 +220,7 @@ def write_cache(path: Path | None, entries: Entries) -> None:
         return warn_not_stored("there is no home folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, sha256(text).encode() + b"\n" + text, follow=False)
+        write_whole(path, sha256(text).encode() + b"\n" + text)
     except OSError as error:
         warn_not_stored(f"{path.parent}: {error.strerror}")
 

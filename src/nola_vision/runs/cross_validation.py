@@ -46,7 +46,7 @@ def run_with_estimate(
     *,
     candidates: Sequence[Settings] = (),
     on_trial: Callable[[Settings, Row], None] | None = None,
-    on_choice: Callable[[Settings], None] | None = None,
+    on_choice: Callable[[Settings, Sequence[Row]], None] | None = None,
     on_fold: Callable[[int, Row], None] | None = None,
     folds: int | None = None,
     again: bool = False,
@@ -61,7 +61,7 @@ def run_with_estimate(
         candidates: settings to try; the best ones on a validation pool are used. If the final run trains on all images,
             search runs hold the pool out of them, and out of each fold's training part.
         on_trial: called with the settings and the row of each search run for the final run.
-        on_choice: called with the settings that are chosen for the final run.
+        on_choice: called with the settings that are chosen for the final run, and the rows of the search runs.
         on_fold: called with the number and the row of each finished fold.
         folds: how many to run, from 0; `number_of_folds` if not given.
         again: repeat completed runs.
@@ -114,7 +114,7 @@ def _with_best(
     hold_out: bool,
     options: dict[str, Any],
     on_trial: Callable[[Settings, Row], None] | None = None,
-    on_choice: Callable[[Settings], None] | None = None,
+    on_choice: Callable[[Settings, Sequence[Row]], None] | None = None,
 ) -> Config:
     """The run config with the settings of the best validation accuracy, after one search run with each."""
     if len(candidates) < 2:
@@ -131,5 +131,5 @@ def _with_best(
         reason = rows[-1].error or "no image can be held out"
         raise NolaVisionError(f"no settings of {run_config['method']} can be chosen: {reason}")
     if on_choice is not None:
-        on_choice(chosen)
+        on_choice(chosen, rows)
     return with_settings(run_config, chosen)

@@ -121,8 +121,8 @@ def fit(
     def on_trial(settings: search_grid.Settings, row: Row) -> None:
         say(search_grid.trial_in_words(run_config["method"], settings, row))
 
-    def on_choice(chosen: search_grid.Settings) -> None:
-        say(search_grid.choice_in_words(run_config["method"], chosen, len(candidates)))
+    def on_choice(chosen: search_grid.Settings, rows: Sequence[Row]) -> None:
+        say(search_grid.choice_in_words(run_config["method"], chosen, rows))
 
     row = cross_validation.run_with_estimate(
         run_config,

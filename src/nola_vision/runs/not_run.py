@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nola_vision.common.errors import NolaVisionError
-from nola_vision.common.files import write_file
+from nola_vision.common.files import write_whole
 from nola_vision.runs.store import read_run_file
 
 NOT_RUN_FILE = "not_run.json"
@@ -40,9 +40,9 @@ def note_not_run(folder: Path, why: NotRun | None) -> None:
             path.unlink(missing_ok=True)
             return
         folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(asdict(why)).encode())
     except OSError as error:
         raise NolaVisionError(f"{path} cannot be changed ({error.strerror}): give a writable --out") from error
-    write_file(path, json.dumps(asdict(why)).encode())
 
 
 def read_not_run(cell_folder: Path) -> dict[str, NotRun]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nola_vision.common.errors import NolaVisionError
+from nola_vision.common.files import need_room
 from nola_vision.common.interrupts import Interrupts
 from nola_vision.common.stopwatch import spent, timed
 from nola_vision.runs import record, run_id
@@ -34,7 +35,7 @@ from nola_vision.runs.lightning_messages import quiet
 from nola_vision.runs.measuring import device_name, measure
 from nola_vision.runs.parsing import RunCLI, build
 from nola_vision.runs.record import Row
-from nola_vision.runs.store import LOCK_FILE, drop_aside, lock_run, set_aside, write_row
+from nola_vision.runs.store import LOCK_FILE, drop_aside, lock_run, refuse_links, set_aside, write_row
 from nola_vision.training.callbacks import CHECKPOINTS, LAST_CHECKPOINT, Heartbeat, ValidationTime, close_loggers
 from nola_vision.training.classifier import Classifier
 from nola_vision.training.distributed import is_main_process
@@ -74,7 +75,7 @@ def run(
     Raises:
         BusyError: another process is running it.
         NolaVisionError: an error before training leaves no files (with `keep_going` a row); any other error, and
-            Ctrl-C, is raised after the row is written.
+            Ctrl-C, is raised after the row is written. With `keep_going` only a full disk and as `store.refuse_links`.
     """
     folder = run_id.run_folder(out, run_config, stage)
     last, trains = ckpt_path == "last", run_id.has_init(run_config)
@@ -91,8 +92,10 @@ def run(
     with lock_run(folder) if main else nullcontext():
         if not again and (row := completed_row(folder)) is not None:
             if held_out and row.estimate is None and main:
+                refuse_links(folder)
                 row = add_estimate(row, run_config, folder, held_out)
             return row
+        refuse_links(folder)
         if last:
             found = trains and (folder / LAST_CHECKPOINT).is_file()
             ckpt_path = str(folder / LAST_CHECKPOINT) if found else None
@@ -147,7 +150,9 @@ def _run(
             measured["error"] = " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
             begun = (begun or not expected) and (keep_going or not isinstance(error, CheckpointError))
             if not expected or (begun and error.__cause__ is not None):
-                (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+                with suppress(OSError):
+                    (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            need_room(error, folder)  # the next runs would fail too, and a search would choose among the others
             if not keep_going:
                 raise
         finally:

@@ -87,9 +87,13 @@ def trial_in_words(name: str, settings: Settings, row: Row) -> str:
     return f"{name}: {in_words(settings)}, {found}"
 
 
-def choice_in_words(name: str, chosen: Settings, tried: int) -> str:
-    """The choice for an entry among a number of combinations, as a line: `nola: lr 0.005, c 2 (best of 6)`."""
-    return f"{name}: {in_words(chosen)} (best of {tried})"
+def choice_in_words(name: str, chosen: Settings, rows: Sequence[Row]) -> str:
+    """The choice for an entry by its search runs, as a line: `nola: lr 0.005, c 2 (best of 6)`.
+
+    Runs without a validation accuracy are counted separately: `(best of 4; 2 failed)`.
+    """
+    failed = sum(row.val_accuracy is None for row in rows)
+    return f"{name}: {in_words(chosen)} (best of {len(rows) - failed}{f'; {failed} failed' if failed else ''})"
 
 
 def _typed(value: Any, hint: Any) -> Any:

@@ -71,6 +71,21 @@ def refuse_other_things(folder: Path) -> None:
         raise NolaVisionError(f"{aside} is not a folder, but --again moves the completed run there: remove it")
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuses symbolic links in the folder of a run that lead out of it: the run would write to where they point.
+
+    Raises:
+        NolaVisionError: there is one.
+    """
+    own = os.path.realpath(folder)
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(own):
+            raise NolaVisionError(
+                f"{path} is a symbolic link to {os.path.realpath(path)}, but the run writes its files in this folder: "
+                "remove the link"
+            )
+
+
 def set_aside(folder: Path) -> None:
     """Moves a completed run that is to be repeated to a folder next to its own, atomically.
 

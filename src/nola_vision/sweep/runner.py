@@ -140,7 +140,7 @@ class Sweep:
         failed = [method for method in self.final if search.search_failed(self.config, found, method)]
         kept = [method for method in self.final if method not in failed]
         chosen = search.choose_settings(self.config, found, kept)
-        for line in search.choices_in_words(self.config, chosen):
+        for line in search.choices_in_words(self.config, found, chosen):
             say(line)
         final = plan.final_specs(self.config, self.splits, self.inits, kept, chosen)
         rows = execute(plan.shard_of(final, self.shard))

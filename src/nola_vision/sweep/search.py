@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ def choose_settings(
     Raises:
         NolaVisionError: a search run has not ended yet, or all search runs of an entry failed.
     """
-    searched = {(row.method, row.run_hash): row for row in count_once(rows) if row.stage == "search"}
+    searched = _searched(rows)
     chosen = {}
     for method in methods if methods is not None else run_id.need(config, "methods"):
         specs = search_specs(config, [method])
@@ -40,16 +39,20 @@ def choose_settings(
     return chosen
 
 
-def choices_in_words(config: Mapping[str, Any], chosen: Mapping[str, Settings]) -> list[str]:
+def choices_in_words(config: Mapping[str, Any], rows: Iterable[Row], chosen: Mapping[str, Settings]) -> list[str]:
     """One line per entry that was searched, also if it was for others: `nola: lr 0.005, c 2 (best of 6)`.
 
     Args:
         config: a config with `methods`.
-        chosen: what `choose_settings` returns.
+        rows: as of `choose_settings`.
+        chosen: what that returns.
     """
     found = {searched_at(config, method): settings for method, settings in chosen.items()}
-    tried = Counter(spec.method for spec in search_specs(config, list(chosen)))
-    return [choice_in_words(method, found[method], count) for method, count in tried.items()]
+    searched = _searched(rows)
+    tried: dict[str, list[Row]] = {}
+    for spec in search_specs(config, list(chosen)):
+        tried.setdefault(spec.method, []).append(searched[spec.method, spec.run_hash])
+    return [choice_in_words(method, found[method], own) for method, own in tried.items()]
 
 
 def search_failed(config: Mapping[str, Any], rows: Iterable[Row], method: str) -> bool:
@@ -58,6 +61,10 @@ def search_failed(config: Mapping[str, Any], rows: Iterable[Row], method: str) -
     failed = {row.run_hash for row in count_once(rows) if (row.method, row.status) == (where, "failed")}
     specs = search_specs(config, [method])
     return bool(specs) and all(spec.run_hash in failed for spec in specs)
+
+
+def _searched(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    return {(row.method, row.run_hash): row for row in count_once(rows) if row.stage == "search"}
 
 
 def _best(method: str, specs: list[RunSpec], searched: Mapping[tuple[str, str], Row]) -> Settings:

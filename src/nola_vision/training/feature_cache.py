@@ -99,7 +99,7 @@ def store(key: str, features: Tensor) -> None:
         return warn_not_stored("there is no home folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content, follow=False)
+        write_whole(path, content)
     except OSError as error:
         in_the_way = path.exists() and not path.is_file()
         return warn_not_stored(f"{path if in_the_way else path.parent}: {error.strerror}")

@@ -60,7 +60,7 @@ def execute(specs: Sequence[RunSpec], out: Path, callback: RunCallback) -> list[
             elif status == _BUSY:
                 queue.postpone(spec)
             elif status == _NO_ROW:
-                raise NolaVisionError(f"the row of {queue.folder(spec)} cannot be written: see above")
+                raise NolaVisionError(f"the run {queue.folder(spec)} cannot be written: see above")
             else:
                 queue.crash(spec, f"the worker died (exit status {status})")
     return queue.rows()
