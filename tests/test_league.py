@@ -223,6 +223,7 @@ def test_hostile_budgets(budget: Any) -> None:
         ("lora@20KB", ['--model.method={"class_path": "LoRA", "init_args": {"rank": 3}}'], "decides rank: leave one"),
         ("linear@20KB", [], "the method 'linear' has no budgets, so there is no 'linear@20KB': leave @20KB out"),
         ("twice", [], "'twice' has both budgets and max_bytes: leave one out"),
+        ("ranked@20KB", [], "the budget of 20,000 bytes decides rank: leave one of them out"),
         ("1nn@2KB", [], "'1nn' has budgets, but NearestNeighbor has no size to choose: leave them out"),
         ("lorra@20KB", [], "unknown method 'lorra@20KB' in the config: did you mean lora?"),
     ],
@@ -231,6 +232,7 @@ def test_contradictions_of_a_budget(name: str, options: list[str], expected: str
     more = {
         "twice": {"class_path": "LoRA", "init_args": {"max_bytes": 9000}, "budgets": [2000]},
         "1nn": {"class_path": "NearestNeighbor", "budgets": [2000]},
+        "ranked": {"class_path": "LoRA", "init_args": {"rank": 4}, "budgets": [20_000, 30_000]},
     }
     with pytest.raises(NolaVisionError, match=re.escape(expected)):
         parse(run_id.resolve({**LEAGUE, "methods": {**LEAGUE["methods"], **more}}, name), [*QUIET, *options])
@@ -399,7 +401,7 @@ def test_names_of_budgets() -> None:
     for budget in (1, 999, 1000, 2500, 50_000, 999_999_999):
         assert split_budget(with_budget("a-b", budget)) == ("a-b", budget)
     assert split_budget("nola") == ("nola", None) and split_budget("a@0KB") == ("a@0KB", None)
-    with pytest.raises(NolaVisionError, match="'lora' has several budgets: name one, as lora@30KB"):
+    with pytest.raises(NolaVisionError, match="'lora' has budgets: name one of lora@1KB, lora@8990B"):
         run_id.resolve(LEAGUE, "lora")
     assert run_id.resolve(LEAGUE, "lora@30KB")["model"]["method"]["init_args"] == {"bits": 2, "max_bytes": 30_000}
     for other in ("lora@30000B", "lora@030KB"):  # one budget has one name, and so one folder

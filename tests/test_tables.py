@@ -151,6 +151,14 @@ def test_the_second_table_says_where_the_spread_comes_from() -> None:
     assert cell_of([*rows[:4], *grid("nola-big", [[70], [80]])], CELL).tables[1].columns[1] == "difference to nola"
     for table in (results, comparison):
         assert len(table.column_help) == len(table.columns) and all(table.column_help)
+    # one lucky run is not what the others are compared with
+    lucky, compared = cell_of([*rows, row("nola-lucky", 0.99)], CELL).tables
+    assert compared.columns == comparison.columns and compared.lines[0] == comparison.lines[0]
+    assert {line[0].text: line[3].mark for line in lucky.lines} == {
+        **{line[0].text: line[3].mark for line in results.lines},
+        "nola-lucky": "plain",
+    }
+    assert "best of those with the most splits in bold" in lucky.notes[0]
     assert len(cell_of([row()], CELL).tables) == 1
 
 

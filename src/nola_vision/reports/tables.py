@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from nola_vision.common.text import excerpt, printable
-from nola_vision.reports.entries import Entry, Summary, of_method, subject
+from nola_vision.reports.entries import Entry, Summary, common_splits, of_method, subject
 from nola_vision.reports.formatting import NOT_MEASURED, count_text, interval_text, points, signed
 from nola_vision.reports.published import published_result
 from nola_vision.reports.statistics import LEAST_SPLITS, paired_difference
@@ -133,7 +133,8 @@ def _explanations(shown: Sequence[Summary]) -> list[str]:
     if shares := sorted({points(item.chance) for item in shown if item.chance is not None}, key=float):
         parts.append(f"chance {' to '.join(dict.fromkeys((shares[0], shares[-1])))} %")
     if any(mark != "plain" for mark in _marks(shown)):
-        parts.append("best in bold, within 1 point underlined")
+        fewer = any(item.mean is not None and item.splits < common_splits(shown) for item in shown)
+        parts.append(f"best{' of those with the most splits' if fewer else ''} in bold, within 1 point underlined")
     notes = ["; ".join(parts)] if parts else []
     if len(folds := {item.n for item in shown if item.cross_validated and item.n}) > 1:
         notes.append(f"n over {min(folds)}: several divisions into folds; methods are compared only on the first one")
@@ -141,9 +142,11 @@ def _explanations(shown: Sequence[Summary]) -> list[str]:
 
 
 def _marks(summaries: Sequence[Summary]) -> list[Mark]:
+    most = common_splits(summaries)
     # compared as printed, in tenths of a point, so that readers can check the marks
     tenths = [
-        None if item.mean is None or item.under_chance else round(10 * float(points(item.mean))) for item in summaries
+        None if item.mean is None or item.under_chance or item.splits < most else round(10 * float(points(item.mean)))
+        for item in summaries
     ]
     best = max((one for one in tenths if one is not None), default=0)
     return ["plain" if one is None or best - one > 10 else "close" if best - one else "best" for one in tenths]
@@ -162,6 +165,15 @@ def _comparison(entries: Sequence[Entry]) -> Table:
         notes.append("differences have no interval: the splits divide the same images, so they are not independent")
     elif any(difference.low is None for difference in compared):
         notes.append("a difference without an interval: too few splits for an interval")
+    others = [
+        f"{item.label} with {rival.summary.label}"
+        for (item, _), rival in zip(entries, rivals, strict=True)
+        if rival
+        and reference != rival.summary.label
+        and split_budget(item.method)[1] != split_budget(rival.summary.method)[1]
+    ]
+    if others:
+        notes.append(f"compared with another budget than their own, or without one: {', '.join(others)}")
     for item, _ in entries:
         difference = differences.get(item)
         shown = [NOT_MEASURED, NOT_MEASURED]
@@ -191,12 +203,14 @@ def _comparison(entries: Sequence[Entry]) -> Table:
 def _references(entries: Sequence[Entry]) -> tuple[str, list[Entry | None]]:
     """What each entry is compared with, in words, and the entry; None for what is compared with others.
 
-    It is the entry with the best mean. Of entries at byte budgets it is the method of the cell's subject at the same
-    budget, or at the largest smaller one; for a file of a single size, at the smallest budget that this is within.
+    It is the entry with the best mean, of those with at least `common_splits`. Of entries at byte budgets it is the
+    method of the cell's subject at the same budget, or at the largest smaller one; for a file of a single size, at the
+    smallest budget that this is within.
     """
     chosen = subject([item for item, _ in entries])
     if chosen is None or split_budget(chosen.method)[1] is None:
-        best = max(entries, key=lambda entry: entry.summary.mean or 0)
+        most = common_splits(item for item, _ in entries)
+        best = max((one for one in entries if one.summary.splits >= most), key=lambda one: one.summary.mean or 0)
         return best.summary.label, [None if entry is best else best for entry in entries]
     method = of_method(chosen)
     at = {split_budget(entry.summary.method)[1] or 0: entry for entry in entries if of_method(entry.summary) == method}

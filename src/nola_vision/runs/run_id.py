@@ -93,7 +93,8 @@ def resolve(config: Mapping[str, Any], method: str | None = None) -> Config:
     name = method if method is not None else need(config, "method")
     settings = entry(config, name)
     if sizes := budgets_of(name, settings):
-        raise NolaVisionError(f"the method {name!r} has several budgets: name one, as {with_budget(name, sizes[-1])}")
+        entries = ", ".join(with_budget(name, size) for size in sizes)
+        raise NolaVisionError(f"the method {name!r} has budgets: name one of {entries}")
     run_config = copy.deepcopy({key: value for key, value in config.items() if key not in ("methods", "published")})
     run_config["method"] = name
     need(run_config, "model")["method"] = {

@@ -52,7 +52,7 @@ def expand(raw: Mapping[str, Any], methods: Sequence[str], budgets: Sequence[int
         names += [with_budget(method, size) for size in kept] if sizes else [method]
     if missing := [size for size in budgets or () if size not in had]:
         known = ", ".join(map(budget_text, sorted(had)))
-        hint = f"give some of {known}" if known else "list some as `budgets` of a method in the config"
+        hint = f"give some of {known}" if known else "name methods with `budgets` in the config"
         raise NolaVisionError(f"no entry has the budget {budget_text(missing[0])}: {hint}")
     return list(dict.fromkeys(names))
 
