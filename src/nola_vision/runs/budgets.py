@@ -91,7 +91,7 @@ def refuse_contradictions(run_config: Mapping[str, Any], full: Mapping[str, Any]
 
     Raises:
         NolaVisionError: the entry is named for its budget, such as `nola@2KB`, and an option gives another one; or
-            the entry has the setting that the budget decides too, or an option changes it.
+            it has the setting that the budget decides too, or an option changes that.
     """
     name, budget = run_config.get("method"), budget_of(run_config)
     if budget is not None and budget == split_budget(str(name))[1] and budget != budget_of(full):
@@ -105,7 +105,7 @@ def refuse_contradictions(run_config: Mapping[str, Any], full: Mapping[str, Any]
     place = "model", "method", "init_args", size
     given = plain_value(value_at(run_config, *place))
     default = getattr(registry.known_method(run_id.method_class(full)), size, None)
-    both = given is not None and budget_of(run_config) is not None
+    both = given is not None and split_budget(str(name))[1] is not None
     if both or value_at(full, *place) != (default if given is None else given):
         raise NolaVisionError(f"the budget of {budget:,} bytes decides {size}: leave one of them out")
 
