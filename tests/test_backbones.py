@@ -171,6 +171,15 @@ def test_weights_files_that_lack_something_or_are_not_finite(tmp_path: Path) -> 
     assert timm.models._builder.load_pretrained.__module__ == "timm.models._builder"  # nothing in timm is replaced
 
 
+def test_a_damaged_installation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("nola_vision.models.backbones.sources.Source.create", create)
+    with pytest.raises(NolaVisionError, match="a file of the installed package, is missing or damaged: install"):
+        create_backbone(BackboneSpec(MINI))
+
+
 def test_each_thread_reports_the_weights_that_its_own_file_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,6 +276,8 @@ MISTAKES = {
     "method class": (["fit", "--config", "quickstart.yaml", "--config", "magic.yaml"], "unknown method 'MAGIC'"),
     "method setting": ([*FIT, "--model.method.rnk=3"], "unknown setting 'rnk' of NOLA: did you mean rank"),
     "no config": (["fit"], "--config"),
+    "empty config": ([*FIT, "--config=empty.yaml"], "the config empty.yaml is empty"),
+    "a path as a tag": ([*FIT, "--model.backbone.tag=../x"], "unknown timm model '../x'"),
     "nothing to search": ([*FIT, "--search", "--config=once.yaml"], "--search needs several values of a setting"),
     "a search beyond a budget": (
         [*FIT, "--search", "--config=wide.yaml", "--model.method.max_bytes=3000"],
@@ -329,6 +331,7 @@ def test_mistakes_get_one_sentence_and_status_2(name: str, tmp_path: Path, capfd
     (tmp_path / "magic.yaml").write_text("methods: {nola: {class_path: MAGIC}}")
     (tmp_path / "evil.yaml").write_text("{method: a, methods: {a: {class_path: evil.Thing}}, model: {}}")
     (tmp_path / "method.yaml").write_text("method: [nola]")
+    (tmp_path / "empty.yaml").touch()
     (tmp_path / "once.yaml").write_text("methods: {nola: {search: {lr: [0.1], c: [8]}}}")
     (tmp_path / "wide.yaml").write_text("methods: {nola: {init_args: {max_bytes: 9000}, search: {bits: [4, 8]}}}")
     (tmp_path / "search.yaml").write_text("methods: {nola: {search: {lrr: [0.1]}}}")

@@ -156,7 +156,8 @@ def read_mapping(path: Path) -> Config:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise NolaVisionError(f"the config {path} cannot be read as YAML: {reason}") from error
     if not isinstance(loaded, dict):
-        raise NolaVisionError(f"the config {path} must be a mapping of keys to values: see the shipped quickstart.yaml")
+        fault = "is empty" if loaded is None else "must be a mapping of keys to values"
+        raise NolaVisionError(f"the config {path} {fault}: see the shipped quickstart.yaml")
     for key in ("methods", "model", "data", "trainer"):
         if not isinstance(loaded.get(key, {}), dict):
             raise NolaVisionError(f"`{key}` of the config {path} must be a mapping: see the shipped quickstart.yaml")

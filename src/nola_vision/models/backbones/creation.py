@@ -20,6 +20,7 @@ from nola_vision.models.backbones.quiet import errors_only
 from nola_vision.models.backbones.sources import Source, resolve
 from nola_vision.models.backbones.spec import BackboneSpec
 from nola_vision.models.backbones.weights import LoadedTensors, announce_download, how_to_get
+from nola_vision.models.zoo import mini_vit
 
 
 def create_backbone(spec: BackboneSpec | str, seed: int = 0) -> nn.Module:
@@ -128,6 +129,10 @@ def _timm_model(spec: BackboneSpec, source: Source) -> nn.Module:
             raise NolaVisionError(how_to_get(spec, source.cfg)) from error
         if file is None:
             raise NolaVisionError(f"{spec.tag} cannot be created: {_reason(error)}") from error
+        if Path(file).parent == mini_vit.WEIGHTS:
+            raise NolaVisionError(
+                f"{file}, a file of the installed package, is missing or damaged: install nola-vision again"
+            ) from error
         raise NolaVisionError(
             f"the weights file {file} cannot be loaded into {spec.tag}: give a safetensors or PyTorch file of "
             f"that model's weights and nothing else ({_reason(error)})"

@@ -142,12 +142,12 @@ def _located(tag: str, file: str | None) -> tuple[str, str]:
     return ("local-dir", file) if kind and file is not None and Path(file).is_dir() else (kind, name)
 
 
-def _registered_cfg(tag: str) -> PretrainedCfg:
+def _registered_cfg(name: str) -> PretrainedCfg:
     try:
-        return cast(PretrainedCfg, timm.models.get_pretrained_cfg(tag, allow_unregistered=False))
+        return cast(PretrainedCfg, timm.models.get_pretrained_cfg(name, allow_unregistered=False))
     except RuntimeError:
         pass
-    architecture, _, tag = tag.partition(".")
+    architecture, _, tag = name.partition(".")
     if timm.is_model(architecture):
         tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
         fix = f"use one of {', '.join(tags)}" if tags else "timm provides no weights for it"
@@ -155,7 +155,7 @@ def _registered_cfg(tag: str) -> PretrainedCfg:
     hint = did_you_mean(architecture, timm.list_models(), "timm.list_models() lists them all")
     if architecture == "quickstart":
         hint = "the tag of `--backbone quickstart` is vit_mini_patch4_32.contours"
-    raise NolaVisionError(f"unknown timm model '{architecture}': {hint}")
+    raise NolaVisionError(f"unknown timm model '{architecture or name}': {hint}")
 
 
 def _read_folder(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:
