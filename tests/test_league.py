@@ -543,6 +543,7 @@ def test_methods_are_compared_with_the_subject_at_their_budget(league: Path) -> 
     for name, other in references.items():
         assert lines[name].split()[0] == f"{np.mean(accuracy[name] - accuracy[other]):+.1f}", name
     assert {lines[name] for name in accuracy if name not in references} == {"-"}
+    assert table.notes[-1] == "compared at another budget: logistic with nola@2KB, lora@5KB with nola@2KB"
 
 
 def test_the_chart_of_a_league(league: Path) -> None:

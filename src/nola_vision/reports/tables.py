@@ -173,7 +173,7 @@ def _comparison(entries: Sequence[Entry]) -> Table:
         and split_budget(item.method)[1] != split_budget(rival.summary.method)[1]
     ]
     if others:
-        notes.append(f"compared with another budget than their own, or without one: {', '.join(others)}")
+        notes.append(f"compared at another budget: {', '.join(others)}")
     for item, _ in entries:
         difference = differences.get(item)
         shown = [NOT_MEASURED, NOT_MEASURED]
