@@ -133,8 +133,10 @@ def _explanations(shown: Sequence[Summary]) -> list[str]:
     if shares := sorted({points(item.chance) for item in shown if item.chance is not None}, key=float):
         parts.append(f"chance {' to '.join(dict.fromkeys((shares[0], shares[-1])))} %")
     if any(mark != "plain" for mark in _marks(shown)):
-        fewer = any(item.mean is not None and item.splits < common_splits(shown) for item in shown)
-        parts.append(f"best{' of those with the most splits' if fewer else ''} in bold, within 1 point underlined")
+        most = common_splits(shown)
+        fewer = any(item.mean is not None and item.splits < most for item in shown)
+        of = f" of those with at least {most} splits" if fewer else ""
+        parts.append(f"best{of} in bold, within 1 point underlined")
     notes = ["; ".join(parts)] if parts else []
     if len(folds := {item.n for item in shown if item.cross_validated and item.n}) > 1:
         notes.append(f"n over {min(folds)}: several divisions into folds; methods are compared only on the first one")

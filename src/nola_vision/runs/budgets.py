@@ -91,7 +91,7 @@ def refuse_contradictions(run_config: Mapping[str, Any], full: Mapping[str, Any]
 
     Raises:
         NolaVisionError: the entry is named for its budget, such as `nola@2KB`, and an option gives another one; or
-            it has the setting that the budget decides too, or an option changes that.
+            the entry or an option sets what the budget decides.
     """
     name, budget = run_config.get("method"), budget_of(run_config)
     if budget is not None and budget == split_budget(str(name))[1] and budget != budget_of(full):

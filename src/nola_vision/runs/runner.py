@@ -75,7 +75,8 @@ def run(
     Raises:
         BusyError: another process is running it.
         NolaVisionError: an error before training leaves no files (with `keep_going` a row); any other error, and
-            Ctrl-C, is raised after the row is written. With `keep_going` only a full disk and as `store.refuse_links`.
+            Ctrl-C, is raised after the row is written. With `keep_going`
+            only Ctrl-C, a full disk, and links in the folder (`store.refuse_links`) raise.
     """
     folder = run_id.run_folder(out, run_config, stage)
     last, trains = ckpt_path == "last", run_id.has_init(run_config)
@@ -95,7 +96,8 @@ def run(
                 refuse_links(folder)
                 row = add_estimate(row, run_config, folder, held_out)
             return row
-        refuse_links(folder)
+        if main:
+            refuse_links(folder)
         if last:
             found = trains and (folder / LAST_CHECKPOINT).is_file()
             ckpt_path = str(folder / LAST_CHECKPOINT) if found else None

@@ -44,8 +44,8 @@ def choices_in_words(config: Mapping[str, Any], rows: Iterable[Row], chosen: Map
 
     Args:
         config: a config with `methods`.
-        rows: as of `choose_settings`.
-        chosen: what that returns.
+        rows: those given to `choose_settings`.
+        chosen: its result.
     """
     found = {searched_at(config, method): settings for method, settings in chosen.items()}
     searched = _searched(rows)

@@ -129,9 +129,10 @@ def _timm_model(spec: BackboneSpec, source: Source) -> nn.Module:
             raise NolaVisionError(how_to_get(spec, source.cfg)) from error
         if file is None:
             raise NolaVisionError(f"{spec.tag} cannot be created: {_reason(error)}") from error
-        if Path(file).parent == mini_vit.WEIGHTS:
+        if spec.file is None and Path(file).parent == mini_vit.WEIGHTS:
             raise NolaVisionError(
-                f"{file}, a file of the installed package, is missing or damaged: install nola-vision again"
+                f"{file}, a file of the installed package, is missing or damaged: install nola-vision again "
+                f"({_reason(error)})"
             ) from error
         raise NolaVisionError(
             f"the weights file {file} cannot be loaded into {spec.tag}: give a safetensors or PyTorch file of "
