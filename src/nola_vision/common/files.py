@@ -18,8 +18,6 @@ _STREAMS = {
     **{name: 1 for name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")},
     **{name: 2 for name in ("/dev/stderr", "/dev/fd/2", "/proc/self/fd/2")},
 }
-
-
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 

@@ -75,8 +75,8 @@ def run(
     Raises:
         BusyError: another process is running it.
         NolaVisionError: an error before training leaves no files (with `keep_going` a row); any other error, and
-            Ctrl-C, is raised after the row is written. With `keep_going`
-            only Ctrl-C, a full disk, and links in the folder (`store.refuse_links`) raise.
+            Ctrl-C, is raised after the row is written. With `keep_going` only Ctrl-C, a full disk, and links in the
+            folder (`store.refuse_links`) raise.
     """
     folder = run_id.run_folder(out, run_config, stage)
     last, trains = ckpt_path == "last", run_id.has_init(run_config)

@@ -30,7 +30,7 @@ def serve(connection: Connection, gpu: str | None) -> None:
     """Does each run that it receives as (run config, folder, stage) and sends its row, until the connection closes.
 
     It sends `READY` once its imports are done, and `ALIVE` about once per second while batches end. Instead of a row it
-    sends `BUSY` if another process is running the run, or the error if the row cannot be written (disk full). Its run
+    sends `BUSY` if another process is running the run, or the error if its files cannot be written (disk full). Its run
     is interrupted if the engine's process has died.
 
     Args:

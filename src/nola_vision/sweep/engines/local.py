@@ -150,7 +150,7 @@ def execute(
         the sweep continues; Ctrl-C ends it.
 
     Raises:
-        NolaVisionError: a row cannot be written.
+        NolaVisionError: a run's files cannot be written (`runner.run` with `keep_going`).
     """
     pool = [_Worker(work, gpus[number % len(gpus)] if gpus else None) for number in range(workers)]
     queue = RunQueue(specs, out, callback)
@@ -183,7 +183,7 @@ def _receive(worker: _Worker, queue: RunQueue) -> None:
         _crashed(worker, queue, f"the worker died ({_exit_reason(worker.process.exitcode)})")
         return
     worker.last_message = time.monotonic()
-    if isinstance(answer, NolaVisionError):  # the row of the next run could not be written either
+    if isinstance(answer, NolaVisionError):  # the files of the next run could not be written either
         worker.spec = None
         raise answer
     if answer in (READY, ALIVE):

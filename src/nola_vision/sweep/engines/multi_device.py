@@ -36,7 +36,7 @@ def execute(specs: Sequence[RunSpec], out: Path, callback: RunCallback) -> list[
         callback: as in `RunQueue`.
 
     Raises:
-        NolaVisionError: a row cannot be written.
+        NolaVisionError: a run's files cannot be written (`runner.run` with `keep_going`).
     """
     queue = RunQueue(specs, out, callback)
     with TemporaryDirectory() as scratch:
